@@ -1,0 +1,68 @@
+# `make` lists the targets. Everything runs in .venv, which `make install` makes and keeps true to constraints.txt.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The interpreter that makes the venv, and the one inside.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# A second package index to take torch from, such as the one with CPU or CUDA builds; empty: only the indexes pip knows.
+TORCH_INDEX_URL ?=
+PIP_FLAGS := --quiet --disable-pip-version-check --no-input $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+# Tests start many processes; one thread for each keeps them from fighting for the cores.
+test soak: export OMP_NUM_THREADS ?= 1
+test soak: export MKL_NUM_THREADS ?= 1
+test soak: export TOKENIZERS_PARALLELISM ?= false
+PYTEST_ARGS ?=
+
+.PHONY: help install model demo test lint format protos soak bench clean
+
+help: ## show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+install: $(INSTALLED) ## make .venv and install kvrelay with everything for development
+
+# pip is told about torch's index only when there is one; the stamp is new once all of it went well.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+model: install ## fetch and convert the demo model, once per machine
+	@$(BIN)/python -m tools.prepare_demo_model
+
+demo: install ## start a cluster, stream an answer, show the request's phases
+	@$(BIN)/kvrelay demo
+
+test: lint model ## everything that CI checks; pytest's summary is the last line
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install ## ruff, mypy --strict, buf lint, generated code
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "badly formatted files; run 'make format'"; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/buf lint protos
+	@$(BIN)/python -m tools.generate_protos --check
+
+format: install ## format the code and fix what ruff can fix
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+protos: install ## generate kvrelay/v1 from protos/
+	@$(BIN)/buf lint protos
+	@$(BIN)/python -m tools.generate_protos
+
+soak: install model ## the tests that run for minutes
+	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
+
+bench: install model ## measure TTFT, ITL and throughput of a local cluster
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove .venv and all caches of tools; the model store stays
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Scripts for developers. Nothing that runs in production imports them."""
