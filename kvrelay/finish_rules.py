@@ -1,4 +1,4 @@
-"""When a sequence ends by its own tokens. Applied once per token by the worker that samples it; stop strings are the gateway's."""
+"""When a sequence ends by its own tokens. Applied once per token by the worker that samples; stop strings are the gateway's."""
 
 from kvrelay.model_spec import ModelSpec
 from kvrelay.sampling_params import SamplingParams

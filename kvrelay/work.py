@@ -1,7 +1,7 @@
 """The unit of work that a gateway gives to workers, as plain values: no wire, no tensors, no clock.
 
-A request of n sequences starts as one work. When an attempt fails, every unfinished sequence becomes a work of its own in the next
-attempt, because its prompt is the client's prompt plus the tokens already emitted, and those differ between sequences.
+A request of n sequences starts as one work. When an attempt fails, every unfinished sequence becomes a work of its own in the
+next attempt, because its prompt is the client's prompt plus the tokens already emitted, and those differ between sequences.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,107 @@
+"""The one map between kvrelay's errors and gRPC statuses, in both directions.
+
+A status carries google.rpc details: ErrorInfo always, BadRequest for a wrong field, RetryInfo when trying again later helps.
+"""
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from kvrelay import errors
+from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+
+DETAILS_METADATA_KEY = "grpc-status-details-bin"
+
+_CODES: dict[type[KvrelayError], grpc.StatusCode] = {
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.RequestNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.IdempotencyConflictError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NoChatTemplateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TicketError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.TransferError: grpc.StatusCode.DATA_LOSS,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.OutOfBlocksError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CancelledRequestError: grpc.StatusCode.CANCELLED,
+    errors.UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+
+_BY_REASON: dict[str, type[KvrelayError]] = {kind.reason: kind for kind in _CODES}
+
+# What a status without our ErrorInfo means: it comes from gRPC itself or from something between the two ends.
+_BY_CODE: dict[grpc.StatusCode, type[KvrelayError]] = {
+    grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
+    grpc.StatusCode.CANCELLED: errors.CancelledRequestError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OverloadedError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.PreconditionError,
+}
+
+
+def code_of(error: KvrelayError) -> grpc.StatusCode:
+    """gRPC status code of an error; INTERNAL for those that have no place on the wire."""
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def status_of(error: KvrelayError) -> Status:
+    """Rich status of an error, as clients get it."""
+    details: list[ErrorInfo | BadRequest | RetryInfo] = [ErrorInfo(reason=error.reason, domain=errors.ERROR_DOMAIN)]
+    if isinstance(error, InvalidRequestError):
+        violation = BadRequest.FieldViolation(field=error.field, description=error.problem)
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, OverloadedError):
+        delay = Duration()
+        delay.FromMilliseconds(error.retry_after_ms)
+        details.append(RetryInfo(retry_delay=delay))
+    number: int = code_of(error).value[0]
+    return Status(code=number, message=error.message, details=[_pack(detail) for detail in details])
+
+
+def error_of(status: Status) -> KvrelayError:
+    """The error that a rich status stands for."""
+    info, request, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    for detail in status.details:
+        for message in (info, request, retry):
+            detail.Unpack(message)
+    kind = _BY_REASON.get(info.reason) if info.domain == errors.ERROR_DOMAIN else None
+    if kind is None:
+        return error_of_code(_code_of_number(status.code), status.message)
+    if issubclass(kind, InvalidRequestError):
+        violation = request.field_violations[0] if request.field_violations else BadRequest.FieldViolation()
+        return kind(violation.field, violation.description)
+    if issubclass(kind, OverloadedError):
+        return kind(status.message, retry.retry_delay.ToMilliseconds())
+    return kind(status.message)
+
+
+def error_of_code(code: grpc.StatusCode, message: str) -> KvrelayError:
+    """The error that a bare status code stands for."""
+    kind = _BY_CODE.get(code, errors.InternalError)
+    return kind(message or code.name)
+
+
+def error_of_rpc(failure: grpc.RpcError) -> KvrelayError:
+    """The error behind a failed call, of the sync or of the asyncio client."""
+    assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError), "a failed call knows its status"
+    for key, value in failure.trailing_metadata() or ():
+        if key == DETAILS_METADATA_KEY and isinstance(value, bytes):
+            return error_of(Status.FromString(value))
+    return error_of_code(failure.code(), failure.details() or "")
+
+
+def _pack(detail: ErrorInfo | BadRequest | RetryInfo) -> Any:
+    packed = Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _code_of_number(number: int) -> grpc.StatusCode:
+    return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)

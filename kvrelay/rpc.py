@@ -1,0 +1,154 @@
+"""How every process serves and dials gRPC: options, error interceptor, health and reflection. Knows nothing of what is served."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvrelay.error_status import DETAILS_METADATA_KEY, status_of
+from kvrelay.errors import InternalError, KvrelayError, StartupError
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+
+_log = structlog.get_logger(__name__)
+
+_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second process on the same port must fail, not share it
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.use_local_subchannel_pool", 1),  # one connection per channel: closing a channel closes it
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundServer:
+    """A server that listens, with the port that it got and its health."""
+
+    server: grpc.aio.Server
+    port: int
+    health: health.aio.HealthServicer
+
+    async def set_serving(self, serving: bool, service: str = "") -> None:
+        """Sets what the health service answers; the empty name is the process as a whole."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self.health.set(service, status)
+
+
+def create_server() -> grpc.aio.Server:
+    """A server whose handlers may raise KvrelayError: clients get its rich status."""
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+
+
+def bind_server(server: grpc.aio.Server, host: str, port: int, service_names: Iterable[str]) -> BoundServer:
+    """Adds health and reflection and listens; the caller starts the server.
+
+    Raises:
+        StartupError: the port is taken or the host is not this machine's.
+    """
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound_port = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as failure:
+        message = (
+            f"cannot listen on {host}:{port}: is the port taken? Free it, or choose another with --port (0 takes a free one)."
+        )
+        raise StartupError(message) from failure
+    return BoundServer(server, bound_port, health_servicer)
+
+
+def create_channel(address: str) -> grpc.aio.Channel:
+    """A channel with a connection of its own to host:port. The caller closes it."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def create_sync_channel(address: str) -> grpc.Channel:
+    """The same for threads."""
+    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into rich statuses. Anything but a KvrelayError is a defect: logged, and hidden from clients."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # unknown method: gRPC answers UNIMPLEMENTED
+            return handler
+        method = handler_call_details.method
+        make_handler, behaviour = _behaviour_of(handler)
+        guard = _guard_stream if handler.response_streaming else _guard_unary
+        guarded: grpc.RpcMethodHandler[Any, Any] = make_handler(
+            guard(behaviour, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return guarded
+
+
+def _behaviour_of(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The constructor for a handler of the same kind, and the handler's function."""
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler, handler.stream_stream
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler, handler.stream_unary
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler, handler.unary_stream
+    return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as failure:
+            await _abort(context, failure, method)
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # HealthServicer.Watch and its like are coroutines that write to the context; ours are generators.
+        try:
+            answer = behaviour(request, context)
+            if isinstance(answer, Awaitable):
+                await answer
+                return
+            async for response in answer:
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as failure:
+            await _abort(context, failure, method)
+
+    return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], failure: Exception, method: str) -> None:
+    if not isinstance(failure, KvrelayError):
+        _log.error("handler failed", method=method, exc_info=failure)
+        failure = InternalError("internal error; the server's log has the detail")
+    status = status_of(failure)
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    await context.abort(code, status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),))

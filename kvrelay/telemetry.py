@@ -1,0 +1,50 @@
+"""Structured logs of every process, and where a request's time went."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Where a request's time went; times in milliseconds. The proto of the same name says what each is."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    transfer_ms: float = 0.0
+    exposed_transfer_ms: float = 0.0
+    transfer_bytes: int = 0
+    handoff_gap_ms: float = 0.0
+    decode_ms: float = 0.0
+    time_to_first_token_ms: float = 0.0
+    total_ms: float = 0.0
+    num_attempts: int = 0
+    prefilled_on_decode_worker: bool = False
+    prefill_worker_id: str = ""
+    decode_worker_id: str = ""
+
+
+def configure_logging(level: str, format_: Literal["console", "json"], **context: str) -> None:
+    """Sends logs to standard error from now on; `context` is on every line."""
+    renderer: structlog.typing.Processor
+    if format_ == "json":
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**context)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
