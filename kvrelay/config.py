@@ -7,89 +7,105 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DEFAULT_GATEWAY_PORT = 50050
 
-class _Settings(BaseModel):
+
+class Settings(BaseModel):
+    """Base of all of them: frozen, and closed against keys that do not exist."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class ServerSettings(_Settings):
+class ServerSettings(Settings):
     """What every process has: where it listens, what it logs, how it is found and how it ends."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     advertise_address: str | None = Field(
-        None, description="host:port under which others reach this process. Default: the host and port listened on."
+        default=None, description="host:port under which others reach this process. Default: the host and port listened on."
     )
-    redis_url: str | None = Field(None, description="Redis or Valkey, such as redis://127.0.0.1:6379/0. Needed by every process.")
-    redis_timeout_ms: int = Field(200, ge=1, description="Most time for one Redis operation.")
-    lease_ms: int = Field(6000, ge=500, description="How long a process counts as alive after its last sign in Redis.")
-    liveness_window_ms: int = Field(2000, ge=100, description="How long a session's peer may be silent before it counts as gone.")
-    drain_timeout_ms: int = Field(25000, ge=0, description="How long running work may take to end after SIGTERM.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level that is logged.")
-    log_format: Literal["console", "json"] = Field("console", description="console for people, json for programs.")
+    redis_url: str | None = Field(
+        default=None, description="Redis or Valkey, such as redis://127.0.0.1:6379/0. Needed by every process."
+    )
+    redis_timeout_ms: int = Field(default=200, ge=1, description="Most time for one Redis operation.")
+    lease_ms: int = Field(default=6000, ge=500, description="How long a process counts as alive after its last sign in Redis.")
+    liveness_window_ms: int = Field(
+        default=2000, ge=100, description="How long a session's peer may be silent before it counts as gone."
+    )
+    drain_timeout_ms: int = Field(default=25000, ge=0, description="How long running work may take to end after SIGTERM.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe level that is logged."
+    )
+    log_format: Literal["console", "json"] = Field(default="console", description="console for people, json for programs.")
 
 
-class EngineSettings(_Settings):
+class EngineSettings(Settings):
     """The model, the memory for its KV cache, and how much of either a step may use."""
 
     model: str = Field(
-        "smollm2-135m-instruct", description="Model: a name in the model store, a folder, a GGUF file or a hub name."
+        default="smollm2-135m-instruct", description="Model: a name in the model store, a folder, a GGUF file or a hub name."
     )
-    served_model_name: str | None = Field(None, description="Name that clients ask for. Default: the model's own.")
+    served_model_name: str | None = Field(default=None, description="Name that clients ask for. Default: the model's own.")
     model_dir: str | None = Field(
-        None, description="The model store's folder. Default: kvrelay/models in the user's cache folder."
+        default=None, description="The model store's folder. Default: kvrelay/models in the user's cache folder."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto takes cuda when there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where to compute; auto takes cuda when there is one."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of weights and KV; auto is float32 on cpu and the model's own on cuda."
+        default="auto", description="Type of weights and KV; auto is float32 on cpu and the model's own on cuda."
     )
-    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block.")
-    kv_cache_mib: int = Field(1024, ge=1, description="Memory for KV blocks, in MiB.")
-    num_kv_blocks: int | None = Field(None, ge=2, description="Number of KV blocks; overrides kv-cache-mib.")
+    block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
+    kv_cache_mib: int = Field(default=1024, ge=1, description="Memory for KV blocks, in MiB.")
+    num_kv_blocks: int | None = Field(default=None, ge=2, description="Number of KV blocks; overrides kv-cache-mib.")
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads of the engine. Default: half of the cores, at least one."
+        default=None, ge=1, description="CPU threads of the engine. Default: half of the cores, at least one."
     )
-    max_context_tokens: int | None = Field(None, ge=2, description="Longest sequence. Default: what the model was made for.")
-    prefill_chunk_tokens: int = Field(256, ge=1, description="Most prompt tokens computed in one step.")
-    max_running_sequences: int = Field(64, ge=1, description="Most sequences in one step.")
-    max_waiting_works: int = Field(256, ge=1, description="Most works that wait for room; more are refused.")
-    prefix_cache: bool = Field(True, description="Keep the KV of prompts for later prompts that begin alike.")
+    max_context_tokens: int | None = Field(
+        default=None, ge=2, description="Longest sequence. Default: what the model was made for."
+    )
+    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens computed in one step.")
+    max_running_sequences: int = Field(default=64, ge=1, description="Most sequences in one step.")
+    max_waiting_works: int = Field(default=256, ge=1, description="Most works that wait for room; more are refused.")
+    prefix_cache: bool = Field(default=True, description="Keep the KV of prompts for later prompts that begin alike.")
 
 
-class TransferSettings(_Settings):
+class TransferSettings(Settings):
     """How KV travels."""
 
-    transfer_window_mib: int = Field(16, ge=1, description="Most KV on the wire and not yet acknowledged, per request, in MiB.")
-    transfer_message_kib: int = Field(1024, ge=16, le=3072, description="Largest KV payload of one message, in KiB.")
-    transfer_connect_timeout_ms: int = Field(2000, ge=1, description="Most time to reach a decode worker.")
+    transfer_window_mib: int = Field(
+        default=16, ge=1, description="Most KV on the wire and not yet acknowledged, per request, in MiB."
+    )
+    transfer_message_kib: int = Field(default=1024, ge=16, le=3072, description="Largest KV payload of one message, in KiB.")
+    transfer_connect_timeout_ms: int = Field(default=2000, ge=1, description="Most time to reach a decode worker.")
 
 
-class RelaySettings(_Settings):
+class RelaySettings(Settings):
     """What a gateway admits and how it routes and retries."""
 
     max_running_requests: int = Field(
         256, ge=1, description="Most requests in progress; more are refused with RESOURCE_EXHAUSTED."
     )
-    max_queued_prompt_tokens: int = Field(262144, ge=1, description="Most prompt tokens that wait for their first token.")
-    default_timeout_ms: int = Field(300000, ge=1, description="Deadline of a request whose client set none.")
-    max_timeout_ms: int = Field(3600000, ge=1, description="Longest deadline; longer ones are cut to it.")
+    max_queued_prompt_tokens: int = Field(default=262144, ge=1, description="Most prompt tokens that wait for their first token.")
+    default_timeout_ms: int = Field(default=300000, ge=1, description="Deadline of a request whose client set none.")
+    max_timeout_ms: int = Field(default=3600000, ge=1, description="Longest deadline; longer ones are cut to it.")
     local_prefill_tokens: int = Field(
-        32, ge=0, description="Prompts with fewer uncached tokens than this are computed by the decode worker itself."
+        default=32, ge=0, description="Prompts with fewer uncached tokens than this are computed by the decode worker itself."
     )
-    max_attempts: int = Field(8, ge=1, description="Most attempts at one request.")
-    worker_wait_ms: int = Field(30000, ge=0, description="How long a request waits for a worker of its model to appear.")
-    resume_grace_ms: int = Field(60000, ge=0, description="How long a resumable request runs on without any client.")
-    retention_ms: int = Field(3600000, ge=1000, description="How long an ended request is known.")
+    max_attempts: int = Field(default=8, ge=1, description="Most attempts at one request.")
+    worker_wait_ms: int = Field(default=30000, ge=0, description="How long a request waits for a worker of its model to appear.")
+    resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
+    retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
 
 
-class GatewaySettings(_Settings):
+class GatewaySettings(Settings):
     """A gateway process."""
 
-    server: ServerSettings = ServerSettings()
+    server: ServerSettings = ServerSettings(port=DEFAULT_GATEWAY_PORT)
     relay: RelaySettings = RelaySettings()
 
 
-class PrefillSettings(_Settings):
+class PrefillSettings(Settings):
     """A prefill worker process."""
 
     server: ServerSettings = ServerSettings()
@@ -97,8 +113,28 @@ class PrefillSettings(_Settings):
     transfer: TransferSettings = TransferSettings()
 
 
-class DecodeSettings(_Settings):
+class DecodeSettings(Settings):
     """A decode worker process."""
 
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
+
+
+class ClusterSettings(Settings):
+    """What `serve all` adds to the settings of the processes that it starts."""
+
+    num_prefill: int = Field(default=1, ge=0, le=64, description="Prefill workers to start.")
+    num_decode: int = Field(default=1, ge=1, le=64, description="Decode workers to start.")
+    startup_timeout_s: float = Field(default=180.0, gt=0, description="Most time until everything is up, in seconds.")
+    restart: bool = Field(default=True, description="Start a process again, with back-off, when it ends by itself.")
+
+
+class ClientSettings(Settings):
+    """What the commands have that talk to a gateway."""
+
+    gateway: str = Field(
+        default=f"127.0.0.1:{DEFAULT_GATEWAY_PORT}",
+        min_length=1,
+        description="host:port of the gateway; several, separated by commas.",
+    )
+    timeout_s: float = Field(default=300.0, gt=0, description="Most time for the call, in seconds.")
