@@ -1,7 +1,7 @@
 """Whether a session's peer is alive, judged by what arrives. A pure function of the times given to it; the caller owns the clock.
 
-Both sides send a heartbeat when they were silent for a third of the window, and answer every heartbeat. Anything that arrives is a
-sign of life, so a busy session costs no heartbeats at all.
+Both sides send a heartbeat when they were silent for a third of the window, and answer every heartbeat. Anything that arrives is
+a sign of life, so a busy session costs no heartbeats at all.
 """
 
 
