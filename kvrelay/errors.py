@@ -7,12 +7,16 @@
     ├── IdempotencyConflictError   the key was used with another body       ALREADY_EXISTS
     ├── PreconditionError          the model or cluster cannot do this      FAILED_PRECONDITION
     │   ├── FingerprintError       sender and receiver have other models
-    │   └── NoChatTemplateError    chat on a model without a template
+    │   ├── NoChatTemplateError    chat on a model without a template
+    │   └── SupersededError        another attempt or owner has the request
     ├── TicketError                the ticket gives no right to this        PERMISSION_DENIED
     ├── TransferError              a KV push broke its contract             DATA_LOSS
     ├── OverloadedError            refused for load; come again later       RESOURCE_EXHAUSTED
+    │   └── StoreFullError         Redis is out of memory
     ├── OutOfBlocksError           the pool has too few free blocks         RESOURCE_EXHAUSTED
     ├── UnavailableError           no worker or store can be reached        UNAVAILABLE
+    │   └── StateLostError         Redis lost this request's last writes
+    │       └── FrameGapError      frames before the appended ones are missing
     ├── DeadlineError              the request's deadline passed            DEADLINE_EXCEEDED
     ├── CancelledRequestError      the request was cancelled                CANCELLED
     ├── UnsupportedError           not offered by this server               UNIMPLEMENTED
@@ -85,6 +89,12 @@ class NoChatTemplateError(PreconditionError):
     reason = "NO_CHAT_TEMPLATE"
 
 
+class SupersededError(PreconditionError):
+    """A newer attempt, another owner or the request's end makes this write void."""
+
+    reason = "SUPERSEDED"
+
+
 class TicketError(KvrelayError):
     """A push showed a ticket that is unknown, used up or of another attempt."""
 
@@ -107,6 +117,12 @@ class OverloadedError(KvrelayError):
         self.retry_after_ms = retry_after_ms
 
 
+class StoreFullError(OverloadedError):
+    """Redis is at its maxmemory and evicts nothing: state cannot be kept, so no new work is taken."""
+
+    reason = "STATE_STORE_FULL"
+
+
 class OutOfBlocksError(KvrelayError):
     """The pool has fewer free blocks than are needed."""
 
@@ -117,6 +133,22 @@ class UnavailableError(KvrelayError):
     """Something that is needed cannot be reached now."""
 
     reason = "UNAVAILABLE"
+
+
+class StateLostError(UnavailableError):
+    """Redis lost writes about a request, in a failover or a restart. Its owner writes them again."""
+
+    reason = "STATE_LOST"
+
+
+class FrameGapError(StateLostError):
+    """Frames before the appended ones are missing in a request's log, which has `num_frames`."""
+
+    reason = "STATE_LOST"
+
+    def __init__(self, message: str, num_frames: int) -> None:
+        super().__init__(message)
+        self.num_frames = num_frames
 
 
 class DeadlineError(KvrelayError):
