@@ -1,0 +1,289 @@
+"""Which sequence holds which blocks of the KV pool: reference counts, copy on write and the cache of prefixes.
+
+A block is in exactly one of three states:
+
+    free    no reference, no published content
+    cached  no reference, but published content that a later prompt may share; evicted (oldest first) when free ones run out
+    used    one reference per block table that holds it; may be published as well
+
+Prefix sharing at block granularity follows vLLM (Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving
+with PagedAttention"). Pure: no tensors, no clock, no locks; one thread owns a manager.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.errors import OutOfBlocksError
+from kvrelay.kv_cache.prefix_hash import chain_hash, pack_tokens, prefix_chain, root_hash
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The engine copies block `source` to block `target`, all layers, before the step that writes `target`."""
+
+    source: int
+    target: int
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """The blocks of one sequence in order: token t lies in `blocks[t // block_size]`."""
+
+    salt: str
+    blocks: list[int]
+    num_tokens: int
+    """Tokens that the table was last made to hold."""
+    num_cached_tokens: int = 0
+    """Leading tokens whose KV was there already at allocation."""
+    hashes: list[bytes] = field(default_factory=list)
+    """Names of the leading blocks that are published or were found published."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """What a published block holds; compared on a hit, so that equal hashes of unequal tokens do not share."""
+
+    prefix: bytes
+    parent: bytes
+    tokens: bytes
+
+
+class BlockManager:
+    """Owns the numbers 0 to num_blocks - 1.
+
+    Args:
+        num_blocks: blocks in the pool.
+        block_size: tokens per block.
+        enable_prefix_cache: keep finished prefixes for later prompts.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True) -> None:
+        assert num_blocks > 0
+        assert block_size > 0
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self._references = [0] * num_blocks
+        self._free = list(reversed(range(num_blocks)))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._published: list[_Published | None] = [None] * num_blocks
+        self._block_by_prefix: dict[bytes, int] = {}
+        self._tables: set[BlockTable] = set()
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks without reference and content."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks without reference whose content may be shared; they can be taken like free ones."""
+        return len(self._cached)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some table holds."""
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, token_ids: Sequence[int], salt: str) -> int:
+        """How many leading tokens have KV in the pool: whole blocks, and never all tokens, for one must be computed."""
+        return len(self._match(token_ids, salt)) * self.block_size
+
+    def can_allocate(self, token_ids: Sequence[int], salt: str) -> bool:
+        """Whether `allocate` with the same arguments would succeed now."""
+        return self._num_missing_blocks(len(token_ids), self._match(token_ids, salt)) <= 0
+
+    def allocate(self, token_ids: Sequence[int], salt: str) -> BlockTable:
+        """Blocks for all of `token_ids`, sharing those of the longest cached prefix. All or nothing.
+
+        Raises:
+            OutOfBlocksError: too few free and cached blocks; nothing has changed.
+        """
+        matched = self._match(token_ids, salt)
+        num_missing = self._num_missing_blocks(len(token_ids), matched)
+        if num_missing > 0:
+            raise OutOfBlocksError(f"{num_missing} more KV blocks are needed than are free; retry when other requests are done")
+        for block in matched:
+            self._acquire(block)
+        num_new_blocks = self.blocks_for(len(token_ids)) - len(matched)
+        table = BlockTable(
+            salt=salt,
+            blocks=matched + [self._take() for _ in range(num_new_blocks)],
+            num_tokens=len(token_ids),
+            num_cached_tokens=len(matched) * self.block_size,
+            hashes=[self._published_in(block).prefix for block in matched],
+        )
+        self._tables.add(table)
+        return table
+
+    def grow(self, table: BlockTable, num_tokens: int) -> list[BlockCopy]:
+        """Makes room for `num_tokens`, and makes every block that tokens are now written to the table's own.
+
+            | held before: not written any more | tokens to write          |
+            0                             table.num_tokens            num_tokens
+
+        The last token's block is made the table's own in any case, so that growing again after a fork is safe.
+
+        Returns:
+            Copies that the engine must execute before the next step writes to this table.
+
+        Raises:
+            OutOfBlocksError: nothing has changed.
+        """
+        assert table in self._tables, "the table was released"
+        assert num_tokens > 0
+        first_written = min(table.num_tokens, num_tokens - 1) // self.block_size
+        num_blocks = self.blocks_for(num_tokens)
+        shared = [number for number in range(first_written, min(num_blocks, len(table.blocks))) if self._is_shared(table, number)]
+        num_new_blocks = max(0, num_blocks - len(table.blocks))
+        num_missing = len(shared) + num_new_blocks - len(self._free) - len(self._cached)
+        if num_missing > 0:
+            raise OutOfBlocksError(f"{num_missing} more KV blocks are needed than are free; retry when other requests are done")
+        copies = [self._unshare(table, number) for number in shared]
+        table.blocks.extend(self._take() for _ in range(num_new_blocks))
+        table.num_tokens = max(table.num_tokens, num_tokens)
+        return copies
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second table over the same blocks; the first of the two that writes to a shared block gets a copy of it."""
+        assert table in self._tables, "the table was released"
+        for block in table.blocks:
+            self._references[block] += 1
+        twin = BlockTable(table.salt, list(table.blocks), table.num_tokens, table.num_cached_tokens, list(table.hashes))
+        self._tables.add(twin)
+        return twin
+
+    def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Publishes the table's full blocks whose KV is computed, so that later prompts may share them.
+
+        Args:
+            table: a live table.
+            token_ids: the sequence's tokens, at least `num_computed_tokens`.
+            num_computed_tokens: leading tokens whose KV is in the pool.
+        """
+        assert table in self._tables, "the table was released"
+        assert num_computed_tokens <= min(len(token_ids), len(table.blocks) * self.block_size)
+        if not self.enable_prefix_cache:
+            return
+        for number in range(len(table.hashes), num_computed_tokens // self.block_size):
+            parent = table.hashes[-1] if table.hashes else root_hash(table.salt)
+            tokens = pack_tokens(token_ids[number * self.block_size : (number + 1) * self.block_size])
+            prefix = chain_hash(parent, tokens)
+            table.hashes.append(prefix)
+            self._publish(table.blocks[number], _Published(prefix, parent, tokens))
+
+    def release(self, table: BlockTable) -> None:
+        """Gives the table's blocks back; published ones stay cached. Releasing a table again does nothing."""
+        if table not in self._tables:
+            return
+        self._tables.remove(table)
+        # The end of a prefix is worth less than its start, without which it cannot be found: it is evicted first.
+        for block in reversed(table.blocks):
+            self._drop_reference(block)
+        table.blocks = []
+        table.hashes = []
+        table.num_tokens = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every published prefix. Cached blocks become free; used ones stay with their tables."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._block_by_prefix.clear()
+        self._published = [None] * self.num_blocks
+
+    def check_integrity(self) -> None:
+        """Checks that every block is in exactly one state and that references add up.
+
+        Raises:
+            AssertionError: names what does not add up.
+        """
+        held = Counter(block for table in self._tables for block in table.blocks)
+        used = {block for block, references in enumerate(self._references) if references > 0}
+        free, cached = set(self._free), set(self._cached)
+        assert all(held[block] == references for block, references in enumerate(self._references)), "references do not add up"
+        assert len(free) == len(self._free), "a block is free twice"
+        assert free.isdisjoint(cached), "a block is both free and cached"
+        assert used.isdisjoint(free | cached), "a used block is free or cached"
+        assert len(free) + len(cached) + len(used) == self.num_blocks, "free + cached + used is not the total"
+        assert all(self._published[block] is None for block in free), "a free block is published"
+        assert all(self._published[block] is not None for block in cached), "a cached block is not published"
+        published = {content.prefix: block for block, content in enumerate(self._published) if content is not None}
+        assert published == self._block_by_prefix, "published blocks and their index differ"
+        assert all(len(set(table.blocks)) == len(table.blocks) for table in self._tables), "a table holds a block twice"
+
+    def _match(self, token_ids: Sequence[int], salt: str) -> list[int]:
+        blocks: list[int] = []
+        if not self.enable_prefix_cache or not self._block_by_prefix:
+            return blocks
+        parent = root_hash(salt)
+        num_blocks = max(0, len(token_ids) - 1) // self.block_size
+        for prefix, tokens in prefix_chain(token_ids, self.block_size, salt, num_blocks):
+            block = self._block_by_prefix.get(prefix)
+            if block is None or self._published[block] != _Published(prefix, parent, tokens):
+                break
+            blocks.append(block)
+            parent = prefix
+        return blocks
+
+    def _num_missing_blocks(self, num_tokens: int, matched: list[int]) -> int:
+        num_cached_matches = sum(1 for block in matched if block in self._cached)
+        num_available = len(self._free) + len(self._cached) - num_cached_matches
+        return self.blocks_for(num_tokens) - len(matched) - num_available
+
+    def _published_in(self, block: int) -> _Published:
+        published = self._published[block]
+        assert published is not None
+        return published
+
+    def _acquire(self, block: int) -> None:
+        self._cached.pop(block, None)
+        self._references[block] += 1
+
+    def _take(self) -> int:
+        """A block of one's own, from the free ones or else the cached one that was released longest ago."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._unpublish(block)
+        assert self._references[block] == 0
+        self._references[block] = 1
+        return block
+
+    def _drop_reference(self, block: int) -> None:
+        assert self._references[block] > 0
+        self._references[block] -= 1
+        if self._references[block] > 0:
+            return
+        if self._published[block] is None:
+            self._free.append(block)
+        else:
+            self._cached[block] = None
+
+    def _is_shared(self, table: BlockTable, number: int) -> bool:
+        return self._references[table.blocks[number]] > 1
+
+    def _unshare(self, table: BlockTable, number: int) -> BlockCopy:
+        source = table.blocks[number]
+        target = self._take()
+        table.blocks[number] = target
+        self._drop_reference(source)
+        # What is written next may differ from what the name says.
+        del table.hashes[number:]
+        return BlockCopy(source, target)
+
+    def _publish(self, block: int, content: _Published) -> None:
+        if content.prefix in self._block_by_prefix or self._published[block] is not None:
+            return
+        self._published[block] = content
+        self._block_by_prefix[content.prefix] = block
+
+    def _unpublish(self, block: int) -> None:
+        content = self._published_in(block)
+        self._published[block] = None
+        del self._block_by_prefix[content.prefix]
