@@ -22,9 +22,11 @@ _CODES: dict[type[KvrelayError], grpc.StatusCode] = {
     errors.PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NoChatTemplateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SupersededError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TicketError: grpc.StatusCode.PERMISSION_DENIED,
     errors.TransferError: grpc.StatusCode.DATA_LOSS,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.StoreFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.OutOfBlocksError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -47,8 +49,8 @@ _BY_CODE: dict[grpc.StatusCode, type[KvrelayError]] = {
 
 
 def code_of(error: KvrelayError) -> grpc.StatusCode:
-    """gRPC status code of an error; INTERNAL for those that have no place on the wire."""
-    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+    """gRPC status code of an error: its own or that of the nearest base that has one; else INTERNAL."""
+    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), grpc.StatusCode.INTERNAL)
 
 
 def status_of(error: KvrelayError) -> Status:

@@ -1,5 +1,7 @@
 """How every process serves and dials gRPC: options, error interceptor, health and reflection. Knows nothing of what is served."""
 
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -29,11 +29,12 @@ class Phases:
 
 def configure_logging(level: str, format_: Literal["console", "json"], **context: str) -> None:
     """Sends logs to standard error from now on; `context` is on every line."""
-    renderer: structlog.typing.Processor
+    renderers: list[structlog.typing.Processor]
     if format_ == "json":
-        renderer = structlog.processors.JSONRenderer()
-    else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:  # plain tracebacks: rich ones print local variables, and those are clients' prompts
+        plain = structlog.dev.plain_traceback
+        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**context)
     structlog.configure(
@@ -41,8 +42,7 @@ def configure_logging(level: str, format_: Literal["console", "json"], **context
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

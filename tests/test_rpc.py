@@ -1,0 +1,129 @@
+"""What handlers raise arrives at clients as the same typed error; defects arrive without their detail."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from kvrelay import errors, rpc
+from kvrelay.error_status import code_of, error_of, error_of_rpc, status_of
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+
+SERVICE = "kvrelay.v1.InferenceService"
+
+
+def wire_errors() -> list[type[errors.KvrelayError]]:
+    """All kinds that a client can get; a state store's own ones stay inside the gateway."""
+    found, todo = [], [errors.KvrelayError]
+    while todo:
+        kind = todo.pop()
+        found += kind.__subclasses__()
+        todo += kind.__subclasses__()
+    return [kind for kind in found if not issubclass(kind, errors.StartupError | errors.StateLostError)]
+
+
+class Raising(inference_pb2_grpc.InferenceServiceServicer):
+    """Raises what the test says, from a unary method and from a stream after its first message."""
+
+    failure: Exception = ValueError("secret")
+
+    async def GetRequest(self, request: object, context: object) -> inference_pb2.GetRequestResponse:
+        raise self.failure
+
+    async def Generate(self, request: object, context: object) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        yield inference_pb2.GenerateResponse()
+        raise self.failure
+
+
+@pytest.fixture
+async def bound() -> AsyncIterator[rpc.BoundServer]:
+    server = rpc.create_server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Raising(), server)  # type: ignore[abstract]
+    bound = rpc.bind_server(server, "127.0.0.1", 0, [SERVICE])
+    await server.start()
+    yield bound
+    await server.stop(None)
+
+
+@pytest.fixture
+async def channel(bound: rpc.BoundServer) -> AsyncIterator[grpc.aio.Channel]:
+    async with rpc.create_channel(f"127.0.0.1:{bound.port}") as channel:
+        yield channel
+
+
+async def fail_unary(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await inference_pb2_grpc.InferenceServiceStub(channel).GetRequest(inference_pb2.GetRequestRequest(), timeout=5)
+    return failure.value
+
+
+def test_an_error_without_a_code_of_its_own_has_its_bases_code() -> None:
+    assert code_of(errors.FrameGapError("gap", 3)) is grpc.StatusCode.UNAVAILABLE
+    assert isinstance(error_of(status_of(errors.StateLostError("lost"))), errors.UnavailableError)
+
+
+@pytest.mark.parametrize("kind", wire_errors())
+def test_every_error_has_a_code_of_its_own_reason_and_survives_the_status(kind: type[errors.KvrelayError]) -> None:
+    error = kind("field", "is wrong") if issubclass(kind, errors.InvalidRequestError) else kind("what to do")
+    assert (code_of(error) is grpc.StatusCode.INTERNAL) == (kind is errors.InternalError)
+    again = error_of(status_of(error))
+    assert type(again) is kind
+    assert again.message == error.message
+
+
+async def test_a_wrong_field_arrives_with_its_name(channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Raising, "failure", errors.InvalidRequestError("sampling.n", "is 9; it must lie in [1, 8]"))
+    failure = await fail_unary(channel)
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    error = error_of_rpc(failure)
+    assert isinstance(error, errors.InvalidRequestError)
+    assert (error.field, error.problem) == ("sampling.n", "is 9; it must lie in [1, 8]")
+
+
+async def test_a_stream_that_is_refused_midway_ends_with_retry_info(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Raising, "failure", errors.OverloadedError("busy; come again", 1234))
+    call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(inference_pb2.GenerateRequest(), timeout=5)
+    assert await call.read() == inference_pb2.GenerateResponse()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.read()
+    error = error_of_rpc(failure.value)
+    assert isinstance(error, errors.OverloadedError)
+    assert error.retry_after_ms == 1234
+
+
+async def test_a_defect_is_internal_and_its_detail_stays_in_the_log(channel: grpc.aio.Channel) -> None:
+    failure = await fail_unary(channel)
+    assert failure.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in (failure.details() or "")
+    assert isinstance(error_of_rpc(failure), errors.InternalError)
+
+
+async def test_a_status_of_grpc_itself_becomes_a_typed_error() -> None:
+    async with rpc.create_channel("127.0.0.1:1") as channel:
+        assert isinstance(error_of_rpc(await fail_unary(channel)), errors.UnavailableError)
+
+
+async def test_a_taken_port_stops_the_start_and_says_what_to_do(bound: rpc.BoundServer) -> None:
+    with pytest.raises(errors.StartupError, match="--port"):
+        rpc.bind_server(rpc.create_server(), "127.0.0.1", bound.port, [])
+
+
+async def test_health_follows_what_is_set(bound: rpc.BoundServer, channel: grpc.aio.Channel) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    for serving in (True, False):
+        await bound.set_serving(serving)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert (answer.status == health_pb2.HealthCheckResponse.SERVING) is serving
+
+
+async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
+    make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types know the blocking channel only
+    stub = make_stub(channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
+    names = [service.name async for answer in call for service in answer.list_services_response.service]
+    assert {SERVICE, "grpc.health.v1.Health"} <= set(names)
