@@ -11,6 +11,7 @@
 QUEUED to DECODING are active, the others final: nothing leaves them. `kvrelay/lua` gets the table from here as arguments.
 """
 
+from collections.abc import Set
 from enum import Enum
 
 
@@ -60,11 +61,26 @@ def check_edge(from_state: RequestState, from_attempt: int, to_state: RequestSta
     return to_attempt == from_attempt + 1 and to_state is RequestState.QUEUED and from_state in ACTIVE_STATES
 
 
+def reachable_states(from_state: RequestState) -> frozenset[RequestState]:
+    """States that one or more edges lead to, within one attempt."""
+    found = {target for source, target in EDGES if source is from_state}
+    return frozenset(found.union(*(reachable_states(state) for state in found)))
+
+
 def edges_argument() -> str:
     """`EDGES` for a Lua script: `,QUEUED>RESERVING,...,`, to be searched for `,FROM>TO,`."""
-    return "," + "".join(sorted(f"{source.value}>{target.value}," for source, target in EDGES))
+    return _pairs_argument(EDGES)
+
+
+def paths_argument() -> str:
+    """All (state, state it can reach) for a Lua script, in the same form as `edges_argument`."""
+    return _pairs_argument({(source, target) for source in RequestState for target in reachable_states(source)})
 
 
 def terminal_argument() -> str:
     """`TERMINAL_STATES` for a Lua script: `,SUCCEEDED,...,`, to be searched for `,STATE,`."""
     return "," + "".join(sorted(f"{state.value}," for state in TERMINAL_STATES))
+
+
+def _pairs_argument(pairs: Set[tuple[RequestState, RequestState]]) -> str:
+    return "," + "".join(sorted(f"{source.value}>{target.value}," for source, target in pairs))

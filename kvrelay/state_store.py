@@ -1,16 +1,22 @@
-"""Request state in Redis: records, frame logs, the list of requests and idempotency keys. Knows no gRPC, no worker and no token's meaning.
+"""Request state in Redis: records, frame logs, the list of requests and idempotency keys. Knows no gRPC, no worker and no token.
 
 Every operation is bounded by the timeout and raises:
     UnavailableError   Redis does not answer, or did not a moment ago: the breaker fails fast until a ping succeeds
     StoreFullError     Redis is out of memory and evicts nothing
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from redis.asyncio import Redis
+
+from kvrelay.errors import FrameGapError, IdempotencyConflictError, RequestNotFoundError, StateLostError, SupersededError
 from kvrelay.redis_connection import RedisConnection, StoreHealth
-from kvrelay.request_record import RequestRecord, RequestSummary
-from kvrelay.request_state import RequestState
+from kvrelay.request_list import RequestList, RequestPage
+from kvrelay.request_record import CHANGEABLE_FIELDS, RequestRecord, decode_record, encode_record
+from kvrelay.request_state import TERMINAL_STATES, RequestState, edges_argument, paths_argument, terminal_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +29,6 @@ class IdempotencyClaim:
     """Whether that is the request that asked."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestPage:
-    """Requests, newest first. A page may be short, even empty, and still have a next one."""
-
-    requests: list[RequestSummary]
-    next_page_token: str
-    """Empty on the last page."""
-
-
 class StateStore:
     """Request state as one gateway sees and changes it.
 
@@ -42,17 +39,20 @@ class StateStore:
     """
 
     def __init__(self, connection: RedisConnection, gateway_id: str, retention_ms: int = 3_600_000) -> None:
-        raise NotImplementedError
+        self._connection = connection
+        self._gateway_id = gateway_id
+        self._retention_ms = retention_ms
+        self._request_list = RequestList(connection)
 
     @property
     def healthy(self) -> bool:
         """Whether Redis answers, as far as is known; False while the breaker is open."""
-        raise NotImplementedError
+        return self._connection.health.healthy
 
     @property
     def health(self) -> StoreHealth:
         """The breaker; `await health.wait_until_healthy()` to write what was kept back."""
-        raise NotImplementedError
+        return self._connection.health
 
     async def create(self, record: RequestRecord) -> bool:
         """Writes a new request. Repeating it is harmless.
@@ -60,7 +60,11 @@ class StateStore:
         Returns:
             False when the id is taken by another request (other attempt, state or owner); nothing is changed then.
         """
-        raise NotImplementedError
+        arguments = (record.gateway_id, record.create_time_ms, record.remaining_ms, self._retention_ms, *encode_record(record))
+        written = await self._connection.run_script("create", [_request_key(record.request_id)], arguments)
+        if written:
+            await self._list(record)
+        return bool(written)
 
     async def transition(
         self,
@@ -83,14 +87,25 @@ class StateStore:
             owner: who must own the request; default this gateway. To end a dead gateway's request, name that gateway.
 
         Returns:
-            True when the request is there now, also when it was there already; False when the caller is a zombie: the request is final,
-            of a newer attempt or of another owner. Nothing is changed then.
+            True when the request is there now, also when it was there already. False when the caller is a zombie: the request is
+            final, further on, of a newer attempt or of another owner. Nothing is changed then.
 
         Raises:
-            StateLostError: Redis has lost writes of this owner: the record is missing, of an older attempt, or so far behind that no edge
-                leads to the state. `restore` writes it again.
+            StateLostError: Redis has lost writes of this owner: the record is missing, of an older attempt, or so far behind that
+                only several edges lead to the state. `restore` writes it again.
         """
-        raise NotImplementedError
+        arguments = (
+            owner or self._gateway_id,
+            attempt,
+            to_state.value,
+            attempt if new_attempt is None else new_attempt,
+            self._retention_ms,
+            edges_argument(),
+            paths_argument(),
+            terminal_argument(),
+            *_changes(fields or {}),
+        )
+        return _accepted(request_id, await self._connection.run_script("transition", _keys(request_id), arguments))
 
     async def restore(self, record: RequestRecord, frames: Sequence[bytes]) -> bool:
         """Writes the owner's knowledge again after Redis lost some of it. The attempt never goes back.
@@ -98,43 +113,79 @@ class StateStore:
         Returns:
             False when Redis has a newer attempt, a final state or another owner of this attempt; nothing is changed then.
         """
-        raise NotImplementedError
+        fields = encode_record(record)
+        arguments = (
+            record.gateway_id,
+            record.attempt,
+            record.state.value,
+            record.remaining_ms,
+            self._retention_ms,
+            terminal_argument(),
+            len(fields),
+            *fields,
+            *frames,
+        )
+        written = _accepted(record.request_id, await self._connection.run_script("restore", _keys(record.request_id), arguments))
+        if written:
+            await self._list(record)
+        return written
 
-    async def append_frames(self, request_id: str, attempt: int, position: int, frames: Sequence[bytes]) -> int:
+    async def append_frames(
+        self, request_id: str, attempt: int, position: int, frames: Sequence[bytes], num_output_tokens: int | None = None
+    ) -> int:
         """Appends to a request's frame log; frames that are there already are dropped.
 
         Args:
             request_id: the request.
             attempt: the attempt that made the frames.
             position: index of the first frame in the request's log.
-            frames: opaque, non-empty bytes each.
+            frames: opaque bytes each.
+            num_output_tokens: what the record says from now on; None leaves it.
 
         Returns:
             The log's new length in frames.
 
         Raises:
-            FrameGapError: frames before `position` are missing (`num_frames` says how many there are): Redis lost them, or the caller
-                skipped some.
+            FrameGapError: frames before `position` are missing: Redis lost them, or the caller skipped some. `num_frames` says
+                how many there are.
             StateLostError: the record is missing, or of an older attempt.
             SupersededError: the request is final, of a newer attempt or of another owner.
         """
-        raise NotImplementedError
+        output = "" if num_output_tokens is None else num_output_tokens
+        arguments = (self._gateway_id, attempt, position, terminal_argument(), output, *frames)
+        result, *details = await self._connection.run_script("append", _keys(request_id), arguments)
+        if result == b"GAP":
+            raise FrameGapError(f"The log of request {request_id} ends before frame {position}; restore it.", int(details[0]))
+        if not _accepted(request_id, result):
+            raise SupersededError(f"Request {request_id} has ended or goes on elsewhere.")
+        return int(details[0])
 
-    async def read_frames(self, request_id: str, position: int, max_count: int, wait_ms: int = 0) -> tuple[list[bytes], RequestState]:
+    async def read_frames(
+        self, request_id: str, position: int, max_count: int, wait_ms: int = 0
+    ) -> tuple[list[bytes], RequestState]:
         """Frames from `position` on, waiting up to `wait_ms` for the first one or for the end.
 
         Returns:
-            At most `max_count` frames, and the state. A final state comes with the last frames only: until all were returned, an ended
-            request reads as DECODING. So `(…, final)` always means that nothing follows.
+            At most `max_count` frames, and the state. A final state comes with the last frames only: until all were returned, an
+            ended request reads as DECODING. So a final state always means that nothing follows.
 
         Raises:
             RequestNotFoundError: no such request, or it was forgotten.
         """
-        raise NotImplementedError
+        arguments = (position, max_count, terminal_argument())
+        answer = await self._connection.run_script("read", _keys(request_id), arguments)
+        if len(answer) == 1 and wait_ms > 0 and RequestState(answer[0].decode()) not in TERMINAL_STATES:
+            # Frame p has the stream id (p + 1)-0: this waits for frame `position`, or for the end that may be there instead.
+            await self._connection.wait_for_entry(_log_key(request_id), f"{position}-0", wait_ms)
+            answer = await self._connection.run_script("read", _keys(request_id), arguments)
+        if not answer:
+            raise RequestNotFoundError(f"Request {request_id} is not known, or was forgotten.")
+        return answer[1:], RequestState(answer[0].decode())
 
     async def get(self, request_id: str) -> RequestRecord | None:
         """One request, or None."""
-        raise NotImplementedError
+        stored, now_ms = await self._connection.run(lambda client: _read_record(client, request_id))
+        return decode_record(stored, now_ms) if stored else None
 
     async def list_requests(self, page_size: int, page_token: str = "", active_only: bool = False) -> RequestPage:
         """Known requests of all gateways, newest first.
@@ -142,7 +193,7 @@ class StateStore:
         Raises:
             InvalidRequestError: `page_token` is none of ours.
         """
-        raise NotImplementedError
+        return await self._request_list.read_page(page_size, page_token, active_only)
 
     async def take_over(
         self, request_id: str, expected_owner: str, expected_attempt: int, new_owner: str | None = None
@@ -158,7 +209,11 @@ class StateStore:
         Returns:
             The record as it is now, or None when it is not as expected, final or gone. Its frames: `read_frames`.
         """
-        raise NotImplementedError
+        # The token makes a repeat of this very call harmless, and a second one at this gateway fail.
+        token = secrets.token_hex(8)
+        arguments = (expected_owner, expected_attempt, new_owner or self._gateway_id, token, terminal_argument())
+        taken = await self._connection.run_script("take_over", [_request_key(request_id)], arguments)
+        return await self.get(request_id) if taken else None
 
     async def claim_idempotency_key(
         self, tenant: str, key: str, body_digest: str, request_id: str, ttl_ms: int
@@ -175,8 +230,56 @@ class StateStore:
         Raises:
             IdempotencyConflictError: the key was used with another body.
         """
-        raise NotImplementedError
+        answer = await self._connection.run_script("claim", [_idempotency_key(tenant, key)], (body_digest, request_id, ttl_ms))
+        stored_digest, owner = (value.decode() for value in answer)
+        if stored_digest != body_digest:
+            raise IdempotencyConflictError("The idempotency key was used before with another request; use a new key.")
+        return IdempotencyClaim(owner, mine=owner == request_id)
 
     async def release_idempotency_key(self, tenant: str, key: str, request_id: str) -> None:
         """Forgets the key when this request owns it; for a request that was not admitted after all."""
-        raise NotImplementedError
+        await self._connection.run_script("release", [_idempotency_key(tenant, key)], (request_id,))
+
+    async def _list(self, record: RequestRecord) -> None:
+        time_to_live_ms = record.remaining_ms + self._retention_ms
+        await self._request_list.add(record.request_id, record.create_time_ms, time_to_live_ms)
+
+
+def _request_key(request_id: str) -> str:
+    # Braces: both keys of a request lie in one slot of a cluster, so that one script may touch both.
+    return f"kvrelay:{{{request_id}}}:request"
+
+
+def _log_key(request_id: str) -> str:
+    return f"kvrelay:{{{request_id}}}:log"
+
+
+def _keys(request_id: str) -> list[str]:
+    return [_request_key(request_id), _log_key(request_id)]
+
+
+def _idempotency_key(tenant: str, key: str) -> str:
+    # Hashed: both are any bytes of a client's choosing. Lengths are in it, so that no two pairs read alike.
+    digest = hashlib.blake2b(f"{len(tenant)}:{tenant}{key}".encode(), digest_size=16).hexdigest()
+    return f"kvrelay:{{{digest}}}:idempotency"
+
+
+def _changes(fields: Mapping[str, str | int]) -> Iterator[str | int]:
+    for name, value in fields.items():
+        assert name in CHANGEABLE_FIELDS, f"{name} does not change with a state"
+        yield name
+        yield value
+
+
+def _accepted(request_id: str, result: bytes) -> bool:
+    if result == b"LOST":
+        raise StateLostError(f"The state store has lost the last writes about request {request_id}; restore it.")
+    return result == b"DONE"
+
+
+async def _read_record(client: Redis, request_id: str) -> tuple[dict[bytes, bytes], int]:
+    pipeline = client.pipeline(transaction=False)
+    pipeline.hgetall(_request_key(request_id))
+    pipeline.time()
+    stored, (seconds, microseconds) = await pipeline.execute()
+    return stored, seconds * 1000 + microseconds // 1000
