@@ -1,0 +1,70 @@
+"""Many clients that change their minds: no hang, one terminal for every stream, and nothing left in the pools."""
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kvrelay.client import AsyncClient
+from kvrelay.errors import CancelledRequestError
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, random_prompt
+from tests.tiny_models import make_tiny_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+NUM_CLIENTS = 16
+NUM_REQUESTS = 50
+MAX_TOKENS = 24
+
+
+async def test_sixteen_clients_with_random_cancels_leave_nothing_behind(tmp_path: Path) -> None:
+    settings = engine(make_tiny_model("llama", tmp_path), num_kv_blocks=256, prefill_chunk_tokens=64)
+    terminals: Counter[str] = Counter()
+    async with cluster_of([settings], [settings, settings], local_prefill_tokens=24) as cluster:
+        async with asyncio.TaskGroup() as group:
+            for number in range(NUM_CLIENTS):
+                group.create_task(run_client(cluster.gateway_address, number, terminals))
+        async with AsyncClient(cluster.gateway_address) as client:
+            await assert_at_rest(client)
+            page = await client.list_requests(active_only=True)
+            assert page.requests == ()
+    print(dict(terminals))
+    assert sum(terminals.values()) == NUM_CLIENTS * NUM_REQUESTS
+    assert set(terminals) == {"finished", "cancelled by call", "disconnected"}
+    assert min(terminals.values()) > NUM_REQUESTS
+
+
+async def run_client(address: str, number: int, terminals: Counter[str]) -> None:
+    generator = random.Random(number)
+    async with AsyncClient(address) as client:
+        for _ in range(NUM_REQUESTS):
+            terminals[await run_request(client, generator)] += 1
+
+
+async def run_request(client: AsyncClient, generator: random.Random) -> str:
+    """One request; after a random number of deltas it is left alone, cancelled by call, or its stream is dropped."""
+    ending = generator.choice(["finish", "call", "disconnect"])
+    after = generator.randrange(0, MAX_TOKENS // 2)
+    prompt = random_prompt(generator.randrange(10), generator.choice([3, 30, 100]))
+    num_sequences = generator.choice([1, 1, 1, 2])
+    stream = client.generate(
+        token_ids=prompt, max_tokens=MAX_TOKENS, ignore_eos=True, n=num_sequences, seed=generator.randrange(99), timeout_s=60
+    )
+    num_tokens = 0
+    try:
+        async for delta in stream:
+            num_tokens += len(delta.tokens)
+            if num_tokens > after and ending == "disconnect":
+                await stream.aclose()
+                return "disconnected"
+            if num_tokens > after and ending == "call" and stream.accepted is not None:
+                await client.cancel(stream.accepted.request_id)
+    except CancelledRequestError:
+        assert ending == "call"
+        assert stream.finished is None
+        return "cancelled by call"
+    assert stream.finished is not None
+    assert num_tokens == MAX_TOKENS * num_sequences
+    return "finished"

@@ -1,0 +1,99 @@
+"""GetCluster, `kvrelay status` and Redis agree about a running request; after its end its keys expire."""
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio as redis
+
+from kvrelay.client import AsyncClient, RequestState
+from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings, RelaySettings, ServerSettings
+from kvrelay.local_cluster import LocalCluster
+from tests.integration.clusters import assert_at_rest, engine, random_prompt, wait_until
+from tests.tiny_models import make_tiny_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+
+
+async def status(address: str) -> dict[str, Any]:
+    """What `kvrelay status --json` prints."""
+    command = [sys.executable, "-m", "kvrelay.cli", "status", "--json", "--gateway", address]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(30):
+        output, _ = await process.communicate()
+    assert process.returncode == 0
+    answer: dict[str, Any] = json.loads(output)
+    return answer
+
+
+async def stored(store: "redis.Redis", request_id: str) -> dict[bytes, int]:
+    """Every key of the request with what is left of its life, in milliseconds; a key that never expires has -1."""
+    keys = [key async for key in store.scan_iter(match=f"*{{{request_id}}}*")]
+    return {key: await store.pttl(key) for key in keys}
+
+
+async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
+    server = ServerSettings(liveness_window_ms=60000)  # so that a stopped worker is not taken for a dead one
+    settings = engine(make_tiny_model("llama", tmp_path))
+    cluster = LocalCluster(
+        gateway=GatewaySettings(server=server, relay=RelaySettings(local_prefill_tokens=0)),
+        prefill=[PrefillSettings(server=server, engine=settings)],
+        decode=[DecodeSettings(server=server, engine=settings)],
+    )
+    async with cluster, AsyncClient(cluster.gateway_address) as client:
+        assert cluster.redis_url is not None
+        store = redis.Redis.from_url(cluster.redis_url)
+        num_tokens = 0
+        stream = client.generate(token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60)
+        async for delta in stream:
+            num_tokens += len(delta.tokens)
+            if num_tokens == 10:
+                await cluster.kill("decode-0", signal.SIGSTOP)
+                assert stream.accepted is not None
+                await assert_views_agree(client, cluster.gateway_address, store, stream.accepted.request_id)
+                await cluster.kill("decode-0", signal.SIGCONT)
+        assert num_tokens == 400
+        assert stream.accepted is not None
+        request_id = stream.accepted.request_id
+
+        async def succeeded() -> bool:
+            return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == b"SUCCEEDED"
+
+        await wait_until(succeeded, "Redis has the final state")
+        request = await client.get_request(request_id)
+        assert (request.state, request.num_output_tokens) == (RequestState.SUCCEEDED, 400)
+        lives = await stored(store, request_id)
+        assert lives
+        assert all(0 < life_ms <= 3600000 for life_ms in lives.values())
+        await assert_at_rest(client)
+        await store.aclose()
+
+
+async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Redis", request_id: str) -> None:
+    async def decoding_in_redis() -> bool:
+        return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == b"DECODING"
+
+    await wait_until(decoding_in_redis, "Redis knows that the request decodes")
+    view = await client.cluster()
+    (running,) = view.running_requests
+    assert (running.request_id, running.state) == (request_id, RequestState.DECODING)
+    assert running.decode_worker_id in {worker.worker_id for worker in view.workers}
+
+    answer = await status(address)
+    (shown,) = answer["running_requests"]
+    assert shown["request_id"] == request_id
+    assert shown["state"].lower() == "decoding"
+    assert shown["decode_worker_id"] == running.decode_worker_id
+
+    fields = await store.hgetall(f"kvrelay:{{{request_id}}}:request")
+    assert fields[b"decode_worker_id"].decode() == running.decode_worker_id
+    assert fields[b"prefill_worker_id"].decode() == running.prefill_worker_id
+    assert fields[b"gateway_id"].decode() == view.gateway_id
+    assert int(fields[b"attempt"]) == running.attempt == 1
+    listed = await client.list_requests(active_only=True)
+    assert [request.request_id for request in listed.requests] == [request_id]
+    assert all(life_ms > 0 for life_ms in (await stored(store, request_id)).values())

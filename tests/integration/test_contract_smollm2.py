@@ -1,0 +1,122 @@
+"""The contract on a real model, in float32, through real processes: the greedy tokens of transformers, alone and eight at once.
+
+And seeded sampling: the same tokens alone, in a batch of eight, and after the decode worker was killed in mid-stream.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from transformers import AutoConfig
+
+from kvrelay.client import AsyncClient, Delta
+from kvrelay.local_cluster import LocalCluster
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, token_ids
+from tests.reference import NearTies, Reference
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.real_model,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(900),
+]
+
+PROMPT_LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 200, 333, 512, 777, 1024, 1500)
+NUM_TOKENS = 64
+TEXT = Path(__file__).parents[2] / "LICENSE"
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 48, "ignore_eos": True}
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def cluster(smollm2_path: Path) -> AsyncIterator[LocalCluster]:
+    settings = engine(smollm2_path, kv_cache_mib=1024, prefill_chunk_tokens=256)
+    async with cluster_of([settings], [settings], local_prefill_tokens=0, restart=True, worker_wait_ms=120000) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(cluster.gateway_address) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def prompts(client: AsyncClient) -> list[list[int]]:
+    """Twenty prompts of natural text, each from another place."""
+    ids = await client.tokenize(TEXT.read_text("utf-8"))
+    starts = (50 * number for number in range(len(PROMPT_LENGTHS)))
+    return [list(ids[start : start + length]) for start, length in zip(starts, PROMPT_LENGTHS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_path: Path) -> Reference:
+    return Reference(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def bytes_per_token(smollm2_path: Path) -> int:
+    config: Any = AutoConfig.from_pretrained(smollm2_path)
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
+
+
+async def test_alone_each_prompt_gives_the_reference_tokens(
+    client: AsyncClient, prompts: list[list[int]], reference: Reference, bytes_per_token: int
+) -> None:
+    ties = NearTies()
+    for prompt, length in zip(prompts, PROMPT_LENGTHS, strict=True):
+        completion = await greedy(client, prompt, NUM_TOKENS, tenant=f"alone {length}")
+        assert completion.finished.phases.transfer_bytes == bytes_per_token * length
+        reference.check(prompt, token_ids(completion), ties)
+    print(ties)
+    await assert_at_rest(client)
+
+
+async def test_eight_at_once_each_prompt_gives_the_reference_tokens(
+    client: AsyncClient, prompts: list[list[int]], reference: Reference, bytes_per_token: int
+) -> None:
+    ties = NearTies()
+    places = asyncio.Semaphore(8)
+
+    async def run(prompt: list[int]) -> None:
+        async with places:
+            completion = await greedy(client, prompt, NUM_TOKENS, tenant=f"eight {len(prompt)}")
+        assert completion.finished.phases.transfer_bytes == bytes_per_token * len(prompt)
+        await asyncio.to_thread(reference.check, prompt, token_ids(completion), ties)
+
+    async with asyncio.TaskGroup() as group:
+        for prompt in prompts:
+            group.create_task(run(prompt))
+    print(ties)
+    await assert_at_rest(client)
+
+
+async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_the_decode_workers_death(
+    cluster: LocalCluster, client: AsyncClient, prompts: list[list[int]]
+) -> None:
+    prompt = prompts[PROMPT_LENGTHS.index(100)]
+    alone = token_ids(await client.complete(token_ids=prompt, seed=11, tenant="alone", timeout_s=120, **SAMPLED))
+
+    others = [
+        client.complete(token_ids=prompts[-number], seed=number, tenant="batch", timeout_s=120, **SAMPLED)
+        for number in range(4, 11)
+    ]
+    batch = await asyncio.gather(client.complete(token_ids=prompt, seed=11, tenant="batch", timeout_s=120, **SAMPLED), *others)
+    assert token_ids(batch[0]) == alone
+    assert token_ids(batch[1]) != alone
+
+    deltas: list[Delta] = []
+    stream = client.generate(token_ids=prompt, seed=11, tenant="killed", timeout_s=180, **SAMPLED)
+    async for delta in stream:
+        deltas.append(delta)
+        if len(deltas) == 10:
+            await cluster.kill("decode-0", signal.SIGKILL)
+    assert [delta.index for delta in deltas if delta.tokens] == list(range(len(alone)))
+    assert [token.token_id for delta in deltas for token in delta.tokens] == alone
+    assert stream.finished is not None
+    assert stream.finished.phases.num_attempts > 1
+    assert cluster.num_restarts("decode-0") == 1
+    await assert_at_rest(client)

@@ -1,0 +1,90 @@
+"""What transformers itself generates, greedily, and how near each choice was to a tie. The measure for the contract tests.
+
+Knows nothing of kvrelay: it loads the same folder with transformers' own attention and cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+TIE_LOGITS = 1e-4
+"""Where the two best logits are closer than this, either token is right."""
+
+
+@dataclass(slots=True)
+class NearTies:
+    """How many places were excused; tests print it, so that nobody has to trust that there are few."""
+
+    num_positions: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.places)} near ties at {self.num_positions} positions {self.places}"
+
+
+class Reference:
+    """Greedy generation by transformers in float32.
+
+    Args:
+        model_path: a model folder.
+    """
+
+    def __init__(self, model_path: Path) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self._generated: dict[tuple[tuple[int, ...], int], tuple[list[int], list[float]]] = {}
+
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        """`transformers.generate` without end of sequence: `num_tokens` tokens, and for each the two best logits' difference."""
+        key = (tuple(prompt), num_tokens)
+        if key not in self._generated:
+            self._generated[key] = self._generate(prompt, num_tokens)
+        return self._generated[key]
+
+    def _generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
+        input_ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=num_tokens,
+                min_new_tokens=None,
+                eos_token_id=None,
+                pad_token_id=0,
+                do_sample=False,
+                num_beams=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        best_two = torch.stack(output.logits)[:, 0].float().topk(2).values
+        gaps = (best_two[:, 0] - best_two[:, 1]).tolist()
+        return output.sequences[0, len(prompt) :].tolist(), gaps
+
+    def check(self, prompt: Sequence[int], actual: Sequence[int], ties: NearTies) -> None:
+        """Checks that `actual` is what greedy generation gives, token for token.
+
+        At a near tie the other token is right too; from there on the reference continues behind the token that was chosen.
+
+        Raises:
+            AssertionError: names the first wrong position.
+        """
+        ties.num_positions += len(actual)
+        done: list[int] = []
+        while len(done) < len(actual):
+            expected, gaps = self.generate([*prompt, *done], len(actual) - len(done))
+            rest = actual[len(done) :]
+            differing = next((at for at, (ours, theirs) in enumerate(zip(rest, expected, strict=True)) if ours != theirs), None)
+            if differing is None:
+                return
+            index = len(done) + differing
+            assert gaps[differing] < TIE_LOGITS, (
+                f"token {index} behind a prompt of {len(prompt)} is {rest[differing]}; "
+                f"transformers generates {expected[differing]} (two best logits {gaps[differing]:.2e} apart)"
+            )
+            ties.places.append(f"prompt of {len(prompt)}, token {index}")
+            done = list(actual[: index + 1])
