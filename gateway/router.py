@@ -1,0 +1,110 @@
+"""Which workers take a work. Pure: a function of what is known of the workers, with no clock and no memory of its own."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvrelay.model_spec import ModelSpec
+from kvrelay.work import WorkerLoad
+from kvrelay.worker_registry import MemberRole
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What this gateway knows of a worker whose session is up."""
+
+    worker_id: str
+    role: MemberRole
+    address: str
+    model: ModelSpec
+    block_size: int
+    max_sequence_tokens: int
+    load: WorkerLoad
+    num_assigned: int = 0
+    """Works that this gateway gave it and that its load does not count yet."""
+    num_assigned_tokens: int = 0
+    """Prompt tokens of those."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteQuery:
+    """What is to be placed."""
+
+    fingerprint: str
+    num_tokens: int
+    excluded_worker_ids: frozenset[str] = frozenset()
+    avoided_pairs: frozenset[tuple[str, str]] = frozenset()
+    """(decode, prefill) worker."""
+    preferred_decode_worker_id: str | None = None
+    """Where the beginning of the prompt is probably cached: a conversation's last worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The chosen workers; without a prefill worker the decode worker computes the prompt."""
+
+    decode_worker_id: str
+    prefill_worker_id: str | None
+
+
+def choose_workers(workers: Iterable[WorkerView], query: RouteQuery) -> Assignment | None:
+    """The best decode worker and, for it, the best prefill worker; None when no decode worker may take the work."""
+    candidates = [worker for worker in workers if _may_take(worker, query)]
+    decode_workers = [worker for worker in candidates if worker.role is MemberRole.DECODE]
+    prefill_workers = [worker for worker in candidates if worker.role is MemberRole.PREFILL]
+    if not decode_workers:
+        return None
+    decode_worker = min(decode_workers, key=lambda worker: _decode_cost(worker, query))
+    peers = [worker for worker in prefill_workers if (decode_worker.worker_id, worker.worker_id) not in query.avoided_pairs]
+    prefill_worker = min(peers, key=_prefill_cost, default=None)
+    return Assignment(decode_worker.worker_id, prefill_worker.worker_id if prefill_worker else None)
+
+
+def _may_take(worker: WorkerView, query: RouteQuery) -> bool:
+    return (
+        worker.model.fingerprint == query.fingerprint
+        and not worker.load.draining
+        and worker.worker_id not in query.excluded_worker_ids
+        and query.num_tokens < worker.max_sequence_tokens
+    )
+
+
+def _decode_cost(worker: WorkerView, query: RouteQuery) -> tuple[object, ...]:
+    """Smaller is better: room for the prompt, its beginning cached, the shortest batch, the most free blocks."""
+    load = worker.load
+    num_blocks_needed = -(-(query.num_tokens + worker.num_assigned_tokens) // worker.block_size)
+    num_blocks_left = load.num_free_blocks + load.num_cached_blocks - num_blocks_needed
+    num_works = load.num_running + load.num_waiting + worker.num_assigned
+    return (
+        num_blocks_left < 0,
+        worker.worker_id != query.preferred_decode_worker_id,
+        num_works,
+        -num_blocks_left,
+        worker.num_assigned,
+        worker.worker_id,
+    )
+
+
+def _prefill_cost(worker: WorkerView) -> tuple[object, ...]:
+    num_queued_tokens = worker.load.num_queued_prompt_tokens + worker.num_assigned_tokens
+    return (num_queued_tokens, worker.load.num_waiting + worker.num_assigned, worker.worker_id)
+
+
+class FailedPairs:
+    """Pairs of workers between which KV did not travel a moment ago. Times are monotonic seconds, given by the caller.
+
+    Args:
+        rest_s: how long a pair is left alone.
+    """
+
+    def __init__(self, rest_s: float = 10.0) -> None:
+        self._rest_s = rest_s
+        self._until: dict[tuple[str, str], float] = {}
+
+    def note(self, pair: tuple[str, str], now: float) -> None:
+        """(decode, prefill) failed."""
+        self._until[pair] = now + self._rest_s
+
+    def current(self, now: float) -> frozenset[tuple[str, str]]:
+        """Pairs to leave alone now."""
+        self._until = {pair: until for pair, until in self._until.items() if until > now}
+        return frozenset(self._until)
