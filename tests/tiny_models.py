@@ -25,8 +25,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_TEXT = """The cache of a causal model may be kept, copied and continued elsewhere, because the keys and values of a token depend on
-nothing that comes after it. The prefill worker runs the prompt; the decode worker continues it, one token at a time, and streams."""
+_TEXT = """The cache of a causal model may be kept, copied and continued elsewhere, because the keys and values of a token
+depend on nothing that comes after it. The prefill worker runs the prompt; the decode worker continues it, one token at a
+time, and streams."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -125,7 +126,8 @@ def save_tiny_tokenizer(folder: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template of the tiny tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    fast = PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    fast = tokenizer_class(
         tokenizer_object=_train_tokenizer(),
         eos_token=EOS_TOKEN,
         bos_token=BOS_TOKEN,
@@ -158,10 +160,11 @@ def _save_model(kind: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto_model: Any = AutoModelForCausalLM
     config = AutoConfig.for_model(kind, **_CONFIGS[kind])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20240517)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_model.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             # What starts as zeros or ones (biases, norms, sinks) would hide mistakes in how it is applied.
             if parameter.ndim == 1:

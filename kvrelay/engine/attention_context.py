@@ -1,0 +1,198 @@
+"""What attention must know of one step: where the step's tokens lie in the pool, and which tokens each of them may see.
+
+Built once per step from the batch and shared by all layers. Knows nothing of models or of how attention is computed.
+
+    flat batch    | prompt chunk of a | decode of b | decode of c | prompt chunk of d |
+                  0                                                          num_tokens
+    `prefill` holds a and d, each attended to alone; `decode` holds b and c, attended to together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrelay.engine.paged_kv_cache import PagedKVCache
+
+Window = int | None
+"""Most tokens that a token sees, itself included; None sees all."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One sequence's share of a step.
+
+    sequence    |<- KV in blocks ->|<- token_ids ->|
+                0               position     position + len(token_ids)
+    """
+
+    token_ids: Sequence[int]
+    """The new tokens, at least one."""
+    position: int
+    """Position of the first of them in the sequence."""
+    block_ids: Sequence[int]
+    """The sequence's blocks, with room for the new tokens."""
+    sample: bool
+    """Whether logits of the last token are wanted."""
+
+
+@dataclass(slots=True)
+class PrefillSegment:
+    """A prompt chunk: rows [token_begin, token_end) of the flat batch are positions from `position` on."""
+
+    token_begin: int
+    token_end: int
+    position: int
+    block_ids: Sequence[int]
+    block_size: int
+    device: torch.device
+    _views: dict[Window, "PrefillView"] = field(default_factory=dict)
+
+    def view(self, window: Window) -> "PrefillView":
+        """What the chunk sees through this window; made once per step."""
+        if window not in self._views:
+            self._views[window] = self._make_view(window)
+        return self._views[window]
+
+    def _make_view(self, window: Window) -> "PrefillView":
+        num_tokens = self.token_end - self.token_begin
+        end = self.position + num_tokens
+        within_window = window is None or end <= window
+        first_seen = 0 if window is None else max(0, self.position - window + 1)
+        first_block = 0 if self.position == 0 else first_seen // self.block_size
+        key_begin = first_block * self.block_size
+        mask = None
+        if not (self.position == 0 and within_window):
+            queries = torch.arange(self.position, end).unsqueeze(1)
+            keys = torch.arange(key_begin, end).unsqueeze(0)
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            mask = mask.to(self.device)
+        blocks = None
+        if self.position > 0:
+            blocks = torch.tensor(self.block_ids[first_block : -(-end // self.block_size)], device=self.device)
+        return PrefillView(blocks, end - key_begin, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillView:
+    """The keys of a chunk. `block_ids` is None when they are the chunk's own; `mask` is None when it is plainly causal."""
+
+    block_ids: Tensor | None
+    """int64 [num_blocks]"""
+    num_keys: int
+    mask: Tensor | None
+    """bool [num_tokens, num_keys], True where seen"""
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences of similar length that continue by one token each."""
+
+    rows: Tensor
+    """int64 [num_sequences], rows of the flat batch"""
+    positions: Sequence[int]
+    block_ids: Sequence[Sequence[int]]
+    block_size: int
+    device: torch.device
+    _views: dict[Window, "DecodeView"] = field(default_factory=dict)
+
+    def view(self, window: Window) -> "DecodeView":
+        """What the sequences see through this window; made once per step."""
+        if window not in self._views:
+            self._views[window] = self._make_view(window)
+        return self._views[window]
+
+    def _make_view(self, window: Window) -> "DecodeView":
+        size = self.block_size
+        first_blocks = [0 if window is None else max(0, position - window + 1) // size for position in self.positions]
+        last_blocks = [position // size for position in self.positions]
+        num_blocks = max(last - first + 1 for first, last in zip(first_blocks, last_blocks, strict=True))
+        table = np.empty((len(self.positions), num_blocks), dtype=np.int64)
+        for row, (blocks, first, last) in enumerate(zip(self.block_ids, first_blocks, last_blocks, strict=True)):
+            # Padded with the sequence's own last block: no sequence ever reads a block of another.
+            table[row] = blocks[last]
+            table[row, : last - first + 1] = blocks[first : last + 1]
+        positions = np.asarray(self.positions)[:, None]
+        begins = np.asarray(first_blocks)[:, None] * size
+        keys = begins + np.arange(num_blocks * size)[None, :]  # [num_sequences, num_keys]
+        seen = keys <= positions
+        if window is not None:
+            seen &= keys > positions - window
+        ends = (np.asarray(last_blocks)[:, None] + 1) * size
+        unwritten = np.flatnonzero((keys > positions) & (keys < ends))
+        return DecodeView(
+            torch.from_numpy(table.reshape(-1)).to(self.device),
+            torch.from_numpy(seen).to(self.device),
+            torch.from_numpy(unwritten).to(self.device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeView:
+    """The keys of a decode group, padded to the longest."""
+
+    block_ids: Tensor
+    """int64 [num_sequences * num_blocks]"""
+    mask: Tensor
+    """bool [num_sequences, num_keys], True where seen"""
+    unwritten: Tensor
+    """int64 [any], flat indices into [num_sequences * num_keys]: slots of the last blocks behind the end of a sequence, with what
+    others may have left there"""
+
+
+class AttentionContext:
+    """One step's plan, handed through the model's forward to `paged_attention`.
+
+    Args:
+        cache: the pool.
+        batch: the step's inputs, in the order of the flat batch.
+        on_layer_written: called with the layer once its K and V of the whole step are in the pool.
+    """
+
+    def __init__(
+        self, cache: PagedKVCache, batch: Sequence[StepInput], on_layer_written: Callable[[int], None] | None = None
+    ) -> None:
+        self.cache = cache
+        self.on_layer_written = on_layer_written
+        self.prefill: list[PrefillSegment] = []
+        slots = [cache.slots_for(item.block_ids, item.position, item.position + len(item.token_ids)) for item in batch]
+        self.slot_mapping = torch.cat(slots).to(cache.device)  # [num_tokens]
+        decoding: list[tuple[int, StepInput]] = []
+        row = 0
+        for item in batch:
+            if len(item.token_ids) == 1:
+                decoding.append((row, item))
+            else:
+                end = row + len(item.token_ids)
+                self.prefill.append(PrefillSegment(row, end, item.position, item.block_ids, cache.block_size, cache.device))
+            row += len(item.token_ids)
+        self.decode = [self._make_group(group) for group in _group_by_length(decoding)]
+
+    def _make_group(self, group: Sequence[tuple[int, StepInput]]) -> DecodeGroup:
+        return DecodeGroup(
+            rows=torch.tensor([row for row, _ in group], device=self.cache.device),
+            positions=[item.position for _, item in group],
+            block_ids=[item.block_ids for _, item in group],
+            block_size=self.cache.block_size,
+            device=self.cache.device,
+        )
+
+
+MIN_GROUP_KEYS = 128
+"""Sequences shorter than this share a group whatever their lengths: a further group costs more than the padding."""
+
+
+def _group_by_length(decoding: list[tuple[int, StepInput]]) -> list[list[tuple[int, StepInput]]]:
+    """Splits sequences into groups whose longest is at most twice the shortest, so that little is padded."""
+    groups: list[list[tuple[int, StepInput]]] = []
+    longest = 0
+    for row, item in sorted(decoding, key=lambda entry: entry[1].position):
+        if not groups or item.position + 1 > longest:
+            groups.append([])
+            longest = max(MIN_GROUP_KEYS, 2 * (item.position + 1))
+        groups[-1].append((row, item))
+    return groups

@@ -1,0 +1,21 @@
+"""A model in memory, ready to run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvrelay.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A transformers causal language model whose attention goes through ours, and what it is to everything without tensors."""
+
+    module: Any
+    """In eval mode, without gradients."""
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    """Memory of the parameters and buffers."""

@@ -1,0 +1,153 @@
+"""The KV pool of a worker: one tensor of blocks, and how keys and values enter and leave it.
+
+Knows nothing of who holds which block (`kvrelay.kv_cache.block_manager` does) and of how attention reads them.
+
+On the wire and in `export_kv` a range of tokens is, per layer, K then V, [tokens, kv_heads, head_dim]: no block size in it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvrelay.errors import TransferError
+from kvrelay.kv_cache.block_manager import BlockCopy
+from kvrelay.model_spec import DTYPE_BYTES, KVLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PagedKVCache:
+    """K and V of every layer in blocks.
+
+    `export_kv`, `import_kv` and `copy_blocks` may be called from any thread for blocks that the running step does not touch.
+
+    Args:
+        layout: the model's KV layout.
+        num_blocks: blocks in the pool.
+        block_size: tokens per block.
+        device: where the pool lies.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, block_size: int, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = torch.device(device)
+        # [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]: a block is one contiguous row per layer and
+        # side, so gathering a sequence copies few long rows. Zeros, for a masked NaN would still spoil a softmax's sum.
+        self._pool = torch.zeros(
+            (layout.num_layers, 2, num_blocks, block_size, layout.num_kv_heads, layout.head_dim),
+            dtype=TORCH_DTYPES[layout.dtype],
+            device=self.device,
+        )
+        # The same memory by slots: slot = block * block_size + offset.
+        self._slots = self._pool.view(
+            layout.num_layers, 2, num_blocks * block_size, layout.num_kv_heads, layout.head_dim
+        )  # [num_layers, 2, num_slots, num_kv_heads, head_dim]
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool."""
+        return self._pool.numel() * self._pool.element_size()
+
+    def slots_for(self, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
+        """Slots of the tokens [token_begin, token_end) of the sequence that holds `block_ids`: int64 [num_tokens], on the CPU."""
+        assert 0 <= token_begin <= token_end <= len(block_ids) * self.block_size, "the tokens lie outside of the blocks"
+        tokens = np.arange(token_begin, token_end)
+        first_block = token_begin // self.block_size
+        last_block = -(-token_end // self.block_size)
+        blocks = np.asarray(block_ids[first_block:last_block], dtype=np.int64)
+        slots = blocks[tokens // self.block_size - first_block] * self.block_size + tokens % self.block_size
+        return torch.from_numpy(slots)
+
+    def write(self, layer: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
+        """Writes one layer's K and V of a step.
+
+        Args:
+            layer: from 0.
+            slot_mapping: int64 [num_tokens].
+            key: [num_tokens, num_kv_heads, head_dim].
+            value: same shape.
+        """
+        self._slots[layer, 0].index_copy_(0, slot_mapping, key)
+        self._slots[layer, 1].index_copy_(0, slot_mapping, value)
+
+    def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of whole blocks, in the given order: each [num_blocks * block_size, num_kv_heads, head_dim].
+
+        Args:
+            layer: from 0.
+            block_ids: int64 [num_blocks], repeats allowed.
+        """
+        key = self._pool[layer, 0].index_select(0, block_ids)
+        value = self._pool[layer, 1].index_select(0, block_ids)
+        return key.flatten(0, 1), value.flatten(0, 1)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies whole blocks in all layers. No target may be the source of another copy."""
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies], device=self.device)
+        targets = torch.tensor([copy.target for copy in copies], device=self.device)
+        with torch.inference_mode():
+            self._pool.index_copy_(2, targets, self._pool.index_select(2, sources))
+
+    def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
+        """Copies K and V of a range of layers and tokens out of the pool.
+
+        Args:
+            layer_begin, layer_end: half-open range of layers.
+            block_ids: the sequence's blocks, from its first token on.
+            token_begin, token_end: half-open range of the sequence's tokens.
+
+        Returns:
+            Contiguous uint8 CPU tensor [layers, 2, tokens, num_kv_heads, head_dim * bytes per element]; `.numpy()` gives its
+            bytes without a copy.
+        """
+        self._check_layers(layer_begin, layer_end)
+        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
+        with torch.inference_mode():
+            exported = self._slots[layer_begin:layer_end].index_select(2, slots).cpu()
+            return exported.view(torch.uint8)
+
+    def import_kv(
+        self,
+        payload: memoryview | bytes,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+    ) -> None:
+        """Copies K and V, as `export_kv` gave them, into the pool.
+
+        Args:
+            payload: raw bytes; read only during the call.
+            layer_begin, layer_end, block_ids, token_begin, token_end: as in `export_kv`.
+
+        Raises:
+            TransferError: the payload has another length than the layout says; nothing is written.
+        """
+        self._check_layers(layer_begin, layer_end)
+        view = memoryview(payload).cast("B")
+        expected_bytes = self.export_bytes(layer_end - layer_begin, token_end - token_begin)
+        if len(view) != expected_bytes:
+            raise TransferError(f"a KV payload has {len(view)} bytes where the model's layout needs {expected_bytes}")
+        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
+        # Through memory of our own, for torch takes no read-only buffer.
+        staged = torch.empty(expected_bytes, dtype=torch.uint8)
+        np.copyto(staged.numpy(), np.frombuffer(view, dtype=np.uint8))
+        shape = (layer_end - layer_begin, 2, token_end - token_begin, self.layout.num_kv_heads, self.layout.head_dim)
+        with torch.inference_mode():
+            source = staged.view(TORCH_DTYPES[self.layout.dtype]).view(shape).to(self.device)
+            self._slots[layer_begin:layer_end].index_copy_(2, slots, source)
+
+    def export_bytes(self, num_layers: int, num_tokens: int) -> int:
+        """Bytes of so many tokens in so many layers."""
+        layout = self.layout
+        return num_layers * 2 * num_tokens * layout.num_kv_heads * layout.head_dim * DTYPE_BYTES[layout.dtype]
+
+    def _check_layers(self, layer_begin: int, layer_end: int) -> None:
+        assert 0 <= layer_begin <= layer_end <= self.layout.num_layers, "the layers lie outside of the model"
