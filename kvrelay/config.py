@@ -84,7 +84,7 @@ class RelaySettings(Settings):
     """What a gateway admits and how it routes and retries."""
 
     max_running_requests: int = Field(
-        256, ge=1, description="Most requests in progress; more are refused with RESOURCE_EXHAUSTED."
+        default=256, ge=1, description="Most requests in progress; more are refused with RESOURCE_EXHAUSTED."
     )
     max_queued_prompt_tokens: int = Field(default=262144, ge=1, description="Most prompt tokens that wait for their first token.")
     default_timeout_ms: int = Field(default=300000, ge=1, description="Deadline of a request whose client set none.")

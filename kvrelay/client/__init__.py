@@ -1,0 +1,58 @@
+"""The Python client of kvrelay.
+
+    from kvrelay.client import Client
+
+    with Client("127.0.0.1:50050") as client:
+        for delta in client.generate(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=100):
+            print(delta.text, end="", flush=True)
+
+`AsyncClient` is the same for asyncio. Both raise the errors of `kvrelay.errors` and return the frozen values of `results`.
+"""
+
+from kvrelay.client.async_client import DEFAULT_TIMEOUT_S, AsyncClient
+from kvrelay.client.async_conversation import AsyncConversation, AsyncTurn
+from kvrelay.client.async_stream import AsyncStream
+from kvrelay.client.results import (
+    Accepted,
+    ChatMessage,
+    Cluster,
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    GatewayInfo,
+    Health,
+    Output,
+    RequestInfo,
+    RequestPage,
+    RequestState,
+    ServedModel,
+    Usage,
+    WorkerInfo,
+    WorkerRole,
+)
+
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "Accepted",
+    "AsyncClient",
+    "AsyncConversation",
+    "AsyncStream",
+    "AsyncTurn",
+    "ChatMessage",
+    "Cluster",
+    "Completion",
+    "Delta",
+    "Event",
+    "Finished",
+    "GatewayInfo",
+    "Health",
+    "Output",
+    "RequestInfo",
+    "RequestPage",
+    "RequestState",
+    "ServedModel",
+    "Usage",
+    "WorkerInfo",
+    "WorkerRole",
+]

@@ -1,0 +1,110 @@
+"""One request's output as an asyncio iterator that survives lost connections."""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from kvrelay.client.addresses import Addresses
+from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
+from kvrelay.client.stream_state import Recovery, StreamState
+from kvrelay.errors import DeadlineError
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+
+StubOf = Callable[[str], "inference_pb2_grpc.InferenceServiceAsyncStub"]
+StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
+
+
+class AsyncStream:
+    """Iterates over a request's deltas: `async for delta in stream`. Leaving it early needs `cancel()` or `async with`."""
+
+    def __init__(
+        self, stub: StubOf, addresses: Addresses, request: StreamRequest, state: StreamState, resumable: bool, timeout_s: float
+    ) -> None:
+        self._stub = stub
+        self._addresses = addresses
+        self._request = request
+        self._state = state
+        self._recovery = Recovery(resumable, addresses.all)
+        self._timeout_s = timeout_s
+        self._deltas = self._run()
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """The request's id, model and seed; None until the first delta, or `wait_accepted`."""
+        return self._state.accepted
+
+    @property
+    def finished(self) -> Finished | None:
+        """Usage and phases; None until the iteration is over."""
+        return self._state.finished
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        return await anext(self._deltas)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.cancel()
+
+    async def text(self) -> str:
+        """Reads to the end; all text of the first sequence."""
+        async for _ in self:
+            pass
+        return self._state.text()
+
+    async def completion(self) -> Completion:
+        """Reads to the end; the whole result."""
+        async for _ in self:
+            pass
+        return self._state.completion()
+
+    async def cancel(self) -> None:
+        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end."""
+        await self._deltas.aclose()
+
+    async def _run(self) -> AsyncGenerator[Delta, None]:
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            failure: grpc.RpcError | None = None
+            call = self._open(deadline_s - time.monotonic())
+            try:
+                async for message in call:
+                    self._recovery.progressed()
+                    delta = self._state.take(event_from_pb(message))
+                    if delta is not None:
+                        yield delta
+                    if self._state.finished is not None:
+                        return
+            except grpc.aio.AioRpcError as error:
+                failure = error
+            finally:
+                call.cancel()
+            await self._recover(failure, deadline_s)
+
+    def _open(self, remaining_s: float) -> Any:
+        if remaining_s <= 0:
+            raise DeadlineError("no answer within the timeout")
+        stub = self._stub(self._addresses.current)
+        if self._state.accepted is None:
+            # Also after a failure: the idempotency key makes the second call join the first one's request.
+            if isinstance(self._request, inference_pb2.ResumeRequest):
+                return stub.Resume(self._request, timeout=remaining_s)
+            return stub.Generate(self._request, timeout=remaining_s)
+        self._state.begin_resume()
+        request = inference_pb2.ResumeRequest(request_id=self._state.accepted.request_id, from_index=self._state.from_index)
+        return stub.Resume(request, timeout=remaining_s)
+
+    async def _recover(self, failure: grpc.RpcError | None, deadline_s: float) -> None:
+        delay_s = self._recovery.delay_s(failure, deadline_s - time.monotonic())
+        self._addresses.move_on()
+        await asyncio.sleep(delay_s)

@@ -1,0 +1,300 @@
+"""What the client hands out: frozen values, never messages of the protocol. One function per message turns it into its value."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kvrelay import wire
+from kvrelay.model_spec import ModelSpec
+from kvrelay.telemetry import Phases
+from kvrelay.v1 import inference_pb2
+from kvrelay.work import FinishReason, Token, WorkerLoad
+
+
+class RequestState(Enum):
+    """Where a request is in its life; the last four are final."""
+
+    UNKNOWN = "unknown"
+    QUEUED = "queued"
+    RESERVING = "reserving"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def final(self) -> bool:
+        return self in (RequestState.SUCCEEDED, RequestState.FAILED, RequestState.CANCELLED, RequestState.EXPIRED)
+
+
+class WorkerRole(Enum):
+    """What a worker does."""
+
+    UNKNOWN = "unknown"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a chat. `role` is system, user, assistant, or what else the model's template knows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request was admitted. `seed` is the one in use, drawn when none was given."""
+
+    request_id: str
+    model: str
+    num_prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one sequence.
+
+    `text` is what became certain with it; it may lag behind the tokens. `tokens` is empty when only text follows.
+    """
+
+    sequence: int
+    index: int
+    """Output index of the first of `tokens`."""
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    """Set with the sequence's last delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How many tokens a request took. `num_cached_tokens` of the prompt were in the decode worker's cache."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a request that succeeded."""
+
+    finish_reasons: tuple[FinishReason | None, ...]
+    usage: Usage
+    phases: Phases
+
+
+Event = Accepted | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """All output of one sequence."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request: one output for each of its n sequences."""
+
+    accepted: Accepted
+    outputs: tuple[Output, ...]
+    finished: Finished
+
+    @property
+    def text(self) -> str:
+        """Text of the first sequence."""
+        return self.outputs[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInfo:
+    """What is known of a request. Worker ids are empty where there is none; `error_message` is set when it failed."""
+
+    request_id: str
+    state: RequestState
+    model: str
+    tenant: str
+    attempt: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    gateway_id: str
+    prefill_worker_id: str
+    decode_worker_id: str
+    create_time: datetime
+    update_time: datetime
+    error_message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that live workers serve."""
+
+    model: ModelSpec
+    num_prefill_workers: int
+    num_decode_workers: int
+    has_chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as the asked gateway sees it; `connected` when its session is up."""
+
+    worker_id: str
+    role: WorkerRole
+    address: str
+    model: ModelSpec
+    load: WorkerLoad
+    connected: bool
+    silent_ms: float
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayInfo:
+    """A gateway and how many requests it runs."""
+
+    gateway_id: str
+    address: str
+    num_running_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The cluster as the gateway `gateway_id` sees it; `degraded` when request state cannot be kept (Redis does not answer)."""
+
+    gateway_id: str
+    gateways: tuple[GatewayInfo, ...]
+    workers: tuple[WorkerInfo, ...]
+    degraded: bool
+    running_requests: tuple[RequestInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPage:
+    """A page of requests, newest first; `next_page_token` is empty on the last one."""
+
+    requests: tuple[RequestInfo, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the health service of a gateway says."""
+
+    serving: bool
+    address: str
+
+
+StreamResponse = inference_pb2.GenerateResponse | inference_pb2.ConverseResponse | inference_pb2.ResumeResponse
+
+
+def event_from_pb(message: StreamResponse) -> Event | None:
+    """The event in a message of a stream; None for a kind that this version does not know."""
+    kind = message.WhichOneof("event")
+    if kind == "accepted":
+        return accepted_from_pb(message.accepted)
+    if kind == "delta":
+        return delta_from_pb(message.delta)
+    if kind == "finished":
+        return finished_from_pb(message.finished)
+    return None
+
+
+def accepted_from_pb(message: inference_pb2.Accepted) -> Accepted:
+    return Accepted(message.request_id, message.model, message.num_prompt_tokens, message.seed)
+
+
+def delta_from_pb(message: inference_pb2.Delta) -> Delta:
+    return Delta(
+        sequence=message.sequence,
+        index=message.index,
+        tokens=tuple(wire.token_from_pb(token) for token in message.tokens),
+        text=message.text,
+        finish_reason=wire.finish_reason_from_pb(message.finish_reason),
+    )
+
+
+def finished_from_pb(message: inference_pb2.Finished) -> Finished:
+    return Finished(
+        finish_reasons=tuple(wire.finish_reason_from_pb(reason) for reason in message.finish_reasons),
+        usage=Usage(message.usage.num_prompt_tokens, message.usage.num_output_tokens, message.usage.num_cached_tokens),
+        phases=Phases(**{name: getattr(message.phases, name) for name in Phases.__slots__}),
+    )
+
+
+def request_state_from_pb(number: "inference_pb2.RequestState.ValueType") -> RequestState:
+    """A state that this version does not know is UNKNOWN."""
+    name = inference_pb2.RequestState.Name(number) if number in inference_pb2.RequestState.values() else ""
+    return RequestState.__members__.get(name.removeprefix("REQUEST_STATE_"), RequestState.UNKNOWN)
+
+
+def request_info_from_pb(message: inference_pb2.RequestInfo) -> RequestInfo:
+    return RequestInfo(
+        request_id=message.request_id,
+        state=request_state_from_pb(message.state),
+        model=message.model,
+        tenant=message.tenant,
+        attempt=message.attempt,
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_output_tokens=message.num_output_tokens,
+        gateway_id=message.gateway_id,
+        prefill_worker_id=message.prefill_worker_id,
+        decode_worker_id=message.decode_worker_id,
+        create_time=_time(message.create_time),
+        update_time=_time(message.update_time),
+        error_message=message.error_message,
+    )
+
+
+def request_page_from_pb(message: inference_pb2.ListRequestsResponse) -> RequestPage:
+    return RequestPage(tuple(request_info_from_pb(request) for request in message.requests), message.next_page_token)
+
+
+def served_model_from_pb(message: inference_pb2.ServedModel) -> ServedModel:
+    return ServedModel(
+        model=wire.model_from_pb(message.model),
+        num_prefill_workers=message.num_prefill_workers,
+        num_decode_workers=message.num_decode_workers,
+        has_chat_template=message.has_chat_template,
+    )
+
+
+def worker_info_from_pb(message: inference_pb2.WorkerInfo) -> WorkerInfo:
+    roles = {inference_pb2.WORKER_ROLE_PREFILL: WorkerRole.PREFILL, inference_pb2.WORKER_ROLE_DECODE: WorkerRole.DECODE}
+    return WorkerInfo(
+        worker_id=message.worker_id,
+        role=roles.get(message.role, WorkerRole.UNKNOWN),
+        address=message.address,
+        model=wire.model_from_pb(message.model),
+        load=wire.load_from_pb(message.load),
+        connected=message.connected,
+        silent_ms=message.silent_ms,
+        block_size=message.block_size,
+    )
+
+
+def cluster_from_pb(message: inference_pb2.GetClusterResponse) -> Cluster:
+    return Cluster(
+        gateway_id=message.gateway_id,
+        gateways=tuple(GatewayInfo(item.gateway_id, item.address, item.num_running_requests) for item in message.gateways),
+        workers=tuple(worker_info_from_pb(worker) for worker in message.workers),
+        degraded=message.state_store == inference_pb2.STATE_STORE_HEALTH_DEGRADED,
+        running_requests=tuple(request_info_from_pb(request) for request in message.running_requests),
+    )
+
+
+def _time(message: Timestamp) -> datetime:
+    moment: datetime = message.ToDatetime(tzinfo=UTC)
+    return moment

@@ -1,0 +1,290 @@
+"""A whole cluster on this machine: Valkey, a gateway and workers as processes of their own. For `serve all`, `demo` and tests.
+
+Owns the processes' lives and nothing of what they say to each other: it gives each its settings, waits until the gateway reports
+every worker as connected, starts what ends by itself again if asked to, and leaves no process behind.
+
+The gateway's port is chosen before it starts, since clients must know it; workers listen on any free port and register in Redis.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+from kvrelay.backoff import Backoff
+from kvrelay.child_process import ChildProcess, LineSink
+from kvrelay.client import AsyncClient, Cluster, WorkerRole
+from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.embedded_valkey import EmbeddedValkey
+from kvrelay.errors import KvrelayError, StartupError
+from kvrelay.settings_sources import environment_for
+
+Role = Literal["gateway", "prefill", "decode"]
+WorkerRoleName = Literal["prefill", "decode"]
+SettingsT = TypeVar("SettingsT", GatewaySettings, PrefillSettings, DecodeSettings)
+WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
+
+GATEWAY_NAME = "gateway"
+
+_STOP_GRACE_S = 4.0
+"""From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
+_DRAIN_TIMEOUT_MS = 3000
+_POLL_INTERVAL_S = 0.1
+_RESTART_INITIAL_S = 0.5
+_RESTART_MAXIMUM_S = 30.0
+_HEALTHY_AFTER_S = 30.0
+"""A process that ran for so long starts its back-off anew."""
+
+
+def serve_command(role: Role) -> list[str]:
+    """The command that runs a role with settings from its environment."""
+    return [sys.executable, "-m", "kvrelay.cli", "serve", role]
+
+
+@dataclass(slots=True)
+class _Member:
+    """One process of the cluster; `process` is replaced at every restart."""
+
+    name: str
+    role: Role
+    environment: dict[str, str]
+    process: ChildProcess
+    started_at_s: float
+    backoff: Backoff
+    num_restarts: int = 0
+    supervisor: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class LocalCluster:
+    """`async with LocalCluster() as cluster: ... cluster.gateway_address`. Start it on the main thread (see `die_with_parent`).
+
+    Args:
+        gateway: settings of the gateway; port 0 takes a free one.
+        prefill, decode: settings of each worker, one process for each.
+        redis_url: an existing Redis; None starts an embedded Valkey.
+        restart: start a process again when it ends by itself.
+        startup_timeout_s: most time until everything is connected.
+        on_line: gets every line of every process.
+        command: how a role is run; for tests with other programs.
+    """
+
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    prefill: Sequence[PrefillSettings] = (PrefillSettings(),)
+    decode: Sequence[DecodeSettings] = (DecodeSettings(),)
+    redis_url: str | None = None
+    restart: bool = False
+    startup_timeout_s: float = 180.0
+    on_line: LineSink = lambda _name, _line: None
+    command: Callable[[Role], Sequence[str]] = serve_command
+    valkey: EmbeddedValkey | None = field(default=None, init=False)
+    gateway_address: str = field(default="", init=False)
+    _members: dict[str, _Member] = field(default_factory=dict, init=False)
+    _stopping: bool = field(default=False, init=False)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Starts everything and waits until it is connected; when that fails nothing is left running.
+
+        Raises:
+            StartupError: a process ended or did not get ready in time; has the end of its output.
+        """
+        try:
+            if self.redis_url is None:
+                self.valkey = EmbeddedValkey()
+                await self.valkey.start()
+                self.redis_url = self.valkey.url
+            self.gateway = _with_server(self.gateway, port=_choose_port(self.gateway))
+            self.gateway_address = _client_address(self.gateway)
+            await self._add(GATEWAY_NAME, "gateway", self.gateway)
+            for prefill_settings in self.prefill:
+                await self._add_worker("prefill", prefill_settings)
+            for decode_settings in self.decode:
+                await self._add_worker("decode", decode_settings)
+            await self.wait_until_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        for member in self._members.values():
+            self._supervise(member)
+
+    async def stop(self) -> None:
+        """Ends everything within 5 s: SIGTERM to all at once, SIGKILL for what is left, Valkey last. Idempotent."""
+        self._stopping = True
+        members = list(self._members.values())
+        for member in members:
+            if member.supervisor is not None:
+                member.supervisor.cancel()
+        await asyncio.gather(*(member.supervisor for member in members if member.supervisor), return_exceptions=True)
+        await asyncio.gather(*(member.process.stop(_STOP_GRACE_S) for member in members))
+        if self.valkey is not None:
+            await self.valkey.stop()
+
+    async def add_worker(self, settings: PrefillSettings | DecodeSettings) -> str:
+        """Starts one more worker, of the role that the settings are for, without waiting for it; its name."""
+        if isinstance(settings, PrefillSettings):
+            member = await self._add_worker("prefill", settings)
+        else:
+            member = await self._add_worker("decode", settings)
+        self._supervise(member)
+        return member.name
+
+    async def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to a process; after SIGKILL, waits for its end. With `restart` it comes back."""
+        process = self._members[name].process
+        process.send_signal(number)
+        if number == signal.SIGKILL:
+            await process.wait()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all processes: gateway, prefill-0, prefill-1, decode-0, ..."""
+        return list(self._members)
+
+    def pid(self, name: str) -> int:
+        """Process id of the named process's current run."""
+        return self._members[name].process.pid
+
+    def num_restarts(self, name: str) -> int:
+        """How often the named process was started again."""
+        return self._members[name].num_restarts
+
+    def tail(self, name: str) -> str:
+        """The end of the named process's output."""
+        return "\n".join(self._members[name].process.tail)
+
+    async def wait_until_ready(self) -> Cluster:
+        """Waits until the gateway serves and is connected to as many workers as were started; what it says then.
+
+        Raises:
+            StartupError: as `start`.
+        """
+        expected = {role: sum(member.role == role for member in self._members.values()) for role in ("prefill", "decode")}
+        seen = "its gateway did not answer"
+        try:
+            async with asyncio.timeout(self.startup_timeout_s), AsyncClient(self.gateway_address) as client:
+                while True:
+                    self._raise_if_one_ended()
+                    cluster = await _ask(client)
+                    if cluster is not None:
+                        seen = _connected(cluster)
+                        if all(_num_connected(cluster, role) >= number for role, number in expected.items()):
+                            return cluster
+                    await asyncio.sleep(_POLL_INTERVAL_S)
+        except TimeoutError:
+            message = f"the cluster was not ready within {self.startup_timeout_s:g} s: {seen}"
+            raise StartupError(f"{message}\n{self._tails()}") from None
+
+    async def _add_worker(self, role: WorkerRoleName, settings: WorkerSettingsT) -> _Member:
+        number = sum(member.role == role for member in self._members.values())
+        num_workers = len(self.prefill) + len(self.decode)
+        settings = _with_threads(_with_server(settings, port=0, advertise_address=None), num_workers)
+        return await self._add(f"{role}-{number}", role, settings)
+
+    async def _add(self, name: str, role: Role, settings: SettingsT) -> _Member:
+        drain_timeout_ms = min(settings.server.drain_timeout_ms, _DRAIN_TIMEOUT_MS)
+        settings = _with_server(settings, redis_url=self.redis_url, drain_timeout_ms=drain_timeout_ms)
+        environment = {"PYTHONUNBUFFERED": "1", **environment_for(settings)}
+        process = await self._start_process(name, role, environment)
+        backoff = Backoff(_RESTART_INITIAL_S, _RESTART_MAXIMUM_S)
+        self._members[name] = _Member(name, role, environment, process, asyncio.get_running_loop().time(), backoff)
+        return self._members[name]
+
+    async def _start_process(self, name: str, role: Role, environment: Mapping[str, str]) -> ChildProcess:
+        process = ChildProcess(name, self.command(role), environment, self.on_line)
+        await process.start()
+        return process
+
+    def _supervise(self, member: _Member) -> None:
+        if self.restart:
+            member.supervisor = asyncio.create_task(self._restart_when_ended(member), name=f"supervisor of {member.name}")
+
+    async def _restart_when_ended(self, member: _Member) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            exit_code = await member.process.wait()
+            if clock() - member.started_at_s > _HEALTHY_AFTER_S:
+                member.backoff.reset()
+            delay_s = member.backoff.next_delay_s()
+            self.on_line(member.name, f"ended {_describe_exit(exit_code)}; starting again in {delay_s:.1f} s")
+            await asyncio.sleep(delay_s)
+            member.process = await self._start_process(member.name, member.role, member.environment)
+            member.started_at_s = clock()
+            member.num_restarts += 1
+
+    def _raise_if_one_ended(self) -> None:
+        if self.restart and any(member.supervisor for member in self._members.values()):
+            return  # it comes back
+        for member in self._members.values():
+            if member.process.exit_code is not None:
+                ending = _describe_exit(member.process.exit_code)
+                raise StartupError(f"{member.name} ended {ending} while starting; its output:\n{self.tail(member.name)}")
+
+    def _tails(self) -> str:
+        return "\n".join(f"[{name}] {line}" for name, member in self._members.items() for line in list(member.process.tail)[-10:])
+
+
+async def _ask(client: AsyncClient) -> Cluster | None:
+    try:
+        if not (await client.health(timeout_s=2.0)).serving:
+            return None
+        return await client.cluster(timeout_s=2.0)
+    except KvrelayError:
+        return None  # not up yet
+
+
+def _num_connected(cluster: Cluster, role: str) -> int:
+    return sum(worker.connected and worker.role is WorkerRole(role) for worker in cluster.workers)
+
+
+def _connected(cluster: Cluster) -> str:
+    counts = (f"{_num_connected(cluster, role)} {role}" for role in ("prefill", "decode"))
+    return f"its gateway was connected to {' and '.join(counts)} workers"
+
+
+def _with_server(settings: SettingsT, **changes: object) -> SettingsT:
+    return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+
+
+def _with_threads(settings: WorkerSettingsT, num_workers: int) -> WorkerSettingsT:
+    # Engines that share a machine share its cores, or each slows the other down.
+    if settings.engine.num_threads is not None:
+        return settings
+    num_threads = max(1, len(os.sched_getaffinity(0)) // max(2, num_workers))
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update={"num_threads": num_threads})})
+
+
+def _choose_port(settings: GatewaySettings) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in settings.server.host else socket.AF_INET) as probe:
+        # As the server itself does: connections of a server that has just ended do not count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.server.host, settings.server.port))
+        except OSError as error:
+            where = f"{settings.server.host}:{settings.server.port}"
+            message = (
+                f"cannot listen on {where}: {error.strerror}. Free the port, or choose another with --port (0 takes a free one)"
+            )
+            raise StartupError(message) from None
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _client_address(settings: GatewaySettings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}.get(settings.server.host, settings.server.host)
+    return f"{host}:{settings.server.port}"
+
+
+def _describe_exit(exit_code: int) -> str:
+    return f"with code {exit_code}" if exit_code >= 0 else f"by {signal.Signals(-exit_code).name}"
