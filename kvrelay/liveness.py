@@ -4,6 +4,9 @@ Both sides send a heartbeat when they were silent for a third of the window, and
 a sign of life, so a busy session costs no heartbeats at all.
 """
 
+PROTOCOL_VERSION = 1
+"""Version of the session protocol; both hellos carry it."""
+
 
 class Liveness:
     """One side's view of one session. Times are monotonic seconds."""
