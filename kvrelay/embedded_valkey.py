@@ -12,6 +12,8 @@ from typing import Self
 
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from kvrelay.child_process import ChildProcess
 from kvrelay.errors import StartupError
@@ -125,7 +127,7 @@ def _free_port() -> int:
 
 
 async def _process_id_at(port: int) -> int | None:
-    client = redis.asyncio.Redis(host=_HOST, port=port, protocol=2)
+    client = redis.asyncio.Redis(host=_HOST, port=port, protocol=2, retry=Retry(NoBackoff(), 0))
     try:
         information = await client.info("server")
     except redis.exceptions.RedisError:

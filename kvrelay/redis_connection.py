@@ -181,12 +181,10 @@ class RedisConnection:
             if sent:
                 self._fail(error)
             raise UnavailableError("The state store does not answer; try again in a moment.") from error
-        except redis.exceptions.ResponseError as error:
-            if "OOM " in str(error):
-                raise StoreFullError(
-                    "The state store is out of memory; new work is taken when old requests are forgotten."
-                ) from error
-            raise
+        except redis.exceptions.OutOfMemoryError as error:
+            raise StoreFullError(
+                "The state store is out of memory; new work is taken when old requests are forgotten."
+            ) from error
 
     def _fail(self, cause: BaseException) -> None:
         if self._health.open(cause) and not self._closed:

@@ -8,7 +8,7 @@ Every operation is bounded by the timeout and raises:
 import hashlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
@@ -17,6 +17,8 @@ from kvrelay.redis_connection import RedisConnection, StoreHealth
 from kvrelay.request_list import RequestList, RequestPage
 from kvrelay.request_record import CHANGEABLE_FIELDS, RequestRecord, decode_record, encode_record
 from kvrelay.request_state import TERMINAL_STATES, RequestState, edges_argument, paths_argument, terminal_argument
+
+RESTORED_FRAMES_PER_OPERATION = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,19 @@ class StateStore:
         Returns:
             False when Redis has a newer attempt, a final state or another owner of this attempt; nothing is changed then.
         """
+        # In parts, so that no operation takes longer than it may. Until the last one, the request reads as running.
+        last = max(0, (len(frames) - 1) // RESTORED_FRAMES_PER_OPERATION * RESTORED_FRAMES_PER_OPERATION)
+        running = replace(record, state=RequestState.DECODING)
+        for position in range(0, last, RESTORED_FRAMES_PER_OPERATION):
+            part = frames[position : position + RESTORED_FRAMES_PER_OPERATION]
+            if not await self._restore_part(running, position, part):
+                return await self._restore_part(record, 0, ())
+        written = await self._restore_part(record, last, frames[last:])
+        if written:
+            await self._list(record)
+        return written
+
+    async def _restore_part(self, record: RequestRecord, position: int, frames: Sequence[bytes]) -> bool:
         fields = encode_record(record)
         arguments = (
             record.gateway_id,
@@ -121,14 +136,12 @@ class StateStore:
             record.remaining_ms,
             self._retention_ms,
             terminal_argument(),
+            position,
             len(fields),
             *fields,
             *frames,
         )
-        written = _accepted(record.request_id, await self._connection.run_script("restore", _keys(record.request_id), arguments))
-        if written:
-            await self._list(record)
-        return written
+        return _accepted(record.request_id, await self._connection.run_script("restore", _keys(record.request_id), arguments))
 
     async def append_frames(
         self, request_id: str, attempt: int, position: int, frames: Sequence[bytes], num_output_tokens: int | None = None

@@ -1,10 +1,12 @@
 #!lua
 -- Writes what the owner knows of a request after Redis lost some of it.
 -- KEYS: request, log.
--- ARGV: owner, attempt, state, remaining ms, retention ms, terminal states, number of fields and values, field, value, ..., then frames.
--- Returns DONE, or SUPERSEDED when Redis knows better.
+-- ARGV: owner, attempt, state, remaining ms, retention ms, terminal states, position of the first frame, number of fields and values,
+--   field, value, ..., then frames.
+-- Returns DONE; SUPERSEDED when Redis knows better; LOST when frames before the position are missing.
 local owner, attempt, state, remaining, retention, terminal = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local last_field = 7 + tonumber(ARGV[7])
+local position = tonumber(ARGV[7])
+local last_field = 8 + tonumber(ARGV[8])
 local stored = redis.call('HMGET', KEYS[1], 'gateway_id', 'attempt', 'state')
 if stored[1] then
   local stored_attempt = tonumber(stored[2])
@@ -16,13 +18,14 @@ else
   redis.call('DEL', KEYS[2])
 end
 
-local now = now_ms()
-redis.call('HSET', KEYS[1], 'update_time_ms', now, 'redis_deadline_ms', now + tonumber(remaining), unpack(ARGV, 8, last_field))
 local num_frames = redis.call('XLEN', KEYS[2])
-append_frames(KEYS[2], num_frames, 0, ARGV, last_field + 1, #ARGV)
+if position > num_frames then return 'LOST' end
+local now = now_ms()
+redis.call('HSET', KEYS[1], 'update_time_ms', now, 'redis_deadline_ms', now + tonumber(remaining), unpack(ARGV, 9, last_field))
+append_frames(KEYS[2], num_frames, position, ARGV, last_field + 1, #ARGV)
 local time_to_live = tonumber(retention)
 if has(terminal, state) then
-  end_log(KEYS[2], math.max(num_frames, #ARGV - last_field))
+  end_log(KEYS[2], math.max(num_frames, position + #ARGV - last_field))
 else
   time_to_live = time_to_live + tonumber(remaining)
 end
