@@ -128,9 +128,7 @@ def fit_to_model(sampling: SamplingParams, num_prompt_tokens: int, prompt_field:
     if num_prompt_tokens == 0:
         raise InvalidRequestError(prompt_field, "is empty; a prompt needs at least one token")
     if room < 1:
-        problem = (
-            f"has {num_prompt_tokens} tokens; the longest sequence here has {limits.max_tokens}, output included: shorten it"
-        )
+        problem = f"has {num_prompt_tokens} tokens; the longest sequence here has {limits.max_tokens}, with its output"
         raise InvalidRequestError(prompt_field, problem)
     check_token_ids(sampling.stop_token_ids, "sampling.stop_token_ids", limits.model)
     for token_id in sampling.logit_bias:

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, made from the files that a worker sends. Knows no worker, and neither torch nor transformers."""
+"""A model's tokenizer and chat template, made from the files that a worker sends. Needs neither torch nor transformers."""
 
 import json
 from collections.abc import Mapping, Sequence

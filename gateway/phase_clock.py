@@ -1,0 +1,50 @@
+"""When things happened to one request, as the gateway saw it, and the phases that follow from it. Pure; callers tell the time."""
+
+from gateway.lifecycle_messages import AttemptReport
+from kvrelay.telemetry import Phases
+
+
+class PhaseClock:
+    """Times of one request in monotonic seconds."""
+
+    def __init__(self, submit_time: float) -> None:
+        self._submit_time = submit_time
+        self._prompt_sent: float | None = None
+        self._first_token: float | None = None
+        self._second_token: float | None = None
+        self._last_token: float | None = None
+
+    def note_prompt_sent(self, now: float) -> None:
+        """A worker was told to compute the prompt; of several attempts the last counts, until there is a token."""
+        if self._first_token is None:
+            self._prompt_sent = now
+
+    def note_token(self, sequence: int, index: int, now: float) -> None:
+        """A token was emitted."""
+        if self._first_token is None:
+            self._first_token = now
+        if self._second_token is None and sequence == 0 and index == 1:
+            self._second_token = now
+        self._last_token = now
+
+    def phases(self, report: AttemptReport, num_attempts: int, now: float) -> Phases:
+        """Where the time went, at the end of the request."""
+        return Phases(
+            queue_ms=_ms(self._submit_time, self._prompt_sent) + report.queue_ms,
+            prefill_ms=report.prefill_ms,
+            transfer_ms=report.transfer_ms,
+            exposed_transfer_ms=report.exposed_ms,
+            transfer_bytes=report.transfer_bytes,
+            handoff_gap_ms=_ms(self._first_token, self._second_token),
+            decode_ms=_ms(self._first_token, self._last_token),
+            time_to_first_token_ms=_ms(self._submit_time, self._first_token),
+            total_ms=_ms(self._submit_time, now),
+            num_attempts=num_attempts,
+            prefilled_on_decode_worker=report.prefilled_on_decode_worker,
+            prefill_worker_id=report.prefill_worker_id or "",
+            decode_worker_id=report.decode_worker_id or "",
+        )
+
+
+def _ms(begin: float | None, end: float | None) -> float:
+    return 0.0 if begin is None or end is None else (end - begin) * 1000

@@ -1,0 +1,291 @@
+"""Runs one request: feeds its lifecycle with events, carries out the actions, and owns its timers, its text and its output.
+
+Events are handled at once, on the loop, one after the other; nothing here waits. Owns no task.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import structlog
+
+from gateway import lifecycle_messages as m
+from gateway.admission import Admitted
+from gateway.detokenizer import Detokenizer
+from gateway.generation_request import GenerationRequest
+from gateway.phase_clock import PhaseClock
+from gateway.request_journal import RequestJournal
+from gateway.request_lifecycle import RequestLifecycle
+from gateway.request_output import Frame, RequestOutput
+from gateway.router import RouteQuery
+from gateway.worker_sessions import WorkerSessions
+from kvrelay.config import RelaySettings
+from kvrelay.errors import InternalError, KvrelayError, UnavailableError
+from kvrelay.request_state import RequestState
+from kvrelay.work import FinishReason, SequenceToken
+
+_log = structlog.get_logger(__name__)
+
+
+class RequestRunner:
+    """One request of this gateway, from admission to its end.
+
+    Args:
+        request: what to run.
+        lifecycle: new, or of a request that is taken over.
+        output: with the frames that were emitted before.
+        detokenizers: one for each sequence, after the tokens emitted before; None for a model whose tokenizer cannot be had.
+        journal: where moves are noted for the store.
+        admitted: the request's share of the gateway's bounds.
+        sessions: the workers.
+        settings: waiting times.
+        on_end: called once, after the terminal; must not raise.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        lifecycle: RequestLifecycle,
+        output: RequestOutput,
+        detokenizers: list[Detokenizer] | None,
+        journal: RequestJournal,
+        admitted: Admitted,
+        sessions: WorkerSessions,
+        settings: RelaySettings,
+        on_end: Callable[["RequestRunner"], None],
+    ) -> None:
+        self.request = request
+        self.lifecycle = lifecycle
+        self.output = output
+        self.journal = journal
+        self._detokenizers = detokenizers
+        self._admitted = admitted
+        self._sessions = sessions
+        self._settings = settings
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._clock = PhaseClock(request.submit_time)
+        self._reasons: dict[int, FinishReason] = output.finish_reasons()
+        self._events: deque[m.Event] = deque()
+        self._handling = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._num_readers = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def ended(self) -> bool:
+        return self.output.ended
+
+    def start(self) -> None:
+        """Begins the first attempt; the deadline runs from now on."""
+        self._set_timer("deadline", max(self.request.deadline - self._loop.time(), 0.0), m.DeadlinePassed())
+        self.post(m.Start())
+
+    def cancel(self) -> None:
+        """Somebody wants no more of it."""
+        self.post(m.CancelRequested())
+
+    def supersede(self) -> None:
+        """Another gateway runs the request: this one falls silent."""
+        self.post(m.CancelRequested())  # frees the workers; readers get the error below
+        _log.warning("request goes on elsewhere", request_id=self.request_id)
+
+    def post(self, event: m.Event) -> None:
+        """Handles an event and all that follows from it. Never raises: a defect ends this request only."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                for action in self.lifecycle.handle(self._events.popleft()):
+                    self._act(action)
+        except Exception:
+            _log.exception("a request failed by a defect", request_id=self.request_id)
+            self._end_by_defect()
+        finally:
+            self._handling = False
+
+    # --- readers --------------------------------------------------------------------------------------------------------------
+
+    def open_reader(self, from_index: int = 0) -> "OutputReader":
+        """A client's view of the output. Close it: a request that nobody reads is cancelled, a resumable one after a while."""
+        self._num_readers += 1
+        self._drop_timer("grace")
+        return OutputReader(self, from_index)
+
+    def _close_reader(self) -> None:
+        self._num_readers -= 1
+        if self._num_readers > 0 or self.ended:
+            return
+        if self._loop.time() >= self.request.deadline - 0.05:
+            self.post(m.DeadlinePassed())  # gRPC ends the call at the same moment
+        elif self.request.resumable:
+            self._set_timer("grace", self._settings.resume_grace_ms / 1000, m.CancelRequested())
+        else:
+            self.cancel()
+
+    # --- actions --------------------------------------------------------------------------------------------------------------
+
+    def _act(self, action: m.Action) -> None:
+        match action:
+            case m.Emit(token):
+                self._emit(token)
+            case m.Route():
+                self._route(action)
+            case m.SendReserve() | m.SendStartPrefill():
+                self._send(replace(action, work=replace(action.work, deadline_ms=self._remaining_ms())))
+            case m.SendRunPrompt() | m.SendCancel() | m.SendFinishSequence():
+                self._send(action)
+            case m.SetState(state, attempt, decode_worker_id, prefill_worker_id):
+                self.journal.move(state, attempt, decode_worker_id, prefill_worker_id)
+            case m.RetryLater(delay_ms):
+                self._wait_for_worker(delay_ms / 1000)
+            case m.StartTimer(attempt, delay_ms):
+                self._set_timer("attempt", delay_ms / 1000, m.TimerFired(attempt))
+            case m.AvoidPair(decode_worker_id, prefill_worker_id):
+                self._sessions.avoid_pair((decode_worker_id, prefill_worker_id))
+            case m.Finish(state, error):
+                self._finish(state, error)
+
+    def _route(self, action: m.Route) -> None:
+        query = RouteQuery(
+            self.request.fingerprint,
+            len(action.work.token_ids),
+            action.excluded_worker_ids,
+            action.avoided_pairs | self._sessions.avoided_pairs(),
+            self.request.preferred_decode_worker_id,
+        )
+        assignment = self._sessions.choose(query)
+        if assignment is None:
+            self._events.append(m.NoWorker(action.work.work_id))
+            return
+        self._drop_timer("give up")
+        self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
+
+    def _wait_for_worker(self, delay_s: float) -> None:
+        if "give up" not in self._timers:
+            self._set_timer("give up", self._settings.worker_wait_ms / 1000, m.GiveUpWaiting())
+        # Jitter, so that many requests do not ask the same worker at once.
+        self._set_timer("route", delay_s * random.uniform(0.5, 1.0), m.RouteAgain())
+
+    def workers_changed(self) -> None:
+        """A worker was found: need not wait any longer."""
+        if "route" in self._timers:
+            self._drop_timer("route")
+            self.post(m.RouteAgain())
+
+    def _send(self, action: m.SendReserve | m.SendStartPrefill | m.SendRunPrompt | m.SendCancel | m.SendFinishSequence) -> None:
+        if isinstance(action, m.SendStartPrefill | m.SendRunPrompt):
+            self._clock.note_prompt_sent(self._loop.time())
+        if not self._sessions.send(action, self.request.fingerprint):
+            self._events.append(m.WorkerLost(action.worker_id))
+
+    def _emit(self, token: SequenceToken) -> None:
+        sequence = token.sequence
+        if sequence in self._reasons:
+            return  # a stop string ended it; the lifecycle learns that from an event that is on its way
+        text, reason = self._text_of(token)
+        if reason is not None:
+            self._reasons[sequence] = reason
+        now = self._loop.time()
+        self._clock.note_token(sequence, token.index, now)
+        self._admitted.note_first_token(now)
+        self.output.append_delta(sequence, token.index, token.token, text, reason)
+
+    def _text_of(self, token: SequenceToken) -> tuple[str, FinishReason | None]:
+        if self._detokenizers is None:
+            return "", token.finish_reason
+        detokenizer = self._detokenizers[token.sequence]
+        piece = detokenizer.add(token.token.token_id)
+        if piece.stopped:
+            self._events.append(m.StopFound(token.sequence))
+            return piece.text, FinishReason.STOP
+        if token.finish_reason is not None:
+            return piece.text + detokenizer.flush(), token.finish_reason
+        return piece.text, None
+
+    # --- the end --------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, state: RequestState, error: KvrelayError | None) -> None:
+        now = self._loop.time()
+        if self.journal.superseded:
+            error = UnavailableError("the request goes on at another gateway; resume it there")
+        if error is None:
+            report = self.lifecycle.report
+            reasons = [self._reasons[sequence] for sequence in range(self.request.sampling.n)]
+            phases = self._clock.phases(report, self.lifecycle.attempt, now)
+            self.output.finish(reasons, len(self.request.prompt_token_ids), report.num_cached_tokens, phases)
+        else:
+            self.output.fail(error)
+        self._close(state, error)
+
+    def _end_by_defect(self) -> None:
+        if self.ended:
+            return
+        for action in self.lifecycle.handle(m.CancelRequested()):
+            if isinstance(action, m.SendCancel):
+                self._sessions.send(action, self.request.fingerprint)
+        error = InternalError("internal error; the gateway's log has the detail")
+        self.output.fail(error)
+        self._close(RequestState.FAILED, error)
+
+    def _close(self, state: RequestState, error: KvrelayError | None) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._events.clear()
+        self._admitted.release(self._loop.time())
+        self.journal.end(state, error)
+        self._on_end(self)
+
+    # --- timers ---------------------------------------------------------------------------------------------------------------
+
+    def _set_timer(self, name: str, delay_s: float, event: m.Event) -> None:
+        self._drop_timer(name)
+        self._timers[name] = self._loop.call_later(delay_s, self._fire, name, event)
+
+    def _drop_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _fire(self, name: str, event: m.Event) -> None:
+        self._timers.pop(name, None)
+        self.post(event)
+
+    def _remaining_ms(self) -> int:
+        return max(int((self.request.deadline - self._loop.time()) * 1000), 1)
+
+
+class OutputReader:
+    """One client's view of a request's output."""
+
+    def __init__(self, runner: RequestRunner, from_index: int) -> None:
+        self._runner = runner
+        self._from_index = from_index
+        self._closed = False
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """Frames until the end.
+
+        Raises:
+            KvrelayError: the request ended with it.
+        """
+        try:
+            async for frame in self._runner.output.read(self._from_index):
+                yield frame
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """The client is gone, or has it all. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._runner._close_reader()

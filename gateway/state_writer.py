@@ -1,0 +1,153 @@
+"""Writes requests' journals into the store, behind the streams. When Redis is away it keeps them, bounded, and catches up.
+
+Nothing waits for it, and none of its failures ends a request, but one: when another gateway has taken a request over, the one that
+runs here must fall silent.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from gateway.request_journal import RequestJournal
+from kvrelay.errors import KvrelayError, StateLostError, StoreFullError, SupersededError, UnavailableError
+from kvrelay.request_state import is_terminal
+from kvrelay.state_store import StateStore
+
+PASS_INTERVAL_S = 0.02
+FULL_INTERVAL_S = 1.0
+MAX_PARALLEL_WRITES = 8
+MAX_ENDED_JOURNALS = 2048
+
+_log = structlog.get_logger(__name__)
+
+
+class StateWriter:
+    """The gateway's one background writer.
+
+    Args:
+        store: where to write.
+        on_superseded: called with the id of a request that goes on elsewhere; must not raise.
+    """
+
+    def __init__(self, store: StateStore, on_superseded: Callable[[str], None]) -> None:
+        self._store = store
+        self._on_superseded = on_superseded
+        self._journals: dict[str, RequestJournal] = {}
+        self._full = False
+        self.num_dropped = 0
+        """Ended requests whose last state was never written, for Redis was away too long."""
+
+    def check_room(self) -> None:
+        """Raises StoreFullError while Redis is out of memory."""
+        if self._full:
+            raise StoreFullError("the state store is out of memory; try again later, or give Redis more")
+
+    def track(self, journal: RequestJournal) -> None:
+        """Writes the journal until it has ended and everything of it is written."""
+        self._journals[journal.request_id] = journal
+        self._drop_surplus()
+
+    def _drop_surplus(self) -> None:
+        """Bounds what is kept while Redis is away. Running requests are bounded by admission."""
+        ended = [journal for journal in self._journals.values() if journal.ended]
+        for journal in ended[: max(len(ended) - MAX_ENDED_JOURNALS, 0)]:
+            del self._journals[journal.request_id]
+            self.num_dropped += 1
+            if self.num_dropped & (self.num_dropped - 1) == 0:
+                _log.warning("redis is away for long: states of ended requests are dropped", num_dropped=self.num_dropped)
+
+    async def run(self) -> None:
+        """Writes for ever; cancel it to stop."""
+        while True:
+            await self._store.health.wait_until_healthy()
+            await self._write_pass()
+            await asyncio.sleep(FULL_INTERVAL_S if self._full else PASS_INTERVAL_S)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Writes what is left when the gateway ends, for so long at the most."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(journal.dirty for journal in self._journals.values()) and self._store.healthy:
+                    await self._write_pass()
+        except TimeoutError:
+            _log.warning("not all states were written at the end", num_left=len(self._journals))
+
+    async def _write_pass(self) -> None:
+        dirty = [journal for journal in self._journals.values() if journal.dirty]
+        self._full = False if not dirty else self._full
+        for begin in range(0, len(dirty), MAX_PARALLEL_WRITES):
+            await asyncio.gather(*(self._write(journal) for journal in dirty[begin : begin + MAX_PARALLEL_WRITES]))
+            if not self._store.healthy:
+                return
+
+    async def _write(self, journal: RequestJournal) -> None:
+        try:
+            await self._write_all(journal)
+            self._full = False
+        except StateLostError:
+            await self._restore(journal)
+        except StoreFullError:
+            self._full = True
+        except UnavailableError:
+            return  # it stays dirty
+        except SupersededError:
+            self._give_up(journal)
+        except Exception:
+            _log.exception("a request's state cannot be written", request_id=journal.request_id)
+            self._forget(journal)
+
+    async def _write_all(self, journal: RequestJournal) -> None:
+        if not journal.created:
+            if not await self._store.create(journal.record_to_create()):
+                raise SupersededError("the id is taken")
+            journal.created = True
+        await self._write_moves(journal)
+        while frames := journal.next_frames():
+            position, attempt = journal.num_written_frames, journal.record.attempt
+            num_tokens = journal.output.num_output_tokens
+            await self._store.append_frames(journal.request_id, attempt, position, frames, num_tokens)
+            journal.num_written_frames = position + len(frames)
+            await self._write_moves(journal)
+        if journal.terminal is not None:
+            end = journal.terminal
+            if not await self._store.transition(journal.request_id, end.attempt, end.state, fields=end.fields):
+                raise SupersededError("the request goes on elsewhere")
+            self._forget(journal)
+
+    async def _write_moves(self, journal: RequestJournal) -> None:
+        while journal.moves:
+            move = journal.moves[0]
+            new_attempt = move.attempt if move.attempt != move.from_attempt else None
+            if not await self._store.transition(
+                journal.request_id, move.from_attempt, move.state, new_attempt=new_attempt, fields=move.fields
+            ):
+                raise SupersededError("the request goes on elsewhere")
+            if journal.moves and journal.moves[0] is move:
+                journal.moves.popleft()
+
+    async def _restore(self, journal: RequestJournal) -> None:
+        try:
+            record, frames = journal.record_to_restore(), journal.all_frames()
+            restored = await self._store.restore(record, frames)
+            journal.created = True
+        except KvrelayError as failure:
+            _log.warning("a request's state cannot be restored yet", request_id=journal.request_id, reason=failure.message)
+            return
+        if not restored:
+            self._give_up(journal)
+            return
+        _log.info("restored a request that redis had lost", request_id=journal.request_id)
+        journal.num_written_frames = len(frames)
+        if is_terminal(record.state):
+            self._forget(journal)
+
+    def _give_up(self, journal: RequestJournal) -> None:
+        self._forget(journal)
+        if not journal.ended:
+            journal.superseded = True
+            self._on_superseded(journal.request_id)
+
+    def _forget(self, journal: RequestJournal) -> None:
+        if self._journals.get(journal.request_id) is journal:
+            del self._journals[journal.request_id]

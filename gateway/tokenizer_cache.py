@@ -1,0 +1,97 @@
+"""Tokenizers of the models that are served: fetched from a worker once, kept by fingerprint. Knows no request."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import grpc
+
+from gateway.tokenizer import KNOWN_FILES, ModelTokenizer
+from gateway.worker_session import WorkerSession
+from kvrelay.errors import KvrelayError, PreconditionError, UnavailableError
+from kvrelay.v1 import session_pb2, session_pb2_grpc
+
+MAX_TOTAL_BYTES = 64 * 1024 * 1024
+MAX_TOKENIZERS = 8
+FETCH_TIMEOUT_S = 20.0
+
+
+class TokenizerCache:
+    """Tokenizers by fingerprint, the least recently used dropped first.
+
+    Args:
+        sessions: gives the sessions that are up.
+    """
+
+    def __init__(self, sessions: Callable[[], Iterable[WorkerSession]]) -> None:
+        self._sessions = sessions
+        self._tokenizers: OrderedDict[str, ModelTokenizer] = OrderedDict()
+        self._fetches: dict[str, asyncio.Task[ModelTokenizer]] = {}
+
+    def cached(self, fingerprint: str) -> ModelTokenizer | None:
+        """The tokenizer when it is here already."""
+        return self._tokenizers.get(fingerprint)
+
+    async def get(self, fingerprint: str) -> ModelTokenizer:
+        """The tokenizer, fetched from a worker when it is not here. Many callers share one fetch.
+
+        Raises:
+            UnavailableError: no worker of the model answers.
+            PreconditionError: the model's files are missing, too large or broken.
+        """
+        if fingerprint in self._tokenizers:
+            self._tokenizers.move_to_end(fingerprint)
+            return self._tokenizers[fingerprint]
+        fetch = self._fetches.get(fingerprint)
+        if fetch is None:
+            fetch = asyncio.create_task(self._fetch_and_keep(fingerprint), name=f"tokenizer of {fingerprint}")
+            self._fetches[fingerprint] = fetch
+        return await asyncio.shield(fetch)
+
+    async def _fetch_and_keep(self, fingerprint: str) -> ModelTokenizer:
+        try:
+            tokenizer = await self._fetch_from_any(fingerprint)
+        finally:
+            del self._fetches[fingerprint]
+        self._tokenizers[fingerprint] = tokenizer
+        while len(self._tokenizers) > MAX_TOKENIZERS:
+            self._tokenizers.popitem(last=False)
+        return tokenizer
+
+    async def _fetch_from_any(self, fingerprint: str) -> ModelTokenizer:
+        failure: KvrelayError = UnavailableError("no worker of the model is connected now; try again later")
+        for session in list(self._sessions()):
+            if session.identity.model.fingerprint == fingerprint:
+                try:
+                    files = await fetch_files(session.channel, fingerprint)
+                    return await asyncio.to_thread(ModelTokenizer, files)
+                except UnavailableError as error:
+                    failure = error
+        raise failure
+
+
+async def fetch_files(channel: grpc.aio.Channel, fingerprint: str) -> dict[str, bytes]:
+    """A worker's tokenizer files by name; files of other names are skipped.
+
+    Raises:
+        UnavailableError: the worker does not answer in time.
+        PreconditionError: it sends more than 64 MiB.
+    """
+    files: dict[str, bytearray] = {}
+    num_bytes = 0
+    call = session_pb2_grpc.ModelServiceStub(channel).GetTokenizer(
+        session_pb2.GetTokenizerRequest(fingerprint=fingerprint), timeout=FETCH_TIMEOUT_S
+    )
+    try:
+        async for piece in call:
+            num_bytes += len(piece.content)
+            if num_bytes > MAX_TOTAL_BYTES:
+                call.cancel()
+                raise PreconditionError(
+                    f"the model's tokenizer files are larger than {MAX_TOTAL_BYTES >> 20} MiB; send token ids"
+                )
+            if piece.file_name in KNOWN_FILES:
+                files.setdefault(piece.file_name, bytearray()).extend(piece.content)
+    except grpc.aio.AioRpcError as failure:
+        raise UnavailableError("a worker did not send its model's tokenizer; try again later") from failure
+    return {name: bytes(content) for name, content in files.items()}

@@ -1,0 +1,172 @@
+"""Sessions with all workers that are known: made, kept, made again. Owns who is connected; knows no request beyond its id.
+
+A worker is the same only if its worker id is: after a restart at the same address it is another one.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import structlog
+
+from gateway import lifecycle_messages as m
+from gateway import session_messages
+from gateway.router import Assignment, FailedPairs, RouteQuery, WorkerView, choose_workers
+from gateway.session_messages import Command, SessionResponse
+from gateway.worker_session import SessionSettings, WorkerSession
+from kvrelay.backoff import Backoff
+from kvrelay.errors import UnavailableError
+from kvrelay.rpc import create_channel
+from kvrelay.work import FailureKind
+from kvrelay.worker_registry import Member, MemberRole
+
+FIRST_RECONNECT_S = 0.05
+LONGEST_RECONNECT_S = 1.0
+
+_log = structlog.get_logger(__name__)
+_Place = tuple[MemberRole, str]
+"""Role and address."""
+
+
+class WorkerSessions:
+    """All sessions of a gateway.
+
+    Args:
+        settings: of the gateway.
+        on_event: called with (request id, event) for whatever a worker says about a request; must not raise.
+        on_lost: called with a worker's id when its session ended; must not raise.
+        on_change: called when a worker was found, or may take work again; must not raise.
+    """
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        on_event: Callable[[str, m.Event], None],
+        on_lost: Callable[[str], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._on_change = on_change
+        self._tasks: dict[_Place, asyncio.Task[None]] = {}
+        self._wanted: set[_Place] = set()
+        self._sessions: dict[str, WorkerSession] = {}
+        self._failed_pairs = FailedPairs()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Closes all sessions at the end."""
+        try:
+            yield
+        finally:
+            self._wanted.clear()
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def set_members(self, members: tuple[Member, ...]) -> None:
+        """Makes sessions with new workers. Those that left are kept while their session lives."""
+        self._wanted = {(member.role, member.address) for member in members if member.role is not MemberRole.GATEWAY}
+        for place in self._wanted - self._tasks.keys():
+            self._tasks[place] = asyncio.create_task(self._keep_connected(place), name=f"{place[0].value} worker {place[1]}")
+        connected = {(session.role, session.address) for session in self._sessions.values()}
+        for place in self._tasks.keys() - self._wanted - connected:
+            self._tasks.pop(place).cancel()
+
+    # --- what is known --------------------------------------------------------------------------------------------------------
+
+    def sessions(self) -> list[WorkerSession]:
+        """All that are up, by role and worker id."""
+        return sorted(self._sessions.values(), key=lambda session: (session.role.value, session.worker_id))
+
+    def views(self) -> list[WorkerView]:
+        """What the router needs to know of the connected workers."""
+        return [session.view() for session in self._sessions.values()]
+
+    def choose(self, query: RouteQuery) -> Assignment | None:
+        """Workers for a work; they count as busier from now on."""
+        assignment = choose_workers(self.views(), query)
+        if assignment is not None:
+            self._sessions[assignment.decode_worker_id].note_assigned(query.num_tokens)
+            if assignment.prefill_worker_id is not None:
+                self._sessions[assignment.prefill_worker_id].note_assigned(query.num_tokens)
+        return assignment
+
+    def avoid_pair(self, pair: tuple[str, str]) -> None:
+        """KV did not get from one to the other: leave (decode, prefill) alone for a while."""
+        self._failed_pairs.note(pair, asyncio.get_running_loop().time())
+
+    def avoided_pairs(self) -> frozenset[tuple[str, str]]:
+        """(decode, prefill) workers to leave alone now."""
+        return self._failed_pairs.current(asyncio.get_running_loop().time())
+
+    # --- commands -------------------------------------------------------------------------------------------------------------
+
+    def send(self, action: Command, fingerprint: str) -> bool:
+        """Sends a command; False when there is no session with the worker, and so nothing that it could hold."""
+        session = self._sessions.get(action.worker_id)
+        if session is None:
+            return False
+        session.send(session_messages.command(session.role, action, fingerprint))
+        return True
+
+    # --- sessions -------------------------------------------------------------------------------------------------------------
+
+    async def _keep_connected(self, place: _Place) -> None:
+        """Makes a session again and again while the worker is wanted."""
+        role, address = place
+        backoff = Backoff(FIRST_RECONNECT_S, LONGEST_RECONNECT_S)
+        try:
+            async with create_channel(address) as channel:
+                while place in self._wanted:
+                    session = WorkerSession(role, address, channel, self._settings, self._dispatch)
+                    if await self._run_session(session):
+                        backoff.reset()
+                    await asyncio.sleep(backoff.next_delay_s())
+        finally:
+            if self._tasks.get(place) is asyncio.current_task():
+                del self._tasks[place]
+
+    async def _run_session(self, session: WorkerSession) -> bool:
+        """Whether the session was up for a while."""
+        greeted = False
+
+        def on_greeted(greeted_session: WorkerSession) -> None:
+            nonlocal greeted
+            greeted = True
+            self._add(greeted_session)
+
+        try:
+            reason = await session.run(on_greeted)
+            _log.info("session with worker ended", worker_id=session.worker_id, address=session.address, reason=reason)
+        except UnavailableError as failure:
+            _log.debug("worker cannot be reached", address=session.address, reason=failure.message)
+        except Exception:
+            _log.exception("session with worker failed", address=session.address)
+        finally:
+            if greeted:
+                self._remove(session)
+        return greeted
+
+    def _add(self, session: WorkerSession) -> None:
+        previous = self._sessions.get(session.worker_id)
+        if previous is not None:  # the same worker under another address: the newer session counts
+            self._on_lost(session.worker_id)
+        self._sessions[session.worker_id] = session
+        _log.info("session with worker began", worker_id=session.worker_id, role=session.role.value, address=session.address)
+        self._on_change()
+
+    def _remove(self, session: WorkerSession) -> None:
+        if self._sessions.get(session.worker_id) is session:
+            del self._sessions[session.worker_id]
+            self._on_lost(session.worker_id)
+
+    def _dispatch(self, session: WorkerSession, response: SessionResponse) -> None:
+        if self._sessions.get(session.worker_id) is not session:
+            return
+        for request_id, event in session_messages.events(session.worker_id, response):
+            if isinstance(event, m.WorkFailed) and event.kind is FailureKind.DRAINING:
+                session.mark_draining()
+            self._on_event(request_id, event)
