@@ -1,0 +1,181 @@
+"""Who may import whom, read from the sources themselves; docs/design.md has the rules in words."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+SERVICES = ("gateway", "prefill_worker", "decode_worker")
+PACKAGES = ("kvrelay", *SERVICES)
+
+# What only the extra `worker` installs: the gateway's image has none of it.
+WORKER_ONLY_LIBRARIES = {"torch", "transformers", "safetensors", "accelerate", "gguf", "numpy"}
+
+# Pure modules are functions of the events given to them: no tensors, no network, no clock, no tasks, no chance.
+PURE_MODULES = (
+    "kvrelay.kv_cache.block_manager",
+    "kvrelay.kv_cache.prefix_hash",
+    "kvrelay.kv_cache.memory_planning",
+    "kvrelay.request_state",
+    "kvrelay.finish_rules",
+    "kvrelay.sampling_params",
+    "kvrelay.sequence",
+    "kvrelay.work",
+    "gateway.request_lifecycle",
+    "gateway.stop_strings",
+    "prefill_worker.scheduler",
+    "decode_worker.scheduler",
+)
+IMPURE_LIBRARIES = {
+    *WORKER_ONLY_LIBRARIES,
+    *("grpc", "grpc_status", "redis", "socket", "ssl", "subprocess", "signal", "os", "select"),
+    *("asyncio", "threading", "concurrent", "multiprocessing", "queue", "time", "datetime", "random", "secrets", "uuid"),
+}
+
+# Where messages become dataclasses and the other way round. Schedulers, lifecycle and engine are not here and may never be.
+EDGE_MODULES = {
+    "kvrelay.wire",
+    "kvrelay.kv_transfer.codec",
+    "kvrelay.client.async_client",
+    "kvrelay.client.async_stream",
+    "kvrelay.client.requests",
+    "kvrelay.client.results",
+    "gateway.request_output",
+    "gateway.request_validation",
+    "gateway.session_messages",
+    "gateway.tokenizer_cache",
+    "gateway.worker_session",
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """All modules of the product by dotted name, without the generated ones."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((REPO_ROOT / package).rglob("*.py")):
+            parts = path.relative_to(REPO_ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            if not name.startswith("kvrelay.v1"):
+                found[name] = path
+    return found
+
+
+def imports_in(node: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names that the code imports, inside functions too, but not those for type checkers only."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = absolute_name(node, module, is_package)
+        yield base
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    else:
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in node.orelse if isinstance(node, ast.If) and for_types else ast.iter_child_nodes(node):
+            yield from imports_in(child, module, is_package)
+
+
+def absolute_name(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """What stands between `from` and `import`, without leading dots."""
+    if not node.level:
+        return node.module or ""
+    num_dropped = node.level - is_package
+    package = module.split(".")[:-num_dropped] if num_dropped else module.split(".")
+    return ".".join([*package, *filter(None, [node.module])])
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Everything the module names in imports: `from a import b` gives both `a` and `a.b`, since `b` may be a module."""
+    path = modules()[module]
+    return frozenset(imports_in(ast.parse(path.read_text("utf-8")), module, path.name == "__init__.py"))
+
+
+@cache
+def closure(module: str) -> frozenset[str]:
+    """The modules of the product that are loaded when `module` is, itself and the packages around them included."""
+    reached: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name not in modules():
+            continue
+        reached.add(name)
+        waiting += [name.rpartition(".")[0], *imports_of(name)]
+    return frozenset(reached)
+
+
+def roots(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imports_of(module)}
+
+
+def generated_imports(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name.startswith("kvrelay.v1")}
+
+
+def test_the_rules_see_imports_of_every_form() -> None:
+    source = "import a.b\nfrom c import d\nfrom . import e\nfrom ..f import g\ndef h():\n    import i\n"
+    source += "if TYPE_CHECKING:\n    import j\nelse:\n    import k\n"
+    names = set(imports_in(ast.parse(source), "x.y.z", is_package=False))
+    assert names == {"a.b", "c", "c.d", "x.y", "x.y.e", "x.f", "x.f.g", "i", "k"}
+    assert "x.y.e" in set(imports_in(ast.parse("from . import e"), "x.y", is_package=True))
+
+
+def test_the_rules_see_all_packages() -> None:
+    assert {name.partition(".")[0] for name in modules()} == set(PACKAGES)
+    assert "kvrelay.errors" in closure("gateway.request_lifecycle") | closure("kvrelay.wire")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_service_imports_kvrelay_and_no_other_service(package: str) -> None:
+    forbidden = set(SERVICES) - {package}
+    offenders = {name: hits for name in modules() if name.partition(".")[0] == package and (hits := roots(name) & forbidden)}
+    assert not offenders
+
+
+def test_only_the_engine_imports_torch_and_what_comes_with_it() -> None:
+    offenders = {
+        name: hits
+        for name in modules()
+        if not name.startswith("kvrelay.engine") and (hits := roots(name) & (WORKER_ONLY_LIBRARIES - {"numpy"}))
+    }
+    assert not offenders
+
+
+def test_nothing_the_gateway_imports_imports_torch() -> None:
+    reached = {name for module in modules() if module.partition(".")[0] == "gateway" for name in closure(module)}
+    offenders = {name: hits for name in reached if (hits := roots(name) & WORKER_ONLY_LIBRARIES)}
+    assert not offenders
+    assert not {name for name in reached if name.startswith("kvrelay.engine")}
+
+
+@pytest.mark.parametrize("module", PURE_MODULES)
+def test_a_pure_module_and_all_it_loads_know_no_tensor_network_or_clock(module: str) -> None:
+    assert module in modules(), f"{module} is gone; keep PURE_MODULES true"
+    offenders = {name: hits for name in closure(module) if (hits := roots(name) & IMPURE_LIBRARIES)}
+    assert not offenders
+    assert not any(generated_imports(name) for name in closure(module))
+
+
+def test_generated_code_stays_at_the_edges() -> None:
+    users = {name for name in modules() if generated_imports(name)}
+    assert users - EDGE_MODULES == set(), "no edge: convert to dataclasses in kvrelay.wire or in the service"
+    assert EDGE_MODULES - users == set(), "these need the generated code no more; take them off the list"
+
+
+def test_tests_and_tools_are_not_imported_by_the_product() -> None:
+    offenders = {name: hits for name in modules() if (hits := roots(name) & {"tests", "tools", "benchmarks"})}
+    assert not offenders
+
+
+@pytest.mark.parametrize("module", ["gateway.main", "kvrelay.client", "kvrelay.cli", "kvrelay.model_store"])
+def test_module_loads_where_torch_is_not_installed(module: str) -> None:
+    blocked = sorted(WORKER_ONLY_LIBRARIES)
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {module}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
