@@ -11,7 +11,8 @@ INSTALLED := $(VENV)/.installed
 
 # A second package index to take torch from, such as the one with CPU or CUDA builds; empty: only the indexes pip knows.
 TORCH_INDEX_URL ?=
-PIP_FLAGS := --quiet --disable-pip-version-check --no-input $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+# Twice quiet: a warning on each index without a package is no news.
+PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-input $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 # Tests start many processes; one thread for each keeps them from fighting for the cores.
 test soak: export OMP_NUM_THREADS ?= 1
