@@ -133,8 +133,11 @@ class ClientSettings(Settings):
     """What the commands have that talk to a gateway."""
 
     gateway: str = Field(
+        json_schema_extra={"flags": ["--address"]},
         default=f"127.0.0.1:{DEFAULT_GATEWAY_PORT}",
         min_length=1,
         description="host:port of the gateway; several, separated by commas.",
     )
-    timeout_s: float = Field(default=300.0, gt=0, description="Most time for the call, in seconds.")
+    timeout_s: float = Field(
+        default=300.0, gt=0, json_schema_extra={"flags": ["--timeout"]}, description="Most time for the call, in seconds."
+    )

@@ -31,9 +31,9 @@ WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
 
 GATEWAY_NAME = "gateway"
 
-_STOP_GRACE_S = 4.0
+_STOP_GRACE_S = 3.5
 """From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
-_DRAIN_TIMEOUT_MS = 3000
+_DRAIN_TIMEOUT_MS = 2500
 _POLL_INTERVAL_S = 0.1
 _RESTART_INITIAL_S = 0.5
 _RESTART_MAXIMUM_S = 30.0

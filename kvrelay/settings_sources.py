@@ -56,6 +56,12 @@ class SettingField:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def other_flags(self) -> tuple[str, ...]:
+        """Further spellings of the flag."""
+        extra = self.info.json_schema_extra
+        return tuple(extra["flags"]) if isinstance(extra, dict) and "flags" in extra else ()  # type: ignore[arg-type]
+
+    @property
     def variable(self) -> str:
         return ENVIRONMENT_PREFIX + self.name.upper()
 

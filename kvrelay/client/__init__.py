@@ -9,7 +9,8 @@
 `AsyncClient` is the same for asyncio. Both raise the errors of `kvrelay.errors` and return the frozen values of `results`.
 """
 
-from kvrelay.client.async_client import DEFAULT_TIMEOUT_S, AsyncClient
+from kvrelay.client.addresses import DEFAULT_TIMEOUT_S
+from kvrelay.client.async_client import AsyncClient
 from kvrelay.client.async_conversation import AsyncConversation, AsyncTurn
 from kvrelay.client.async_stream import AsyncStream
 from kvrelay.client.results import (
@@ -31,6 +32,9 @@ from kvrelay.client.results import (
     WorkerInfo,
     WorkerRole,
 )
+from kvrelay.client.sync_client import Client
+from kvrelay.client.sync_conversation import Conversation, Turn
+from kvrelay.client.sync_stream import Stream
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
@@ -40,8 +44,10 @@ __all__ = [
     "AsyncStream",
     "AsyncTurn",
     "ChatMessage",
+    "Client",
     "Cluster",
     "Completion",
+    "Conversation",
     "Delta",
     "Event",
     "Finished",
@@ -52,6 +58,8 @@ __all__ = [
     "RequestPage",
     "RequestState",
     "ServedModel",
+    "Stream",
+    "Turn",
     "Usage",
     "WorkerInfo",
     "WorkerRole",

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+DEFAULT_TIMEOUT_S = 300.0
+"""Of calls of a client that was given none."""
+
 
 class Addresses:
     """host:port of one or several gateways, asked in turn: the one that answered last is asked first.

@@ -1,4 +1,4 @@
-"""The asyncio client: one method for each thing a gateway does. Streams are in `async_stream`, conversations in `async_conversation`."""
+"""The asyncio client: one method for each thing that a gateway does. Knows nothing of how a stream or a conversation goes on."""
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
@@ -11,13 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrelay import rpc
 from kvrelay.client import requests, results
-from kvrelay.client.addresses import Addresses
+from kvrelay.client.addresses import DEFAULT_TIMEOUT_S, Addresses
 from kvrelay.client.async_conversation import AsyncConversation
 from kvrelay.client.async_stream import AsyncStream
 from kvrelay.client.stream_state import StreamState, call_error, unreachable
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
-
-DEFAULT_TIMEOUT_S = 300.0
 
 ResponseT = TypeVar("ResponseT")
 
@@ -175,9 +173,9 @@ class AsyncClient:
     async def health(self, *, timeout_s: float | None = None) -> results.Health:
         """What the health service of the process says that answers."""
 
-        async def check(address: str, timeout: float) -> results.Health:
-            stub = health_pb2_grpc.HealthStub(self._channel(address))
-            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        async def check(address: str, limit_s: float) -> results.Health:
+            stub: Any = health_pb2_grpc.HealthStub(self._channel(address))
+            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=limit_s)
             return results.Health(response.status == health_pb2.HealthCheckResponse.SERVING, address)
 
         return await self._ask(check, timeout_s)

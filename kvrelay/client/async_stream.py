@@ -12,12 +12,11 @@ import grpc
 
 from kvrelay.client.addresses import Addresses
 from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
-from kvrelay.client.stream_state import Recovery, StreamState
+from kvrelay.client.stream_state import Recovery, StreamRequest, StreamState
 from kvrelay.errors import DeadlineError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 StubOf = Callable[[str], "inference_pb2_grpc.InferenceServiceAsyncStub"]
-StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
 
 
 class AsyncStream:
@@ -89,22 +88,14 @@ class AsyncStream:
                 failure = error
             finally:
                 call.cancel()
-            await self._recover(failure, deadline_s)
+            await asyncio.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
+            self._addresses.move_on()
 
     def _open(self, remaining_s: float) -> Any:
         if remaining_s <= 0:
             raise DeadlineError("no answer within the timeout")
         stub = self._stub(self._addresses.current)
-        if self._state.accepted is None:
-            # Also after a failure: the idempotency key makes the second call join the first one's request.
-            if isinstance(self._request, inference_pb2.ResumeRequest):
-                return stub.Resume(self._request, timeout=remaining_s)
-            return stub.Generate(self._request, timeout=remaining_s)
-        self._state.begin_resume()
-        request = inference_pb2.ResumeRequest(request_id=self._state.accepted.request_id, from_index=self._state.from_index)
-        return stub.Resume(request, timeout=remaining_s)
-
-    async def _recover(self, failure: grpc.RpcError | None, deadline_s: float) -> None:
-        delay_s = self._recovery.delay_s(failure, deadline_s - time.monotonic())
-        self._addresses.move_on()
-        await asyncio.sleep(delay_s)
+        request = self._state.next_request(self._request)
+        if isinstance(request, inference_pb2.ResumeRequest):
+            return stub.Resume(request, timeout=remaining_s)
+        return stub.Generate(request, timeout=remaining_s)

@@ -1,7 +1,7 @@
 """What a client knows of a request whose output it streams, and what to do when the stream breaks. Pure: no network, no clock.
 
-Resuming asks for the whole output again and drops what is known already: tokens by their index, text by its length. Text may lag behind
-tokens (half a character, the possible start of a stop string), so only the sum of it since the stream's first index is comparable.
+Resuming asks for the whole output again and drops what is known already: tokens by their index, text by its length. Text may lag
+behind tokens (half a character, the possible start of a stop string), so only all of it since the first index can be compared.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -15,7 +15,10 @@ from kvrelay.backoff import Backoff
 from kvrelay.client.results import Accepted, Completion, Delta, Event, Finished, Output
 from kvrelay.error_status import DETAILS_METADATA_KEY, error_of_rpc
 from kvrelay.errors import DeadlineError, InternalError, KvrelayError, UnavailableError
+from kvrelay.v1 import inference_pb2
 from kvrelay.work import FinishReason, Token
+
+StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
 
 _BACKOFF_INITIAL_S = 0.1
 _BACKOFF_MAXIMUM_S = 2.0
@@ -57,10 +60,16 @@ class StreamState:
             return self._take_delta(event)
         return None
 
-    def begin_resume(self) -> None:
-        """The stream begins again at `from_index`: what is known will be repeated."""
+    def next_request(self, first: StreamRequest) -> StreamRequest:
+        """What to ask for when a stream begins: `first`, or, once the request is accepted, its output again from `from_index`.
+
+        Before that, a repeated `first` joins the request it may have made, by its idempotency key.
+        """
+        if self.accepted is None:
+            return first
         for output in self._outputs.values():
             output.num_characters_to_skip = len(output.text)
+        return inference_pb2.ResumeRequest(request_id=self.accepted.request_id, from_index=self.from_index)
 
     def text(self, sequence: int = 0) -> str:
         """Text of a sequence so far."""
@@ -68,7 +77,8 @@ class StreamState:
 
     def completion(self) -> Completion:
         """The whole result; only after `finished`."""
-        assert self.accepted is not None and self.finished is not None, "the stream has not finished"
+        assert self.accepted is not None, "the stream has not begun"
+        assert self.finished is not None, "the stream has not finished"
         numbers = range(max(len(self.finished.finish_reasons), 1))
         outputs = (self._outputs.get(number, _SequenceOutput(self.from_index)) for number in numbers)
         values = tuple(Output(output.text, tuple(output.tokens), output.finish_reason) for output in outputs)
@@ -101,18 +111,20 @@ class StreamState:
 class Recovery:
     """Decides about a broken stream: try again after a delay, or give up with a typed error.
 
-    A connection that broke is tried again until the deadline. A gateway that itself says UNAVAILABLE is believed once every address
-    has said so in a row.
+    A connection that broke is tried again until the deadline. Two things are believed once every address has shown them in a row: that
+    a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun.
     """
 
     def __init__(self, resumable: bool, addresses: Sequence[str]) -> None:
         self._resumable = resumable
         self._addresses = addresses
+        self._begun = False
         self._num_refusals_left = self._max_refusals = len(addresses)
         self._backoff = Backoff(_BACKOFF_INITIAL_S, _BACKOFF_MAXIMUM_S)
 
     def progressed(self) -> None:
         """Something new arrived."""
+        self._begun = True
         self._backoff.reset()
         self._num_refusals_left = self._max_refusals
 
@@ -129,7 +141,7 @@ class Recovery:
         error = _stream_error(failure, self._addresses)
         if not self._resumable or not is_broken(failure):
             raise error
-        if failure is not None and says_so_itself(failure):
+        if failure is not None and (says_so_itself(failure) or not self._begun):
             if self._num_refusals_left == 0:
                 raise error
             self._num_refusals_left -= 1
@@ -173,7 +185,9 @@ def call_error(failure: grpc.RpcError, addresses: Sequence[str]) -> KvrelayError
     """The typed error of a failed call; where nobody answered, it names who was asked."""
     error = error_of_rpc(failure)
     if unreachable(failure):
-        return UnavailableError(f"cannot reach a gateway at {' or '.join(addresses)}: {error.message}")
+        # gRPC's text is a chain of causes; the last one is what a person wants to know.
+        cause = error.message.rpartition(": ")[2]
+        return UnavailableError(f"cannot reach a gateway at {' or '.join(addresses)}: {cause}")
     if isinstance(error, DeadlineError) and not says_so_itself(failure):
         return DeadlineError("no answer within the timeout")
     return error

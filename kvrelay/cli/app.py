@@ -1,0 +1,43 @@
+"""The root of the command line: which commands there are, and what becomes of errors. Knows nothing of what commands do."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from kvrelay.cli import client_commands, demo, generate_commands, model_commands, serve_commands, status_commands
+from kvrelay.cli.output import print_error
+from kvrelay.errors import ConfigError, KvrelayError
+
+app = typer.Typer(
+    name="kvrelay",
+    help="Serves a language model with prefill and decode in separate workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(serve_commands.app, name="serve")
+app.add_typer(model_commands.app, name="models")
+for command in (
+    generate_commands.complete,
+    generate_commands.chat,
+    generate_commands.resume,
+    status_commands.status,
+    status_commands.requests,
+    status_commands.health,
+    client_commands.cancel,
+    client_commands.tokenize,
+    client_commands.detokenize,
+    demo.demo,
+    client_commands.version,
+):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 well, 1 an expected error, 2 wrong usage or setting, 130 interrupted."""
+    try:
+        app(args=arguments, prog_name="kvrelay")
+    except KvrelayError as error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,100 @@
+"""`kvrelay demo`: a whole cluster for one answer, then the phases of that request. What `make demo` runs."""
+
+import asyncio
+import signal
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from kvrelay.cli.model_commands import ensure_model, open_store, progress_bar
+from kvrelay.cli.output import console, print_json, print_note, write_text
+from kvrelay.cli.setting_options import takes_settings
+from kvrelay.config import ClusterSettings, DecodeSettings, EngineSettings, PrefillSettings
+from kvrelay.settings_sources import SettingsSources, setting_fields
+
+# Long enough that the prompt is computed on the prefill worker and its KV cache has to travel.
+DEFAULT_PROMPT = (
+    "The sky is blue because air scatters sunlight. Sunlight holds all colours. Blue light has a short wave and is scattered about "
+    "ten times as much as red light, so blue reaches our eyes from every part of the sky. In the evening sunlight crosses much more "
+    "air: most of the blue is scattered out of it on the way, and what is left looks orange or red. On the Moon there is no air, and "
+    "the sky there is black even by day.\n\n"
+    "Explain in three short sentences why the sky is blue at noon, red in the evening, and black on the Moon."
+)
+_TIMEOUT_S = 240.0
+_FIELDS = {*setting_fields(EngineSettings), *setting_fields(ClusterSettings), "redis_url", "log_level"}
+
+
+@takes_settings(ClusterSettings, PrefillSettings, DecodeSettings, only=_FIELDS)
+def demo(
+    sources: SettingsSources,
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask.", show_default=False)] = DEFAULT_PROMPT,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")] = 128,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object with everything, for programs.")] = False,
+) -> None:
+    """Start a cluster, stream an answer, show the request's phases, end the cluster."""
+    with progress_bar() as progress:
+        ensure_model(open_store(sources), sources.load("prefill", PrefillSettings).engine.model, progress)
+    log_path = Path(tempfile.mkstemp(prefix="kvrelay-demo-", suffix=".log")[1])
+    try:
+        with log_path.open("w", encoding="utf-8") as log:
+            asyncio.run(_run(sources, prompt, max_tokens, json, log))
+    except BaseException:
+        print_note(f"The processes' log: {log_path}")
+        raise
+    log_path.unlink()
+
+
+async def _run(sources: SettingsSources, prompt: str, max_tokens: int, json: bool, log: TextIO) -> None:
+    from kvrelay.cli.supervisor import cluster_of
+
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    cluster = cluster_of(sources, lambda name, line: print(f"{name:<10}| {line}", file=log, flush=True))
+    cluster.gateway = cluster.gateway.model_copy(update={"server": cluster.gateway.server.model_copy(update={"port": 0})})
+    cluster.restart = False
+    terminal = console(stderr=True)
+    num_workers = f"{len(cluster.prefill)} prefill and {len(cluster.decode)} decode workers"
+    waiting = terminal.status(f"starting Valkey, a gateway, {num_workers} ...") if terminal.is_terminal else nullcontext()
+    try:
+        with waiting:
+            await cluster.start()
+        if not json:
+            terminal.print(f"[bold]{len(cluster.names)} processes are up.[/bold] The prompt:\n")
+            terminal.print(prompt, style="dim", markup=False)
+            terminal.print("\n[bold]The answer:[/bold]\n")
+        await _answer(cluster.gateway_address, prompt, max_tokens, json)
+    finally:
+        await cluster.stop()
+
+
+async def _answer(address: str, prompt: str, max_tokens: int, json: bool) -> None:
+    from kvrelay.cli.phase_table import gigabytes_per_second, phase_table, tokens_per_second
+    from kvrelay.client import AsyncClient, ChatMessage
+
+    async with (
+        AsyncClient(address, timeout_s=_TIMEOUT_S) as client,
+        client.generate(messages=[ChatMessage("user", prompt)], temperature=0.0, max_tokens=max_tokens) as stream,
+    ):
+        async for delta in stream:
+            if not json:
+                write_text(delta.text)
+        completion = await stream.completion()
+    if json:
+        print_json(
+            {
+                "prompt": prompt,
+                "text": completion.text,
+                "accepted": completion.accepted,
+                "finished": completion.finished,
+                "tokens_per_second": tokens_per_second(completion.finished),
+                "transfer_gigabytes_per_second": gigabytes_per_second(completion.finished),
+            }
+        )
+        return
+    print("\n")
+    console().print(phase_table(completion.finished))

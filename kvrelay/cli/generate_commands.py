@@ -1,0 +1,146 @@
+"""Commands that stream a model's text: complete, resume and chat."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from kvrelay.cli.client_session import open_client
+from kvrelay.cli.output import console, print_json, print_note, write_text
+from kvrelay.cli.sampling_options import takes_sampling
+from kvrelay.cli.setting_options import takes_settings
+from kvrelay.client import ChatMessage, Stream, Turn
+from kvrelay.config import ClientSettings
+from kvrelay.errors import InvalidRequestError
+from kvrelay.settings_sources import SettingsSources
+
+Model = Annotated[str, typer.Option("--model", help="Model; not needed when only one is served.", show_default=False)]
+Tenant = Annotated[str, typer.Option("--tenant", help="Separates prefix caches of tenants.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, for programs.")]
+Phases = Annotated[bool, typer.Option("--phases", help="Show where the time went.")]
+System = Annotated[str | None, typer.Option("--system", help="System message of the chat.")]
+
+
+@takes_settings(ClientSettings)
+@takes_sampling
+def complete(
+    sources: SettingsSources,
+    prompt: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")],
+    sampling: dict[str, Any],
+    model: Model = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
+    system: System = None,
+    tenant: Tenant = "",
+    resumable: Annotated[bool, typer.Option(help="Continue after a lost connection.")] = True,
+    idempotency_key: Annotated[str | None, typer.Option(help="A second request with the same key joins the first.")] = None,
+    json: Json = False,
+    phases: Phases = False,
+) -> None:
+    """Continue a prompt, streaming the text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [ChatMessage("user", text)] if chat or system is not None else None
+    if system is not None and messages is not None:
+        messages.insert(0, ChatMessage("system", system))
+
+    with (
+        open_client(sources) as client,
+        client.generate(
+            None if messages else text,
+            messages=messages,
+            model=model,
+            tenant=tenant,
+            resumable=resumable,
+            idempotency_key=idempotency_key,
+            **sampling,
+        ) as stream,
+    ):
+        show_stream(stream, json, phases, sampling.get("n", 1))
+
+
+@takes_settings(ClientSettings)
+def resume(
+    sources: SettingsSources,
+    request_id: Annotated[str, typer.Argument(help="The request, as in `kvrelay requests`.")],
+    from_index: Annotated[int, typer.Option("--from-index", min=0, help="First output token wanted.")] = 0,
+    json: Json = False,
+    phases: Phases = False,
+) -> None:
+    """Stream a request's output again, and follow it while it runs."""
+
+    with open_client(sources) as client, client.resume(request_id, from_index) as stream:
+        show_stream(stream, json, phases)
+
+
+@takes_settings(ClientSettings)
+@takes_sampling
+def chat(
+    sources: SettingsSources,
+    sampling: dict[str, Any],
+    model: Model = "",
+    system: System = None,
+    tenant: Tenant = "",
+    json: Json = False,
+    phases: Phases = False,
+) -> None:
+    """Talk with a model. A line is a turn; /exit or Ctrl-D ends. Also takes its turns from a pipe."""
+    if sampling.get("n", 1) != 1:
+        raise InvalidRequestError("n", "must be 1 in a chat: one answer continues the conversation")
+
+    news = [ChatMessage("system", system)] if system is not None else []
+    with open_client(sources) as client, client.converse(model=model, tenant=tenant, **sampling) as conversation:
+        for line in _lines(sys.stdin):
+            show_stream(conversation.send([*news, ChatMessage("user", line)]), json, phases)
+            news = []
+
+
+def show_stream(stream: Stream | Turn, json: bool, phases: bool, num_sequences: int = 1) -> None:
+    """Reads a stream to its end, showing it as it comes; several sequences, which come interleaved, only at the end."""
+    if json:
+        _show_events(stream)
+        return
+    live = num_sequences == 1
+    for delta in stream:
+        if live:
+            write_text(delta.text)
+    completion = stream.completion()
+    for number, output in enumerate(completion.outputs):
+        if not live:
+            print(f"--- {number} ({output.finish_reason.value if output.finish_reason else 'unfinished'})")
+            write_text(output.text)
+        if not output.text.endswith("\n"):
+            print(flush=True)
+    if phases:
+        from kvrelay.cli.phase_table import phase_table
+
+        console(stderr=True).print(phase_table(completion.finished))
+
+
+def _show_events(stream: Stream | Turn) -> None:
+    seen = False
+    for delta in stream:
+        if not seen:
+            print_json({"accepted": stream.accepted})
+            seen = True
+        print_json({"delta": delta})
+    if not seen:
+        print_json({"accepted": stream.accepted})
+    print_json({"finished": stream.finished})
+
+
+def _lines(source: TextIO) -> Iterator[str]:
+    """Turns typed on a terminal, or the lines of a pipe, until /exit or the end. Empty ones are skipped."""
+    interactive = source.isatty()
+    if interactive:
+        import readline  # noqa: F401  # gives input() its editing and history
+
+        print_note("Type a message; /exit or Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ") if interactive else next(source)
+        except (EOFError, StopIteration):
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.rstrip("\n")

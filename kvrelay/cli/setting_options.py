@@ -1,0 +1,88 @@
+"""Turns settings into command line options, so that each is declared once, in `kvrelay.config`.
+
+    @app.command()
+    @takes_settings(ClientSettings)
+    def cancel(sources: SettingsSources, request_id: ...) -> None: ...
+
+gives `cancel` an option for every field of ClientSettings and --config. Values are passed on as they were typed:
+`kvrelay.settings_sources` checks them, with one wording for flags, environment and file.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from kvrelay.config import Settings
+from kvrelay.settings_sources import SettingField, read_sources, setting_fields
+
+_CONFIG = "config"
+
+
+def takes_settings(
+    *settings_classes: type[Settings], only: Collection[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command whose first parameter is the SettingsSources.
+
+    Args:
+        settings_classes: whose fields become options; of fields with the same name the first class's default is shown.
+        only: names of the fields that become options; None for all.
+    """
+    fields: dict[str, SettingField] = {}
+    for settings_class in settings_classes:
+        for name, setting in setting_fields(settings_class).items():
+            if only is None or name in only:
+                fields.setdefault(name, setting)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**arguments: Any) -> None:
+            flags = {name: arguments.pop(name) for name in fields}
+            sources = read_sources(flags, arguments.pop(_CONFIG))
+            command(sources, **arguments)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [*own, _config_parameter(), *map(_parameter, fields.values())]
+        keyword_only = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters)
+        with_settings.__signature__ = inspect.Signature(list(keyword_only))  # type: ignore[attr-defined]
+        with_settings.__annotations__ = {}
+        return with_settings
+
+    return decorate
+
+
+def _config_parameter() -> inspect.Parameter:
+    option = typer.Option("--config", metavar="FILE", help="YAML file with settings. Also KVRELAY_CONFIG.", show_default=False)
+    return _keyword(_CONFIG, Annotated[str | None, option])
+
+
+def _parameter(setting: SettingField) -> inspect.Parameter:
+    return _keyword(setting.name, Annotated[bool | None if setting.is_switch else str | None, _option(setting)])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(setting: SettingField) -> Any:
+    default = setting.default
+    if setting.is_switch:
+        default = "on" if default else "off"
+    description = setting.info.description or ""
+    return typer.Option(
+        *_declarations(setting),
+        metavar=None if setting.is_switch else "|".join(setting.choices) or setting.type_name.upper(),
+        help=description if default is None else f"{description} Default: {default}.",
+        show_default=False,
+        rich_help_panel=f"{setting.path[0].capitalize()} settings" if len(setting.path) > 1 else None,
+    )
+
+
+def _declarations(setting: SettingField) -> Iterator[str]:
+    if setting.is_switch:
+        yield f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
+    else:
+        yield setting.flag
+        yield from setting.other_flags

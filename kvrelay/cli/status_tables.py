@@ -1,0 +1,98 @@
+"""The cluster and its requests as tables for people."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvrelay.client.results import Cluster, RequestInfo, WorkerInfo
+
+_NUM_ID_CHARACTERS = 12
+
+
+def cluster_view(cluster: Cluster) -> RenderableType:
+    """Workers, gateways and running requests, one table each; a line when the cluster is degraded."""
+    parts: list[RenderableType] = []
+    if cluster.degraded:
+        parts.append(Text("degraded: Redis does not answer, so request state is not kept", style="yellow"))
+    parts += [_worker_table(cluster.workers), _gateway_table(cluster)]
+    if cluster.running_requests:
+        parts.append(request_table("Running requests", cluster.running_requests))
+    return Group(*parts)
+
+
+def request_table(title: str, requests: Sequence[RequestInfo]) -> Table:
+    """One row for each request."""
+    table = _table(title, "request", "state", "model", ">attempt", ">prompt", ">output", "prefill", "decode", ">age", "error")
+    for request in requests:
+        table.add_row(
+            request.request_id,
+            request.state.value,
+            Text(request.model),
+            str(request.attempt),
+            str(request.num_prompt_tokens),
+            str(request.num_output_tokens),
+            _short(request.prefill_worker_id),
+            _short(request.decode_worker_id),
+            _age(request.create_time),
+            Text(request.error_message),
+        )
+    return table
+
+
+def _worker_table(workers: Sequence[WorkerInfo]) -> Table:
+    table = _table(
+        "Workers", "worker", "role", "address", "model", "state", ">running", ">waiting", ">blocks used", ">cached", ">free"
+    )
+    for worker in workers:
+        load = worker.load
+        table.add_row(
+            _short(worker.worker_id),
+            worker.role.value,
+            worker.address,
+            Text(f"{worker.model.name} ({worker.model.kv_layout.dtype})"),
+            _worker_state(worker),
+            str(load.num_running),
+            str(load.num_waiting),
+            f"{load.num_used_blocks} of {load.num_blocks}",
+            str(load.num_cached_blocks),
+            str(load.num_free_blocks),
+        )
+    return table
+
+
+def _gateway_table(cluster: Cluster) -> Table:
+    table = _table("Gateways", "gateway", "address", ">running requests")
+    for gateway in cluster.gateways:
+        mark = " (answers)" if gateway.gateway_id == cluster.gateway_id else ""
+        table.add_row(_short(gateway.gateway_id) + mark, gateway.address, str(gateway.num_running_requests))
+    return table
+
+
+def _worker_state(worker: WorkerInfo) -> Text:
+    if not worker.connected:
+        return Text("not connected", style="red")
+    if worker.load.draining:
+        return Text("draining", style="yellow")
+    return Text("connected", style="green")
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns marked with > are aligned to the right."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _short(identifier: str) -> str:
+    return identifier[:_NUM_ID_CHARACTERS] or "-"
+
+
+def _age(moment: datetime) -> str:
+    seconds = max(0.0, (datetime.now(UTC) - moment).total_seconds())
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

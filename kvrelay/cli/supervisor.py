@@ -1,0 +1,79 @@
+"""`serve all` in the foreground: starts a local cluster, shows the processes' log lines by name, and ends it on a signal."""
+
+import asyncio
+import signal
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from kvrelay.child_process import LineSink
+from kvrelay.config import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.local_cluster import LocalCluster
+from kvrelay.settings_sources import SettingsSources
+
+_COLOURS = {"gateway": "cyan", "prefill": "green", "decode": "magenta"}
+_OWN_NAME = "kvrelay"
+
+
+class LogPrinter:
+    """Prints lines as `name | line`, each role in its colour."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, name: str, line: str) -> None:
+        colour = _COLOURS.get(name.partition("-")[0], "yellow")
+        prefix = Text(f"{name:<10}| ", style=colour)
+        # from_ansi: children that colour their own lines keep their colours, and bring no other control sequences.
+        self._console.print(prefix + Text.from_ansi(line), soft_wrap=True)
+
+
+def cluster_of(sources: SettingsSources, on_line: LineSink) -> LocalCluster:
+    """The cluster that the settings describe, not started.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    cluster = sources.load("cluster", ClusterSettings)
+    gateway = sources.load("gateway", GatewaySettings)
+    return LocalCluster(
+        gateway=gateway,
+        prefill=[sources.load("prefill", PrefillSettings)] * cluster.num_prefill,
+        decode=[sources.load("decode", DecodeSettings)] * cluster.num_decode,
+        redis_url=gateway.server.redis_url,
+        restart=cluster.restart,
+        startup_timeout_s=cluster.startup_timeout_s,
+        on_line=on_line,
+    )
+
+
+def serve_cluster(sources: SettingsSources) -> None:
+    """Runs the cluster until SIGINT or SIGTERM.
+
+    Raises:
+        StartupError: it could not be started.
+    """
+    printer = LogPrinter(Console(file=sys.stderr, highlight=False))
+    asyncio.run(_serve(cluster_of(sources, printer), printer))
+
+
+async def _serve(cluster: LocalCluster, printer: LogPrinter) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    start = asyncio.create_task(cluster.start())
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([start, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            start.result()
+            printer(_OWN_NAME, f"ready: the gateway is {cluster.gateway_address}; Ctrl-C ends everything")
+            await stopped
+        printer(_OWN_NAME, "ending")
+    finally:
+        start.cancel()
+        stopped.cancel()
+        await asyncio.wait([start, stopped])
+        await cluster.stop()

@@ -1,0 +1,98 @@
+"""One request's output as an ordinary iterator that survives lost connections. Not for use by several threads at once."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from kvrelay.client.addresses import Addresses
+from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
+from kvrelay.client.stream_state import Recovery, StreamRequest, StreamState
+from kvrelay.errors import DeadlineError
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+
+StubOf = Callable[[str], inference_pb2_grpc.InferenceServiceStub]
+
+
+class Stream:
+    """Iterates over a request's deltas: `for delta in stream`. Leaving it early needs `cancel()` or `with`."""
+
+    def __init__(
+        self, stub: StubOf, addresses: Addresses, request: StreamRequest, state: StreamState, resumable: bool, timeout_s: float
+    ) -> None:
+        self._stub = stub
+        self._addresses = addresses
+        self._request = request
+        self._state = state
+        self._recovery = Recovery(resumable, addresses.all)
+        self._timeout_s = timeout_s
+        self._deltas = self._run()
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """The request's id, model and seed; None until the first delta."""
+        return self._state.accepted
+
+    @property
+    def finished(self) -> Finished | None:
+        """Usage and phases; None until the iteration is over."""
+        return self._state.finished
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cancel()
+
+    def text(self) -> str:
+        """Reads to the end; all text of the first sequence."""
+        for _ in self:
+            pass
+        return self._state.text()
+
+    def completion(self) -> Completion:
+        """Reads to the end; the whole result."""
+        for _ in self:
+            pass
+        return self._state.completion()
+
+    def cancel(self) -> None:
+        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end."""
+        self._deltas.close()
+
+    def _run(self) -> Generator[Delta, None, None]:
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            failure: grpc.RpcError | None = None
+            call = self._open(deadline_s - time.monotonic())
+            try:
+                for message in call:
+                    self._recovery.progressed()
+                    delta = self._state.take(event_from_pb(message))
+                    if delta is not None:
+                        yield delta
+                    if self._state.finished is not None:
+                        return
+            except grpc.RpcError as error:
+                failure = error
+            finally:
+                call.cancel()
+            time.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
+            self._addresses.move_on()
+
+    def _open(self, remaining_s: float) -> Any:
+        if remaining_s <= 0:
+            raise DeadlineError("no answer within the timeout")
+        stub = self._stub(self._addresses.current)
+        request = self._state.next_request(self._request)
+        if isinstance(request, inference_pb2.ResumeRequest):
+            return stub.Resume(request, timeout=remaining_s)
+        return stub.Generate(request, timeout=remaining_s)
