@@ -17,10 +17,10 @@ from kvrelay.settings_sources import SettingsSources, setting_fields
 
 # Long enough that the prompt is computed on the prefill worker and its KV cache has to travel.
 DEFAULT_PROMPT = (
-    "The sky is blue because air scatters sunlight. Sunlight holds all colours. Blue light has a short wave and is scattered about "
-    "ten times as much as red light, so blue reaches our eyes from every part of the sky. In the evening sunlight crosses much more "
-    "air: most of the blue is scattered out of it on the way, and what is left looks orange or red. On the Moon there is no air, and "
-    "the sky there is black even by day.\n\n"
+    "The sky is blue because air scatters sunlight. Sunlight holds all colours. Blue light has a short wave and is scattered "
+    "about ten times as much as red light, so blue reaches our eyes from every part of the sky. In the evening sunlight crosses "
+    "much more air: most of the blue is scattered out of it on the way, and what is left looks orange or red. On the Moon there "
+    "is no air, and the sky there is black even by day.\n\n"
     "Explain in three short sentences why the sky is blue at noon, red in the evening, and black on the Moon."
 )
 _TIMEOUT_S = 240.0

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -10,10 +10,12 @@ from kvrelay.cli.client_session import open_client
 from kvrelay.cli.output import console, print_json, print_note, write_text
 from kvrelay.cli.sampling_options import takes_sampling
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.client import ChatMessage, Stream, Turn
 from kvrelay.config import ClientSettings
 from kvrelay.errors import InvalidRequestError
 from kvrelay.settings_sources import SettingsSources
+
+if TYPE_CHECKING:
+    from kvrelay.client import Stream, Turn
 
 Model = Annotated[str, typer.Option("--model", help="Model; not needed when only one is served.", show_default=False)]
 Tenant = Annotated[str, typer.Option("--tenant", help="Separates prefix caches of tenants.", show_default=False)]
@@ -39,9 +41,9 @@ def complete(
 ) -> None:
     """Continue a prompt, streaming the text."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    messages = [ChatMessage("user", text)] if chat or system is not None else None
+    messages = [_message("user", text)] if chat or system is not None else None
     if system is not None and messages is not None:
-        messages.insert(0, ChatMessage("system", system))
+        messages.insert(0, _message("system", system))
 
     with (
         open_client(sources) as client,
@@ -87,14 +89,14 @@ def chat(
     if sampling.get("n", 1) != 1:
         raise InvalidRequestError("n", "must be 1 in a chat: one answer continues the conversation")
 
-    news = [ChatMessage("system", system)] if system is not None else []
+    news = [_message("system", system)] if system is not None else []
     with open_client(sources) as client, client.converse(model=model, tenant=tenant, **sampling) as conversation:
         for line in _lines(sys.stdin):
-            show_stream(conversation.send([*news, ChatMessage("user", line)]), json, phases)
+            show_stream(conversation.send([*news, _message("user", line)]), json, phases)
             news = []
 
 
-def show_stream(stream: Stream | Turn, json: bool, phases: bool, num_sequences: int = 1) -> None:
+def show_stream(stream: "Stream | Turn", json: bool, phases: bool, num_sequences: int = 1) -> None:
     """Reads a stream to its end, showing it as it comes; several sequences, which come interleaved, only at the end."""
     if json:
         _show_events(stream)
@@ -116,7 +118,11 @@ def show_stream(stream: Stream | Turn, json: bool, phases: bool, num_sequences: 
         console(stderr=True).print(phase_table(completion.finished))
 
 
-def _show_events(stream: Stream | Turn) -> None:
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _show_events(stream: "Stream | Turn") -> None:
     seen = False
     for delta in stream:
         if not seen:

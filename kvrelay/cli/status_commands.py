@@ -8,13 +8,12 @@ import typer
 from kvrelay.cli.client_session import open_client
 from kvrelay.cli.output import console, print_error, print_json
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.client.results import Cluster
 from kvrelay.config import ClientSettings
 from kvrelay.errors import KvrelayError, UnsupportedError
 from kvrelay.settings_sources import SettingsSources
 
 if TYPE_CHECKING:
-    from kvrelay.client import Client
+    from kvrelay.client import Client, Cluster
 
 Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
@@ -92,7 +91,7 @@ def health(
         raise typer.Exit(2)
 
 
-def _cluster_of(client: "Client") -> Cluster | None:
+def _cluster_of(client: "Client") -> "Cluster | None":
     try:
         return client.cluster()
     except UnsupportedError:  # a worker, which is asked for its own health only

@@ -111,8 +111,8 @@ class StreamState:
 class Recovery:
     """Decides about a broken stream: try again after a delay, or give up with a typed error.
 
-    A connection that broke is tried again until the deadline. Two things are believed once every address has shown them in a row: that
-    a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun.
+    A connection that broke is tried again until the deadline. Two things are believed once every address has shown them in a row:
+    that a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun.
     """
 
     def __init__(self, resumable: bool, addresses: Sequence[str]) -> None:
