@@ -86,13 +86,10 @@ class PagedKVCache:
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies whole blocks in all layers. No target may be the source of another copy."""
-        if not copies:
-            return
-        sources = torch.tensor([copy.source for copy in copies], device=self.device)
-        targets = torch.tensor([copy.target for copy in copies], device=self.device)
+        """Copies whole blocks in all layers, one after the other, for a block may be a target and then a source or target again."""
         with torch.inference_mode():
-            self._pool.index_copy_(2, targets, self._pool.index_select(2, sources))
+            for copy in copies:
+                self._pool[:, :, copy.target].copy_(self._pool[:, :, copy.source])
 
     def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
         """Copies K and V of a range of layers and tokens out of the pool.
