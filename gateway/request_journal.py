@@ -38,8 +38,8 @@ class RequestJournal:
         self.num_written_frames = len(output.frames) if created else 0
         self.moves: deque[Move] = deque()
         self.terminal: Move | None = None
-        self.superseded = False
-        """Another gateway has the request: nothing of it may be emitted here any more."""
+        self.released = False
+        """Another gateway has the request, or may take it: it goes on there, and its end here is none."""
         self._initial_record = record
         self._record = record
         self._deadline = deadline

@@ -91,10 +91,11 @@ class RequestRunner:
         """Somebody wants no more of it."""
         self.post(m.CancelRequested())
 
-    def supersede(self) -> None:
-        """Another gateway runs the request: this one falls silent."""
-        self.post(m.CancelRequested())  # frees the workers; readers get the error below
-        _log.warning("request goes on elsewhere", request_id=self.request_id)
+    def release(self) -> None:
+        """The request goes on at another gateway, or may: its workers here are freed, its readers get UNAVAILABLE, its state stays."""
+        _log.info("request is left to another gateway", request_id=self.request_id)
+        self.journal.released = True
+        self.post(m.CancelRequested())
 
     def post(self, event: m.Event) -> None:
         """Handles an event and all that follows from it. Never raises: a defect ends this request only."""
@@ -215,8 +216,8 @@ class RequestRunner:
 
     def _finish(self, state: RequestState, error: KvrelayError | None) -> None:
         now = self._loop.time()
-        if self.journal.superseded:
-            error = UnavailableError("the request goes on at another gateway; resume it there")
+        if self.journal.released and error is not None:
+            error = UnavailableError("this gateway does not run the request any more; resume it at another one")
         if error is None:
             report = self.lifecycle.report
             reasons = [self._reasons[sequence] for sequence in range(self.request.sampling.n)]
@@ -242,7 +243,8 @@ class RequestRunner:
         self._timers.clear()
         self._events.clear()
         self._admitted.release(self._loop.time())
-        self.journal.end(state, error)
+        if error is None or not self.journal.released:
+            self.journal.end(state, error)
         self._on_end(self)
 
     # --- timers ---------------------------------------------------------------------------------------------------------------

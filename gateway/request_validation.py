@@ -49,16 +49,6 @@ def select_model(name: str, served: Iterable[ModelLimits]) -> ModelLimits:
     return by_name[name]
 
 
-def check_keys(request: inference_pb2.GenerateRequest) -> None:
-    """Checks the lengths of tenant and idempotency key.
-
-    Raises:
-        InvalidRequestError: one is too long.
-    """
-    check_key_length("tenant", request.tenant)
-    check_key_length("idempotency_key", request.idempotency_key)
-
-
 def check_key_length(field: str, value: str) -> None:
     """Raises InvalidRequestError when it is longer than 128 bytes."""
     if len(value.encode()) > MAX_KEY_BYTES:

@@ -1,4 +1,4 @@
-"""The gateway's side of the session protocols: lifecycle actions to messages, and messages to lifecycle events. Knows no stream."""
+"""The gateway's side of the session protocols: actions to messages, and messages to lifecycle events. Knows no stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

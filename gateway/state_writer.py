@@ -1,7 +1,7 @@
 """Writes requests' journals into the store, behind the streams. When Redis is away it keeps them, bounded, and catches up.
 
-Nothing waits for it, and none of its failures ends a request, but one: when another gateway has taken a request over, the one that
-runs here must fall silent.
+Nothing waits for it, and none of its failures ends a request, but one: when another gateway has taken a request over, the one
+that runs here must fall silent.
 """
 
 import asyncio
@@ -145,7 +145,6 @@ class StateWriter:
     def _give_up(self, journal: RequestJournal) -> None:
         self._forget(journal)
         if not journal.ended:
-            journal.superseded = True
             self._on_superseded(journal.request_id)
 
     def _forget(self, journal: RequestJournal) -> None:

@@ -1,0 +1,119 @@
+"""Idempotency keys: which request a tenant's key stands for, at this gateway at once and at all through the store."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from kvrelay.errors import IdempotencyConflictError, UnavailableError
+from kvrelay.state_store import StateStore
+from kvrelay.v1 import inference_pb2
+
+MAX_KEYS = 8192
+
+
+@dataclass(slots=True)
+class _Entry:
+    body_digest: str
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    request_id: str | None = None
+    """None until settled, and for ever when the one who began gave up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The key stands for a request that somebody else began."""
+
+    request_id: str
+
+
+class IdempotencyKeys:
+    """Keys of this gateway's requests, the oldest dropped first; the store knows those of all gateways.
+
+    Args:
+        store: shared by all gateways. While it is away, keys hold within this gateway.
+    """
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+
+    async def begin_or_join(
+        self, tenant: str, key: str, digest: str, ttl_ms: int, begin: Callable[[], Awaitable[str]]
+    ) -> Joined | None:
+        """Lets one of all callers with the same key begin.
+
+        Args:
+            tenant: keys are the tenant's own.
+            key: the client's key.
+            digest: of the request's body.
+            ttl_ms: how long the store remembers the key.
+            begin: prepares the request and returns its id; the caller starts it after `settle`.
+
+        Returns:
+            None for the one that began; it must call `settle` or `abandon`.
+
+        Raises:
+            IdempotencyConflictError: the key was used with another body.
+        """
+        while True:
+            entry = self._entries.get((tenant, key))
+            if entry is None:
+                return await self._begin(tenant, key, digest, ttl_ms, begin)
+            if entry.body_digest != digest:
+                raise IdempotencyConflictError("idempotency_key was used with another request body; use a new key")
+            await entry.settled.wait()
+            if entry.request_id is not None:
+                return Joined(entry.request_id)
+
+    async def _begin(self, tenant: str, key: str, digest: str, ttl_ms: int, begin: Callable[[], Awaitable[str]]) -> Joined | None:
+        self._entries[tenant, key] = _Entry(digest)
+        try:
+            request_id = await begin()
+            owner = await self._claim(tenant, key, digest, request_id, ttl_ms)
+        except BaseException:
+            self.abandon(tenant, key)
+            raise
+        if owner == request_id:
+            return None
+        self.settle(tenant, key, owner)
+        return Joined(owner)
+
+    async def _claim(self, tenant: str, key: str, digest: str, request_id: str, ttl_ms: int) -> str:
+        try:
+            claim = await self._store.claim_idempotency_key(tenant, key, digest, request_id, ttl_ms)
+        except UnavailableError:
+            return request_id
+        return claim.request_id
+
+    def settle(self, tenant: str, key: str, request_id: str) -> None:
+        """The request of the key runs, or is known elsewhere."""
+        entry = self._entries[tenant, key]
+        entry.request_id = request_id
+        entry.settled.set()
+        settled = [name for name, other in self._entries.items() if other.settled.is_set()]
+        for name in settled[: max(len(self._entries) - MAX_KEYS, 0)]:
+            del self._entries[name]
+
+    def abandon(self, tenant: str, key: str) -> None:
+        """The request was not begun after all: the next caller may."""
+        entry = self._entries.pop((tenant, key), None)
+        if entry is not None:
+            entry.settled.set()
+
+    async def forget(self, tenant: str, key: str, request_id: str) -> None:
+        """The request was refused, or is not known any more."""
+        self.abandon(tenant, key)
+        try:
+            await self._store.release_idempotency_key(tenant, key, request_id)
+        except UnavailableError:
+            return
+
+
+def body_digest(request: inference_pb2.GenerateRequest) -> str:
+    """Digest of a request without its key."""
+    body = inference_pb2.GenerateRequest()
+    body.CopyFrom(request)
+    body.ClearField("idempotency_key")
+    return hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,116 @@
+"""The gateway process: builds its parts, serves until it is told to stop, and lets running requests end."""
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator
+
+import structlog
+
+from gateway.relay import Relay
+from gateway.service import InferenceService
+from kvrelay.config import GatewaySettings
+from kvrelay.errors import ConfigError
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.rpc import BoundServer, bind_server, create_server
+from kvrelay.state_store import StateStore
+from kvrelay.telemetry import configure_logging
+from kvrelay.v1 import inference_pb2_grpc
+from kvrelay.worker_registry import Member, MemberRole, WorkerRegistry
+
+SERVICE_NAME = "kvrelay.v1.InferenceService"
+STATE_STORE_NAME = "kvrelay.v1.StateStore"
+"""Not a service: its health tells whether request state can be kept."""
+HEALTH_INTERVAL_S = 0.2
+LAST_ANSWERS_TIMEOUT_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: the port is taken, or a setting is missing.
+    """
+    configure_logging(settings.server.log_level, settings.server.log_format, role="gateway")
+    asyncio.run(serve(settings))
+
+
+async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) -> None:
+    """The same within a running loop.
+
+    Args:
+        settings: of the process.
+        stop: ends it when set; without one, the signals do.
+    """
+    redis_url = settings.server.redis_url
+    if redis_url is None:
+        raise ConfigError("redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own")
+    gateway_id = f"gateway-{secrets.token_hex(8)}"
+    stop = stop or _stop_on_signals()
+    async with RedisConnection(redis_url, settings.server.redis_timeout_ms) as connection:
+        store = StateStore(connection, gateway_id, settings.relay.retention_ms)
+        relay = Relay(gateway_id, settings, store, WorkerRegistry(connection, settings.server.lease_ms))
+        server = create_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
+        bound = bind_server(server, settings.server.host, settings.server.port, [SERVICE_NAME])
+        address = advertised_address(settings, bound.port)
+        member = Member(gateway_id, MemberRole.GATEWAY, address)
+        async with relay.running():
+            await server.start()
+            async with WorkerRegistry(connection, settings.server.lease_ms).lease(member), _health(bound, store):
+                _log.info("ready", address=address, gateway_id=gateway_id, redis=store.healthy)
+                await stop.wait()
+                await _drain(relay, bound, settings.server.drain_timeout_ms)
+        await server.stop(LAST_ANSWERS_TIMEOUT_S)
+    _log.info("stopped")
+
+
+def advertised_address(settings: GatewaySettings, port: int) -> str:
+    """host:port under which others reach this process."""
+    if settings.server.advertise_address:
+        return settings.server.advertise_address
+    host = settings.server.host
+    if host in ("0.0.0.0", "::", "[::]"):
+        host = socket.gethostname()
+    return f"{host}:{port}"
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+@contextlib.asynccontextmanager
+async def _health(bound: BoundServer, store: StateStore) -> AsyncIterator[None]:
+    """Answers health checks: serving as long as this process answers, for it can serve from the last known workers."""
+    for name in ("", SERVICE_NAME):
+        await bound.set_serving(True, name)
+    watching = asyncio.create_task(_watch_store(bound, store), name="health of the state store")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def _watch_store(bound: BoundServer, store: StateStore) -> None:
+    while True:
+        await bound.set_serving(store.healthy, STATE_STORE_NAME)
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+async def _drain(relay: Relay, bound: BoundServer, timeout_ms: int) -> None:
+    """Takes no new requests and lets running ones end, for so long at the most."""
+    relay.draining = True
+    for name in ("", SERVICE_NAME):
+        await bound.set_serving(False, name)
+    _log.info("draining", num_running_requests=len(relay.requests.running()))
+    if not await relay.requests.wait_until_idle(timeout_ms / 1000):
+        _log.warning("requests are cancelled: the time to drain is over", num_requests=len(relay.requests.running()))

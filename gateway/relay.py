@@ -1,0 +1,205 @@
+"""All that a gateway's handlers share: workers, models, bounds, running requests and the store. Starts requests; serves none."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+
+from gateway.admission import Admission
+from gateway.detokenizer import Detokenizer
+from gateway.generation_request import GenerationRequest
+from gateway.lifecycle_messages import LifecycleRequest
+from gateway.request_journal import RequestJournal
+from gateway.request_lifecycle import RequestLifecycle
+from gateway.request_output import RequestOutput
+from gateway.request_runner import RequestRunner
+from gateway.running_requests import RunningRequests
+from gateway.served_models import ServedModels
+from gateway.state_writer import StateWriter
+from gateway.tokenizer_cache import TokenizerCache
+from gateway.worker_session import SessionSettings
+from gateway.worker_sessions import WorkerSessions
+from kvrelay.config import GatewaySettings
+from kvrelay.errors import PreconditionError, UnavailableError
+from kvrelay.request_record import RequestRecord
+from kvrelay.request_state import RequestState
+from kvrelay.state_store import StateStore
+from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegistry
+
+FIRST_LOOK_TIMEOUT_MS = 1000
+LAST_WRITES_TIMEOUT_S = 2.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Relay:
+    """One gateway without its servers.
+
+    Args:
+        gateway_id: instance id, new with every start.
+        settings: of the gateway.
+        store: request state.
+        registry: who is alive.
+    """
+
+    def __init__(self, gateway_id: str, settings: GatewaySettings, store: StateStore, registry: WorkerRegistry) -> None:
+        self.gateway_id = gateway_id
+        self.settings = settings.relay
+        self.store = store
+        self.draining = False
+        self.requests = RunningRequests()
+        self.admission = Admission(self.settings.max_running_requests, self.settings.max_queued_prompt_tokens)
+        self.sessions = WorkerSessions(
+            SessionSettings(gateway_id, settings.server.liveness_window_ms),
+            on_event=self.requests.dispatch,
+            on_lost=self.requests.note_worker_lost,
+            on_change=self._note_workers_changed,
+        )
+        self.models = ServedModels(self.sessions.views, self.members)
+        self.tokenizers = TokenizerCache(self.sessions.sessions)
+        self.writer = StateWriter(store, self.requests.supersede)
+        self._registry = registry
+        self._members: MemberView | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keeps sessions and writes state; at the end leaves what still runs to other gateways, and writes what is left."""
+        async with self.sessions.running(), self._registry.watch(on_change=self.sessions.set_members) as members:
+            self._members = members
+            if not await members.wait_until_looked(FIRST_LOOK_TIMEOUT_MS):
+                _log.warning(
+                    "redis does not answer: no worker can be found and no request state is kept until it does; "
+                    "start it, or correct --redis-url"
+                )
+            self.sessions.set_members(members.members())
+            writing = asyncio.create_task(self.writer.run(), name="state writer")
+            try:
+                yield
+            finally:
+                for runner in self.requests.running():
+                    runner.release()
+                writing.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await writing
+                await self.writer.drain(LAST_WRITES_TIMEOUT_S)
+
+    def members(self, role: MemberRole | None = None) -> tuple[Member, ...]:
+        """Processes with a lease, as last known."""
+        return () if self._members is None else self._members.members(role)
+
+    def check_open(self) -> None:
+        """Raises UnavailableError while the gateway takes no new requests, StoreFullError while their state could not be kept."""
+        if self.draining:
+            raise UnavailableError("this gateway is shutting down; send the request to another one, or again in a moment")
+        self.writer.check_room()
+
+    def start(self, request: GenerationRequest) -> RequestRunner:
+        """Admits a request and starts it.
+
+        Raises:
+            OverloadedError: too much is in progress.
+            UnavailableError: the gateway is shutting down.
+        """
+        self.check_open()
+        output = RequestOutput()
+        record = self._new_record(request)
+        seed = request.sampling.seed
+        assert seed is not None, "resolved by validation"
+        runner = self._make_runner(
+            request,
+            LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt),
+            output,
+            RequestJournal(record, output, request.deadline),
+        )
+        output.append_accepted(request.request_id, request.model, len(request.prompt_token_ids), seed)
+        runner.start()
+        return runner
+
+    def continue_request(self, request: GenerationRequest, record: RequestRecord, output: RequestOutput) -> RequestRunner:
+        """Continues a request that was taken over from a dead gateway, at the next index.
+
+        Raises:
+            OverloadedError: too much is in progress.
+        """
+        emitted = output.emitted_token_ids(request.sampling.n)
+        lifecycle_request = LifecycleRequest(
+            request.request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            request.cache_salt,
+            record.attempt,
+            tuple(tuple(ids) for ids in emitted),
+            frozenset(output.finish_reasons()),
+        )
+        journal = RequestJournal(record, output, request.deadline, created=True)
+        runner = self._make_runner(request, lifecycle_request, output, journal)
+        runner.start()
+        return runner
+
+    def _make_runner(
+        self, request: GenerationRequest, lifecycle_request: LifecycleRequest, output: RequestOutput, journal: RequestJournal
+    ) -> RequestRunner:
+        detokenizers = self._detokenizers(request, output)
+        admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
+        runner = RequestRunner(
+            request,
+            lifecycle=RequestLifecycle(lifecycle_request, self.settings.local_prefill_tokens, self.settings.max_attempts),
+            output=output,
+            detokenizers=detokenizers,
+            journal=journal,
+            admitted=admitted,
+            sessions=self.sessions,
+            settings=self.settings,
+            on_end=self.requests.note_ended,
+        )
+        self.requests.add(runner)
+        self.writer.track(journal)
+        return runner
+
+    def _detokenizers(self, request: GenerationRequest, output: RequestOutput) -> list[Detokenizer] | None:
+        tokenizer = self.tokenizers.cached(request.fingerprint)
+        if tokenizer is None:
+            if request.sampling.stop:
+                raise PreconditionError("the model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+            return None
+        made = []
+        for token_ids in output.emitted_token_ids(request.sampling.n):
+            detokenizer = Detokenizer(tokenizer.tokenizer, request.sampling.stop, request.prompt_token_ids)
+            for token_id in token_ids:
+                detokenizer.add(token_id)
+            made.append(detokenizer)
+        return made
+
+    def _new_record(self, request: GenerationRequest) -> RequestRecord:
+        now_ms = int(time.time() * 1000)
+        remaining_ms = max(int((request.deadline - time.monotonic()) * 1000), 1)
+        return RequestRecord(
+            request_id=request.request_id,
+            state=RequestState.QUEUED,
+            attempt=1,
+            tenant=request.tenant,
+            model=request.model,
+            gateway_id=self.gateway_id,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            create_time_ms=now_ms,
+            update_time_ms=now_ms,
+            deadline_time_ms=now_ms + remaining_ms,
+            remaining_ms=remaining_ms,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            cache_salt=request.cache_salt,
+            resumable=request.resumable,
+        )
+
+    def _note_workers_changed(self) -> None:
+        self.models.note_workers_changed()
+        self.requests.note_workers_changed()
+
+
+def new_request_id() -> str:
+    """32 hexadecimal digits that nobody can guess."""
+    return secrets.token_hex(16)

@@ -1,0 +1,78 @@
+"""The requests that this gateway runs, and the last of those that ended. Brings events to them; knows no worker and no store."""
+
+import asyncio
+from collections import OrderedDict
+
+from gateway import lifecycle_messages as m
+from gateway.request_runner import RequestRunner
+
+MAX_ENDED_REQUESTS = 512
+
+
+class RunningRequests:
+    """Requests by id. Ended ones are kept, bounded, so that they can be read again without the store."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, RequestRunner] = {}
+        self._ended: OrderedDict[str, RequestRunner] = OrderedDict()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_until_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing runs; False when that took too long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def add(self, runner: RequestRunner) -> None:
+        """A request is about to start."""
+        self._running[runner.request_id] = runner
+        self._idle.clear()
+
+    def note_ended(self, runner: RequestRunner) -> None:
+        """A request has ended."""
+        self._running.pop(runner.request_id, None)
+        self._ended[runner.request_id] = runner
+        while len(self._ended) > MAX_ENDED_REQUESTS:
+            self._ended.popitem(last=False)
+        if not self._running:
+            self._idle.set()
+
+    def find(self, request_id: str) -> RequestRunner | None:
+        """A request that runs here, or ended here a while ago and not because it goes on elsewhere."""
+        runner = self._running.get(request_id) or self._ended.get(request_id)
+        return None if runner is None or runner.journal.released else runner
+
+    def running(self) -> list[RequestRunner]:
+        """In the order of their start."""
+        return list(self._running.values())
+
+    def known(self) -> list[RequestRunner]:
+        """Running and ended ones, newest first."""
+        known = [*self._running.values(), *self._ended.values()]
+        return sorted(known, key=lambda runner: runner.journal.record.create_time_ms, reverse=True)
+
+    def dispatch(self, request_id: str, event: m.Event) -> None:
+        """Brings an event to its request; what concerns none is dropped."""
+        runner = self._running.get(request_id)
+        if runner is not None:
+            runner.post(event)
+
+    def note_worker_lost(self, worker_id: str) -> None:
+        """The session with a worker ended."""
+        for runner in self.running():
+            runner.post(m.WorkerLost(worker_id))
+
+    def note_workers_changed(self) -> None:
+        """A worker was found."""
+        for runner in self.running():
+            runner.workers_changed()
+
+    def supersede(self, request_id: str) -> None:
+        """The request goes on at another gateway."""
+        runner = self._running.get(request_id)
+        if runner is not None:
+            runner.release()
