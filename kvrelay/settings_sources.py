@@ -171,7 +171,11 @@ def environment_for(settings: Settings, base: Mapping[str, str] | None = None) -
 
 def setting_fields(settings_class: type[Settings]) -> dict[str, SettingField]:
     """Flat name to setting, in the order of declaration."""
-    return {setting.name: setting for setting in _walk(settings_class(), ())}
+    fields: dict[str, SettingField] = {}
+    for setting in _walk(settings_class(), ()):
+        assert setting.name not in fields, f"{setting.name} is declared twice in {settings_class.__name__}"
+        fields[setting.name] = setting
+    return fields
 
 
 def read_config_file(path: str, origin: str) -> ConfigFile:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from kvrelay.client.results import Cluster, RequestInfo, WorkerInfo
 
-_NUM_ID_CHARACTERS = 12
+_NUM_ID_CHARACTERS = 16
 
 
 def cluster_view(cluster: Cluster) -> RenderableType:
