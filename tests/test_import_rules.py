@@ -42,11 +42,23 @@ EDGE_PACKAGE = "kvrelay.client"
 EDGE_MODULES = {
     "kvrelay.wire",
     "kvrelay.kv_transfer.codec",
+    "gateway.cancellation",
+    "gateway.cluster_view",
+    "gateway.converse",
+    "gateway.generation",
+    "gateway.idempotency",
+    "gateway.main",
+    "gateway.prompt_preparation",
     "gateway.request_output",
     "gateway.request_validation",
+    "gateway.service",
     "gateway.session_messages",
     "gateway.tokenizer_cache",
     "gateway.worker_session",
+    "prefill_worker.kv_sender",
+    "prefill_worker.service",
+    "decode_worker.kv_receiver",
+    "decode_worker.service",
 }
 
 
