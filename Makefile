@@ -19,6 +19,7 @@ test soak: export OMP_NUM_THREADS ?= 1
 test soak: export MKL_NUM_THREADS ?= 1
 test soak: export TOKENIZERS_PARALLELISM ?= false
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help install model demo test lint format protos soak bench clean
 
@@ -61,7 +62,7 @@ protos: install ## generate kvrelay/v1 from protos/
 soak: install model ## the tests that run for minutes
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
 
-bench: install model ## measure TTFT, ITL and throughput of a local cluster
+bench: install model ## measure TTFT, ITL and throughput of a local cluster; BENCH_ARGS=--help
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove .venv and all caches of tools; the model store stays

@@ -1,0 +1,1 @@
+"""Measurements of a running cluster, as its clients see it."""
