@@ -55,10 +55,10 @@ def serve_cluster(sources: SettingsSources) -> None:
         StartupError: it could not be started.
     """
     printer = LogPrinter(Console(file=sys.stderr, highlight=False))
-    asyncio.run(_serve(cluster_of(sources, printer), printer))
+    asyncio.run(run_until_signal(cluster_of(sources, printer), printer))
 
 
-async def _serve(cluster: LocalCluster, printer: LogPrinter) -> None:
+async def run_until_signal(cluster: LocalCluster, printer: LogPrinter) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

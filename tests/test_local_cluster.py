@@ -1,0 +1,178 @@
+"""A local cluster's processes: started, watched, started again, and never left behind. With stand-ins for gateway and workers."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.errors import StartupError
+from kvrelay.local_cluster import LocalCluster
+from tests.fake_cluster import FOLDER_VARIABLE, WORKER_VARIABLE, fake_command
+
+FREE_PORT = GatewaySettings().model_copy(update={"server": GatewaySettings().server.model_copy(update={"port": 0})})
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+async def no_process_is_left() -> AsyncIterator[None]:
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    assert left == []
+
+
+def make_cluster(
+    *,
+    restart: bool = False,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    startup_timeout_s: float = 30,
+    gateway: GatewaySettings = FREE_PORT,
+) -> tuple[LocalCluster, list[tuple[str, str]]]:
+    lines: list[tuple[str, str]] = []
+    cluster = LocalCluster(
+        gateway=gateway,
+        prefill=[PrefillSettings()],
+        decode=[DecodeSettings()] * num_decode,
+        restart=restart,
+        startup_timeout_s=startup_timeout_s,
+        on_line=lambda name, line: lines.append((name, line)),
+        command=fake_command,
+    )
+    return cluster, lines
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # processes and files have no event to wait for
+            await asyncio.sleep(0.02)
+
+
+async def test_a_cluster_is_up_when_entered_and_gone_when_left() -> None:
+    cluster, lines = make_cluster(num_decode=2)
+    async with cluster:
+        assert cluster.names == ["gateway", "prefill-0", "decode-0", "decode-1"]
+        processes = [psutil.Process(cluster.pid(name)) for name in cluster.names]
+        assert cluster.valkey is not None
+        processes.append(psutil.Process(cluster.valkey.pid))
+        assert len((await cluster.wait_until_ready()).workers) == 3
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    assert not any(process.is_running() for process in processes)
+    assert ("gateway", "gateway is up") in lines
+
+
+async def test_workers_share_the_cores() -> None:
+    cluster, lines = make_cluster(num_decode=1)
+    async with cluster:
+        pass
+    num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert ("prefill-0", f"prefill has threads {num_threads}") in lines
+
+
+async def test_a_process_that_ends_while_starting_is_named_with_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKER_VARIABLE, "fail")
+    cluster, _ = make_cluster(restart=True)
+    with pytest.raises(
+        StartupError, match=r"(prefill|decode)-0 ended with code 3 while starting(.|\n)*the model folder is broken"
+    ):
+        await cluster.start()
+
+
+async def test_a_cluster_that_does_not_get_ready_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKER_VARIABLE, "silent")
+    cluster, _ = make_cluster(startup_timeout_s=4)
+    with pytest.raises(StartupError, match="not ready within 4 s: its gateway was connected to 0 prefill and 0 decode workers"):
+        await cluster.start()
+
+
+async def test_a_killed_worker_is_started_again() -> None:
+    cluster, lines = make_cluster(restart=True)
+    async with cluster:
+        first_pid = cluster.pid("decode-0")
+        await cluster.kill("decode-0")
+        await until(lambda: cluster.num_restarts("decode-0") == 1)
+        assert cluster.pid("decode-0") != first_pid
+        assert cluster.num_restarts("prefill-0") == 0
+        await cluster.wait_until_ready()
+    assert any(name == "decode-0" and line.startswith("ended by SIGKILL; starting again in") for name, line in lines)
+
+
+async def test_a_process_that_fails_again_and_again_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, lines = make_cluster(restart=True)
+    async with cluster:
+        environment = cluster._members["decode-0"].environment
+        environment[WORKER_VARIABLE] = "fail"
+        await cluster.kill("decode-0")
+        await until(lambda: sum("starting again" in line for _, line in lines) >= 3)
+    delays_s = [float(line.split(" in ")[1].split()[0]) for _, line in lines if "starting again" in line]
+    assert delays_s[0] <= 0.5 < delays_s[2]
+
+
+async def test_without_restart_a_killed_worker_stays_away_and_another_may_be_added(folder: Path) -> None:
+    cluster, _ = make_cluster()
+    async with cluster:
+        await cluster.kill("decode-0")
+        name = await cluster.add_worker(DecodeSettings())
+        assert name == "decode-1"
+        await until(lambda: (folder / f"decode-{cluster.pid(name)}").exists())
+        assert cluster.num_restarts("decode-0") == 0
+
+
+async def test_a_process_that_ignores_sigterm_is_killed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKER_VARIABLE, "stubborn")
+    cluster, lines = make_cluster()
+    async with cluster:
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5
+    assert any("killed" in line for name, line in lines if name == "decode-0")
+
+
+async def test_a_taken_port_is_named_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        gateway = FREE_PORT.model_copy(update={"server": FREE_PORT.server.model_copy(update={"port": port})})
+        cluster, _ = make_cluster(gateway=gateway)
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
+            await cluster.start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+async def test_no_process_outlives_its_supervisor(number: signal.Signals) -> None:
+    supervisor = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.fake_cluster", "supervisor", stderr=asyncio.subprocess.PIPE
+    )
+    assert supervisor.stderr is not None
+    try:
+        async with asyncio.timeout(40):
+            output = b""
+            while b"ready" not in output:
+                output += await supervisor.stderr.readline()
+        children = psutil.Process(supervisor.pid).children(recursive=True)
+        assert len(children) == 4  # Valkey, gateway, prefill, decode
+        begin = time.monotonic()
+        supervisor.send_signal(number)
+        rest = await supervisor.stderr.read()
+        await supervisor.wait()
+        await until(lambda: not any(child.is_running() for child in children), 5)
+        assert time.monotonic() - begin < 5
+        if number != signal.SIGKILL:
+            assert supervisor.returncode == 0
+            assert b"ending" in rest
+    finally:
+        if supervisor.returncode is None:
+            supervisor.kill()
+            await supervisor.wait()
