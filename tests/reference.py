@@ -34,9 +34,9 @@ class Reference:
     """
 
     def __init__(self, model_path: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        # The attention that transformers chooses itself: sdpa, but eager where a model has what sdpa cannot do.
+        auto_model: Any = AutoModelForCausalLM
+        self._model: Any = auto_model.from_pretrained(model_path, dtype=torch.float32).eval()
         self._generated: dict[tuple[tuple[int, ...], int], tuple[list[int], list[float]]] = {}
 
     def generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:

@@ -122,8 +122,7 @@ class DecodeGroup:
         seen = keys <= positions
         if window is not None:
             seen &= keys > positions - window
-        ends = (np.asarray(last_blocks)[:, None] + 1) * size
-        unwritten = np.flatnonzero((keys > positions) & (keys < ends))
+        unwritten = np.flatnonzero(keys > positions)
         return DecodeView(
             torch.from_numpy(table.reshape(-1)).to(self.device),
             torch.from_numpy(seen).to(self.device),
@@ -140,8 +139,7 @@ class DecodeView:
     mask: Tensor
     """bool [num_sequences, num_keys], True where seen"""
     unwritten: Tensor
-    """int64 [any], flat indices into [num_sequences * num_keys]: slots of the last blocks behind the end of a sequence, with what
-    others may have left there"""
+    """int64 [any], flat indices into [num_sequences * num_keys] behind a sequence's end, where others may have left something"""
 
 
 class AttentionContext:

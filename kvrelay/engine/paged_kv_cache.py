@@ -86,7 +86,7 @@ class PagedKVCache:
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies whole blocks in all layers, one after the other, for a block may be a target and then a source or target again."""
+        """Copies whole blocks in all layers, in order: a block may be a target and then a source or target again."""
         with torch.inference_mode():
             for copy in copies:
                 self._pool[:, :, copy.target].copy_(self._pool[:, :, copy.source])
@@ -128,11 +128,11 @@ class PagedKVCache:
             TransferError: the payload has another length than the layout says; nothing is written.
         """
         self._check_layers(layer_begin, layer_end)
+        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
         view = memoryview(payload).cast("B")
         expected_bytes = self.export_bytes(layer_end - layer_begin, token_end - token_begin)
         if len(view) != expected_bytes:
             raise TransferError(f"a KV payload has {len(view)} bytes where the model's layout needs {expected_bytes}")
-        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
         # Through memory of our own, for torch takes no read-only buffer.
         staged = torch.empty(expected_bytes, dtype=torch.uint8)
         np.copyto(staged.numpy(), np.frombuffer(view, dtype=np.uint8))
