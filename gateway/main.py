@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 
+import grpc
 import structlog
 
 from gateway.relay import Relay
@@ -59,13 +60,11 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         bound = bind_server(server, settings.server.host, settings.server.port, [SERVICE_NAME])
         address = advertised_address(settings, bound.port)
         member = Member(gateway_id, MemberRole.GATEWAY, address)
-        async with relay.running():
+        async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store):
             await server.start()
-            async with WorkerRegistry(connection, settings.server.lease_ms).lease(member), _health(bound, store):
-                _log.info("ready", address=address, gateway_id=gateway_id, redis=store.healthy)
-                await stop.wait()
-                await _drain(relay, bound, settings.server.drain_timeout_ms)
-        await server.stop(LAST_ANSWERS_TIMEOUT_S)
+            _log.info("ready", address=address, gateway_id=gateway_id, redis=store.healthy)
+            await stop.wait()
+            await _drain(relay, bound, settings.server.drain_timeout_ms)
     _log.info("stopped")
 
 
@@ -85,6 +84,15 @@ def _stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     return stop
+
+
+@contextlib.asynccontextmanager
+async def _stopping(server: grpc.aio.Server) -> AsyncIterator[None]:
+    """Stops the server at the end, after the requests have ended and while their last messages are on the way."""
+    try:
+        yield
+    finally:
+        await server.stop(LAST_ANSWERS_TIMEOUT_S)
 
 
 @contextlib.asynccontextmanager

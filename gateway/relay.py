@@ -62,13 +62,13 @@ class Relay:
         self.models = ServedModels(self.sessions.views, self.members)
         self.tokenizers = TokenizerCache(self.sessions.sessions)
         self.writer = StateWriter(store, self.requests.supersede)
-        self._registry = registry
+        self.registry = registry
         self._members: MemberView | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keeps sessions and writes state; at the end leaves what still runs to other gateways, and writes what is left."""
-        async with self.sessions.running(), self._registry.watch(on_change=self.sessions.set_members) as members:
+        async with self.sessions.running(), self.registry.watch(on_change=self.sessions.set_members) as members:
             self._members = members
             if not await members.wait_until_looked(FIRST_LOOK_TIMEOUT_MS):
                 _log.warning(

@@ -92,7 +92,7 @@ class RequestRunner:
         self.post(m.CancelRequested())
 
     def release(self) -> None:
-        """The request goes on at another gateway, or may: its workers here are freed, its readers get UNAVAILABLE, its state stays."""
+        """The request goes on at another gateway, or may. Workers are freed, readers get UNAVAILABLE, the state stays."""
         _log.info("request is left to another gateway", request_id=self.request_id)
         self.journal.released = True
         self.post(m.CancelRequested())

@@ -126,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 async def _read(reader: FrameReader, context: Context) -> AsyncIterator[Frame]:
     """The reader's frames; it is closed when they end, and at once when the call does."""
-    context.add_done_callback(lambda _: reader.close())
+    context.add_done_callback(lambda _: reader.close())  # type: ignore[arg-type]  # the stubs want a class of their own
     try:
         async for frame in reader.frames():
             yield frame

@@ -1,6 +1,5 @@
 """Tokenizer and chat template, compared with transformers'."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
