@@ -7,8 +7,8 @@ from collections.abc import Callable
 class Backoff:
     """Delays of one thing that is tried again and again.
 
-    The n-th delay is drawn from [d/2, d] with d = min(maximum_s, initial_s * 2**n): half of it is certain, so that a thing that fails
-    at once is not tried in a tight loop.
+    The n-th delay is drawn from [d/2, d] with d = min(maximum_s, initial_s * 2**n): half of it is certain, so that a thing that
+    fails at once is not tried in a tight loop.
     """
 
     def __init__(self, initial_s: float, maximum_s: float, draw: Callable[[], float] = random.random) -> None:
@@ -21,7 +21,7 @@ class Backoff:
     def next_delay_s(self) -> float:
         """The delay before the next try, in seconds."""
         # The exponent is bounded, or a day of failures would overflow the float.
-        longest_s = min(self._maximum_s, self._initial_s * 2 ** min(self._num_failures, 32))
+        longest_s = min(self._maximum_s, self._initial_s * 2.0 ** min(self._num_failures, 32))
         self._num_failures += 1
         return longest_s * (0.5 + 0.5 * self._draw())
 

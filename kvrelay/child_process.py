@@ -1,4 +1,4 @@
-"""One child process: started so that it cannot outlive this one, read line by line, ended within a bound. Knows nothing of what it runs."""
+"""One child process: it cannot outlive this one, is read line by line, and ends within a bound. Knows nothing of what it runs."""
 
 import asyncio
 import contextlib

@@ -1,10 +1,11 @@
-"""Runs a command that is killed by the kernel when the process that started it dies, however that died. A script of its own: imports nothing of ours.
+"""Runs a command that the kernel kills when the process that started it dies, however that died. Imports nothing of ours.
 
     python die_with_parent.py PARENT_PID COMMAND...
 
-It asks for the signal, makes a session of its own (so that a Ctrl-C in the terminal reaches the supervisor only, which then ends its
-children in order) and becomes the command by exec; the request survives the exec. Doing this between fork and exec in the supervisor
-itself is not safe there: gRPC's threads may hold locks at the fork. Where there is no prctl (macOS), children outlive a killed parent.
+It asks for the signal, makes a session of its own (so that a Ctrl-C in the terminal reaches the supervisor only, which then ends
+its children in order) and becomes the command by exec; the request for the signal survives that. Doing this in the supervisor,
+between fork and exec, would not be safe: gRPC's threads may hold locks at the fork. Where there is no prctl (macOS), children
+outlive a parent that is killed.
 
 The kernel counts the death of the *thread* that started the command as the parent's death: start commands from the main thread.
 """

@@ -22,6 +22,7 @@ from kvrelay.config import GatewaySettings
 from kvrelay.local_cluster import LocalCluster, Role
 from kvrelay.settings_sources import read_sources
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+from tests.fake_inference_service import FakeInferenceService
 
 FOLDER_VARIABLE = "FAKE_FOLDER"
 WORKER_VARIABLE = "FAKE_WORKER"
@@ -32,7 +33,7 @@ def fake_command(role: Role) -> list[str]:
     return [sys.executable, "-m", "tests.fake_cluster", role]
 
 
-class FakeGateway(inference_pb2_grpc.InferenceServiceServicer):
+class FakeGateway(FakeInferenceService):
     """Reports the workers' files."""
 
     async def GetCluster(self, request: Any, context: Any) -> Any:
