@@ -58,8 +58,7 @@ def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[Token]:
     raw = logits.float()
     chosen = _choose(_adjust(raw, inputs), inputs)  # int64 [num_rows]
     token_ids: list[int] = chosen.tolist()
-    if not bool(torch.isfinite(raw.gather(1, chosen.unsqueeze(1))).all()):
-        raise InternalError("the model gave logits that are not finite; its dtype may be too small: use bfloat16 or float32")
+    _check_finite(raw.gather(1, chosen.unsqueeze(1)))
     tokens = [Token(token_id) for token_id in token_ids]
     rows = [row for row, item in enumerate(inputs) if item.sampling.logprobs is not None]
     if rows:
@@ -146,11 +145,18 @@ def _choose_randomly(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
         weights[index] = weights[index].masked_fill(kept < thresholds, 0.0)
     cumulated = weights.cumsum(dim=-1)  # [num_rows, vocab_size]
     total = cumulated[:, -1:]
+    _check_finite(total)
     uniforms = _column([uniform(_seed(item), item.sequence, item.index) for item in inputs], logits)
     # Below the total even when the product rounds up to it, so that a token of some weight is found.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulated, target, right=True).squeeze(1)
     return chosen.clamp(max=logits.shape[1] - 1)
+
+
+def _check_finite(values: Tensor) -> None:
+    """A row with a NaN or an infinity gives one here: as the likeliest logit, or in the sum of weights."""
+    if not bool(torch.isfinite(values).all()):
+        raise InternalError("the model gave logits that are not finite; its dtype may be too small: use bfloat16 or float32")
 
 
 def _seed(item: SamplingInput) -> int:

@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct: paged generation against transformers, 64 greedy tokens a prompt."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvrelay.engine.loaded_model import LoadedModel
+from kvrelay.engine.model_loader import load_model
+from kvrelay.model_store import DEMO_MODEL, default_model_dir
+from tests.engine.paged_generation import PagedGeneration
+from tests.reference import NearTies, Reference
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
+
+NUM_GENERATED = 64
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n    ",
+    "Keys and values of a token depend on nothing that comes after it. " * 12 + "Therefore",
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    stored = default_model_dir(os.environ) / DEMO_MODEL
+    if not stored.is_dir():
+        pytest.skip(f"{stored} is not there; `python tools/prepare_demo_model.py` makes it")
+    return stored
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LoadedModel:
+    return load_model(folder, DEMO_MODEL, "float32", "cpu")
+
+
+def test_greedy_tokens_equal_transformers(folder: Path, model: LoadedModel) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    generation = PagedGeneration(model, num_blocks=128, block_size=16)
+    items = [generation.start(prompt, 48) for prompt in prompts]
+    for item in items:
+        generation.generate(item, NUM_GENERATED)
+    reference, ties = Reference(folder), NearTies()
+    for prompt, item in zip(prompts, items, strict=True):
+        reference.check(prompt, item.generated[:NUM_GENERATED], ties)
+    print(ties)
+    assert len(ties.places) <= 1, str(ties)
+    assert "Paris" in tokenizer.decode(items[0].generated)
+
+
+def test_spec_is_that_of_smollm2(model: LoadedModel) -> None:
+    layout = model.spec.kv_layout
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (30, 3, 64)
+    assert model.spec.architecture == "llama"
+    assert model.spec.max_context_tokens == 8192
+    assert model.spec.eos_token_ids
