@@ -1,0 +1,140 @@
+"""The decode worker's engine loop: admit, schedule, run, sample, publish. Runs in the engine thread, which owns it all.
+
+Adds to the scheduler what that must not have: the model, the clock, and the tickets of reservations.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from decode_worker import commands, events
+from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeScheduler
+from kvrelay.step import Step
+from kvrelay.step_runner import StepRunner
+from kvrelay.work import FailureKind, SequenceToken, WorkerLoad, WorkId
+
+_log = structlog.get_logger(__name__)
+
+INTERNAL_MESSAGE = "the worker failed to compute the step; its log has the detail"
+
+
+@dataclass(slots=True)
+class _PromptTimes:
+    """When a prompt that is computed here was asked for and first scheduled; monotonic seconds."""
+
+    asked_at: float
+    began_at: float | None = None
+
+
+class DecodeEngineLoop:
+    """What the engine thread of a decode worker does.
+
+    Args:
+        scheduler: with its block manager.
+        step_runner: the model.
+        permits: shared with the receiver.
+        publish: takes reports, in order; called in the engine thread, must not block.
+        now: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: DecodeScheduler,
+        step_runner: StepRunner,
+        permits: PushPermits,
+        publish: Callable[[events.StepReport], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._step_runner = step_runner
+        self._permits = permits
+        self._publish = publish
+        self._now = now
+        self._prompt_times: dict[WorkId, _PromptTimes] = {}
+        self._pushes: dict[WorkId, commands.PushEnded] = {}
+        self._published_load = WorkerLoad()
+
+    def handle(self, command: commands.Command) -> None:
+        """Takes one command."""
+        match command:
+            case commands.ReserveBlocks(work):
+                self._scheduler.reserve(work)
+            case commands.ComputePrompt(work_id):
+                self._prompt_times[work_id] = _PromptTimes(self._now())
+                self._scheduler.run_prompt(work_id)
+            case commands.PushEnded(work_id, first_tokens, problem=problem):
+                self._pushes[work_id] = command
+                self._scheduler.push_ended(work_id, first_tokens, problem)
+                self._publish_report(())
+                self._pushes.pop(work_id, None)
+            case commands.EndSequence(work_id, sequence):
+                self._scheduler.finish_sequence(work_id, sequence)
+            case commands.GiveUp(work_id):
+                self._scheduler.cancel(work_id)
+            case commands.Fail(work_id, kind, message):
+                self._scheduler.fail(work_id, kind, message)
+
+    def step(self) -> bool:
+        """Schedules, runs, samples, publishes. False when there was nothing to compute."""
+        step = self._scheduler.schedule()
+        self._publish_report(())
+        if step is None:
+            return False
+        self._note_begun(step)
+        tokens = self._run(step)
+        self._publish_report(tokens)
+        return True
+
+    def fail_all(self) -> None:
+        """Ends all works."""
+        for work_id in self._scheduler.work_ids():
+            self._scheduler.fail(work_id, FailureKind.INTERNAL, INTERNAL_MESSAGE)
+        self._publish_report(())
+
+    def _run(self, step: Step) -> tuple[SequenceToken, ...]:
+        try:
+            tokens = self._step_runner.run(step)
+        except Exception:
+            _log.exception("a step failed", num_sequences=len(step.entries))
+            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            return ()
+        self._scheduler.complete(step, tokens)
+        return tuple(tokens)
+
+    def _note_begun(self, step: Step) -> None:
+        if not self._prompt_times:
+            return
+        for entry in step.entries:
+            times = self._prompt_times.get(entry.work_id)
+            if times is not None and times.began_at is None:
+                times.began_at = self._now()
+
+    def _publish_report(self, tokens: tuple[SequenceToken, ...]) -> None:
+        happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())
+        load = self._scheduler.load()
+        if happened or tokens or load != self._published_load:
+            self._published_load = load
+            self._publish(events.StepReport(happened, tokens, load))
+
+    def _complete_event(self, event: events.SchedulerEvent) -> events.Event:
+        """Adds what the scheduler does not know: tickets, sizes and times."""
+        match event:
+            case events.BlocksReserved(work, block_ids, num_cached_tokens):
+                ticket = self._permits.open(work, block_ids, num_cached_tokens)
+                return events.ReservationOpened(work.work_id, ticket, num_cached_tokens)
+            case events.SequencesStarted(work_id):
+                return self._measure_start(event, work_id)
+            case events.WorkFailed(work_id) | events.WorkEnded(work_id):
+                self._prompt_times.pop(work_id, None)
+        return event
+
+    def _measure_start(self, event: events.SequencesStarted, work_id: WorkId) -> events.SequencesStarted:
+        if push := self._pushes.get(work_id):
+            return replace(event, kv_bytes=push.kv_bytes, num_transferred_tokens=push.num_transferred_tokens)
+        times = self._prompt_times.pop(work_id, None)
+        if times is None or times.began_at is None:
+            return event
+        return replace(event, prefill_ms=(self._now() - times.asked_at) * 1000, queue_ms=(times.began_at - times.asked_at) * 1000)

@@ -1,0 +1,87 @@
+"""The decode worker process: builds its parts and serves."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from decode_worker.commands import Command
+from decode_worker.engine_loop import DecodeEngineLoop
+from decode_worker.events import StepReport
+from decode_worker.kv_receiver import KVReceiver, ReceiverContext
+from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.service import DecodeService
+from kvrelay.config import DecodeSettings
+from kvrelay.engine_thread import EngineThread
+from kvrelay.telemetry import configure_logging
+from kvrelay.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc, session_pb2
+from kvrelay.worker_engine import WorkerEngine, build_engine
+from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
+from kvrelay.worker_registry import MemberRole
+
+SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService")
+NUM_TRANSFER_THREADS = 2
+
+
+def run(settings: DecodeSettings) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: the port is taken, a setting is wrong, or the model cannot be loaded.
+    """
+    configure_logging(settings.server.log_level, settings.server.log_format, role="decode")
+    check_redis_url(settings.server)
+    asyncio.run(serve(settings, build_engine(settings.engine)))
+
+
+async def serve(settings: DecodeSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:
+    """The same within a running loop, with the engine built; `stop` ends it when set."""
+
+    def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
+        return build_services(settings, engine, hello, address)
+
+    await serve_worker(WorkerKind(MemberRole.DECODE, SERVICE_NAMES, build), engine, settings.server, stop)
+
+
+def build_services(
+    settings: DecodeSettings, engine: WorkerEngine, hello: session_pb2.WorkerHello, address: str
+) -> WorkerServices:
+    """Puts engine thread, receiver and service together."""
+    limits = DecodeLimits(
+        settings.engine.prefill_chunk_tokens, settings.engine.max_running_sequences, settings.engine.max_waiting_works
+    )
+    permits = PushPermits()
+    publish = _Publisher(asyncio.get_running_loop())
+    scheduler = DecodeScheduler(engine.blocks, limits, permits)
+    thread: EngineThread[Command] = EngineThread(
+        "decode engine", DecodeEngineLoop(scheduler, engine.step_runner, permits, publish)
+    )
+    transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv import")
+    receiver = KVReceiver(ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit))
+    service = DecodeService(hello, engine.model, address, thread.submit, thread.submit_work)
+    publish.report = service.report
+
+    def add_to(server: grpc.aio.Server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, server)
+        kv_transfer_pb2_grpc.add_KVTransferServiceServicer_to_server(receiver, server)
+
+    def stop() -> None:
+        transfer_threads.shutdown()
+        thread.stop()
+
+    return WorkerServices(service.sessions, add_to, thread.start, stop)
+
+
+class _Publisher:
+    """Takes reports in the engine thread and hands them over on the loop, in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.report: Callable[[StepReport], None] = lambda report: None
+        """Set once the service is there, before the engine thread starts."""
+
+    def __call__(self, report: StepReport) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.report, report)

@@ -1,0 +1,411 @@
+"""Which works get blocks and what each step computes on a decode worker. Pure: a function of the events given to it.
+
+    reserve -> WAITING -> RESERVED --push_ended--> ACTIVE -> ended
+                             |                       ^
+                             '------run_prompt-------'      (or the push failed: ended)
+
+A work that ends while a push writes into its blocks is CLOSING until that writer has ended: its blocks are freed only then.
+
+An active work's sequences are in the batch, or preempted: without blocks, waiting to be computed again from their tokens. The
+oldest sequence in the batch is never preempted for a younger one, nothing new is admitted while a preempted one waits, and a
+reservation takes all blocks of its prompt or none; so somebody always advances.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from decode_worker.events import BlocksReserved, SchedulerEvent, SequencesStarted, WorkEnded, WorkFailed
+from decode_worker.work_state import Phase, Run, WorkState
+from kvrelay import sequence as sequences
+from kvrelay.errors import OutOfBlocksError
+from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager, BlockTable
+from kvrelay.step import Step, StepEntry
+from kvrelay.work import FailureKind, SequenceToken, Work, WorkerLoad, WorkId
+
+
+class WriterGate(Protocol):
+    """Keeps writers of KV out of blocks that are to be freed."""
+
+    def close(self, work_id: WorkId) -> bool:
+        """Lets no further writer in. False when one is inside: `push_ended` will follow when it has left."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """How much a step and the queue may hold."""
+
+    prefill_chunk_tokens: int
+    max_running_sequences: int
+    max_waiting_works: int
+
+
+class DecodeScheduler:
+    """Owns the block manager. Used by one thread.
+
+    Args:
+        blocks: the pool's bookkeeping.
+        limits: of a step and the queue.
+        writers: keeps pushes out of blocks that are to be freed.
+    """
+
+    def __init__(self, blocks: BlockManager, limits: DecodeLimits, writers: WriterGate) -> None:
+        self._blocks = blocks
+        self._limits = limits
+        self._writers = writers
+        self._states: dict[WorkId, WorkState] = {}
+        self._waiting: deque[WorkState] = deque()
+        self._batch: list[Run] = []
+        self._preempted: list[Run] = []
+        self._run_by_sequence: dict[sequences.Sequence, Run] = {}
+        self._events: list[SchedulerEvent] = []
+        self._num_works = 0
+        self._has_released = False
+        self._num_prefix_hit_tokens = 0
+        self._num_preemptions = 0
+        self._num_computed_prompt_tokens = 0
+
+    @property
+    def num_works(self) -> int:
+        """Works that hold or wait for anything."""
+        return len(self._states)
+
+    def work_ids(self) -> list[WorkId]:
+        """All of them, oldest first."""
+        return list(self._states)
+
+    def take_events(self) -> list[SchedulerEvent]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def load(self) -> WorkerLoad:
+        """How busy the worker is."""
+        num_reserved = sum(1 for state in self._states.values() if state.phase in (Phase.RESERVED, Phase.CLOSING))
+        uncomputed = [run.sequence.num_uncomputed_tokens for run in (*self._batch, *self._preempted)]
+        return WorkerLoad(
+            num_running=sum(len(run.numbers) for run in self._batch),
+            num_waiting=len(self._waiting) + num_reserved + len(self._preempted),
+            num_queued_prompt_tokens=sum(num_tokens for num_tokens in uncomputed if num_tokens > 1),
+            num_free_blocks=self._blocks.num_free_blocks,
+            num_cached_blocks=self._blocks.num_cached_blocks,
+            num_used_blocks=self._blocks.num_used_blocks,
+            num_blocks=self._blocks.num_blocks,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_preemptions=self._num_preemptions,
+            num_computed_prompt_tokens=self._num_computed_prompt_tokens,
+        )
+
+    # --- What happens to works
+
+    def reserve(self, work: Work) -> None:
+        """A new work; answered by BlocksReserved or WorkFailed, now or at a later step. The work is checked already."""
+        if work.work_id in self._states:
+            return
+        if problem := self._why_refused(work):
+            self._events.append(WorkFailed(work.work_id, FailureKind.OUT_OF_CAPACITY, problem))
+            return
+        self._num_works += 1
+        state = WorkState(work, age=self._num_works)
+        self._states[work.work_id] = state
+        self._waiting.append(state)
+        self._admit()
+
+    def run_prompt(self, work_id: WorkId) -> None:
+        """The prompt is to be computed here; no push will come."""
+        state = self._states.get(work_id)
+        if state is None or state.phase is not Phase.RESERVED or state.runs_prompt:
+            return
+        state.runs_prompt = True
+        if self._writers.close(work_id):
+            self._start_prompt(state)
+
+    def push_ended(self, work_id: WorkId, first_tokens: Sequence[SequenceToken] | None, problem: str = "") -> None:
+        """The writer of a reservation has left.
+
+        Args:
+            work_id: whose reservation.
+            first_tokens: of each sequence, in order, when all KV is there; None when the push failed.
+            problem: why it failed.
+        """
+        state = self._states.get(work_id)
+        if state is None:
+            return
+        if state.phase is Phase.CLOSING:
+            self._end(state, state.ending)
+        elif state.phase is Phase.RESERVED and state.runs_prompt:
+            self._start_prompt(state)
+        elif state.phase is Phase.RESERVED and first_tokens is None:
+            self._end(state, WorkFailed(work_id, FailureKind.TRANSFER, problem))
+        elif state.phase is Phase.RESERVED and first_tokens is not None:
+            self._start_pushed(state, first_tokens)
+
+    def finish_sequence(self, work_id: WorkId, number: int) -> None:
+        """The gateway ends one sequence."""
+        state = self._states.get(work_id)
+        if state is None:
+            return
+        if state.phase is not Phase.ACTIVE:
+            state.finished_early.add(number)
+            if state.finished_early.issuperset(state.work.sequences):
+                self._give_up(state, WorkEnded(work_id))
+            return
+        for run in list(state.runs):
+            if run.numbers == (number,):
+                self._finish(run)
+            elif number in run.numbers:
+                run.numbers = tuple(other for other in run.numbers if other != number)
+
+    def cancel(self, work_id: WorkId) -> None:
+        """The work is given up. Unknown works are ignored."""
+        if state := self._states.get(work_id):
+            self._give_up(state, WorkEnded(work_id))
+
+    def fail(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
+        """The work ends without its result. Unknown works are ignored."""
+        if state := self._states.get(work_id):
+            self._give_up(state, WorkFailed(work_id, kind, message))
+
+    # --- Steps
+
+    def schedule(self) -> Step | None:
+        """The next step: a token of every sequence in the batch, and parts of prompts. None when nothing can be computed now.
+
+        `complete` or `fail_step` must follow.
+        """
+        while True:
+            self._admit()
+            self._has_released = False
+            step = self._build_step()
+            # A run that found no room gave its blocks back: somebody else may be admitted with them.
+            if step is not None or not self._has_released:
+                return step
+
+    def complete(self, step: Step, tokens: Sequence[SequenceToken]) -> None:
+        """The step was computed.
+
+        Args:
+            step: from `schedule`.
+            tokens: for each entry in order, one for each of its continued sequences.
+        """
+        remaining = iter(tokens)
+        for entry in step.entries:
+            run = self._run_by_sequence[entry.sequence]
+            self._note_computed(run, entry)
+            sampled = [next(remaining) for _ in entry.continued]
+            if sampled:
+                self._continue(run, sampled)
+
+    def fail_step(self, step: Step, message: str) -> None:
+        """The step could not be computed: ends all works in it."""
+        for work_id in step.work_ids:
+            self.fail(work_id, FailureKind.INTERNAL, message)
+
+    # --- Admission
+
+    def _why_refused(self, work: Work) -> str | None:
+        num_tokens = len(work.token_ids) + 1
+        if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
+            num_held = self._blocks.num_blocks * self._blocks.block_size
+            return f"the sequence needs {num_tokens} tokens of KV; the worker's pool holds {num_held}"
+        if work.num_sequences > self._limits.max_running_sequences:
+            return f"the work has {work.num_sequences} sequences; a step holds {self._limits.max_running_sequences}"
+        if len(self._waiting) >= self._limits.max_waiting_works:
+            return f"{len(self._waiting)} works wait for room already"
+        return None
+
+    def _admit(self) -> None:
+        """Lets in who waits, in order: preempted sequences, then new works."""
+        while self._preempted:
+            run = self._preempted[0]
+            table = self._allocate(run.sequence.token_ids, run.state.work.cache_salt)
+            if table is None:
+                return
+            self._preempted.pop(0)
+            self._join_batch(run, table, table.num_cached_tokens)
+        while self._waiting and self._has_slots_for(self._waiting[0].work):
+            state = self._waiting[0]
+            table = self._allocate(state.work.token_ids, state.work.cache_salt)
+            if table is None:
+                return
+            self._waiting.popleft()
+            state.phase, state.table = Phase.RESERVED, table
+            self._events.append(BlocksReserved(state.work, tuple(table.blocks), table.num_cached_tokens))
+
+    def _has_slots_for(self, work: Work) -> bool:
+        return self._num_slots_taken() + work.num_sequences <= self._limits.max_running_sequences
+
+    def _num_slots_taken(self) -> int:
+        return sum(state.num_slots for state in self._states.values())
+
+    def _allocate(self, token_ids: Sequence[int], salt: str) -> BlockTable | None:
+        try:
+            table = self._blocks.allocate(token_ids, salt)
+        except OutOfBlocksError:
+            return None
+        self._num_prefix_hit_tokens += table.num_cached_tokens
+        return table
+
+    # --- Building a step
+
+    def _build_step(self) -> Step | None:
+        entries: list[StepEntry] = []
+        copies: list[BlockCopy] = []
+        budget = self._limits.prefill_chunk_tokens
+        for run in list(self._batch):
+            if run.sequence.block_table is None:
+                continue  # preempted, or ended, by an older one of this step
+            num_uncomputed = run.sequence.num_uncomputed_tokens
+            num_tokens = 1 if num_uncomputed == 1 else min(num_uncomputed, budget)
+            if num_tokens == 0:
+                continue
+            if num_tokens < num_uncomputed:
+                budget -= num_tokens
+                entries.append(StepEntry(run.sequence, num_tokens))
+                continue
+            grown = self._grow(run)
+            if grown is None:
+                continue
+            budget -= num_tokens if num_uncomputed > 1 else 0
+            copies.extend(grown)
+            entries.append(StepEntry(run.sequence, num_tokens, run.numbers))
+        # A work that failed just now may have had an older sequence in the step already.
+        remaining = tuple(entry for entry in entries if entry.sequence.block_table is not None)
+        return Step(remaining, tuple(copies)) if remaining else None
+
+    def _grow(self, run: Run) -> list[BlockCopy] | None:
+        """Room for all tokens of the run, if need be taken from younger ones. None: it was preempted or failed itself."""
+        if self._blocks.blocks_for(run.sequence.num_tokens) > self._blocks.num_blocks:
+            message = f"a sequence of {run.sequence.num_tokens} tokens has outgrown the worker's pool"
+            self.fail(run.state.work.work_id, FailureKind.OUT_OF_CAPACITY, message)
+            return None
+        while True:
+            try:
+                return self._blocks.grow(run.table, run.sequence.num_tokens)
+            except OutOfBlocksError:
+                youngest = self._batch[-1]
+                self._preempt(youngest)
+                if youngest is run:
+                    return None
+
+    def _preempt(self, run: Run) -> None:
+        self._batch.remove(run)
+        self._release(run.table)
+        run.sequence.block_table = None
+        run.sequence.num_computed_tokens = 0
+        insort(self._preempted, run, key=lambda other: other.age)
+        self._num_preemptions += 1
+
+    # --- What a step brings
+
+    def _note_computed(self, run: Run, entry: StepEntry) -> None:
+        sequence = entry.sequence
+        num_prompt_tokens = len(run.state.work.token_ids)
+        self._num_computed_prompt_tokens += max(0, min(entry.token_end, num_prompt_tokens) - entry.token_begin)
+        num_full_blocks_before = sequence.num_computed_tokens // self._blocks.block_size
+        sequence.num_computed_tokens = entry.token_end
+        if sequence.num_computed_tokens // self._blocks.block_size > num_full_blocks_before:
+            self._blocks.commit(run.table, sequence.token_ids, sequence.num_computed_tokens)
+
+    def _continue(self, run: Run, sampled: Sequence[SequenceToken]) -> None:
+        state = run.state
+        if not state.started:
+            state.started = True
+            self._events.append(SequencesStarted(state.work.work_id))
+        if len(sampled) > 1 or run.sequence.number != sampled[0].sequence:
+            self._split(run, sampled)
+            return
+        run.sequence.append(sampled[0].token.token_id)
+        if sampled[0].finish_reason is not None:
+            self._finish(run)
+
+    def _split(self, run: Run, sampled: Sequence[SequenceToken]) -> None:
+        """The shared prompt is there: each sequence goes on by itself."""
+        state, table = run.state, run.table
+        self._batch.remove(run)
+        state.runs.remove(run)
+        del self._run_by_sequence[run.sequence]
+        run.sequence.block_table = None
+        self._start_sequences(state, table, sampled)
+
+    def _start_pushed(self, state: WorkState, first_tokens: Sequence[SequenceToken]) -> None:
+        table, state.table = state.table, None
+        assert table is not None, "a reservation has blocks"
+        self._blocks.commit(table, state.work.token_ids, len(state.work.token_ids))
+        state.phase, state.started = Phase.ACTIVE, True
+        self._events.append(SequencesStarted(state.work.work_id))
+        self._start_sequences(state, table, first_tokens)
+
+    def _start_prompt(self, state: WorkState) -> None:
+        table, state.table = state.table, None
+        assert table is not None, "a reservation has blocks"
+        numbers = tuple(number for number in state.work.sequences if number not in state.finished_early)
+        run = Run(state, sequences.start_sequence(state.work, numbers[0]), numbers)
+        state.phase = Phase.ACTIVE
+        state.runs.append(run)
+        self._join_batch(run, table, table.num_cached_tokens)
+
+    def _start_sequences(self, state: WorkState, table: BlockTable, first_tokens: Sequence[SequenceToken]) -> None:
+        """All sequences of a work behind their first tokens, over the prompt's blocks."""
+        live = [first for first in first_tokens if first.finish_reason is None and first.sequence not in state.finished_early]
+        tables = [table, *(self._blocks.fork(table) for _ in live[1:])] if live else []
+        for first, own_table in zip(live, tables, strict=True):
+            run = Run(state, sequences.start_sequence(state.work, first.sequence), (first.sequence,))
+            run.sequence.append(first.token.token_id)
+            state.runs.append(run)
+            self._join_batch(run, own_table, len(state.work.token_ids))
+        if not live:
+            self._release(table)
+            self._end(state, WorkEnded(state.work.work_id))
+
+    def _join_batch(self, run: Run, table: BlockTable, num_computed_tokens: int) -> None:
+        run.sequence.block_table = table
+        run.sequence.num_computed_tokens = num_computed_tokens
+        self._run_by_sequence[run.sequence] = run
+        insort(self._batch, run, key=lambda other: other.age)
+
+    # --- Ends
+
+    def _finish(self, run: Run) -> None:
+        self._leave(run)
+        run.state.runs.remove(run)
+        if not run.state.runs:
+            self._end(run.state, WorkEnded(run.state.work.work_id))
+
+    def _leave(self, run: Run) -> None:
+        """The run holds nothing any more."""
+        if run.sequence.block_table is not None:
+            self._batch.remove(run)
+            self._release(run.table)
+            run.sequence.block_table = None
+        else:
+            self._preempted.remove(run)
+        del self._run_by_sequence[run.sequence]
+
+    def _give_up(self, state: WorkState, ending: SchedulerEvent) -> None:
+        if state.phase is Phase.CLOSING:
+            return
+        if state.phase is Phase.WAITING:
+            self._waiting.remove(state)
+        if state.phase is Phase.RESERVED and not self._writers.close(state.work.work_id):
+            state.phase, state.ending = Phase.CLOSING, ending
+            return
+        for run in state.runs:
+            self._leave(run)
+        state.runs.clear()
+        self._end(state, ending)
+
+    def _end(self, state: WorkState, ending: SchedulerEvent | None) -> None:
+        if state.table is not None:
+            self._release(state.table)
+            state.table = None
+        del self._states[state.work.work_id]
+        if ending is not None:
+            self._events.append(ending)
+
+    def _release(self, table: BlockTable) -> None:
+        self._blocks.release(table)
+        self._has_released = True

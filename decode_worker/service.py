@@ -1,0 +1,131 @@
+"""The decode worker towards gateways: commands of sessions go to the engine thread, its reports come back as events.
+
+Runs on the event loop.
+"""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from decode_worker import commands, events
+from kvrelay.model_spec import ModelSpec
+from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
+from kvrelay.wire import sequence_token_to_pb, work_id_from_pb, work_id_to_pb
+from kvrelay.work import FailureKind, SequenceToken, WorkId
+from kvrelay.worker_session import WorkerSession
+from kvrelay.worker_sessions import WorkerSessions
+
+
+class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
+    """Serves sessions.
+
+    Args:
+        hello: who the worker is.
+        model: the served model.
+        push_address: host:port of this worker's KVTransferService.
+        submit: to the engine thread.
+        submit_work: the same for new works; False when its inbox is full.
+    """
+
+    def __init__(
+        self,
+        hello: session_pb2.WorkerHello,
+        model: ModelSpec,
+        push_address: str,
+        submit: Callable[[commands.Command], None],
+        submit_work: Callable[[commands.Command], bool],
+    ) -> None:
+        self._model = model
+        self._push_address = push_address
+        self._submit = submit
+        self._submit_work = submit_work
+        self.sessions = WorkerSessions(hello, decode_pb2.DecodeServiceSessionResponse, model, self._give_up, self._fail)
+
+    async def Session(  # type: ignore[override]  # a coroutine that writes to the context
+        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await self.sessions.serve(context, self._on_command)
+
+    def report(self, report: events.StepReport) -> None:
+        """What the engine thread has to say; called on the event loop, in order."""
+        self.sessions.update_load(report.load)
+        for event in report.events:
+            self._send_event(event)
+        if report.tokens:
+            self._send_tokens(report.tokens)
+        for event in report.events:
+            if isinstance(event, events.WorkEnded):
+                self.sessions.leases.end(event.work_id)
+        if not report.events and not report.tokens:
+            # The engine came to rest after something that no event tells of, such as a cancelled work.
+            self.sessions.broadcast_load()
+
+    def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:
+        match name:
+            case "reserve":
+                self._reserve(session, message)
+            case "run_prompt":
+                self._submit_own(session, commands.ComputePrompt(work_id_from_pb(message.work_id)))
+            case "finish_sequence":
+                self._submit_own(session, commands.EndSequence(work_id_from_pb(message.work_id), message.sequence))
+            case "cancel_work":
+                self.sessions.cancel(session, work_id_from_pb(message.work_id))
+
+    def _reserve(self, session: WorkerSession, message: decode_pb2.Reserve) -> None:
+        if message.fingerprint != self._model.fingerprint:
+            problem = "the worker serves another model than the one that was asked for"
+            self.sessions.refuse(session, work_id_from_pb(message.work_id), FailureKind.INVALID, problem)
+            return
+        work = self.sessions.admit(session, message)
+        if work is not None and not self._submit_work(commands.ReserveBlocks(work)):
+            self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
+
+    def _submit_own(self, session: WorkerSession, command: commands.ComputePrompt | commands.EndSequence) -> None:
+        """Only the gateway whose work it is may command it."""
+        if self.sessions.leases.session_of(command.work_id) is session:
+            self._submit(command)
+
+    def _give_up(self, work_id: WorkId) -> None:
+        self._submit(commands.GiveUp(work_id))
+
+    def _fail(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
+        self._submit(commands.Fail(work_id, kind, message))
+
+    def _send_event(self, event: events.Event) -> None:
+        match event:
+            case events.ReservationOpened(work_id, ticket, num_cached_tokens):
+                reserved = decode_pb2.Reserved(
+                    work_id=work_id_to_pb(work_id),
+                    ticket=ticket,
+                    push_address=self._push_address,
+                    num_cached_tokens=num_cached_tokens,
+                )
+                self.sessions.send(work_id, reserved=reserved)
+            case events.SequencesStarted(work_id):
+                self.sessions.add_kv_bytes(event.kv_bytes)
+                self.sessions.send(work_id, decode_started=_started_to_pb(event))
+            case events.WorkFailed(work_id, kind, message):
+                self.sessions.report_failure(work_id, kind, message)
+
+    def _send_tokens(self, tokens: tuple[SequenceToken, ...]) -> None:
+        """One message for each gateway."""
+        by_session: dict[WorkerSession, list[session_pb2.SequenceToken]] = {}
+        for token in tokens:
+            session = self.sessions.leases.session_of(token.work_id)
+            if session is not None:
+                by_session.setdefault(session, []).append(sequence_token_to_pb(token))
+        for session, messages in by_session.items():
+            session.send(step_output=decode_pb2.StepOutput(tokens=messages))
+
+
+def _started_to_pb(event: events.SequencesStarted) -> decode_pb2.DecodeStarted:
+    return decode_pb2.DecodeStarted(
+        work_id=work_id_to_pb(event.work_id),
+        kv_bytes=event.kv_bytes,
+        num_transferred_tokens=event.num_transferred_tokens,
+        prefill_ms=event.prefill_ms,
+        queue_ms=event.queue_ms,
+    )

@@ -1,0 +1,98 @@
+"""The thread that owns a worker's model, scheduler and block manager, and the inbox through which others talk to it.
+
+    handle commands  ->  step  ->  handle commands  ->  step  -> ... -> nothing to do: sleep on the inbox
+
+Knows nothing of what commands and steps are.
+"""
+
+import threading
+from collections import deque
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+CommandT = TypeVar("CommandT")
+CommandT_contra = TypeVar("CommandT_contra", contravariant=True)
+
+_log = structlog.get_logger(__name__)
+
+
+class EngineLoop(Protocol[CommandT_contra]):
+    """What the thread runs. All methods are called in the engine thread only."""
+
+    def handle(self, command: CommandT_contra) -> None:
+        """Takes one command."""
+
+    def step(self) -> bool:
+        """Does one step; False when there was nothing to do."""
+        raise NotImplementedError
+
+    def fail_all(self) -> None:
+        """Something broke outside of any single work: ends all works, so that the worker goes on from a known state."""
+
+
+class EngineThread(Generic[CommandT]):
+    """Runs an EngineLoop. `submit` may be called from any thread.
+
+    Args:
+        name: of the thread.
+        loop: what to run.
+        max_commands: of those that bring new work; others always fit, for each work causes a bounded number of them.
+    """
+
+    def __init__(self, name: str, loop: EngineLoop[CommandT], max_commands: int = 4096) -> None:
+        self._loop = loop
+        self._max_commands = max_commands
+        self._commands: deque[CommandT] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its current step, and waits for that."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, command: CommandT) -> None:
+        """Puts a command into the inbox."""
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    def submit_work(self, command: CommandT) -> bool:
+        """Puts a command that brings new work into the inbox; False when it is full."""
+        with self._changed:
+            if len(self._commands) >= self._max_commands:
+                return False
+            self._commands.append(command)
+            self._changed.notify()
+            return True
+
+    def _run(self) -> None:
+        busy = False
+        while (commands := self._take(wait=not busy)) is not None:
+            try:
+                for command in commands:
+                    self._loop.handle(command)
+                busy = self._loop.step()
+            except Exception:
+                _log.exception("the engine loop failed; all its work is failed")
+                self._loop.fail_all()
+                busy = True
+
+    def _take(self, *, wait: bool) -> list[CommandT] | None:
+        """All waiting commands; None when the thread is to end."""
+        with self._changed:
+            while wait and not self._commands and not self._stopped:
+                self._changed.wait()
+            if self._stopped:
+                return None
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands

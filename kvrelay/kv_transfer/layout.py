@@ -1,0 +1,103 @@
+"""Which part of a KV cache goes into which message. Knows sizes only: no tensors, no wire.
+
+A span is a rectangle of layers and tokens:
+
+    layer 2  |        .=======.        |
+    layer 1  |        |  span |        |      layers [1, 3), tokens [a, b)
+    layer 0  |        '======='        |
+             0        a       b     prompt's length
+"""
+
+from dataclasses import dataclass
+
+from kvrelay.model_spec import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpan:
+    """Keys and values of layers [layer_begin, layer_end) and tokens [token_begin, token_end)."""
+
+    layer_begin: int
+    layer_end: int
+    token_begin: int
+    token_end: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.layer_end - self.layer_begin
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_end - self.token_begin
+
+    def num_bytes(self, layout: KVLayout) -> int:
+        """Exact payload size, in bytes."""
+        return self.num_layers * self.num_tokens * layout.bytes_per_layer_token
+
+
+def split_span(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan]:
+    """Cuts a span into spans of at most `max_bytes`: as many whole layers as fit, else parts of one layer's tokens.
+
+    One token of one layer is never cut, even where it alone is larger than `max_bytes`.
+    """
+    if span.num_tokens == 0:
+        return []
+    layers_per_message = layers_that_fit(span.num_tokens, layout, max_bytes)
+    if layers_per_message == 0:
+        return _split_tokens(span, layout, max_bytes)
+    return [
+        KVSpan(layer, min(layer + layers_per_message, span.layer_end), span.token_begin, span.token_end)
+        for layer in range(span.layer_begin, span.layer_end, layers_per_message)
+    ]
+
+
+def layers_that_fit(num_tokens: int, layout: KVLayout, max_bytes: int) -> int:
+    """How many whole layers of so many tokens fit into `max_bytes`; 0 when not even one does."""
+    return max_bytes // (num_tokens * layout.bytes_per_layer_token)
+
+
+def _split_tokens(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan]:
+    tokens_per_message = max(1, max_bytes // layout.bytes_per_layer_token)
+    return [
+        KVSpan(layer, layer + 1, token, min(token + tokens_per_message, span.token_end))
+        for layer in range(span.layer_begin, span.layer_end)
+        for token in range(span.token_begin, span.token_end, tokens_per_message)
+    ]
+
+
+class SpanCoalescer:
+    """Turns "layer l of tokens [a, b) is written" into spans of about one message, in the order in which they become ready.
+
+    A span is let go when no further layer would fit, or when its last layer is there, so that nothing waits for a later step.
+    """
+
+    def __init__(self, layout: KVLayout, max_bytes: int, first_token: int) -> None:
+        """Tokens before `first_token` are not sent: the receiver has them."""
+        self._layout = layout
+        self._max_bytes = max_bytes
+        self._first_token = first_token
+        self._open: KVSpan | None = None
+
+    def add_layer(self, layer: int, token_begin: int, token_end: int) -> list[KVSpan]:
+        """Layer `layer` of the tokens is written. Layers of one token range come in order, one range after another."""
+        token_begin = max(token_begin, self._first_token)
+        if token_begin >= token_end:
+            return []
+        begin = layer if self._open is None else self._open.layer_begin
+        assert self._open is None or (self._open.layer_end, self._open.token_begin, self._open.token_end) == (
+            layer,
+            token_begin,
+            token_end,
+        ), "layers of one token range come in order"
+        span = KVSpan(begin, layer + 1, token_begin, token_end)
+        is_full = span.num_layers + 1 > layers_that_fit(span.num_tokens, self._layout, self._max_bytes)
+        if is_full or layer + 1 == self._layout.num_layers:
+            self._open = None
+            return split_span(span, self._layout, self._max_bytes)
+        self._open = span
+        return []
+
+    def add_all_layers(self, token_begin: int, token_end: int) -> list[KVSpan]:
+        """Every layer of the tokens is there already: a prefix found in the cache."""
+        span = KVSpan(0, self._layout.num_layers, max(token_begin, self._first_token), token_end)
+        return split_span(span, self._layout, self._max_bytes) if span.token_begin < span.token_end else []

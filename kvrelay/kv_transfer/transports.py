@@ -1,0 +1,216 @@
+"""How chunks reach the other worker: a seam, and the way over gRPC. Knows nothing of where chunks come from.
+
+A transport opens one push for each work. What `encode` returns is opaque to the sender: it is made in an export thread, since
+that is where the payload is copied, and sent from the event loop.
+"""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from kvrelay.errors import TransferError
+from kvrelay.kv_transfer.codec import Chunk, encode_chunk
+from kvrelay.model_spec import WIRE_VERSION
+from kvrelay.rpc import create_channel
+from kvrelay.v1 import kv_transfer_pb2
+from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
+from kvrelay.work import SequenceToken, WorkId
+
+PUSH_METHOD = "/kvrelay.v1.KVTransferService/Push"
+MAX_CHANNELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PushPlan:
+    """What is going to be pushed, and by what right."""
+
+    work_id: WorkId
+    ticket: bytes
+    fingerprint: str
+    token_begin: int
+    token_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkAccepted:
+    """The chunk that begins there is checked and written."""
+
+    layer_begin: int
+    token_begin: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRefused:
+    """The chunk that begins there was not written."""
+
+    layer_begin: int
+    token_begin: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PushComplete:
+    """Everything is with the receiver."""
+
+    kv_bytes: int
+
+
+Reply = ChunkAccepted | ChunkRefused | PushComplete
+
+
+class KVPush(Protocol):
+    """One open push. Whoever breaks it off calls `cancel`."""
+
+    def encode(self, chunk: Chunk) -> Any:
+        """Makes the chunk ready to be sent; called in any thread. The payload is not read after it."""
+
+    async def send_chunk(self, encoded: Any) -> None:
+        """Sends what `encode` gave."""
+
+    async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
+        """Says that no chunk follows."""
+
+    def replies(self) -> AsyncIterator[Reply]:
+        """What the receiver says, in order, until it ends the push."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Breaks the push off, or forgets it when it has ended. Idempotent."""
+
+
+class KVTransport(Protocol):
+    """Opens pushes."""
+
+    async def open(self, address: str, plan: PushPlan) -> KVPush:
+        """Reaches the receiver and sends the header.
+
+        Raises:
+            TransferError: it cannot be reached in time.
+        """
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Closes all connections."""
+
+
+class GrpcTransport:
+    """KV over gRPC streams, with one connection per receiver.
+
+    Args:
+        connect_timeout_ms: most time to reach a receiver.
+    """
+
+    def __init__(self, connect_timeout_ms: int) -> None:
+        self._connect_timeout_s = connect_timeout_ms / 1000
+        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+
+    async def open(self, address: str, plan: PushPlan) -> GrpcPush:
+        """Reaches the receiver and sends the header.
+
+        Raises:
+            TransferError: it cannot be reached in time.
+        """
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                channel = await self._channel(address)
+                await channel.channel_ready()
+        except TimeoutError:
+            await self._forget(address)
+            timeout_ms = round(self._connect_timeout_s * 1000)
+            raise TransferError(f"the decode worker at {address} was not reached within {timeout_ms} ms") from None
+        push = GrpcPush(channel)
+        await push.send_header(plan)
+        return push
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for address in list(self._channels):
+            await self._forget(address)
+
+    async def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = create_channel(address)
+        self._channels.move_to_end(address)
+        channel = self._channels[address]
+        while len(self._channels) > MAX_CHANNELS:
+            await self._forget(next(iter(self._channels)))
+        return channel
+
+    async def _forget(self, address: str) -> None:
+        """The next attempt connects anew at once, instead of waiting out a channel's backoff."""
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close()
+
+
+class GrpcPush:
+    """A Push call. Requests are serialized by the codec, which copies a payload once."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        method = channel.stream_stream(
+            PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
+        )
+        self._call: Any = method()
+
+    def encode(self, chunk: Chunk) -> bytes:
+        return encode_chunk(chunk)
+
+    async def send_header(self, plan: PushPlan) -> None:
+        """The first message."""
+        header = kv_transfer_pb2.PushHeader(
+            work_id=work_id_to_pb(plan.work_id),
+            ticket=plan.ticket,
+            fingerprint=plan.fingerprint,
+            wire_version=WIRE_VERSION,
+            token_begin=plan.token_begin,
+            token_end=plan.token_end,
+        )
+        await self._write(kv_transfer_pb2.PushRequest(header=header).SerializeToString())
+
+    async def send_chunk(self, encoded: bytes) -> None:
+        await self._write(encoded)
+
+    async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
+        end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=[sequence_token_to_pb(token) for token in tokens])
+        await self._write(kv_transfer_pb2.PushRequest(end=end).SerializeToString())
+        await self._call.done_writing()
+
+    async def replies(self) -> AsyncIterator[Reply]:
+        try:
+            async for response in self._call:
+                yield _reply_from_pb(response)
+        except grpc.aio.AioRpcError as error:
+            raise TransferError(f"the decode worker broke the push off: {error.details()}") from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _write(self, request: bytes) -> None:
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            details = error.details() if isinstance(error, grpc.aio.AioRpcError) else "the call has ended"
+            raise TransferError(f"the decode worker broke the push off: {details}") from error
+
+
+def _already_bytes(request: bytes) -> bytes:
+    return request
+
+
+def _reply_from_pb(response: kv_transfer_pb2.PushResponse) -> Reply:
+    match response.WhichOneof("message"):
+        case "chunk_accepted":
+            return ChunkAccepted(response.chunk_accepted.layer_begin, response.chunk_accepted.token_begin)
+        case "chunk_refused":
+            refused = response.chunk_refused
+            return ChunkRefused(refused.layer_begin, refused.token_begin, refused.message)
+        case "complete":
+            return PushComplete(response.complete.kv_bytes)
+        case other:
+            raise TransferError(f"the decode worker sent an unknown message: {other}")

@@ -1,0 +1,59 @@
+"""Sends a model's tokenizer files to gateways, so that they need no model folder. Knows nothing of what is in the files."""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvrelay.errors import FingerprintError, PreconditionError
+from kvrelay.v1 import session_pb2, session_pb2_grpc
+
+PIECE_BYTES = 1024 * 1024
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Whichever of these a model folder has."""
+
+
+class TokenizerService(session_pb2_grpc.ModelServiceServicer):
+    """Serves the tokenizer of one model.
+
+    Args:
+        folder: the model's.
+        fingerprint: the model's.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    async def GetTokenizer(
+        self, request: session_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[session_pb2.GetTokenizerResponse]:
+        if request.fingerprint != self._fingerprint:
+            raise FingerprintError("this worker serves another model than the one that was asked for")
+        paths = [self._folder / name for name in TOKENIZER_FILES if (self._folder / name).is_file()]
+        if not any(path.name == "tokenizer.json" for path in paths):
+            raise PreconditionError("the model's folder has no tokenizer.json; text cannot be served, token ids can")
+        for path in paths:
+            for piece in _pieces(path):
+                yield session_pb2.GetTokenizerResponse(file_name=path.name, content=piece)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece

@@ -1,0 +1,47 @@
+"""What one engine step computes, as plain values: made by a scheduler, run by `kvrelay.step_runner`."""
+
+from dataclasses import dataclass, field
+
+from kvrelay.kv_cache.block_manager import BlockCopy
+from kvrelay.sequence import Sequence
+from kvrelay.work import WorkId
+
+
+@dataclass(frozen=True, slots=True)
+class StepEntry:
+    """One sequence's part of a step.
+
+    token_ids   |<- KV in blocks ->|<- num_tokens ->|
+                0         num_computed_tokens
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    """Tokens to compute, from `sequence.num_computed_tokens` on."""
+    continued: tuple[int, ...] = ()
+    """Numbers of the sequences that each sample a token from the last row: none in the middle of a prompt, several at the end of
+    a prompt that n sequences share, else the sequence itself."""
+
+    @property
+    def token_begin(self) -> int:
+        return self.sequence.num_computed_tokens
+
+    @property
+    def token_end(self) -> int:
+        return self.sequence.num_computed_tokens + self.num_tokens
+
+    @property
+    def work_id(self) -> WorkId:
+        return self.sequence.work.work_id
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All entries of one step, and the block copies to be made before it."""
+
+    entries: tuple[StepEntry, ...]
+    copies: tuple[BlockCopy, ...] = field(default=())
+
+    @property
+    def work_ids(self) -> frozenset[WorkId]:
+        return frozenset(entry.work_id for entry in self.entries)

@@ -1,0 +1,82 @@
+"""Builds what a worker computes with, from its settings: the model, its pool, and the pool's bookkeeping."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from kvrelay.config import EngineSettings
+from kvrelay.engine.device import choose_device, choose_dtype, use_threads
+from kvrelay.engine.model_loader import LoadedModel, load_model
+from kvrelay.engine.model_runner import ModelRunner
+from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.kv_cache.memory_planning import blocks_for_budget
+from kvrelay.model_spec import ModelSpec
+from kvrelay.model_store import DEMO_MODEL, ModelStore, default_model_dir
+from kvrelay.step_runner import StepRunner
+
+BYTES_PER_MIB = 1024 * 1024
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEngine:
+    """The model and its pool. `blocks` and `step_runner` belong to the engine thread."""
+
+    folder: Path
+    model: ModelSpec
+    cache: PagedKVCache
+    blocks: BlockManager
+    step_runner: StepRunner
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Most tokens of one sequence that model and pool can hold."""
+        return min(self.model.max_context_tokens, self.blocks.num_blocks * self.blocks.block_size)
+
+
+def build_engine(settings: EngineSettings) -> WorkerEngine:
+    """Loads the model and makes its pool.
+
+    Raises:
+        ModelLoadError: the model is missing, broken or unsupported.
+        ConfigError: the memory for KV holds no block.
+    """
+    use_threads(settings.num_threads or max(1, (os.cpu_count() or 1) // 2))
+    folder = resolve_model(settings)
+    device = choose_device(settings.device)
+    name = settings.served_model_name or folder.name
+    model = _limit_context(load_model(folder, name, choose_dtype(settings.dtype, device), device), settings.max_context_tokens)
+    layout = model.spec.kv_layout
+    num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
+    cache = PagedKVCache(layout, num_blocks, settings.block_size, model.device)
+    _log.info("model loaded", model=name, num_blocks=num_blocks, kv_mib=cache.pool_bytes // BYTES_PER_MIB, device=device)
+    return WorkerEngine(
+        folder=folder,
+        model=model.spec,
+        cache=cache,
+        blocks=BlockManager(num_blocks, settings.block_size, settings.prefix_cache),
+        step_runner=StepRunner(ModelRunner(model, cache)),
+    )
+
+
+def resolve_model(settings: EngineSettings) -> Path:
+    """The folder of the model that the settings name.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    root = Path(settings.model_dir).expanduser() if settings.model_dir else default_model_dir(os.environ)
+    store = ModelStore(root)
+    if settings.model == DEMO_MODEL:
+        return store.ensure_demo_model()
+    return store.resolve(settings.model)
+
+
+def _limit_context(model: LoadedModel, max_context_tokens: int | None) -> LoadedModel:
+    if max_context_tokens is None or max_context_tokens >= model.spec.max_context_tokens:
+        return model
+    return replace(model, spec=replace(model.spec, max_context_tokens=max_context_tokens))

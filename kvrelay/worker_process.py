@@ -1,0 +1,143 @@
+"""The life of a worker process: listen, be found, serve, drain, end. Knows nothing of what kind of worker it is.
+
+bind -> build services -> start -> lease -> ready ... SIGTERM -> draining -> works end -> lease withdrawn -> exit 0
+"""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from kvrelay.config import ServerSettings
+from kvrelay.errors import ConfigError
+from kvrelay.liveness import PROTOCOL_VERSION
+from kvrelay.model_service import TokenizerService
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.rpc import BoundServer, bind_server, create_server
+from kvrelay.v1 import session_pb2, session_pb2_grpc
+from kvrelay.wire import model_to_pb
+from kvrelay.worker_engine import WorkerEngine
+from kvrelay.worker_registry import Member, MemberRole, WorkerRegistry
+from kvrelay.worker_sessions import WorkerSessions
+
+MODEL_SERVICE = "kvrelay.v1.ModelService"
+LAST_MESSAGES_TIMEOUT_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerServices:
+    """What one kind of worker adds to a process."""
+
+    sessions: WorkerSessions
+    add_to: Callable[[grpc.aio.Server], None]
+    """Adds its servicers to the server."""
+    start: Callable[[], None]
+    """Starts its engine thread."""
+    stop: Callable[[], None]
+    """Stops its engine thread, and waits for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind:
+    """What tells one kind of worker from the other."""
+
+    role: MemberRole
+    service_names: tuple[str, ...]
+    build_services: Callable[[session_pb2.WorkerHello, str], WorkerServices]
+    """From who the worker is and the host:port under which others reach it; called on the loop."""
+
+
+async def serve_worker(
+    kind: WorkerKind, engine: WorkerEngine, settings: ServerSettings, stop: asyncio.Event | None = None
+) -> None:
+    """Serves until told to stop, then drains.
+
+    Args:
+        kind: of worker.
+        engine: the loaded model.
+        settings: of the process.
+        stop: ends it when set; without one, SIGTERM and SIGINT do, and a second signal exits at once.
+
+    Raises:
+        StartupError: the port is taken, or a setting is missing.
+    """
+    check_redis_url(settings)
+    assert settings.redis_url is not None
+    stop = stop or _stop_on_signals()
+    worker_id = f"{kind.role.value}-{secrets.token_hex(8)}"
+    server = create_server()
+    bound = bind_server(server, settings.host, settings.port, (*kind.service_names, MODEL_SERVICE))
+    address = advertised_address(settings, bound.port)
+    services = kind.build_services(_hello(worker_id, engine), address)
+    services.add_to(server)
+    session_pb2_grpc.add_ModelServiceServicer_to_server(TokenizerService(engine.folder, engine.model.fingerprint), server)
+    member = Member(worker_id, kind.role, address, engine.model.name, engine.model.fingerprint)
+    async with RedisConnection(settings.redis_url, settings.redis_timeout_ms) as connection:
+        services.start()
+        try:
+            await server.start()
+            async with WorkerRegistry(connection, settings.lease_ms).lease(member):
+                if not connection.health.healthy:
+                    _log.warning("Redis does not answer; gateways find this worker once it does. Check --redis-url.")
+                await _set_serving(bound, kind, True)
+                _log.info("ready", address=address, worker_id=worker_id, model=engine.model.name)
+                await stop.wait()
+                await _set_serving(bound, kind, False)
+                await services.sessions.drain(settings.drain_timeout_ms)
+        finally:
+            await server.stop(LAST_MESSAGES_TIMEOUT_S)
+            await asyncio.to_thread(services.stop)
+    _log.info("stopped", worker_id=worker_id)
+
+
+def check_redis_url(settings: ServerSettings) -> None:
+    """Raises ConfigError when there is none; before a model is loaded in vain."""
+    if settings.redis_url is None:
+        raise ConfigError("redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own")
+
+
+def advertised_address(settings: ServerSettings, port: int) -> str:
+    """host:port under which others reach this process."""
+    if settings.advertise_address:
+        return settings.advertise_address
+    host = socket.gethostname() if settings.host in ("0.0.0.0", "::", "[::]") else settings.host
+    return f"{host}:{port}"
+
+
+def _hello(worker_id: str, engine: WorkerEngine) -> session_pb2.WorkerHello:
+    return session_pb2.WorkerHello(
+        worker_id=worker_id,
+        protocol_version=PROTOCOL_VERSION,
+        model=model_to_pb(engine.model),
+        block_size=engine.blocks.block_size,
+        max_sequence_tokens=engine.max_sequence_tokens,
+    )
+
+
+async def _set_serving(bound: BoundServer, kind: WorkerKind, serving: bool) -> None:
+    for name in ("", *kind.service_names, MODEL_SERVICE):
+        await bound.set_serving(serving, name)
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop

@@ -1,0 +1,1 @@
+"""The prefill worker: runs prompts and ships their KV cache."""

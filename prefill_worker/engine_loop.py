@@ -1,0 +1,118 @@
+"""The prefill worker's engine loop: admit, schedule, run, sample, publish. Runs in the engine thread, which owns it all.
+
+Tells the senders layer by layer what is written, so that KV travels while the rest of the step is computed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from kvrelay.step import Step
+from kvrelay.step_runner import StepRunner
+from kvrelay.work import FailureKind, WorkerLoad, WorkId
+from prefill_worker import commands, events
+from prefill_worker.scheduler import PrefillScheduler
+
+_log = structlog.get_logger(__name__)
+
+INTERNAL_MESSAGE = "the worker failed to compute the step; its log has the detail"
+
+
+@dataclass(slots=True)
+class _PromptTimes:
+    """Monotonic seconds."""
+
+    received_at: float
+    began_at: float = 0.0
+
+
+class PrefillEngineLoop:
+    """What the engine thread of a prefill worker does.
+
+    Args:
+        scheduler: with its block manager.
+        step_runner: the model.
+        publish: takes reports, in order; called in the engine thread, must not block.
+        announce: told that a layer of these tokens is in the pool; called in the engine thread, must not block.
+        now: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: PrefillScheduler,
+        step_runner: StepRunner,
+        publish: Callable[[events.Report], None],
+        announce: Callable[[int, tuple[events.WrittenTokens, ...]], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._scheduler = scheduler
+        self._step_runner = step_runner
+        self._publish = publish
+        self._announce = announce
+        self._now = now
+        self._times: dict[WorkId, _PromptTimes] = {}
+        self._published_load = WorkerLoad()
+
+    def handle(self, command: commands.Command) -> None:
+        """Takes one command."""
+        match command:
+            case commands.StartPrompt(work, received_at):
+                self._times[work.work_id] = _PromptTimes(received_at)
+                self._scheduler.start(work)
+            case commands.SenderEnded(work_id, problem):
+                self._scheduler.sender_ended(work_id, problem)
+            case commands.GiveUp(work_id):
+                self._scheduler.cancel(work_id)
+            case commands.Fail(work_id, kind, message):
+                self._scheduler.fail(work_id, kind, message)
+
+    def step(self) -> bool:
+        """Schedules, runs, samples, publishes. False when there was nothing to compute."""
+        step = self._scheduler.schedule()
+        self._publish_report()
+        if step is None:
+            return False
+        self._run(step)
+        self._publish_report()
+        return True
+
+    def fail_all(self) -> None:
+        """Ends all works."""
+        for work_id in self._scheduler.work_ids():
+            self._scheduler.fail(work_id, FailureKind.INTERNAL, INTERNAL_MESSAGE)
+        self._publish_report()
+
+    def _run(self, step: Step) -> None:
+        written = tuple(events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries)
+        try:
+            tokens = self._step_runner.run(step, lambda layer: self._announce(layer, written))
+        except Exception:
+            _log.exception("a step failed", num_prompts=len(step.entries))
+            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            return
+        self._scheduler.complete(step, tokens)
+
+    def _publish_report(self) -> None:
+        happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())
+        load = self._scheduler.load()
+        if happened or load != self._published_load:
+            self._published_load = load
+            self._publish(events.Report(happened, load))
+
+    def _complete_event(self, event: events.Event) -> events.Event:
+        """Adds the times, which the scheduler does not know."""
+        match event:
+            case events.PromptStarted(work):
+                self._times[work.work_id].began_at = self._now()
+            case events.PromptComputed(work_id):
+                times = self._times[work_id]
+                return replace(
+                    event,
+                    queue_ms=(times.began_at - times.received_at) * 1000,
+                    prefill_ms=(self._now() - times.began_at) * 1000,
+                )
+            case events.WorkFailed(work_id) | events.WorkEnded(work_id):
+                self._times.pop(work_id, None)
+        return event

@@ -1,0 +1,244 @@
+"""Where the KV cache leaves the prefill worker: one push for each work, alongside the pass that computes it.
+
+    engine thread:  layer 0 written, layer 1 written, ...          token 0 sampled
+    event loop:        '--> spans --> export, digest, encode (threads) --> send, within a window --> end --> complete
+
+Runs on the event loop. Knows nothing of scheduling; it says when it does not read a work's blocks any more.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from kvrelay.errors import KvrelayError, TransferError
+from kvrelay.kv_transfer.codec import Chunk, chunk_digest
+from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer
+from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
+from kvrelay.model_spec import KVLayout
+from kvrelay.work import SequenceToken, WorkId
+
+_log = structlog.get_logger(__name__)
+
+
+class KVExporter(Protocol):
+    """The pool, as far as a sender needs it."""
+
+    def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Any:
+        """Contiguous uint8 CPU tensor [layers, 2, tokens, kv_heads, head_dim * bytes per element]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """What a complete push measured."""
+
+    kv_bytes: int
+    transfer_ms: float
+    exposed_ms: float
+    """The part of transfer_ms after the first token was sampled."""
+    num_resent_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SenderContext:
+    """What all pushes of a worker share."""
+
+    exporter: KVExporter
+    layout: KVLayout
+    transport: KVTransport
+    threads: Executor
+    """Where KV is exported and encoded: neither on the event loop nor in the engine thread."""
+    max_message_bytes: int
+    max_window_bytes: int
+    now: Callable[[], float] = time.monotonic
+
+
+class KVSender:
+    """Pushes one work's KV. All methods are called on the event loop.
+
+    Args:
+        context: shared by all pushes.
+        address: host:port of the receiver.
+        plan: what is pushed.
+        block_ids: where the prompt's KV lies.
+        on_ended: called once, in any thread, when no export is under way any more and none will be: with the result, or with why
+            there is none.
+    """
+
+    def __init__(
+        self,
+        context: SenderContext,
+        address: str,
+        plan: PushPlan,
+        block_ids: tuple[int, ...],
+        on_ended: Callable[[WorkId, TransferResult | TransferError], None],
+    ) -> None:
+        self._context = context
+        self._address = address
+        self._plan = plan
+        self._block_ids = block_ids
+        self._on_ended = on_ended
+        self._coalescer = SpanCoalescer(context.layout, context.max_message_bytes, plan.token_begin)
+        self._spans: deque[KVSpan] = deque()
+        self._unacknowledged: dict[tuple[int, int], KVSpan] = {}
+        self._resent: set[tuple[int, int]] = set()
+        self._window_bytes = 0
+        self._num_chunks = 0
+        self._kv_bytes = 0
+        self._tokens: tuple[SequenceToken, ...] | None = None
+        self._completed_bytes: int | None = None
+        self._first_sent_at: float | None = None
+        self._sampled_at = 0.0
+        self._changed = asyncio.Event()
+        self._export: Future[Any] | None = None
+        self._outcome: TransferResult | TransferError = TransferError("the push was broken off")
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"push of {plan.work_id.request_id}")
+        # A callback, because a task that is cancelled before its first turn runs no `finally`.
+        self._task.add_done_callback(self._end)
+
+    def announce_cached(self, num_tokens: int) -> None:
+        """All layers of the first `num_tokens` tokens are in the pool already."""
+        self._spans.extend(self._coalescer.add_all_layers(0, num_tokens))
+        self._changed.set()
+
+    def announce(self, layer: int, token_begin: int, token_end: int) -> None:
+        """A layer of tokens [token_begin, token_end) is in the pool now."""
+        self._spans.extend(self._coalescer.add_layer(layer, token_begin, token_end))
+        self._changed.set()
+
+    def finish(self, tokens: Sequence[SequenceToken]) -> None:
+        """The first tokens are sampled; all KV is announced."""
+        self._tokens = tuple(tokens)
+        self._sampled_at = self._context.now()
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Breaks the push off."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        push: KVPush | None = None
+        try:
+            push = await self._context.transport.open(self._address, self._plan)
+            self._outcome = await self._push(push)
+        except KvrelayError as error:
+            self._outcome = TransferError(error.message)
+        except Exception:
+            _log.exception("a push failed", request_id=self._plan.work_id.request_id)
+            self._outcome = TransferError("the push failed; the prefill worker's log has the detail")
+        finally:
+            if push is not None:
+                push.cancel()
+
+    def _end(self, _: asyncio.Task[None]) -> None:
+        """Reports the end as soon as no export reads the blocks."""
+        if self._export is None:
+            self._on_ended(self._plan.work_id, self._outcome)
+        else:
+            self._export.add_done_callback(lambda _: self._on_ended(self._plan.work_id, self._outcome))
+
+    async def _push(self, push: KVPush) -> TransferResult:
+        reader = asyncio.create_task(self._read_replies(push), name="push replies")
+        try:
+            await self._send_chunks(push, reader)
+            assert self._tokens is not None, "sent until the tokens are there"
+            await push.send_end(self._num_chunks, self._tokens)
+            await reader
+        finally:
+            reader.cancel()
+            await asyncio.wait([reader])
+        return self._measure()
+
+    async def _send_chunks(self, push: KVPush, reader: asyncio.Task[None]) -> None:
+        """Sends spans as they become ready, until all are acknowledged and the first tokens are there."""
+        while not self._is_all_acknowledged:
+            if self._can_send:
+                await self._send_chunk(push, self._spans.popleft())
+                continue
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait({changed, reader}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if reader.done():
+                reader.result()
+                raise TransferError("the decode worker ended the push early")
+
+    @property
+    def _is_all_acknowledged(self) -> bool:
+        return self._tokens is not None and not self._spans and not self._unacknowledged
+
+    @property
+    def _can_send(self) -> bool:
+        """Whether a chunk is ready and the window has room. A chunk larger than the window goes alone."""
+        if not self._spans:
+            return False
+        num_bytes = self._spans[0].num_bytes(self._context.layout)
+        return self._window_bytes == 0 or self._window_bytes + num_bytes <= self._context.max_window_bytes
+
+    async def _send_chunk(self, push: KVPush, span: KVSpan) -> None:
+        if self._first_sent_at is None:
+            self._first_sent_at = self._context.now()
+        name = (span.layer_begin, span.token_begin)
+        self._unacknowledged[name] = span
+        self._window_bytes += span.num_bytes(self._context.layout)
+        if name not in self._resent:
+            self._num_chunks += 1
+        self._export = self._context.threads.submit(self._encode, push, span)
+        encoded = await asyncio.wrap_future(self._export)
+        self._export = None
+        await push.send_chunk(encoded)
+
+    def _encode(self, push: KVPush, span: KVSpan) -> Any:
+        """Runs in an export thread."""
+        exported = self._context.exporter.export_kv(
+            span.layer_begin, span.layer_end, self._block_ids, span.token_begin, span.token_end
+        )
+        payload = memoryview(exported.numpy().reshape(-1))
+        assert payload.nbytes == span.num_bytes(self._context.layout), "exported as the layout says"
+        digest = chunk_digest(self._plan.ticket, self._plan.work_id.attempt, span, payload)
+        return push.encode(Chunk(span, payload, digest))
+
+    async def _read_replies(self, push: KVPush) -> None:
+        async for reply in push.replies():
+            match reply:
+                case ChunkAccepted(layer_begin, token_begin):
+                    self._settle((layer_begin, token_begin))
+                case ChunkRefused(layer_begin, token_begin, message):
+                    self._send_again((layer_begin, token_begin), message)
+                case PushComplete(kv_bytes):
+                    self._completed_bytes = kv_bytes
+                    return
+            self._changed.set()
+        raise TransferError("the decode worker ended the push without completing it")
+
+    def _settle(self, name: tuple[int, int]) -> KVSpan:
+        """The chunk is not under way any more."""
+        span = self._unacknowledged.pop(name, None)
+        if span is None:
+            raise TransferError("the decode worker acknowledged a chunk that was not sent")
+        num_bytes = span.num_bytes(self._context.layout)
+        self._window_bytes -= num_bytes
+        self._kv_bytes += num_bytes
+        return span
+
+    def _send_again(self, name: tuple[int, int], message: str) -> None:
+        span = self._settle(name)
+        self._kv_bytes -= span.num_bytes(self._context.layout)
+        if name in self._resent:
+            raise TransferError(f"the decode worker refused a chunk twice: {message}")
+        _log.warning("a chunk was refused and is sent once more", request_id=self._plan.work_id.request_id, message=message)
+        self._resent.add(name)
+        self._spans.appendleft(span)
+
+    def _measure(self) -> TransferResult:
+        if self._completed_bytes is None or self._completed_bytes != self._kv_bytes:
+            raise TransferError(f"{self._kv_bytes} KV bytes were sent, {self._completed_bytes} received")
+        assert self._first_sent_at is not None, "a push has at least one chunk"
+        now = self._context.now()
+        exposed_ms = max(0.0, now - max(self._sampled_at, self._first_sent_at)) * 1000
+        return TransferResult(self._kv_bytes, (now - self._first_sent_at) * 1000, exposed_ms, len(self._resent))

@@ -1,0 +1,106 @@
+"""The prefill worker process: builds its parts and serves."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from kvrelay.config import PrefillSettings
+from kvrelay.engine_thread import EngineThread
+from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.telemetry import configure_logging
+from kvrelay.v1 import prefill_pb2_grpc, session_pb2
+from kvrelay.worker_engine import BYTES_PER_MIB, WorkerEngine, build_engine
+from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
+from kvrelay.worker_registry import MemberRole
+from prefill_worker.commands import Command
+from prefill_worker.engine_loop import PrefillEngineLoop
+from prefill_worker.events import Report, WrittenTokens
+from prefill_worker.kv_sender import SenderContext
+from prefill_worker.scheduler import PrefillLimits, PrefillScheduler
+from prefill_worker.service import PrefillService
+
+SERVICE_NAMES = ("kvrelay.v1.PrefillService",)
+NUM_TRANSFER_THREADS = 2
+BYTES_PER_KIB = 1024
+
+
+def run(settings: PrefillSettings) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        StartupError: the port is taken, a setting is wrong, or the model cannot be loaded.
+    """
+    configure_logging(settings.server.log_level, settings.server.log_format, role="prefill")
+    check_redis_url(settings.server)
+    asyncio.run(serve(settings, build_engine(settings.engine)))
+
+
+async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:
+    """The same within a running loop, with the engine built; `stop` ends it when set."""
+
+    transport = GrpcTransport(settings.transfer.transfer_connect_timeout_ms)
+
+    def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
+        return build_services(settings, engine, transport, hello)
+
+    try:
+        await serve_worker(WorkerKind(MemberRole.PREFILL, SERVICE_NAMES, build), engine, settings.server, stop)
+    finally:
+        await transport.close()
+
+
+def build_services(
+    settings: PrefillSettings, engine: WorkerEngine, transport: GrpcTransport, hello: session_pb2.WorkerHello
+) -> WorkerServices:
+    """Puts engine thread, senders and service together."""
+    limits = PrefillLimits(settings.engine.prefill_chunk_tokens, settings.engine.max_waiting_works)
+    publish = _Publisher(asyncio.get_running_loop())
+    scheduler = PrefillScheduler(engine.blocks, engine.model, limits)
+    loop = PrefillEngineLoop(scheduler, engine.step_runner, publish.publish, publish.announce)
+    thread: EngineThread[Command] = EngineThread("prefill engine", loop)
+    transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv export")
+    context = SenderContext(
+        exporter=engine.cache,
+        layout=engine.model.kv_layout,
+        transport=transport,
+        threads=transfer_threads,
+        max_message_bytes=settings.transfer.transfer_message_kib * BYTES_PER_KIB,
+        max_window_bytes=settings.transfer.transfer_window_mib * BYTES_PER_MIB,
+    )
+    service = PrefillService(hello, engine.model, context, thread.submit, thread.submit_work)
+    publish.connect(service)
+
+    def add_to(server: grpc.aio.Server) -> None:
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(service, server)
+
+    def stop() -> None:
+        transfer_threads.shutdown()
+        thread.stop()
+
+    return WorkerServices(service.sessions, add_to, thread.start, stop)
+
+
+class _Publisher:
+    """Takes reports and announcements in the engine thread and hands them over on the loop, in one order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._service: PrefillService | None = None
+
+    def connect(self, service: PrefillService) -> None:
+        """Before the engine thread starts."""
+        self._service = service
+
+    def publish(self, report: Report) -> None:
+        assert self._service is not None, "connected before the engine thread starts"
+        self._call_soon(self._service.report, report)
+
+    def announce(self, layer: int, written: tuple[WrittenTokens, ...]) -> None:
+        assert self._service is not None, "connected before the engine thread starts"
+        self._call_soon(self._service.announce, layer, written)
+
+    def _call_soon(self, callback: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *arguments)

@@ -1,0 +1,192 @@
+"""The prefill worker towards gateways: commands of sessions go to the engine thread, its reports come back as events and pushes.
+
+Runs on the event loop, and owns the senders.
+"""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvrelay.errors import TransferError
+from kvrelay.kv_transfer.codec import TICKET_BYTES
+from kvrelay.kv_transfer.transports import PushPlan
+from kvrelay.model_spec import ModelSpec
+from kvrelay.v1 import prefill_pb2, prefill_pb2_grpc, session_pb2
+from kvrelay.wire import sequence_token_to_pb, work_id_from_pb, work_id_to_pb
+from kvrelay.work import FailureKind, WorkId
+from kvrelay.worker_session import WorkerSession
+from kvrelay.worker_sessions import WorkerSessions
+from prefill_worker import commands, events
+from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
+
+NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, num_resent_chunks=0)
+
+
+@dataclass(frozen=True, slots=True)
+class PushTarget:
+    """Where a work's KV goes."""
+
+    ticket: bytes
+    address: str
+    num_cached_tokens: int
+    """Leading tokens that the receiver has."""
+
+
+class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
+    """Serves sessions.
+
+    Args:
+        hello: who the worker is.
+        model: the served model.
+        sender_context: shared by all pushes.
+        submit: to the engine thread; called in any thread.
+        submit_work: the same for new works; False when its inbox is full.
+    """
+
+    def __init__(
+        self,
+        hello: session_pb2.WorkerHello,
+        model: ModelSpec,
+        sender_context: SenderContext,
+        submit: Callable[[commands.Command], None],
+        submit_work: Callable[[commands.Command], bool],
+    ) -> None:
+        self._model = model
+        self._sender_context = sender_context
+        self._submit = submit
+        self._submit_work = submit_work
+        self._targets: dict[WorkId, PushTarget] = {}
+        self._senders: dict[WorkId, KVSender] = {}
+        self.sessions = WorkerSessions(hello, prefill_pb2.PrefillServiceSessionResponse, model, self._give_up, self._fail)
+
+    async def Session(  # type: ignore[override]  # a coroutine that writes to the context
+        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await self.sessions.serve(context, self._on_command)
+
+    def report(self, report: events.Report) -> None:
+        """What the engine thread has to say; called on the event loop, in order."""
+        self.sessions.update_load(report.load)
+        for event in report.events:
+            self._handle_event(event)
+        if not report.events:
+            self.sessions.broadcast_load()
+
+    def announce(self, layer: int, written: tuple[events.WrittenTokens, ...]) -> None:
+        """A layer of these tokens is in the pool; called on the event loop, in order with the reports."""
+        for tokens in written:
+            if sender := self._senders.get(tokens.work_id):
+                sender.announce(layer, tokens.token_begin, tokens.token_end)
+
+    @property
+    def num_senders(self) -> int:
+        """Pushes under way."""
+        return len(self._senders)
+
+    def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:
+        match name:
+            case "start_prefill":
+                self._start_prefill(session, message)
+            case "cancel_work":
+                self.sessions.cancel(session, work_id_from_pb(message.work_id))
+
+    def _start_prefill(self, session: WorkerSession, message: prefill_pb2.StartPrefill) -> None:
+        if len(message.ticket) != TICKET_BYTES or not 0 <= message.num_cached_tokens < len(message.token_ids):
+            problem = f"a ticket of {TICKET_BYTES} bytes is needed, and fewer cached tokens than there are"
+            self.sessions.refuse(session, work_id_from_pb(message.work_id), FailureKind.INVALID, problem)
+            return
+        work = self.sessions.admit(session, message)
+        if work is None:
+            return
+        self._targets[work.work_id] = PushTarget(message.ticket, message.push_address, message.num_cached_tokens)
+        if not self._submit_work(commands.StartPrompt(work, time.monotonic())):
+            del self._targets[work.work_id]
+            self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
+
+    def _give_up(self, work_id: WorkId) -> None:
+        self._stop_sender(work_id)
+        self._submit(commands.GiveUp(work_id))
+
+    def _fail(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
+        self._stop_sender(work_id)
+        self._submit(commands.Fail(work_id, kind, message))
+
+    def _stop_sender(self, work_id: WorkId) -> None:
+        """Without waiting for the engine thread, which may be in a long step."""
+        if sender := self._senders.get(work_id):
+            sender.stop()
+
+    def _handle_event(self, event: events.Event) -> None:
+        match event:
+            case events.PromptStarted():
+                if event.sends_kv:
+                    self._start_sender(event)
+            case events.PromptComputed(work_id):
+                self._report_computed(event)
+            case events.SendingStopped(work_id):
+                self._stop_sender(work_id)
+            case events.WorkFailed(work_id, kind, message):
+                self._targets.pop(work_id, None)
+                self.sessions.report_failure(work_id, kind, message)
+            case events.WorkEnded(work_id):
+                self._targets.pop(work_id, None)
+                self.sessions.leases.end(work_id)
+
+    def _start_sender(self, event: events.PromptStarted) -> None:
+        work, target = event.work, self._targets[event.work.work_id]
+        plan = PushPlan(work.work_id, target.ticket, self._model.fingerprint, target.num_cached_tokens, len(work.token_ids))
+        loop = asyncio.get_running_loop()
+        sender = KVSender(
+            self._sender_context,
+            target.address,
+            plan,
+            event.block_ids,
+            on_ended=lambda work_id, outcome: _call_soon(loop, self._on_sender_ended, work_id, outcome),
+        )
+        self._senders[work.work_id] = sender
+        sender.announce_cached(event.num_cached_tokens)
+
+    def _report_computed(self, event: events.PromptComputed) -> None:
+        done = prefill_pb2.PrefillDone(
+            work_id=work_id_to_pb(event.work_id),
+            tokens=[sequence_token_to_pb(token) for token in event.tokens],
+            queue_ms=event.queue_ms,
+            prefill_ms=event.prefill_ms,
+            num_cached_tokens=event.num_cached_tokens,
+        )
+        self.sessions.send(event.work_id, prefill_done=done)
+        if not event.sends_kv:
+            self._report_transferred(event.work_id, NOTHING_SENT)
+        elif sender := self._senders.get(event.work_id):
+            sender.finish(event.tokens)
+
+    def _on_sender_ended(self, work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+        del self._senders[work_id]
+        if isinstance(outcome, TransferResult):
+            self.sessions.add_kv_bytes(outcome.kv_bytes)
+            self._report_transferred(work_id, outcome)
+            self._submit(commands.SenderEnded(work_id, None))
+        else:
+            self._submit(commands.SenderEnded(work_id, outcome.message))
+
+    def _report_transferred(self, work_id: WorkId, result: TransferResult) -> None:
+        done = prefill_pb2.TransferDone(
+            work_id=work_id_to_pb(work_id),
+            kv_bytes=result.kv_bytes,
+            transfer_ms=result.transfer_ms,
+            exposed_ms=result.exposed_ms,
+            num_resent_chunks=result.num_resent_chunks,
+        )
+        self.sessions.send(work_id, transfer_done=done)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
+    """From any thread. A loop that has ended needs to know nothing any more."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(callback, *arguments)

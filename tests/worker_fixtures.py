@@ -1,0 +1,124 @@
+"""Workers within the test's process: real model, real gRPC on loopback, no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import decode_worker.main
+import prefill_worker.main
+from kvrelay.config import DecodeSettings, EngineSettings, PrefillSettings, TransferSettings
+from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.liveness import PROTOCOL_VERSION
+from kvrelay.rpc import bind_server, create_server
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.v1 import session_pb2
+from kvrelay.wire import model_to_pb
+from kvrelay.work import Work, WorkId
+from kvrelay.worker_engine import WorkerEngine, build_engine
+from kvrelay.worker_process import WorkerServices
+from tests.tiny_models import make_tiny_model
+
+TINY_FOLDER = Path(tempfile.gettempdir()) / "kvrelay-tiny-models"
+NUM_BLOCKS = 64
+BLOCK_SIZE = 4
+IDLE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class RunningWorker:
+    """A worker that serves at `address`."""
+
+    address: str
+    engine: WorkerEngine
+    services: WorkerServices
+
+    async def wait_until_idle(self) -> None:
+        """Waits until no work is left and every block is free or cached, and checks the pool (invariant I3)."""
+        blocks = self.engine.blocks
+        async with asyncio.timeout(IDLE_TIMEOUT_S):
+            while len(self.services.sessions.leases) or blocks.num_used_blocks:
+                await asyncio.sleep(0.005)  # polled: the engine thread owns the blocks and tells nobody of its rest
+        blocks.check_integrity()
+
+
+def tiny_engine(kind: str = "llama", **settings: Any) -> WorkerEngine:
+    """An engine with a tiny model."""
+    folder = make_tiny_model(kind, TINY_FOLDER)
+    values = {"num_kv_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "num_threads": 1, "prefill_chunk_tokens": 16, **settings}
+    return build_engine(EngineSettings(model=str(folder), **values))
+
+
+@asynccontextmanager
+async def running_decode_worker(engine: WorkerEngine, **settings: Any) -> AsyncIterator[RunningWorker]:
+    """Serves until left."""
+    values = {"prefill_chunk_tokens": 16, **settings}
+
+    def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
+        return decode_worker.main.build_services(DecodeSettings(engine=EngineSettings(**values)), engine, hello, address)
+
+    async with _running(engine, build) as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def running_prefill_worker(
+    engine: WorkerEngine, transfer: TransferSettings | None = None, **settings: Any
+) -> AsyncIterator[RunningWorker]:
+    """Serves until left."""
+    values = {"prefill_chunk_tokens": 16, **settings}
+    worker_settings = PrefillSettings(
+        engine=EngineSettings(**values), transfer=transfer or TransferSettings(transfer_message_kib=16)
+    )
+    transport = GrpcTransport(worker_settings.transfer.transfer_connect_timeout_ms)
+
+    def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
+        return prefill_worker.main.build_services(worker_settings, engine, transport, hello)
+
+    try:
+        async with _running(engine, build) as worker:
+            yield worker
+    finally:
+        await transport.close()
+
+
+def make_work(token_ids: list[int], max_tokens: int, request_id: str = "a" * 32, attempt: int = 1, **values: Any) -> Work:
+    """A greedy work, unless `sampling` says otherwise."""
+    work = Work(
+        work_id=WorkId(request_id, attempt),
+        token_ids=tuple(token_ids),
+        num_prompt_tokens=len(token_ids),
+        num_sequences=1,
+        sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=7),
+        cache_salt="",
+        deadline_ms=60_000,
+    )
+    return replace(work, **values)
+
+
+@asynccontextmanager
+async def _running(engine: WorkerEngine, build: Any) -> AsyncIterator[RunningWorker]:
+    server = create_server()
+    bound = bind_server(server, "127.0.0.1", 0, ())
+    address = f"127.0.0.1:{bound.port}"
+    hello = session_pb2.WorkerHello(
+        worker_id="w",
+        protocol_version=PROTOCOL_VERSION,
+        model=model_to_pb(engine.model),
+        block_size=engine.blocks.block_size,
+        max_sequence_tokens=engine.max_sequence_tokens,
+    )
+    services = build(hello, address)
+    services.add_to(server)
+    services.start()
+    await server.start()
+    try:
+        yield RunningWorker(address, engine, services)
+    finally:
+        await server.stop(None)
+        await asyncio.to_thread(services.stop)
