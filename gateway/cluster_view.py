@@ -97,15 +97,13 @@ async def cluster(relay: Relay) -> inference_pb2.GetClusterResponse:
 
 
 async def _gateways(relay: Relay) -> list[inference_pb2.GatewayInfo]:
-    members = relay.members(MemberRole.GATEWAY)
-    others = [member for member in members if member.instance_id != relay.gateway_id]
+    others = [member for member in relay.members(MemberRole.GATEWAY) if member.instance_id != relay.gateway_id]
     counts = await _count_requests(relay) if others else {}
     counts[relay.gateway_id] = len(relay.requests.running())
+    addresses = {member.instance_id: member.address for member in others} | {relay.gateway_id: relay.address}
     return [
-        inference_pb2.GatewayInfo(
-            gateway_id=member.instance_id, address=member.address, num_running_requests=counts.get(member.instance_id, 0)
-        )
-        for member in members
+        inference_pb2.GatewayInfo(gateway_id=gateway_id, address=address, num_running_requests=counts.get(gateway_id, 0))
+        for gateway_id, address in sorted(addresses.items())
     ]
 
 

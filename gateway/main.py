@@ -58,7 +58,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
         bound = bind_server(server, settings.server.host, settings.server.port, [SERVICE_NAME])
-        address = advertised_address(settings, bound.port)
+        relay.address = address = advertised_address(settings, bound.port)
         member = Member(gateway_id, MemberRole.GATEWAY, address)
         async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store):
             await server.start()

@@ -48,6 +48,8 @@ class Relay:
 
     def __init__(self, gateway_id: str, settings: GatewaySettings, store: StateStore, registry: WorkerRegistry) -> None:
         self.gateway_id = gateway_id
+        self.address = ""
+        """host:port under which others reach this gateway; known once it listens."""
         self.settings = settings.relay
         self.store = store
         self.draining = False

@@ -66,7 +66,7 @@ class FakeWorker:
         self.num_cancels = 0
         self.model = model
         self.files = files
-        self.draining = False
+        self._silent = False
         self.load = WorkerLoad(num_free_blocks=100, num_blocks=100)
         self.max_sequence_tokens = 512
         self._cluster = cluster
@@ -134,6 +134,10 @@ class FakeWorker:
             )
             self._send(work_failed=failed)
 
+    def fall_silent(self) -> None:
+        """Keeps its streams open and says nothing more, as a process that hangs."""
+        self._silent = True
+
     # --- work -----------------------------------------------------------------------------------------------------------------
 
     def _take(self, work: Work) -> Job:
@@ -164,7 +168,7 @@ class FakeWorker:
         return SequenceToken(work.work_id, sequence, index, Token(token_id), reason)
 
     def _send(self, **message: Any) -> None:
-        for outbox in self._outboxes:
+        for outbox in () if self._silent else self._outboxes:
             outbox.put_nowait(message)
 
     # --- session --------------------------------------------------------------------------------------------------------------
