@@ -261,7 +261,8 @@ def _with_threads(settings: WorkerSettingsT, num_workers: int) -> WorkerSettings
     # Engines that share a machine share its cores, or each slows the other down.
     if settings.engine.num_threads is not None:
         return settings
-    num_threads = max(1, len(os.sched_getaffinity(0)) // max(2, num_workers))
+    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    num_threads = max(1, num_cores // max(2, num_workers))
     return settings.model_copy(update={"engine": settings.engine.model_copy(update={"num_threads": num_threads})})
 
 

@@ -1,6 +1,7 @@
 """The client library against a scripted gateway."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +41,12 @@ async def fake() -> AsyncIterator[Fake]:
     bound, address = await start_fake(service)
     yield Fake(service, address)
     await bound.server.stop(None)
+
+
+async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
+    yield accepted()
+    yield delta(0, "a")
+    await asyncio.sleep(60)
 
 
 @pytest.fixture
@@ -228,6 +235,30 @@ async def test_leaving_a_stream_cancels_it(fake: Fake, client: AsyncClient) -> N
     await asyncio.wait_for(cancelled.wait(), 5)
 
 
+async def test_cancelling_a_stream_wakes_the_task_that_reads_it(fake: Fake, client: AsyncClient) -> None:
+    fake.service.generate = [endless]
+    stream = client.generate("x", resumable=True)
+    assert (await anext(stream)).text == "a"
+    reader = asyncio.create_task(stream.text())
+    await asyncio.sleep(0)
+    await stream.cancel()
+    with pytest.raises(errors.CancelledRequestError):
+        await asyncio.wait_for(reader, 5)
+    assert len(fake.service.calls) == 1
+
+
+async def test_cancelling_the_reading_task_is_not_mistaken_for_a_broken_stream(fake: Fake, client: AsyncClient) -> None:
+    fake.service.generate = [endless]
+    stream = client.generate("x", resumable=True)
+    assert (await anext(stream)).text == "a"
+    reader = asyncio.create_task(stream.text())
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert len(fake.service.calls) == 1
+
+
 async def test_nobody_there_is_said_at_once_and_names_the_address() -> None:
     async with AsyncClient("127.0.0.1:1", timeout_s=30) as client:
         with pytest.raises(errors.UnavailableError, match=r"cannot reach a gateway at 127\.0\.0\.1:1"):
@@ -396,6 +427,22 @@ class TestBlockingClient:
                 conversation.send("one", timeout_s=0.3).text()
 
         await asyncio.to_thread(run)
+
+    async def test_cancelling_a_stream_wakes_the_thread_that_reads_it(self, fake: Fake) -> None:
+        fake.service.generate = [endless]
+
+        def run() -> None:
+            with Client(fake.address, timeout_s=10) as client:
+                stream = client.generate("x", resumable=True)
+                assert next(stream).text == "a"
+                timer = threading.Timer(0.1, stream.cancel)
+                timer.start()
+                with pytest.raises(errors.CancelledRequestError):
+                    stream.text()
+                timer.join()
+
+        await asyncio.to_thread(run)
+        assert len(fake.service.calls) == 1
 
     async def test_plain_calls_answer(self, fake: Fake) -> None:
         fake.service.unary = {

@@ -9,7 +9,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from kvrelay.cli.model_commands import ensure_model, open_store, progress_bar
+from kvrelay.cli.model_commands import prepare_models
 from kvrelay.cli.output import console, print_json, print_note, write_text
 from kvrelay.cli.setting_options import takes_settings
 from kvrelay.config import ClusterSettings, DecodeSettings, EngineSettings, PrefillSettings
@@ -35,8 +35,7 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="One JSON object with everything, for programs.")] = False,
 ) -> None:
     """Start a cluster, stream an answer, show the request's phases, end the cluster."""
-    with progress_bar() as progress:
-        ensure_model(open_store(sources), sources.load("prefill", PrefillSettings).engine.model, progress)
+    prepare_models([sources.load("prefill", PrefillSettings).engine, sources.load("decode", DecodeSettings).engine])
     log_path = Path(tempfile.mkstemp(prefix="kvrelay-demo-", suffix=".log")[1])
     try:
         with log_path.open("w", encoding="utf-8") as log:

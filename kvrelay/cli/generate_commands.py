@@ -57,7 +57,7 @@ def complete(
             **sampling,
         ) as stream,
     ):
-        show_stream(stream, json, phases, sampling.get("n", 1))
+        show_stream(stream, json, phases)
 
 
 @takes_settings(ClientSettings)
@@ -96,19 +96,18 @@ def chat(
             news = []
 
 
-def show_stream(stream: "Stream | Turn", json: bool, phases: bool, num_sequences: int = 1) -> None:
-    """Reads a stream to its end, showing it as it comes; several sequences, which come interleaved, only at the end."""
+def show_stream(stream: "Stream | Turn", json: bool, phases: bool) -> None:
+    """Reads a stream to its end. The first sequence is shown as it comes, others, which come interleaved with it, at the end."""
     if json:
         _show_events(stream)
         return
-    live = num_sequences == 1
     for delta in stream:
-        if live:
+        if delta.sequence == 0:
             write_text(delta.text)
     completion = stream.completion()
     for number, output in enumerate(completion.outputs):
-        if not live:
-            print(f"--- {number} ({output.finish_reason.value if output.finish_reason else 'unfinished'})")
+        if number > 0:
+            print(f"--- answer {number + 1}:")
             write_text(output.text)
         if not output.text.endswith("\n"):
             print(flush=True)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,9 +81,23 @@ def open_store(sources: SettingsSources) -> "ModelStore":
     Raises:
         ConfigError: a setting is wrong.
     """
+    return _store_of(sources.load("models", EngineSettings))
+
+
+def prepare_models(engines: Iterable[EngineSettings]) -> None:
+    """Makes the engines' models ready under a progress bar, before any process waits for them.
+
+    Raises:
+        ModelLoadError: there is no such model, or it cannot be made.
+    """
+    with progress_bar() as progress:
+        for settings in {(engine.model, engine.model_dir): engine for engine in engines}.values():
+            ensure_model(_store_of(settings), settings.model, progress)
+
+
+def _store_of(settings: EngineSettings) -> "ModelStore":
     from kvrelay.model_store import ModelStore, default_model_dir
 
-    settings = sources.load("models", EngineSettings)
     return ModelStore(Path(settings.model_dir).expanduser() if settings.model_dir else default_model_dir(os.environ))
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kvrelay.child_process import LineSink
+from kvrelay.cli.model_commands import prepare_models
 from kvrelay.config import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.settings_sources import SettingsSources
@@ -52,10 +53,12 @@ def serve_cluster(sources: SettingsSources) -> None:
     """Runs the cluster until SIGINT or SIGTERM.
 
     Raises:
-        StartupError: it could not be started.
+        StartupError: it could not be started, or its model not be made.
     """
     printer = LogPrinter(Console(file=sys.stderr, highlight=False))
-    asyncio.run(run_until_signal(cluster_of(sources, printer), printer))
+    cluster = cluster_of(sources, printer)
+    prepare_models([*(worker.engine for worker in cluster.prefill), *(worker.engine for worker in cluster.decode)])
+    asyncio.run(run_until_signal(cluster, printer))
 
 
 async def run_until_signal(cluster: LocalCluster, printer: LogPrinter) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from types import TracebackType
-from typing import Any, Self
+from types import AsyncGeneratorType, TracebackType
+from typing import Any, Self, cast
 
 import grpc
 
 from kvrelay.client.addresses import Addresses
 from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
 from kvrelay.client.stream_state import Recovery, StreamRequest, StreamState
-from kvrelay.errors import DeadlineError
+from kvrelay.errors import CancelledRequestError, DeadlineError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 StubOf = Callable[[str], "inference_pb2_grpc.InferenceServiceAsyncStub"]
@@ -31,6 +31,8 @@ class AsyncStream:
         self._state = state
         self._recovery = Recovery(resumable, addresses.all)
         self._timeout_s = timeout_s
+        self._call: Any = None
+        self._cancelled = False
         self._deltas = self._run()
 
     @property
@@ -68,16 +70,23 @@ class AsyncStream:
         return self._state.completion()
 
     async def cancel(self) -> None:
-        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end."""
-        await self._deltas.aclose()
+        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end.
+
+        A task that waits for the next delta meanwhile gets CancelledRequestError.
+        """
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+        if not cast(AsyncGeneratorType[Delta, None], self._deltas).ag_running:
+            await self._deltas.aclose()
 
     async def _run(self) -> AsyncGenerator[Delta, None]:
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             failure: grpc.RpcError | None = None
-            call = self._open(deadline_s - time.monotonic())
+            self._call = self._open(deadline_s - time.monotonic())
             try:
-                async for message in call:
+                async for message in self._call:
                     self._recovery.progressed()
                     delta = self._state.take(event_from_pb(message))
                     if delta is not None:
@@ -86,12 +95,21 @@ class AsyncStream:
                         return
             except grpc.aio.AioRpcError as error:
                 failure = error
+            except asyncio.CancelledError:
+                if not self._cancelled:  # it is the task that is cancelled, not the stream
+                    raise
             finally:
-                call.cancel()
+                self._call.cancel()
+            self._raise_if_cancelled()
             await asyncio.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
             self._addresses.move_on()
 
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled:
+            raise CancelledRequestError("the stream was cancelled by this client")
+
     def _open(self, remaining_s: float) -> Any:
+        self._raise_if_cancelled()
         if remaining_s <= 0:
             raise DeadlineError("no answer within the timeout")
         stub = self._stub(self._addresses.current)

@@ -1,5 +1,6 @@
 """The blocking client: one method for each thing that a gateway does. Knows nothing of how a stream or a conversation goes on."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -35,6 +36,7 @@ class Client:
     def __init__(self, address: str | Sequence[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._addresses = Addresses(address)
         self._timeout_s = timeout_s
+        self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
 
     def __enter__(self) -> Self:
@@ -208,6 +210,7 @@ class Client:
         return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
 
     def _channel(self, address: str) -> grpc.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.create_sync_channel(address)
-        return self._channels[address]
+        with self._lock:  # one client may be used by many threads
+            if address not in self._channels:
+                self._channels[address] = rpc.create_sync_channel(address)
+            return self._channels[address]

@@ -1,5 +1,6 @@
 """One request's output as an ordinary iterator that survives lost connections. Not for use by several threads at once."""
 
+import inspect
 import time
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
@@ -10,7 +11,7 @@ import grpc
 from kvrelay.client.addresses import Addresses
 from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
 from kvrelay.client.stream_state import Recovery, StreamRequest, StreamState
-from kvrelay.errors import DeadlineError
+from kvrelay.errors import CancelledRequestError, DeadlineError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 StubOf = Callable[[str], inference_pb2_grpc.InferenceServiceStub]
@@ -28,6 +29,8 @@ class Stream:
         self._state = state
         self._recovery = Recovery(resumable, addresses.all)
         self._timeout_s = timeout_s
+        self._call: Any = None
+        self._cancelled = False
         self._deltas = self._run()
 
     @property
@@ -65,16 +68,23 @@ class Stream:
         return self._state.completion()
 
     def cancel(self) -> None:
-        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end."""
-        self._deltas.close()
+        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end.
+
+        A thread that waits for the next delta meanwhile gets CancelledRequestError.
+        """
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+        if inspect.getgeneratorstate(self._deltas) != inspect.GEN_RUNNING:
+            self._deltas.close()
 
     def _run(self) -> Generator[Delta, None, None]:
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             failure: grpc.RpcError | None = None
-            call = self._open(deadline_s - time.monotonic())
+            self._call = self._open(deadline_s - time.monotonic())
             try:
-                for message in call:
+                for message in self._call:
                     self._recovery.progressed()
                     delta = self._state.take(event_from_pb(message))
                     if delta is not None:
@@ -84,11 +94,17 @@ class Stream:
             except grpc.RpcError as error:
                 failure = error
             finally:
-                call.cancel()
+                self._call.cancel()
+            self._raise_if_cancelled()
             time.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
             self._addresses.move_on()
 
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled:
+            raise CancelledRequestError("the stream was cancelled by this client")
+
     def _open(self, remaining_s: float) -> Any:
+        self._raise_if_cancelled()
         if remaining_s <= 0:
             raise DeadlineError("no answer within the timeout")
         stub = self._stub(self._addresses.current)

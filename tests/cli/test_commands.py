@@ -141,7 +141,7 @@ async def test_several_answers_are_shown_apart(service: FakeInferenceService, ru
         )
     ]
     result = await run("complete", "x", "--n", "2")
-    assert result.out == "--- 0 (length)\none\n--- 1 (length)\ntwo\n"
+    assert result.out == "one\n--- answer 2:\ntwo\n"
 
 
 async def test_phases_are_shown_on_standard_error(service: FakeInferenceService, run: Run) -> None:
