@@ -42,6 +42,11 @@ EDGE_PACKAGE = "kvrelay.client"
 EDGE_MODULES = {
     "kvrelay.wire",
     "kvrelay.kv_transfer.codec",
+    "kvrelay.kv_transfer.transports",
+    "kvrelay.model_service",
+    "kvrelay.worker_process",
+    "kvrelay.worker_session",
+    "kvrelay.worker_sessions",
     "gateway.cancellation",
     "gateway.cluster_view",
     "gateway.converse",
@@ -55,9 +60,10 @@ EDGE_MODULES = {
     "gateway.session_messages",
     "gateway.tokenizer_cache",
     "gateway.worker_session",
-    "prefill_worker.kv_sender",
+    "prefill_worker.main",
     "prefill_worker.service",
     "decode_worker.kv_receiver",
+    "decode_worker.main",
     "decode_worker.service",
 }
 
