@@ -45,8 +45,12 @@ class Admission:
         if self._num_queued_tokens and num_tokens > self._max_queued_prompt_tokens:
             message = f"{self._num_queued_tokens} prompt tokens wait already, as many as are allowed; try again later"
             raise OverloadedError(message, _retry_after_ms(self._mean_queue_s))
+        return self.admit_anyway(num_prompt_tokens, now)
+
+    def admit_anyway(self, num_prompt_tokens: int, now: float) -> "Admitted":
+        """Takes on a request that was admitted before, by another gateway; it counts like any other."""
         self._num_running += 1
-        self._num_queued_tokens = num_tokens
+        self._num_queued_tokens += num_prompt_tokens
         return Admitted(self, num_prompt_tokens, now)
 
     def _leave_queue(self, num_prompt_tokens: int, elapsed_s: float) -> None:

@@ -37,18 +37,22 @@ class ChatTemplate:
             raise PreconditionError(f"the model's chat template is broken: {failure.message}; send text instead") from failure
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message], field: str = "messages") -> str:
         """The prompt that asks for the assistant's next message.
+
+        Args:
+            messages: the chat.
+            field: where the client sent it.
 
         Raises:
             InvalidRequestError: the template refuses the messages.
         """
         variables: dict[str, Any] = {**self._special_tokens, "tools": None, "documents": None}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+            return self._template.render(messages=messages, add_generation_prompt=True, **variables)
         # A template is a program from the model's author: what it does not expect raises what Python raises.
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as failure:
-            raise InvalidRequestError("chat.messages", f"are refused by the model's chat template: {failure}") from failure
+            raise InvalidRequestError(field, f"are refused by the model's chat template: {failure}") from failure
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -37,7 +37,7 @@ class Conversation:
             InvalidRequestError: the template refuses them.
             NoChatTemplateError: the model has none.
         """
-        rendered = await render_chat(self._tokenizer, [*self._messages, *messages])
+        rendered = await render_chat(self._tokenizer, [*self._messages, *messages], "messages")
         self._messages.extend(messages)
         if self._text and rendered.startswith(self._text):
             rest = await encode_rendered(self._tokenizer, rendered[len(self._text) :])

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from gateway.chat_template import Message
@@ -104,7 +105,7 @@ async def _prompt_token_ids(
         return await encode_text(tokenizer, request.text)
     messages = parse_messages(request.chat.messages, "prompt.chat.messages")
     tokenizer = await relay.tokenizers.get(limits.model.fingerprint)
-    return await encode_rendered(tokenizer, await render_chat(tokenizer, messages))
+    return await encode_rendered(tokenizer, await render_chat(tokenizer, messages, "prompt.chat.messages"))
 
 
 async def _try_to_have_tokenizer(relay: Relay, limits: ModelLimits) -> None:
@@ -115,10 +116,10 @@ async def _try_to_have_tokenizer(relay: Relay, limits: ModelLimits) -> None:
         return
 
 
-async def render_chat(tokenizer: ModelTokenizer, messages: Sequence[Message]) -> str:
+async def render_chat(tokenizer: ModelTokenizer, messages: Sequence[Message], field: str) -> str:
     """The prompt's text for a chat; see `ModelTokenizer.render_chat`."""
     size = sum(len(message["content"]) for message in messages)
-    return await _run(size, tokenizer.render_chat, messages)
+    return await _run(size, partial(tokenizer.render_chat, field=field), messages)
 
 
 async def encode_text(tokenizer: ModelTokenizer, text: str) -> list[int]:

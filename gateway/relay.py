@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from gateway.admission import Admission
+from gateway.admission import Admission, Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
 from gateway.lifecycle_messages import LifecycleRequest
@@ -63,6 +63,8 @@ class Relay:
         )
         self.models = ServedModels(self.sessions.views, self.members)
         self.tokenizers = TokenizerCache(self.sessions.sessions)
+        self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
+        """Requests that are just being taken over, so that each is once."""
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
         self._members: MemberView | None = None
@@ -107,26 +109,15 @@ class Relay:
             UnavailableError: the gateway is shutting down.
         """
         self.check_open()
-        output = RequestOutput()
-        record = self._new_record(request)
-        seed = request.sampling.seed
-        assert seed is not None, "resolved by validation"
-        runner = self._make_runner(
-            request,
-            LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt),
-            output,
-            RequestJournal(record, output, request.deadline),
-        )
-        output.append_accepted(request.request_id, request.model, len(request.prompt_token_ids), seed)
-        runner.start()
-        return runner
+        if request.sampling.stop and self.tokenizers.cached(request.fingerprint) is None:
+            raise PreconditionError("the model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+        admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
+        lifecycle_request = LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt)
+        journal = RequestJournal(self._new_record(request), RequestOutput(), request.deadline)
+        return self._run(request, admitted, lifecycle_request, journal)
 
     def continue_request(self, request: GenerationRequest, record: RequestRecord, output: RequestOutput) -> RequestRunner:
-        """Continues a request that was taken over from a dead gateway, at the next index.
-
-        Raises:
-            OverloadedError: too much is in progress.
-        """
+        """Continues a request that was taken over from a dead gateway, at the next index. `output` is what the store has."""
         emitted = output.emitted_token_ids(request.sampling.n)
         lifecycle_request = LifecycleRequest(
             request.request_id,
@@ -137,36 +128,36 @@ class Relay:
             tuple(tuple(ids) for ids in emitted),
             frozenset(output.finish_reasons()),
         )
+        admitted = self.admission.admit_anyway(len(request.prompt_token_ids), time.monotonic())
         journal = RequestJournal(record, output, request.deadline, created=True)
-        runner = self._make_runner(request, lifecycle_request, output, journal)
-        runner.start()
-        return runner
+        return self._run(request, admitted, lifecycle_request, journal)
 
-    def _make_runner(
-        self, request: GenerationRequest, lifecycle_request: LifecycleRequest, output: RequestOutput, journal: RequestJournal
+    def _run(
+        self, request: GenerationRequest, admitted: Admitted, lifecycle_request: LifecycleRequest, journal: RequestJournal
     ) -> RequestRunner:
-        detokenizers = self._detokenizers(request, output)
-        admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
         runner = RequestRunner(
             request,
             lifecycle=RequestLifecycle(lifecycle_request, self.settings.local_prefill_tokens, self.settings.max_attempts),
-            output=output,
-            detokenizers=detokenizers,
+            output=journal.output,
+            detokenizers=self._detokenizers(request, journal.output),
             journal=journal,
             admitted=admitted,
             sessions=self.sessions,
             settings=self.settings,
             on_end=self.requests.note_ended,
         )
+        if not journal.output.frames:
+            seed = request.sampling.seed
+            assert seed is not None, "resolved by validation"
+            journal.output.append_accepted(request.request_id, request.model, len(request.prompt_token_ids), seed)
         self.requests.add(runner)
         self.writer.track(journal)
+        runner.start()
         return runner
 
     def _detokenizers(self, request: GenerationRequest, output: RequestOutput) -> list[Detokenizer] | None:
         tokenizer = self.tokenizers.cached(request.fingerprint)
         if tokenizer is None:
-            if request.sampling.stop:
-                raise PreconditionError("the model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
             return None
         made = []
         for token_ids in output.emitted_token_ids(request.sampling.n):

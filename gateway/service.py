@@ -92,7 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 token_ids = await encode_text(tokenizer, request.text)
             case "chat":
                 messages = parse_messages(request.chat.messages, "input.chat.messages")
-                token_ids = await encode_rendered(tokenizer, await render_chat(tokenizer, messages))
+                token_ids = await encode_rendered(tokenizer, await render_chat(tokenizer, messages, "input.chat.messages"))
             case _:
                 raise InvalidRequestError("input", "is absent; send text or chat")
         return pb.TokenizeResponse(token_ids=token_ids)

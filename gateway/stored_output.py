@@ -4,17 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from gateway.generation_request import GenerationRequest
 from gateway.relay import Relay
-from gateway.request_output import Frame, RequestOutput, is_wanted
-from gateway.request_runner import RequestRunner
+from gateway.request_output import Frame, is_wanted
+from gateway.takeover import take_over
 from kvrelay.error_status import error_of
-from kvrelay.errors import ERROR_DOMAIN, KvrelayError, RequestNotFoundError, UnavailableError
+from kvrelay.errors import ERROR_DOMAIN, DeadlineError, KvrelayError, RequestNotFoundError, UnavailableError
 from kvrelay.request_record import RequestRecord, RequestSummary
 from kvrelay.request_state import RequestState, is_terminal
 from kvrelay.worker_registry import MemberRole
@@ -23,8 +21,8 @@ FOLLOW_WAIT_MS = 500
 FRAMES_PER_READ = 256
 APPEARANCE_TIMEOUT_S = 3.0
 """How long a request may be unknown to the store that its owner is just about to write."""
-
-_log = structlog.get_logger(__name__)
+OVERDUE_TIMEOUT_S = 5.0
+"""How long past its deadline a request of a living gateway is followed."""
 
 
 class FrameReader(Protocol):
@@ -61,6 +59,7 @@ class StoredOutputReader:
         self._from_index = from_index
         self._may_appear = may_appear
         self._local: FrameReader | None = None
+        self._overdue_since: float | None = None
 
     def close(self) -> None:
         if self._local is not None:
@@ -106,58 +105,26 @@ class StoredOutputReader:
         record = await self._relay.store.get(self._request_id)
         if record is None or is_terminal(record.state):
             return False
-        if record.gateway_id == self._relay.gateway_id:
-            runner = self._relay.requests.find(self._request_id)
-        elif _is_alive(self._relay, record.gateway_id):
-            return False
-        else:
+        runner = self._relay.requests.find(self._request_id)
+        if runner is None:
+            if _is_alive(self._relay, record.gateway_id):
+                self._check_progress(record)
+                return False
             runner = await take_over(self._relay, record)
         if runner is None:
             return False
         self._local = runner.open_reader()
         return True
 
-
-async def take_over(relay: Relay, seen: RequestRecord) -> RequestRunner | None:
-    """Makes a dead gateway's request this gateway's and runs it on.
-
-    Returns:
-        None when another gateway was faster, or the request ended meanwhile.
-
-    Raises:
-        UnavailableError: the store does not answer, or this gateway is shutting down.
-        ModelNotFoundError: no worker serves its model.
-    """
-    relay.check_open()
-    limits = await relay.models.wait_and_select(seen.model, seen.remaining_ms / 1000)
-    await relay.tokenizers.get(limits.model.fingerprint)
-    record = await relay.store.take_over(seen.request_id, seen.gateway_id, seen.attempt)
-    if record is None:
-        return None
-    _log.info("took a request over", request_id=record.request_id, from_gateway=seen.gateway_id, attempt=record.attempt)
-    now = asyncio.get_running_loop().time()
-    request = GenerationRequest(
-        request_id=record.request_id,
-        model=record.model,
-        fingerprint=limits.model.fingerprint,
-        prompt_token_ids=record.prompt_token_ids,
-        sampling=record.sampling,
-        tenant=record.tenant,
-        submit_time=now,
-        deadline=now + record.remaining_ms / 1000,
-        resumable=True,
-    )
-    frames = [Frame.FromString(data) for data in await _all_frames(relay, record.request_id)]
-    return relay.continue_request(request, record, RequestOutput(frames))
-
-
-async def _all_frames(relay: Relay, request_id: str) -> list[bytes]:
-    frames: list[bytes] = []
-    while True:
-        data, _ = await relay.store.read_frames(request_id, len(frames), FRAMES_PER_READ)
-        if not data:
-            return frames
-        frames.extend(data)
+    def _check_progress(self, record: RequestRecord) -> None:
+        """Nothing is followed for ever: raises DeadlineError when the owner, though alive, does not end an expired request."""
+        now = asyncio.get_running_loop().time()
+        if record.remaining_ms > 0:
+            self._overdue_since = None
+        elif self._overdue_since is None:
+            self._overdue_since = now
+        elif now - self._overdue_since > OVERDUE_TIMEOUT_S:
+            raise DeadlineError("the request's deadline has passed, and its gateway has not written its end")
 
 
 async def _skip(frames: AsyncIterator[Frame], count: int, from_index: int) -> AsyncIterator[Frame]:
@@ -170,7 +137,8 @@ async def _skip(frames: AsyncIterator[Frame], count: int, from_index: int) -> As
 
 
 def _is_alive(relay: Relay, gateway_id: str) -> bool:
-    return any(member.instance_id == gateway_id for member in relay.members(MemberRole.GATEWAY))
+    others = (member.instance_id for member in relay.members(MemberRole.GATEWAY))
+    return gateway_id != relay.gateway_id and gateway_id in others  # what this gateway owns and does not run is orphaned
 
 
 def error_of_record(record: RequestSummary) -> KvrelayError:

@@ -53,7 +53,7 @@ class ModelTokenizer:
         """Tokens of a rendered chat, or of a part of one: the template wrote all special tokens itself."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], field: str = "messages") -> str:
         """The prompt's text for a chat.
 
         Raises:
@@ -62,7 +62,7 @@ class ModelTokenizer:
         """
         if self._template is None:
             raise NoChatTemplateError("the model has no chat template: send text or token ids, or ask for another model")
-        return self._template.render(messages)
+        return self._template.render(messages, field)
 
     def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """Text of tokens."""

@@ -86,6 +86,11 @@ class Bench:
         async with redis.asyncio.Redis.from_url(self.valkey.url) as client:
             await client.flushall()
 
+    async def limit_store(self, max_memory: str) -> None:
+        """Redis may use so much memory; 0 is no limit."""
+        async with redis.asyncio.Redis.from_url(self.valkey.url) as client:
+            await client.config_set("maxmemory", max_memory)
+
     async def at_rest(self) -> None:
         """Waits until no worker holds anything."""
 

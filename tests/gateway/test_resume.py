@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from kvrelay.error_status import error_of_rpc
-from kvrelay.errors import IdempotencyConflictError
+from kvrelay.errors import IdempotencyConflictError, StoreFullError
 from kvrelay.v1 import inference_pb2 as pb
 from tests.gateway.conftest import Answer, Bench, Gateway, eventually, read_all, read_into, token_request
 from tests.gateway.fake_workers import TOKENIZER, FakeDecodeWorker, FakePrefillWorker, expected_token_ids
@@ -240,3 +240,40 @@ async def test_what_the_store_lost_is_written_again(bench: Bench) -> None:
     await read_into(answer, call)
     await wait_for_state(other, id_of(answer), "SUCCEEDED")
     assert (await resume(other, id_of(answer))).token_ids[0] == EXPECTED
+
+
+async def test_many_who_resume_a_dead_gateways_request_share_one_takeover(bench: Bench) -> None:
+    _, decode = await two_workers(bench)
+    owner, other, third = await bench.gateway(), await bench.gateway(), await bench.gateway()
+    decode.hold("token:10")
+    answer, _ = await begin(owner, 10, resumable=True)
+    await wait_for_state(other, id_of(answer), "DECODING")
+    await owner.stop_at_once()
+    await bench.at_rest()
+    decode.release("token:10")
+    again = await asyncio.gather(*(resume(gateway, id_of(answer)) for gateway in [other, third] * 5))
+    assert all(one.token_ids[0] == EXPECTED for one in again)
+    info = await third.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(answer)))
+    assert info.request.attempt == 2
+
+
+async def test_a_store_without_memory_refuses_new_requests_until_it_has_some(bench: Bench) -> None:
+    await two_workers(bench)
+    gateway = await bench.gateway()
+    await bench.limit_store("1mb")
+    await read_all(gateway.stub.Generate(token_request(PROMPT, 4)))
+
+    async def refused() -> bool:
+        try:
+            await read_all(gateway.stub.Generate(token_request(PROMPT, 4)))
+        except grpc.aio.AioRpcError as failure:
+            return isinstance(error_of_rpc(failure), StoreFullError)
+        return False
+
+    await eventually(refused)
+    await bench.limit_store("0")
+
+    async def admitted() -> bool:
+        return not await refused()
+
+    await eventually(admitted)

@@ -46,7 +46,7 @@ INVALID = {
     "prompt.token_ids": pb.GenerateRequest(token_ids=pb.TokenIds()),
     "prompt.token_ids[1]": token_request([1, 100_000]),
     "prompt.chat.messages": pb.GenerateRequest(chat=pb.ChatMessages()),
-    "chat.messages": pb.GenerateRequest(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="wizard", content="x")])),
+    "prompt.chat.messages ": pb.GenerateRequest(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="wizard", content="x")])),
     "sampling.max_tokens": token_request(PROMPT, 10_000),
     "sampling.temperature": token_request(PROMPT, sampling_temperature=float("nan")),
     "sampling.n": token_request(PROMPT, sampling_n=9),
@@ -64,7 +64,7 @@ async def test_bad_input_is_refused_by_name_before_any_worker_is_asked(bench: Be
     for field, request in [*INVALID.items(), ("prompt", too_long)]:
         error = await error_of(gateway.stub.Generate(request))
         assert isinstance(error, errors.InvalidRequestError), (field, error)
-        assert error.field == field
+        assert error.field == field.strip()
     assert decode.num_works == 0
     await read_all(gateway.stub.Generate(token_request(PROMPT)))
 
