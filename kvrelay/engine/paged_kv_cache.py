@@ -42,6 +42,7 @@ class PagedKVCache:
             dtype=TORCH_DTYPES[layout.dtype],
             device=self.device,
         )
+        self._gathered = self._pool.new_empty((2, 0, *self._pool.shape[3:]))
         # The same memory by slots: slot = block * block_size + offset.
         self._slots = self._pool.view(
             layout.num_layers, 2, num_blocks * block_size, layout.num_kv_heads, layout.head_dim
@@ -77,12 +78,19 @@ class PagedKVCache:
     def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of whole blocks, in the given order: each [num_blocks * block_size, num_kv_heads, head_dim].
 
+        What is returned is overwritten by the next call: for the engine's thread alone, within inference mode.
+
         Args:
             layer: from 0.
             block_ids: int64 [num_blocks], repeats allowed.
         """
-        key = self._pool[layer, 0].index_select(0, block_ids)
-        value = self._pool[layer, 1].index_select(0, block_ids)
+        num_blocks = block_ids.shape[0]
+        if num_blocks > self._gathered.shape[1]:
+            # Kept, for the page faults of fresh memory cost as much as the copy into it.
+            self._gathered = self._pool.new_empty((2, max(num_blocks, 2 * self._gathered.shape[1]), *self._pool.shape[3:]))
+        key, value = self._gathered[0, :num_blocks], self._gathered[1, :num_blocks]
+        torch.index_select(self._pool[layer, 0], 0, block_ids, out=key)
+        torch.index_select(self._pool[layer, 1], 0, block_ids, out=value)
         return key.flatten(0, 1), value.flatten(0, 1)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
