@@ -55,7 +55,7 @@ class DecodeEngineLoop:
         self._now = now
         self._prompt_times: dict[WorkId, _PromptTimes] = {}
         self._pushes: dict[WorkId, commands.PushEnded] = {}
-        self._published_load = WorkerLoad()
+        self._published_load: WorkerLoad | None = None
 
     def handle(self, command: commands.Command) -> None:
         """Takes one command."""

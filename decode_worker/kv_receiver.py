@@ -80,9 +80,11 @@ class KVReceiver(kv_transfer_pb2_grpc.KVTransferServiceServicer):
         self._check_header(header)
         closed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        permit = self._context.permits.begin(
-            work_id_from_pb(header.work_id), header.ticket, lambda: loop.call_soon_threadsafe(closed.set)
-        )
+
+        def on_close() -> None:
+            loop.call_soon_threadsafe(closed.set)
+
+        permit = self._context.permits.begin(work_id_from_pb(header.work_id), header.ticket, on_close)
         await _IncomingPush(self._context, permit, closed, context).receive(header)
 
     def _check_header(self, header: kv_transfer_pb2.PushHeader) -> None:

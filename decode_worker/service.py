@@ -59,8 +59,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         for event in report.events:
             if isinstance(event, events.WorkEnded):
                 self.sessions.leases.end(event.work_id)
-        if not report.events and not report.tokens:
-            # The engine came to rest after something that no event tells of, such as a cancelled work.
+        if not report.tokens and all(isinstance(event, events.WorkEnded) for event in report.events):
+            # What was freed is news to the router, and nothing else tells of it.
             self.sessions.broadcast_load()
 
     def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:

@@ -75,7 +75,7 @@ class EngineThread(Generic[CommandT]):
             return True
 
     def _run(self) -> None:
-        busy = False
+        busy = True  # the first step has nothing to do but to say so: the load of a worker at rest
         while (commands := self._take(wait=not busy)) is not None:
             try:
                 for command in commands:

@@ -53,7 +53,7 @@ class PrefillEngineLoop:
         self._announce = announce
         self._now = now
         self._times: dict[WorkId, _PromptTimes] = {}
-        self._published_load = WorkerLoad()
+        self._published_load: WorkerLoad | None = None
 
     def handle(self, command: commands.Command) -> None:
         """Takes one command."""

@@ -75,7 +75,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self.sessions.update_load(report.load)
         for event in report.events:
             self._handle_event(event)
-        if not report.events:
+        if all(isinstance(event, events.WorkEnded) for event in report.events):
+            # What was freed is news to the router, and nothing else tells of it.
             self.sessions.broadcast_load()
 
     def announce(self, layer: int, written: tuple[events.WrittenTokens, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A gateway that does what a test tells it: one session with one worker, commands out, events in. Answers heartbeats unless told not to."""
+"""A gateway that does what a test tells it: one session with one worker, commands out, events in."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,8 @@ from kvrelay.config import DecodeSettings, EngineSettings, PrefillSettings, Tran
 from kvrelay.kv_transfer.transports import GrpcTransport
 from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.rpc import bind_server, create_server
-from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import session_pb2
 from kvrelay.wire import model_to_pb
-from kvrelay.work import Work, WorkId
 from kvrelay.worker_engine import WorkerEngine, build_engine
 from kvrelay.worker_process import WorkerServices
 from tests.tiny_models import make_tiny_model
@@ -42,8 +40,8 @@ class RunningWorker:
         """Waits until no work is left and every block is free or cached, and checks the pool (invariant I3)."""
         blocks = self.engine.blocks
         async with asyncio.timeout(IDLE_TIMEOUT_S):
-            while len(self.services.sessions.leases) or blocks.num_used_blocks:
-                await asyncio.sleep(0.005)  # polled: the engine thread owns the blocks and tells nobody of its rest
+            while len(self.services.sessions.leases) or blocks.num_used_blocks:  # noqa: ASYNC110 - in another thread
+                await asyncio.sleep(0.005)
         blocks.check_integrity()
 
 
@@ -85,20 +83,6 @@ async def running_prefill_worker(
             yield worker
     finally:
         await transport.close()
-
-
-def make_work(token_ids: list[int], max_tokens: int, request_id: str = "a" * 32, attempt: int = 1, **values: Any) -> Work:
-    """A greedy work, unless `sampling` says otherwise."""
-    work = Work(
-        work_id=WorkId(request_id, attempt),
-        token_ids=tuple(token_ids),
-        num_prompt_tokens=len(token_ids),
-        num_sequences=1,
-        sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=7),
-        cache_salt="",
-        deadline_ms=60_000,
-    )
-    return replace(work, **values)
 
 
 @asynccontextmanager

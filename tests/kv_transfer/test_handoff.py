@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,20 +14,21 @@ from kvrelay.wire import reserve_to_pb, start_prefill_to_pb, work_id_to_pb
 from kvrelay.work import Work
 from kvrelay.worker_engine import WorkerEngine
 from tests.scripted_gateway import ScriptedSession, session_with
-from tests.worker_fixtures import RunningWorker, make_work, running_decode_worker, running_prefill_worker, tiny_engine
+from tests.worker_fixtures import RunningWorker, running_decode_worker, running_prefill_worker, tiny_engine
+from tests.works import make_work
 
 NUM_NEW_TOKENS = 12
 
 
 @pytest.fixture
-def engines() -> Iterator[tuple[WorkerEngine, WorkerEngine]]:
-    yield tiny_engine(), tiny_engine()
+def engines() -> tuple[WorkerEngine, WorkerEngine]:
+    return tiny_engine(), tiny_engine()
 
 
 def generate(engine: WorkerEngine, prompt: list[int], num_tokens: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=torch.float32)
     with torch.inference_mode():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]
             torch.tensor([prompt]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, eos_token_id=None
         )
     result: list[int] = output[0, len(prompt) :].tolist()

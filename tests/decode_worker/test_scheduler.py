@@ -1,0 +1,202 @@
+"""Decode scheduler: single rules, each by name. The simulation covers how they meet."""
+
+from decode_worker.events import BlocksReserved, SequencesStarted, WorkEnded, WorkFailed
+from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.step import Step
+from kvrelay.work import FailureKind, Work
+from tests.simulated_pool import SimulatedPool, make_token
+from tests.works import make_work
+
+
+class Bench:
+    """A scheduler over a simulated pool."""
+
+    def __init__(self, num_blocks: int = 16, block_size: int = 4, *, chunk: int = 8, running: int = 8, waiting: int = 4) -> None:
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.permits = PushPermits()
+        self.scheduler = DecodeScheduler(self.blocks, DecodeLimits(chunk, running, waiting), self.permits)
+        self.pool = SimulatedPool(num_blocks, block_size)
+
+    def step(self) -> Step | None:
+        step = self.scheduler.schedule()
+        if step is not None:
+            self.scheduler.complete(step, self.pool.run(step))
+        return step
+
+    def push(self, work: Work) -> None:
+        """A push that succeeds at once."""
+        table_blocks = self.reservation_of(work).block_ids
+        self.pool.write(table_blocks, work.token_ids, 0, len(work.token_ids))
+        tokens = [make_token(work, number, work.token_ids) for number in work.sequences]
+        self.scheduler.push_ended(work.work_id, tokens)
+
+    def reservation_of(self, work: Work) -> BlocksReserved:
+        events = self.scheduler.take_events()
+        return next(event for event in events if isinstance(event, BlocksReserved) and event.work == work)
+
+
+def prompt(num_tokens: int, first: int = 5) -> list[int]:
+    return [(first + number) % 50 for number in range(num_tokens)]
+
+
+def test_a_reservation_waits_in_order_until_there_is_room() -> None:
+    bench = Bench(num_blocks=4)
+    works = [make_work(prompt(12), 2, request_id=f"{n:032x}") for n in range(3)]
+    for work in works:
+        bench.scheduler.reserve(work)
+    assert [type(event) for event in bench.scheduler.take_events()] == [BlocksReserved]
+    bench.scheduler.cancel(works[0].work_id)
+    bench.scheduler.take_events()
+    assert bench.scheduler.schedule() is None
+    assert bench.reservation_of(works[1]).num_cached_tokens == 0
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    bench = Bench(num_blocks=4)
+    bench.scheduler.reserve(make_work(prompt(16), 2))
+    [failed] = bench.scheduler.take_events()
+    assert isinstance(failed, WorkFailed)
+    assert failed.kind is FailureKind.OUT_OF_CAPACITY
+    bench.scheduler.reserve(make_work(prompt(15), 2))
+    assert isinstance(bench.scheduler.take_events()[0], BlocksReserved)
+
+
+def test_a_full_queue_refuses() -> None:
+    bench = Bench(num_blocks=4, waiting=1)
+    for number in range(3):
+        bench.scheduler.reserve(make_work(prompt(12), 2, request_id=f"{number:032x}"))
+    kinds = [type(event) for event in bench.scheduler.take_events()]
+    assert kinds == [BlocksReserved, WorkFailed]
+
+
+def test_places_in_the_batch_are_reserved_like_blocks() -> None:
+    bench = Bench(running=3)
+    first, second = (make_work(prompt(2), 5, request_id=c * 32, num_sequences=2) for c in "ab")
+    bench.scheduler.reserve(first)
+    bench.scheduler.reserve(second)
+    assert [type(event) for event in bench.scheduler.take_events()] == [BlocksReserved]
+    bench.scheduler.reserve(make_work(prompt(2), 5, request_id="c" * 32, num_sequences=4))
+    assert isinstance(bench.scheduler.take_events()[0], WorkFailed)
+
+
+def test_a_pushed_work_continues_at_the_next_index_one_token_a_step() -> None:
+    bench = Bench()
+    work = make_work(prompt(6), 3)
+    bench.scheduler.reserve(work)
+    bench.push(work)
+    assert bench.scheduler.take_events() == [SequencesStarted(work.work_id)]
+    step = bench.step()
+    assert step is not None
+    assert [(entry.token_begin, entry.num_tokens) for entry in step.entries] == [(7, 1)]  # counted after the step: 6 before it
+    assert bench.step() is not None
+    assert bench.scheduler.take_events() == [WorkEnded(work.work_id)]
+    assert bench.step() is None
+    assert bench.blocks.num_used_blocks == 0
+
+
+def test_a_sequence_that_ended_with_its_first_token_is_not_run() -> None:
+    bench = Bench()
+    work = make_work(prompt(6), 1)
+    bench.scheduler.reserve(work)
+    bench.push(work)
+    assert bench.scheduler.take_events() == [SequencesStarted(work.work_id), WorkEnded(work.work_id)]
+    assert bench.step() is None
+    assert bench.blocks.num_used_blocks == 0
+
+
+def test_prompts_are_computed_in_chunks_while_others_decode() -> None:
+    bench = Bench(chunk=8)
+    running, local = make_work(prompt(4), 9, request_id="a" * 32), make_work(prompt(20, 30), 2, request_id="b" * 32)
+    bench.scheduler.reserve(running)
+    bench.push(running)
+    bench.scheduler.reserve(local)
+    bench.scheduler.run_prompt(local.work_id)
+    sizes = []
+    while (step := bench.step()) is not None and len(sizes) < 3:
+        sizes.append([(entry.work_id.request_id[0], entry.num_tokens, len(entry.continued)) for entry in step.entries])
+    assert sizes == [[("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 4, 1)]]
+
+
+def test_a_conversation_s_next_turn_finds_its_prompt_and_its_answer_in_the_cache() -> None:
+    bench = Bench(block_size=4)
+    work = make_work(prompt(6), 7)
+    bench.scheduler.reserve(work)
+    bench.push(work)
+    output = [make_token(work, 0, work.token_ids).token.token_id]
+    while (step := bench.scheduler.schedule()) is not None:
+        tokens = bench.pool.run(step)
+        output += [token.token.token_id for token in tokens]
+        bench.scheduler.complete(step, tokens)
+    assert len(output) == 7
+    bench.scheduler.take_events()
+    following = make_work([*work.token_ids, *output, 9, 9], 2, request_id="b" * 32)
+    bench.scheduler.reserve(following)
+    assert bench.reservation_of(following).num_cached_tokens == 12  # 6 + 7 tokens; the last one has no KV
+
+
+def test_blocks_under_a_writer_are_kept_until_it_has_ended() -> None:
+    bench = Bench(num_blocks=4)
+    work, other = make_work(prompt(12), 2), make_work(prompt(12, 30), 2, request_id="b" * 32)
+    bench.scheduler.reserve(work)
+    reserved = bench.reservation_of(work)
+    permit = bench.permits.begin(work.work_id, bench.permits.open(work, reserved.block_ids, 0), lambda: None)
+    bench.scheduler.fail(work.work_id, FailureKind.DEADLINE, "late")
+    bench.scheduler.reserve(other)
+    assert bench.scheduler.schedule() is None
+    assert bench.scheduler.take_events() == []
+    bench.permits.end(permit)
+    bench.scheduler.push_ended(work.work_id, None)
+    assert bench.scheduler.take_events() == [WorkFailed(work.work_id, FailureKind.DEADLINE, "late")]
+    assert bench.scheduler.schedule() is None
+    assert bench.reservation_of(other).block_ids
+
+
+def test_a_prompt_asked_for_during_a_push_is_computed_when_the_writer_has_ended() -> None:
+    bench = Bench()
+    work = make_work(prompt(6), 2)
+    bench.scheduler.reserve(work)
+    reserved = bench.reservation_of(work)
+    permit = bench.permits.begin(work.work_id, bench.permits.open(work, reserved.block_ids, 0), lambda: None)
+    bench.scheduler.run_prompt(work.work_id)
+    assert bench.step() is None
+    bench.permits.end(permit)
+    bench.scheduler.push_ended(work.work_id, None, "stopped")
+    assert bench.step() is not None
+
+
+def test_a_sequence_that_outgrows_the_pool_fails_its_work_only() -> None:
+    bench = Bench(num_blocks=4)
+    work = make_work(prompt(12), 40)
+    bench.scheduler.reserve(work)
+    bench.push(work)
+    for _ in range(10):
+        bench.step()
+    [_, failed] = bench.scheduler.take_events()
+    assert isinstance(failed, WorkFailed)
+    assert failed.kind is FailureKind.OUT_OF_CAPACITY
+    assert bench.blocks.num_used_blocks == 0
+
+
+def test_a_stop_string_in_the_first_token_may_be_reported_before_the_push_is_done() -> None:
+    bench = Bench()
+    work = make_work(prompt(6), 5, num_sequences=2)
+    bench.scheduler.reserve(work)
+    bench.scheduler.finish_sequence(work.work_id, 0)
+    bench.push(work)
+    step = bench.step()
+    assert step is not None
+    assert [entry.continued for entry in step.entries] == [(1,)]
+
+
+def test_a_failed_step_ends_its_works_and_frees_them() -> None:
+    bench = Bench()
+    work = make_work(prompt(6), 5)
+    bench.scheduler.reserve(work)
+    bench.push(work)
+    step = bench.scheduler.schedule()
+    assert step is not None
+    bench.scheduler.fail_step(step, "broken")
+    assert bench.scheduler.take_events()[-1] == WorkFailed(work.work_id, FailureKind.INTERNAL, "broken")
+    assert bench.blocks.num_used_blocks == 0

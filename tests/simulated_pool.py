@@ -1,0 +1,85 @@
+"""A KV pool whose values say which tokens they were computed from, and a model that reads them: for tests of schedulers.
+
+The value at position p of a sequence is the hash of its first p + 1 tokens. A step checks that all KV before its own tokens is
+that of the sequence itself, so a block that is freed, shared, copied or written wrongly is noticed by the next step to read it.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+from kvrelay.finish_rules import finish_reason
+from kvrelay.kv_cache.block_manager import BlockCopy
+from kvrelay.model_spec import KVLayout, ModelSpec
+from kvrelay.step import Step, StepEntry
+from kvrelay.work import SequenceToken, Token, Work
+
+VOCAB_SIZE = 50
+MODEL = ModelSpec("m", "llama", KVLayout(1, 1, 1, "float32"), VOCAB_SIZE, 64, (0,), "f")
+
+
+def prefix_value(token_ids: Sequence[int]) -> int:
+    return zlib.crc32(bytes(token_ids))
+
+
+def next_token(token_ids: Sequence[int], number: int) -> int:
+    """The token that follows, for the sequence of that number; never an end of sequence."""
+    return 1 + (prefix_value(token_ids) + number) % (VOCAB_SIZE - 1)
+
+
+def expected_output(work: Work, number: int) -> list[int]:
+    """All tokens of a sequence, as they come without any trouble."""
+    token_ids = list(work.token_ids)
+    while True:
+        index = len(token_ids) - work.num_prompt_tokens
+        token_id = next_token(token_ids, number)
+        token_ids.append(token_id)
+        if finish_reason(token_id, index, work.num_prompt_tokens, work.sampling, MODEL):
+            return token_ids[work.num_prompt_tokens :]
+
+
+class SimulatedPool:
+    """Slots by block."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._values: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+
+    def write(self, block_ids: Sequence[int], token_ids: Sequence[int], begin: int, end: int) -> None:
+        for position in range(begin, end):
+            block = block_ids[position // self._block_size]
+            self._values[block][position % self._block_size] = prefix_value(token_ids[: position + 1])
+
+    def check(self, block_ids: Sequence[int], token_ids: Sequence[int], end: int) -> None:
+        for position in range(end):
+            value = self._values[block_ids[position // self._block_size]][position % self._block_size]
+            assert value == prefix_value(token_ids[: position + 1]), f"position {position} holds KV of something else"
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            self._values[copy.target] = list(self._values[copy.source])
+
+    def run(self, step: Step) -> list[SequenceToken]:
+        """What the engine does with a step."""
+        self.copy(step.copies)
+        for entry in step.entries:
+            assert entry.sequence.block_table is not None
+            self.check(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_begin)
+        for entry in step.entries:
+            assert entry.sequence.block_table is not None
+            self.write(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_begin, entry.token_end)
+        for entry in step.entries:  # a write of one entry into another's blocks shows here
+            assert entry.sequence.block_table is not None
+            self.check(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_end)
+        return [first_token(entry, number) for entry in step.entries for number in entry.continued]
+
+
+def first_token(entry: StepEntry, number: int) -> SequenceToken:
+    return make_token(entry.sequence.work, number, entry.sequence.token_ids)
+
+
+def make_token(work: Work, number: int, token_ids: Sequence[int]) -> SequenceToken:
+    """The token that a sequence samples behind `token_ids`."""
+    token_id = next_token(token_ids, number)
+    index = len(token_ids) - work.num_prompt_tokens
+    reason = finish_reason(token_id, index, work.num_prompt_tokens, work.sampling, MODEL)
+    return SequenceToken(work.work_id, number, index, Token(token_id), reason)
