@@ -99,10 +99,11 @@ class ChildProcess:
             if len(rest) > _MAX_LINE_BYTES:  # a line without an end must not grow without one
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._emit(line.decode("utf-8", "replace").rstrip("\r"))
+                self._emit(line.decode("utf-8", "replace"))
         if rest:
             self._emit(rest.decode("utf-8", "replace"))
 
     def _emit(self, line: str) -> None:
+        line = line.rstrip("\r").rpartition("\r")[2]  # of a progress bar that draws over itself, only its last state
         self.tail.append(line)
         self._on_line(self.name, line)

@@ -31,9 +31,9 @@ WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
 
 GATEWAY_NAME = "gateway"
 
-_STOP_GRACE_S = 3.5
+_STOP_GRACE_S = 3.2
 """From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
-_DRAIN_TIMEOUT_MS = 2500
+_DRAIN_TIMEOUT_MS = 1500
 _POLL_INTERVAL_S = 0.1
 _RESTART_INITIAL_S = 0.5
 _RESTART_MAXIMUM_S = 30.0
@@ -85,7 +85,6 @@ class LocalCluster:
     valkey: EmbeddedValkey | None = field(default=None, init=False)
     gateway_address: str = field(default="", init=False)
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
-    _stopping: bool = field(default=False, init=False)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -121,7 +120,6 @@ class LocalCluster:
 
     async def stop(self) -> None:
         """Ends everything within 5 s: SIGTERM to all at once, SIGKILL for what is left, Valkey last. Idempotent."""
-        self._stopping = True
         members = list(self._members.values())
         for member in members:
             if member.supervisor is not None:

@@ -6,6 +6,7 @@ behind tokens (half a character, the possible start of a stop string), so only a
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,8 @@ from kvrelay.error_status import DETAILS_METADATA_KEY, error_of_rpc
 from kvrelay.errors import DeadlineError, InternalError, KvrelayError, UnavailableError
 from kvrelay.v1 import inference_pb2
 from kvrelay.work import FinishReason, Token
+
+_log = logging.getLogger(__name__)
 
 StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
 
@@ -119,12 +122,16 @@ class Recovery:
         self._resumable = resumable
         self._addresses = addresses
         self._begun = False
+        self._announced = False
         self._num_refusals_left = self._max_refusals = len(addresses)
         self._backoff = Backoff(_BACKOFF_INITIAL_S, _BACKOFF_MAXIMUM_S)
 
-    def progressed(self) -> None:
-        """Something new arrived."""
+    def received(self, *, new: bool) -> None:
+        """Something arrived: new output, or only what was known before."""
         self._begun = True
+        if not new:
+            return
+        self._announced = False
         self._backoff.reset()
         self._num_refusals_left = self._max_refusals
 
@@ -145,6 +152,9 @@ class Recovery:
             if self._num_refusals_left == 0:
                 raise error
             self._num_refusals_left -= 1
+        if self._begun and not self._announced:
+            _log.warning("lost the stream (%s); resuming it until its timeout", error.message)
+            self._announced = True
         delay_s = self._backoff.next_delay_s()
         if delay_s >= remaining_s:
             raise DeadlineError(f"the stream broke and could not be resumed before the deadline: {error.message}")

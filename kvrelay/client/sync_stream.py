@@ -85,8 +85,8 @@ class Stream:
             self._call = self._open(deadline_s - time.monotonic())
             try:
                 for message in self._call:
-                    self._recovery.progressed()
                     delta = self._state.take(event_from_pb(message))
+                    self._recovery.received(new=delta is not None)
                     if delta is not None:
                         yield delta
                     if self._state.finished is not None:
