@@ -38,6 +38,7 @@ class ScriptedSession:
         if response is grpc.aio.EOF:
             raise AssertionError(f"no greeting: {await self._call.code()} {await self._call.details()}")
         self.hello = response.hello
+        self.load = response.load
 
     async def send(self, **message: Any) -> None:
         await self._call.write(self._request_type(**message))
@@ -51,6 +52,7 @@ class ScriptedSession:
             name = response.WhichOneof("message")
             if name == "heartbeat":
                 self.num_heartbeats += 1
+                self._events.put_nowait((None, response))  # for its load
                 if self.answers_heartbeats:
                     await self.send(heartbeat_ack=session_pb2.HeartbeatAck(number=response.heartbeat.number))
             else:

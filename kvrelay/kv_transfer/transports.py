@@ -179,7 +179,6 @@ class GrpcPush:
     async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
         end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=[sequence_token_to_pb(token) for token in tokens])
         await self._write(kv_transfer_pb2.PushRequest(end=end).SerializeToString())
-        await self._call.done_writing()
 
     async def replies(self) -> AsyncIterator[Reply]:
         try:

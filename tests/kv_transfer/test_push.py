@@ -1,0 +1,441 @@
+"""Sender and receiver over real gRPC, without models: what is corrupt, swapped, replayed, foreign or cut is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from decode_worker.commands import PushEnded
+from decode_worker.kv_receiver import KVReceiver, ReceiverContext
+from decode_worker.push_permits import PushPermits
+from kvrelay.errors import TransferError
+from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushPlan
+from kvrelay.model_spec import KVLayout, ModelSpec
+from kvrelay.rpc import bind_server, create_channel, create_server
+from kvrelay.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
+from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
+from kvrelay.work import SequenceToken, Token, Work, WorkId
+from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
+from tests.works import make_work
+
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32")
+MODEL = ModelSpec("m", "llama", LAYOUT, 100, 512, (0,), "fingerprint")
+NUM_TOKENS = 20
+WAIT_S = 10.0
+
+
+class FakePool:
+    """KV by layer and token, in both directions. Numbers stand for bytes."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        shape = (LAYOUT.num_layers, NUM_TOKENS, LAYOUT.bytes_per_layer_token)
+        generator = np.random.default_rng(seed)
+        self.content = generator.integers(0, 256, shape, np.uint8) if seed is not None else np.zeros(shape, np.uint8)
+        self.num_imports = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Any:
+        self._pass_gate()
+        return np.ascontiguousarray(self.content[layer_begin:layer_end, token_begin:token_end])
+
+    def import_kv(
+        self,
+        payload: memoryview | bytes,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+    ) -> None:
+        self._pass_gate()
+        shape = (layer_end - layer_begin, token_end - token_begin, LAYOUT.bytes_per_layer_token)
+        self.content[layer_begin:layer_end, token_begin:token_end] = np.frombuffer(payload, np.uint8).reshape(shape)
+        self.num_imports += 1
+
+    def _pass_gate(self) -> None:
+        self.entered.set()
+        assert self.gate.wait(WAIT_S), "the test never opened the gate"
+
+
+class FakeExport:
+    """Numpy arrays have no `.numpy()`."""
+
+    def __init__(self, pool: FakePool) -> None:
+        self._pool = pool
+
+    def export_kv(self, *arguments: Any) -> Any:
+        array = self._pool.export_kv(*arguments)
+
+        class _Tensor:
+            def numpy(self) -> Any:
+                return array
+
+        return _Tensor()
+
+
+@dataclass
+class Bench:
+    """A receiver that listens, with one reservation."""
+
+    address: str
+    permits: PushPermits
+    pool: FakePool
+    work: Work
+    ticket: bytes
+    ended: asyncio.Queue[PushEnded]
+    threads: ThreadPoolExecutor
+    transport: GrpcTransport
+    outcomes: asyncio.Queue[TransferResult | TransferError] = field(default_factory=asyncio.Queue)
+
+    def plan(self, **changes: Any) -> PushPlan:
+        return replace(PushPlan(self.work.work_id, self.ticket, MODEL.fingerprint, 0, NUM_TOKENS), **changes)
+
+    def tokens(self) -> list[SequenceToken]:
+        return [SequenceToken(self.work.work_id, 0, 0, Token(9))]
+
+    def send(self, pool: FakePool, transport: Any = None, **changes: Any) -> KVSender:
+        """A sender of everything, message by message of one layer's 10 tokens."""
+        loop = asyncio.get_running_loop()
+        context = SenderContext(
+            FakeExport(pool), LAYOUT, transport or self.transport, self.threads, 10 * LAYOUT.bytes_per_layer_token, 1 << 20
+        )
+
+        def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+            loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
+
+        return KVSender(context, self.address, self.plan(**changes), (0,), on_ended)
+
+    async def outcome(self) -> TransferResult | TransferError:
+        async with asyncio.timeout(WAIT_S):
+            return await self.outcomes.get()
+
+    async def end_at_receiver(self) -> PushEnded:
+        async with asyncio.timeout(WAIT_S):
+            return await self.ended.get()
+
+    def chunk(self, span: KVSpan, payload: bytes | None = None, attempt: int = 1, ticket: bytes | None = None) -> Chunk:
+        payload = bytes(span.num_bytes(LAYOUT)) if payload is None else payload
+        return Chunk(span, payload, chunk_digest(ticket or self.ticket, attempt, span, payload))
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    async with running_bench() as running:
+        yield running
+
+
+@asynccontextmanager
+async def running_bench() -> AsyncIterator[Bench]:
+    work = make_work(list(range(NUM_TOKENS)), max_tokens=8)
+    permits, pool, threads = PushPermits(), FakePool(), ThreadPoolExecutor(2)
+    ended: asyncio.Queue[PushEnded] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def submit(command: PushEnded) -> None:
+        loop.call_soon_threadsafe(ended.put_nowait, command)
+
+    server = create_server()
+    receiver = KVReceiver(ReceiverContext(pool, MODEL, permits, threads, submit))
+    kv_transfer_pb2_grpc.add_KVTransferServiceServicer_to_server(receiver, server)
+    bound = bind_server(server, "127.0.0.1", 0, ())
+    await server.start()
+    transport = GrpcTransport(2000)
+    ticket = permits.open(work, (0,), 0)
+    try:
+        yield Bench(f"127.0.0.1:{bound.port}", permits, pool, work, ticket, ended, threads, transport)
+    finally:
+        pool.gate.set()
+        await transport.close()
+        await server.stop(None)
+        threads.shutdown()
+
+
+async def push_raw(bench: Bench, plan: PushPlan, messages: Sequence[bytes]) -> tuple[list[str], grpc.StatusCode]:
+    """Sends what a test made up; returns the names of the answers, and the status."""
+    channel = create_channel(bench.address)
+    push = GrpcPush(channel)
+    try:
+        await push.send_header(plan)
+        for message in messages:
+            await push.send_chunk(message)
+        await push._call.done_writing()
+    except TransferError:
+        pass  # the receiver had enough; its status says why
+    names: list[str] = []
+    try:
+        async with asyncio.timeout(WAIT_S):
+            async for response in push._call:
+                names.append(response.WhichOneof("message"))  # noqa: PERF401 - kept when the call fails
+    except grpc.aio.AioRpcError:
+        pass
+    code = await push._call.code()
+    await channel.close()
+    return names, code
+
+
+def end_message(bench: Bench, num_chunks: int, **changes: Any) -> bytes:
+    tokens = [sequence_token_to_pb(replace(token, **changes)) for token in bench.tokens()]
+    end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=tokens)
+    return kv_transfer_pb2.PushRequest(end=end).SerializeToString()
+
+
+WHOLE = KVSpan(0, 3, 0, NUM_TOKENS)
+
+
+async def test_everything_arrives_as_it_was_and_is_measured(bench: Bench) -> None:
+    source = FakePool(seed=1)
+    sender = bench.send(source)
+    sender.announce_cached(5)
+    for begin, end in ((5, 15), (15, NUM_TOKENS)):
+        for layer in range(LAYOUT.num_layers):
+            sender.announce(layer, begin, end)
+    sender.finish(bench.tokens())
+    outcome = await bench.outcome()
+    assert isinstance(outcome, TransferResult)
+    assert outcome.kv_bytes == LAYOUT.bytes_per_token * NUM_TOKENS
+    assert outcome.num_resent_chunks == 0
+    ended = await bench.end_at_receiver()
+    assert ended == PushEnded(bench.work.work_id, tuple(bench.tokens()), outcome.kv_bytes, NUM_TOKENS, ended.problem)
+    assert (bench.pool.content == source.content).all()
+    assert len(bench.permits) == 0
+
+
+async def test_chunks_travel_before_the_pass_has_ended(bench: Bench) -> None:
+    sender = bench.send(FakePool(seed=1))
+    for layer in range(LAYOUT.num_layers):
+        sender.announce(layer, 0, 10)
+    async with asyncio.timeout(WAIT_S):
+        while bench.pool.num_imports < LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
+            await asyncio.sleep(0.005)
+    assert bench.outcomes.empty()
+    sender.stop()
+    assert isinstance(await bench.outcome(), TransferError)
+    assert (await bench.end_at_receiver()).first_tokens is None
+
+
+class TamperingTransport(GrpcTransport):
+    """Changes chunks on their way: `tamper(chunk, how many came before)`."""
+
+    def __init__(self, tamper: Callable[[Chunk, int], Chunk]) -> None:
+        super().__init__(2000)
+        self.tamper = tamper
+        self.num_chunks = 0
+
+    async def open(self, address: str, plan: PushPlan) -> GrpcPush:
+        push = await super().open(address, plan)
+
+        def encode(chunk: Chunk) -> bytes:
+            self.num_chunks += 1
+            return encode_chunk(self.tamper(chunk, self.num_chunks - 1))
+
+        push.encode = encode  # type: ignore[method-assign]
+        return push
+
+
+def flip(chunk: Chunk) -> Chunk:
+    payload = bytearray(chunk.payload)
+    payload[len(payload) // 2] ^= 1
+    return replace(chunk, payload=bytes(payload))
+
+
+async def test_a_corrupt_chunk_is_sent_once_more(bench: Bench) -> None:
+    source = FakePool(seed=2)
+    transport = TamperingTransport(lambda chunk, number: flip(chunk) if number == 1 else chunk)
+    sender = bench.send(source, transport)
+    sender.announce_cached(NUM_TOKENS)
+    sender.finish(bench.tokens())
+    outcome = await bench.outcome()
+    await transport.close()
+    assert isinstance(outcome, TransferResult)
+    assert outcome.num_resent_chunks == 1
+    assert outcome.kv_bytes == LAYOUT.bytes_per_token * NUM_TOKENS
+    assert (bench.pool.content == source.content).all()
+
+
+async def test_a_chunk_that_is_corrupt_twice_ends_the_push(bench: Bench) -> None:
+    transport = TamperingTransport(lambda chunk, number: flip(chunk) if chunk.span.layer_begin == 1 else chunk)
+    sender = bench.send(FakePool(seed=2), transport)
+    sender.announce_cached(NUM_TOKENS)
+    sender.finish(bench.tokens())
+    assert isinstance(await bench.outcome(), TransferError)
+    assert (await bench.end_at_receiver()).first_tokens is None
+    await transport.close()
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(lambda bench, chunk: flip(chunk), id="payload"),
+        pytest.param(lambda bench, chunk: bench.chunk(chunk.span, attempt=2), id="another attempt"),
+        pytest.param(lambda bench, chunk: bench.chunk(chunk.span, ticket=bytes(16)), id="another ticket"),
+        pytest.param(lambda bench, chunk: replace(chunk, payload=bytes(chunk.payload)[:-1]), id="truncated"),
+        pytest.param(lambda bench, chunk: bench.chunk(replace(chunk.span, token_end=NUM_TOKENS + 1)), id="tokens out of range"),
+        pytest.param(lambda bench, chunk: bench.chunk(replace(chunk.span, layer_end=4)), id="layers out of range"),
+        pytest.param(lambda bench, chunk: replace(chunk, span=KVSpan(1, 2, 0, 10)), id="swapped"),
+        pytest.param(lambda bench, chunk: bench.chunk(KVSpan(0, 1, 5, 5), b""), id="empty"),
+        pytest.param(lambda bench, chunk: replace(chunk, digest=b""), id="no digest"),
+    ],
+)
+async def test_a_wrong_chunk_is_refused_and_not_written(bench: Bench, tamper: Callable[[Bench, Chunk], Chunk]) -> None:
+    good = bench.chunk(KVSpan(0, 1, 0, 10), bytes([7]) * 10 * LAYOUT.bytes_per_layer_token)
+    names, code = await push_raw(bench, bench.plan(), [encode_chunk(tamper(bench, good))])
+    assert names == ["chunk_refused"]
+    assert code is grpc.StatusCode.DATA_LOSS
+    assert bench.pool.num_imports == 0
+    assert (await bench.end_at_receiver()).first_tokens is None
+
+
+async def test_a_replayed_chunk_is_refused(bench: Bench) -> None:
+    chunk = encode_chunk(bench.chunk(KVSpan(0, 1, 0, 10)))
+    names, code = await push_raw(bench, bench.plan(), [chunk, chunk])
+    assert names == ["chunk_accepted", "chunk_refused"]
+    assert code is grpc.StatusCode.DATA_LOSS
+    assert bench.pool.num_imports == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"ticket": bytes(16)}, grpc.StatusCode.PERMISSION_DENIED),
+        ({"work_id": WorkId("b" * 32, 1)}, grpc.StatusCode.PERMISSION_DENIED),
+        ({"work_id": WorkId("a" * 32, 2)}, grpc.StatusCode.PERMISSION_DENIED),
+        ({"fingerprint": "other"}, grpc.StatusCode.FAILED_PRECONDITION),
+    ],
+)
+async def test_a_header_without_the_right_leaves_the_reservation_as_it_is(
+    bench: Bench, changes: dict[str, Any], code: grpc.StatusCode
+) -> None:
+    assert await push_raw(bench, bench.plan(**changes), []) == ([], code)
+    assert bench.ended.empty()
+    names, right = await push_raw(bench, bench.plan(), [encode_chunk(bench.chunk(WHOLE)), end_message(bench, 1)])
+    assert (names, right) == (["chunk_accepted", "complete"], grpc.StatusCode.OK)
+
+
+async def test_a_ticket_is_good_for_one_push(bench: Bench) -> None:
+    messages = [encode_chunk(bench.chunk(WHOLE)), end_message(bench, 1)]
+    assert (await push_raw(bench, bench.plan(), messages))[1] is grpc.StatusCode.OK
+    assert await push_raw(bench, bench.plan(), []) == ([], grpc.StatusCode.PERMISSION_DENIED)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+async def test_another_wire_version_is_refused(bench: Bench, version: int) -> None:
+    stub = kv_transfer_pb2_grpc.KVTransferServiceStub(channel := create_channel(bench.address))
+    header = kv_transfer_pb2.PushHeader(
+        work_id=work_id_to_pb(bench.work.work_id), ticket=bench.ticket, fingerprint="fingerprint", wire_version=version
+    )
+    call: Any = stub.Push(iter([kv_transfer_pb2.PushRequest(header=header)]))
+    assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+    await channel.close()
+
+
+@pytest.mark.parametrize("changes", [{"token_begin": 4}, {"token_end": NUM_TOKENS - 1}])
+async def test_another_range_than_the_reservation_s_ends_the_push(bench: Bench, changes: dict[str, Any]) -> None:
+    assert await push_raw(bench, bench.plan(**changes), []) == ([], grpc.StatusCode.DATA_LOSS)
+    assert (await bench.end_at_receiver()).first_tokens is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"index": 1}, {"sequence": 1}, {"work_id": WorkId("b" * 32, 1)}, {"token": Token(100)}], ids=str
+)
+async def test_wrong_first_tokens_end_the_push(bench: Bench, changes: dict[str, Any]) -> None:
+    messages = [encode_chunk(bench.chunk(WHOLE)), end_message(bench, 1, **changes)]
+    names, code = await push_raw(bench, bench.plan(), messages)
+    assert (names, code) == (["chunk_accepted"], grpc.StatusCode.DATA_LOSS)
+
+
+async def test_an_end_with_a_part_missing_ends_the_push(bench: Bench) -> None:
+    part = encode_chunk(bench.chunk(KVSpan(0, 3, 0, NUM_TOKENS - 1)))
+    names, code = await push_raw(bench, bench.plan(), [part, end_message(bench, 1)])
+    assert (names, code) == (["chunk_accepted"], grpc.StatusCode.DATA_LOSS)
+    assert (await bench.end_at_receiver()).first_tokens is None
+
+
+async def test_the_receiver_frees_after_the_write_when_the_sender_disconnects(bench: Bench) -> None:
+    bench.pool.gate.clear()
+    sender = bench.send(FakePool(seed=1))
+    sender.announce_cached(NUM_TOKENS)
+    assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
+    sender.stop()
+    await bench.outcome()
+    assert not bench.permits.close(bench.work.work_id)
+    assert bench.ended.empty()
+    bench.pool.gate.set()
+    assert (await bench.end_at_receiver()).first_tokens is None
+    assert bench.permits.close(bench.work.work_id)
+
+
+async def test_a_reservation_that_ends_breaks_the_push_off(bench: Bench) -> None:
+    sender = bench.send(FakePool(seed=1))
+    for layer in range(LAYOUT.num_layers):
+        sender.announce(layer, 0, 10)
+    assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
+    assert not bench.permits.close(bench.work.work_id)
+    assert (await bench.end_at_receiver()).first_tokens is None
+    assert isinstance(await bench.outcome(), TransferError)
+
+
+async def test_a_stopped_sender_ends_only_after_its_export(bench: Bench) -> None:
+    source = FakePool(seed=1)
+    source.gate.clear()
+    sender = bench.send(source)
+    sender.announce_cached(NUM_TOKENS)
+    assert await asyncio.to_thread(source.entered.wait, WAIT_S)
+    sender.stop()
+    assert (await bench.end_at_receiver()).first_tokens is None  # the receiver knows before the export has ended
+    assert bench.outcomes.empty()
+    source.gate.set()
+    assert isinstance(await bench.outcome(), TransferError)
+
+
+async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(bench: Bench) -> None:
+    bench.send(FakePool(seed=1)).stop()
+    assert isinstance(await bench.outcome(), TransferError)
+
+
+async def test_a_receiver_that_is_not_there_fails_the_push_in_time(bench: Bench) -> None:
+    transport = GrpcTransport(connect_timeout_ms=200)
+    bench.address = "127.0.0.1:1"
+    bench.send(FakePool(seed=1), transport)
+    outcome = await bench.outcome()
+    assert isinstance(outcome, TransferError)
+    assert "not reached" in outcome.message
+    await transport.close()
+
+
+async def test_the_window_bounds_what_is_not_acknowledged(bench: Bench) -> None:
+    bench.pool.gate.clear()
+    transport = TamperingTransport(lambda chunk, number: chunk)
+    loop = asyncio.get_running_loop()
+    chunk_bytes = 5 * LAYOUT.bytes_per_layer_token
+    context = SenderContext(FakeExport(FakePool(1)), LAYOUT, transport, bench.threads, chunk_bytes, 2 * chunk_bytes)
+
+    def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+        loop.call_soon_threadsafe(bench.outcomes.put_nowait, outcome)
+
+    sender = KVSender(context, bench.address, bench.plan(), (0,), on_ended)
+    sender.announce_cached(NUM_TOKENS)
+    sender.finish(bench.tokens())
+    assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
+    async with asyncio.timeout(WAIT_S):
+        while transport.num_chunks < 2:  # noqa: ASYNC110 - counted in another thread
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)  # a third chunk would have been made by now
+    assert transport.num_chunks == 2
+    bench.pool.gate.set()
+    outcome = await bench.outcome()
+    assert isinstance(outcome, TransferResult)
+    assert transport.num_chunks == 12
+    await transport.close()

@@ -1,0 +1,333 @@
+"""Sessions of real workers with a scripted gateway: greeting, liveness, leases, attempts, cancels, deadlines, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.transports import GrpcTransport, PushPlan
+from kvrelay.liveness import PROTOCOL_VERSION
+from kvrelay.rpc import create_channel
+from kvrelay.sampling_params import SamplingParams
+from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
+from kvrelay.wire import reserve_to_pb, start_prefill_to_pb, work_id_to_pb
+from kvrelay.work import Work
+from kvrelay.worker_engine import WorkerEngine
+from tests.scripted_gateway import ScriptedSession, session_with
+from tests.worker_fixtures import RunningWorker, running_decode_worker, running_prefill_worker, tiny_engine
+from tests.works import make_work
+
+PROMPT = list(range(5, 45))
+LONG = 400
+"""More tokens than a test will wait for."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> WorkerEngine:
+    return tiny_engine(num_kv_blocks=256)
+
+
+@pytest.fixture(scope="module")
+def other_engine() -> WorkerEngine:
+    return tiny_engine(num_kv_blocks=256)
+
+
+@asynccontextmanager
+async def decode_with(engine: WorkerEngine, **options: Any) -> AsyncIterator[tuple[RunningWorker, ScriptedSession]]:
+    async with running_decode_worker(engine) as worker, session_with("decode", worker.address, **options) as session:
+        yield worker, session
+
+
+async def reserve(session: ScriptedSession, work: Work) -> decode_pb2.Reserved:
+    await session.send(reserve=reserve_to_pb(work, session.hello.model.fingerprint))
+    reserved: decode_pb2.Reserved = await session.expect("reserved")
+    return reserved
+
+
+async def run_locally(session: ScriptedSession, work: Work) -> None:
+    await reserve(session, work)
+    await session.send(run_prompt=decode_pb2.RunPrompt(work_id=work_id_to_pb(work.work_id)))
+
+
+async def expect_failure(session: ScriptedSession, work: Work) -> session_pb2.FailureKind.ValueType:
+    failed: session_pb2.WorkFailed = await session.expect("work_failed")
+    assert failed.work_id == work_id_to_pb(work.work_id)
+    assert failed.message
+    return failed.kind
+
+
+async def test_a_worker_greets_with_its_model_and_tells_its_load_at_rest(engine: WorkerEngine) -> None:
+    async with decode_with(engine) as (_, session):
+        assert session.hello.model.fingerprint == engine.model.fingerprint
+        assert session.hello.block_size == 4
+        assert session.hello.max_sequence_tokens == 512
+        await session.expect_load(num_blocks=256, num_used_blocks=0)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        decode_pb2.DecodeServiceSessionRequest(hello=session_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION + 1)),
+        decode_pb2.DecodeServiceSessionRequest(heartbeat=session_pb2.Heartbeat(number=1)),
+    ],
+)
+async def test_a_session_that_begins_otherwise_is_refused(
+    engine: WorkerEngine, request_: decode_pb2.DecodeServiceSessionRequest
+) -> None:
+    async with running_decode_worker(engine) as worker:
+        channel = create_channel(worker.address)
+        call: Any = decode_pb2_grpc.DecodeServiceStub(channel).Session()
+        await call.write(request_)
+        code = await asyncio.wait_for(call.code(), 10)
+        await channel.close()
+    assert code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_heartbeats_go_both_ways_and_a_silent_gateway_loses_its_session_and_its_works(engine: WorkerEngine) -> None:
+    async with decode_with(engine, window_ms=600) as (worker, session):
+        await session.send(heartbeat=session_pb2.Heartbeat(number=3))
+        assert (await session.expect("heartbeat_ack")).number == 3
+        await reserve(session, make_work(PROMPT, 5))
+        session.answers_heartbeats = False
+        assert await session.status() is grpc.StatusCode.UNAVAILABLE
+        assert session.num_heartbeats > 0
+        await worker.wait_until_idle()
+
+
+async def test_a_session_that_ends_frees_everything_of_it_and_nothing_else(engine: WorkerEngine) -> None:
+    mine, other = make_work(PROMPT, LONG), make_work(PROMPT, 6, request_id="b" * 32, cache_salt="b")
+    async with decode_with(engine) as (worker, session):
+        async with session_with("decode", worker.address) as leaving:
+            await run_locally(leaving, mine)
+            await leaving.expect("step_output")
+            await reserve(leaving, make_work(PROMPT, 5, request_id="c" * 32))
+            await run_locally(session, other)
+        assert len(await session.collect_tokens(other.work_id, 0)) == 6
+        await worker.wait_until_idle()
+
+
+@pytest.mark.parametrize("moment", ["reserved", "running", "prefilling"])
+async def test_cancelled_work_is_freed_without_a_word(engine: WorkerEngine, moment: str) -> None:
+    work = make_work(PROMPT, LONG)
+    async with decode_with(engine) as (worker, session):
+        await (reserve if moment == "reserved" else run_locally)(session, work)
+        if moment == "running":
+            await session.expect("step_output")
+        await session.cancel_work(work.work_id)
+        await worker.wait_until_idle()
+        await session.expect_load(num_used_blocks=0, num_running=0, num_waiting=0)
+        assert "work_failed" not in session.seen()
+
+
+async def test_another_gateway_cannot_cancel_or_command_a_work(engine: WorkerEngine) -> None:
+    work = make_work(PROMPT, 6)
+    async with decode_with(engine) as (worker, session), session_with("decode", worker.address) as stranger:
+        await reserve(session, work)
+        await stranger.cancel_work(work.work_id)
+        await stranger.send(run_prompt=decode_pb2.RunPrompt(work_id=work_id_to_pb(work.work_id)))
+        await stranger.send(heartbeat=session_pb2.Heartbeat(number=1))
+        await stranger.expect("heartbeat_ack")  # its commands are done
+        await session.send(run_prompt=decode_pb2.RunPrompt(work_id=work_id_to_pb(work.work_id)))
+        assert len(await session.collect_tokens(work.work_id, 0)) == 6
+        assert stranger.seen() == []
+
+
+async def test_a_newer_attempt_ends_older_ones_and_older_ones_that_come_late_are_refused(engine: WorkerEngine) -> None:
+    first, second = make_work(PROMPT, LONG), make_work(PROMPT, 6, attempt=2)
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, first)
+        await session.expect("step_output")
+        await run_locally(session, second)
+        tokens = await collect_of_attempt(session, second)
+        assert len(tokens) == 6
+        await session.send(reserve=reserve_to_pb(first, session.hello.model.fingerprint))
+        assert await expect_failure(session, first) == session_pb2.FAILURE_KIND_INVALID
+        await worker.wait_until_idle()
+
+
+async def collect_of_attempt(session: ScriptedSession, work: Work) -> list[int]:
+    token_ids: list[int] = []
+    while True:
+        for token in (await session.expect("step_output")).tokens:
+            if token.work_id.attempt == work.work_id.attempt:
+                token_ids.append(token.token.token_id)
+                if token.finish_reason:
+                    return token_ids
+
+
+async def test_a_work_fails_by_its_deadline_and_is_freed_at_once(engine: WorkerEngine) -> None:
+    running = make_work(PROMPT, LONG, deadline_ms=300)
+    reserved = make_work(PROMPT, 5, request_id="b" * 32, deadline_ms=300)
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, running)
+        await reserve(session, reserved)
+        begin = asyncio.get_running_loop().time()
+        kinds = [(await session.expect("work_failed")).kind for _ in range(2)]
+        assert kinds == [session_pb2.FAILURE_KIND_DEADLINE] * 2
+        await worker.wait_until_idle()
+        assert asyncio.get_running_loop().time() - begin < 1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"token_ids": ()}, session_pb2.FAILURE_KIND_INVALID),
+        ({"token_ids": (5, 320), "num_prompt_tokens": 2}, session_pb2.FAILURE_KIND_INVALID),
+        ({"num_prompt_tokens": 41}, session_pb2.FAILURE_KIND_INVALID),
+        ({"num_sequences": 9}, session_pb2.FAILURE_KIND_INVALID),
+        ({"sampling": SamplingParams(temperature=0.0)}, session_pb2.FAILURE_KIND_INVALID),
+        ({"sampling": SamplingParams(temperature=1.0, max_tokens=5)}, session_pb2.FAILURE_KIND_INVALID),
+        ({"sampling": SamplingParams(temperature=-1.0, max_tokens=5, seed=1)}, session_pb2.FAILURE_KIND_INVALID),
+        ({"sampling": SamplingParams(0.0, max_tokens=5, logit_bias={320: 1.0})}, session_pb2.FAILURE_KIND_INVALID),
+        ({"deadline_ms": 0}, session_pb2.FAILURE_KIND_DEADLINE),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_served_is_refused(engine: WorkerEngine, changes: dict[str, Any], kind: int) -> None:
+    work = replace(make_work(PROMPT, 5), **changes)
+    async with decode_with(engine) as (worker, session):
+        await session.send(reserve=reserve_to_pb(work, session.hello.model.fingerprint))
+        assert await expect_failure(session, work) == kind
+        await worker.wait_until_idle()
+
+
+async def test_another_fingerprint_is_refused_before_anything_is_reserved(engine: WorkerEngine) -> None:
+    work = make_work(PROMPT, 5)
+    async with decode_with(engine) as (worker, session):
+        await session.send(reserve=reserve_to_pb(work, "another"))
+        assert await expect_failure(session, work) == session_pb2.FAILURE_KIND_INVALID
+        assert worker.engine.blocks.num_used_blocks == 0
+
+
+async def test_a_stopped_sequence_ends_without_further_tokens(engine: WorkerEngine) -> None:
+    work = make_work(PROMPT, LONG)
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, work)
+        await session.expect("step_output")
+        await session.send(finish_sequence=decode_pb2.FinishSequence(work_id=work_id_to_pb(work.work_id), sequence=0))
+        await worker.wait_until_idle()
+
+
+async def test_the_tickets_of_a_cancelled_reservation_and_of_a_broken_push_are_void(engine: WorkerEngine) -> None:
+    work = make_work(PROMPT, 5)
+    transport = GrpcTransport(2000)
+    async with decode_with(engine) as (worker, session):
+        reserved = await reserve(session, work)
+        plan = PushPlan(work.work_id, reserved.ticket, engine.model.fingerprint, reserved.num_cached_tokens, len(PROMPT))
+        push = await transport.open(reserved.push_address, plan)
+        span = KVSpan(0, 1, reserved.num_cached_tokens, len(PROMPT))
+        payload = bytes(span.num_bytes(engine.model.kv_layout))
+        await push.send_chunk(encode_chunk(Chunk(span, payload, chunk_digest(reserved.ticket, 1, span, payload))))
+        assert await anext(push.replies())
+        push.cancel()
+        assert await expect_failure(session, work) == session_pb2.FAILURE_KIND_TRANSFER
+        await worker.wait_until_idle()
+        late = await transport.open(reserved.push_address, plan)
+        with pytest.raises(Exception, match="ticket"):
+            await anext(late.replies())
+    await transport.close()
+
+
+async def test_a_draining_worker_refuses_new_work_lets_running_work_end_and_says_so(engine: WorkerEngine) -> None:
+    running, late = (make_work(PROMPT, n, request_id=c * 32) for n, c in ((60, "a"), (5, "b")))
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, running)
+        draining = asyncio.create_task(worker.services.sessions.drain(30_000))
+        await session.expect_load(draining=True)
+        await session.send(reserve=reserve_to_pb(late, session.hello.model.fingerprint))
+        assert await expect_failure(session, late) == session_pb2.FAILURE_KIND_DRAINING
+        assert len(await session.collect_tokens(running.work_id, 0)) == 60
+        await draining
+        await worker.wait_until_idle()
+
+
+async def test_what_does_not_end_within_the_drain_timeout_fails_with_draining(engine: WorkerEngine) -> None:
+    endless, reserved = make_work(PROMPT, LONG), make_work(PROMPT, 5, request_id="b" * 32)
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, endless)
+        await reserve(session, reserved)
+        await worker.services.sessions.drain(1)
+        kinds = [(await session.expect("work_failed")).kind for _ in range(2)]
+        assert kinds == [session_pb2.FAILURE_KIND_DRAINING] * 2
+        await worker.wait_until_idle()
+
+
+async def test_a_failing_step_fails_its_works_and_the_worker_goes_on(
+    engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [make_work(PROMPT, 5, request_id=c * 32) for c in "ab"]
+    num_calls = 0
+    run = engine.step_runner.__class__.run
+
+    def fail_once(self: Any, *arguments: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise RuntimeError("injected")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(engine.step_runner.__class__, "run", fail_once)
+    async with decode_with(engine) as (worker, session):
+        await run_locally(session, works[0])
+        assert await expect_failure(session, works[0]) == session_pb2.FAILURE_KIND_INTERNAL
+        await run_locally(session, works[1])
+        assert len(await session.collect_tokens(works[1].work_id, 0)) == 5
+        await worker.wait_until_idle()
+    assert num_calls > 1
+
+
+async def test_prefill_with_a_receiver_that_is_not_there_fails_with_transfer(engine: WorkerEngine) -> None:
+    work = make_work(PROMPT, 5)
+    async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address) as session:
+        await session.send(start_prefill=start_prefill_to_pb(work, bytes(16), "127.0.0.1:1", 0))
+        assert await expect_failure(session, work) == session_pb2.FAILURE_KIND_TRANSFER
+        await worker.wait_until_idle()
+
+
+@pytest.mark.parametrize("address", ["", "no address", "127.0.0.1:1"])
+async def test_prefill_that_is_cancelled_before_its_push_connects_is_freed(engine: WorkerEngine, address: str) -> None:
+    work = make_work(PROMPT, 5)
+    async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address) as session:
+        await session.send(start_prefill=start_prefill_to_pb(work, bytes(16), address, 0))
+        await session.cancel_work(work.work_id)
+        await worker.wait_until_idle()
+
+
+async def test_a_prefill_session_that_ends_breaks_its_pushes_and_the_decode_worker_frees_its_reservation(
+    engine: WorkerEngine, other_engine: WorkerEngine
+) -> None:
+    work = make_work(PROMPT * 8, 5)
+    async with decode_with(engine) as (decode_worker, decode), running_prefill_worker(other_engine) as prefill_worker:
+        reserved = await reserve(decode, work)
+        async with session_with("prefill", prefill_worker.address) as prefill:
+            await prefill.send(start_prefill=start_prefill_to_pb(work, reserved.ticket, reserved.push_address, 0))
+            await prefill.expect_load(num_running=1)
+        await prefill_worker.wait_until_idle()
+        assert await expect_failure(decode, work) == session_pb2.FAILURE_KIND_TRANSFER
+        await decode_worker.wait_until_idle()
+        assert prefill_worker.services.sessions.load.num_used_blocks == 0
+
+
+async def test_a_decode_cancel_in_the_middle_of_a_push_fails_the_prefill_with_transfer(
+    engine: WorkerEngine, other_engine: WorkerEngine
+) -> None:
+    work = make_work(PROMPT * 8, 5, cache_salt="cancel")
+    async with (
+        decode_with(engine) as (decode_worker, decode),
+        running_prefill_worker(other_engine) as prefill_worker,
+        session_with("prefill", prefill_worker.address) as prefill,
+    ):
+        reserved = await reserve(decode, work)
+        await prefill.send(start_prefill=start_prefill_to_pb(work, reserved.ticket, reserved.push_address, 0))
+        await prefill.expect_load(num_running=1)
+        await decode.cancel_work(work.work_id)
+        assert await expect_failure(prefill, work) == session_pb2.FAILURE_KIND_TRANSFER
+        await asyncio.gather(prefill_worker.wait_until_idle(), decode_worker.wait_until_idle())
