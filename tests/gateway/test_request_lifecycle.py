@@ -197,6 +197,8 @@ def test_another_workers_word_about_the_work_is_dropped() -> None:
     reserved(lifecycle)
     assert lifecycle.handle(m.PrefillDone("p2", FIRST, (token(0),))) == []
     assert lifecycle.handle(m.WorkFailed("d2", FIRST, FailureKind.INTERNAL, "")) == []
+    lifecycle.handle(m.PrefillDone("p1", FIRST, (token(0),)))
+    assert lifecycle.handle(m.DecodeTokens("d2", (token(1),))) == []
 
 
 @pytest.mark.parametrize(
@@ -256,3 +258,41 @@ def test_the_end_waits_a_moment_for_the_report_on_the_transfer() -> None:
     actions = lifecycle.handle(m.TransferDone("p1", FIRST, 64, 2.0, 1.0))
     assert finish_of(actions).state is RequestState.SUCCEEDED
     assert lifecycle.report.transfer_bytes == 64
+
+
+def test_a_prefill_workers_failure_during_the_wait_for_its_report_ends_the_wait() -> None:
+    lifecycle = make_lifecycle(1)
+    reserved(lifecycle)
+    lifecycle.handle(m.DecodeTokens("d1", (token(1, finish=FinishReason.LENGTH),)))
+    lifecycle.handle(m.PrefillDone("p1", FIRST, (token(0),)))
+    actions = lifecycle.handle(m.WorkFailed("p1", FIRST, FailureKind.TRANSFER, "late"))
+    assert finish_of(actions).state is RequestState.SUCCEEDED
+
+
+def test_a_prefill_workers_failure_changes_nothing_once_the_sequences_run() -> None:
+    lifecycle = make_lifecycle(1)
+    reserved(lifecycle)
+    lifecycle.handle(m.PrefillDone("p1", FIRST, (token(0),)))
+    lifecycle.handle(m.DecodeStarted("d1", FIRST, 100))
+    assert lifecycle.handle(m.WorkFailed("p1", FIRST, FailureKind.TRANSFER, "acknowledgement lost")) == []
+
+
+def test_a_stop_string_in_a_first_token_is_told_when_the_sequences_run() -> None:
+    lifecycle = make_lifecycle(2)
+    reserved(lifecycle)
+    lifecycle.handle(m.PrefillDone("p1", FIRST, (token(0, 0), token(0, 1))))
+    assert lifecycle.handle(m.StopFound(1)) == []
+    assert m.SendFinishSequence("d1", FIRST, 1) in lifecycle.handle(m.DecodeStarted("d1", FIRST, 100))
+
+
+def test_a_work_that_a_stop_string_ended_is_cancelled_while_others_of_the_request_run() -> None:
+    lifecycle = make_lifecycle(2)
+    reserved(lifecycle, prefill=None)
+    lifecycle.handle(m.DecodeTokens("d1", (token(0, 0), token(0, 1))))
+    lifecycle.handle(m.WorkerLost("d1"))
+    works = [WorkId("a" * 32, 2, sequence) for sequence in range(2)]
+    for work_id, worker_id in zip(works, ("d2", "d3"), strict=True):
+        lifecycle.handle(m.Routed(work_id, worker_id, None))
+        lifecycle.handle(m.Reserved(worker_id, work_id, b"", "", 0))
+        lifecycle.handle(m.DecodeStarted(worker_id, work_id))
+    assert lifecycle.handle(m.StopFound(1)) == [m.SendCancel("d3", works[1])]
