@@ -113,7 +113,7 @@ def test_prompts_are_computed_in_chunks_while_others_decode() -> None:
     bench.push(running)
     bench.scheduler.reserve(local)
     bench.scheduler.run_prompt(local.work_id)
-    sizes = []
+    sizes: list[list[tuple[str, int, int]]] = []
     while (step := bench.step()) is not None and len(sizes) < 3:
         sizes.append([(entry.work_id.request_id[0], entry.num_tokens, len(entry.continued)) for entry in step.entries])
     assert sizes == [[("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 4, 1)]]
