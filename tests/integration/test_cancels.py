@@ -57,7 +57,7 @@ async def run_request(client: AsyncClient, generator: random.Random) -> str:
         async for delta in stream:
             num_tokens += len(delta.tokens)
             if num_tokens > after and ending == "disconnect":
-                await stream.aclose()
+                await stream.cancel()
                 return "disconnected"
             if num_tokens > after and ending == "call" and stream.accepted is not None:
                 await client.cancel(stream.accepted.request_id)

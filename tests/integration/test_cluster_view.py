@@ -30,7 +30,7 @@ async def status(address: str) -> dict[str, Any]:
     return answer
 
 
-async def stored(store: "redis.Redis", request_id: str) -> dict[bytes, int]:
+async def stored(store: "redis.Redis", request_id: str) -> dict[str, int]:
     """Every key of the request with what is left of its life, in milliseconds; a key that never expires has -1."""
     keys = [key async for key in store.scan_iter(match=f"*{{{request_id}}}*")]
     return {key: await store.pttl(key) for key in keys}
@@ -46,7 +46,7 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
     )
     async with cluster, AsyncClient(cluster.gateway_address) as client:
         assert cluster.redis_url is not None
-        store = redis.Redis.from_url(cluster.redis_url)
+        store = redis.Redis.from_url(cluster.redis_url, decode_responses=True)
         num_tokens = 0
         stream = client.generate(token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60)
         async for delta in stream:
@@ -61,7 +61,7 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
         request_id = stream.accepted.request_id
 
         async def succeeded() -> bool:
-            return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == b"SUCCEEDED"
+            return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == "SUCCEEDED"
 
         await wait_until(succeeded, "Redis has the final state")
         request = await client.get_request(request_id)
@@ -75,7 +75,7 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
 
 async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Redis", request_id: str) -> None:
     async def decoding_in_redis() -> bool:
-        return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == b"DECODING"
+        return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == "DECODING"
 
     await wait_until(decoding_in_redis, "Redis knows that the request decodes")
     view = await client.cluster()
@@ -90,10 +90,10 @@ async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Re
     assert shown["decode_worker_id"] == running.decode_worker_id
 
     fields = await store.hgetall(f"kvrelay:{{{request_id}}}:request")
-    assert fields[b"decode_worker_id"].decode() == running.decode_worker_id
-    assert fields[b"prefill_worker_id"].decode() == running.prefill_worker_id
-    assert fields[b"gateway_id"].decode() == view.gateway_id
-    assert int(fields[b"attempt"]) == running.attempt == 1
+    assert fields["decode_worker_id"] == running.decode_worker_id
+    assert fields["prefill_worker_id"] == running.prefill_worker_id
+    assert fields["gateway_id"] == view.gateway_id
+    assert int(fields["attempt"]) == running.attempt == 1
     listed = await client.list_requests(active_only=True)
     assert [request.request_id for request in listed.requests] == [request_id]
     assert all(life_ms > 0 for life_ms in (await stored(store, request_id)).values())

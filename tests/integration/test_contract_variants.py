@@ -29,12 +29,14 @@ def reference(model: Path) -> Reference:
 
 
 @asynccontextmanager
-async def started(model: Path, *, decode: dict[str, object] | None = None, **settings: object) -> AsyncIterator[AsyncClient]:
-    """One prefill and one decode worker; `settings` go to the gateway, or to both engines where they are an engine's."""
-    relay = {name: settings.pop(name) for name in list(settings) if name == "local_prefill_tokens"}
+async def started(
+    model: Path, *, local_prefill_tokens: int = 0, decode: dict[str, object] | None = None, **settings: object
+) -> AsyncIterator[AsyncClient]:
+    """One prefill and one decode worker; `settings` go to both engines, `decode` to the second one only."""
     prefill_engine = engine(model, block_size=BLOCK_SIZE, **settings)
     decode_engine = engine(model, block_size=BLOCK_SIZE, **settings, **(decode or {}))
-    async with cluster_of([prefill_engine], [decode_engine], **relay) as cluster, AsyncClient(cluster.gateway_address) as client:
+    cluster = cluster_of([prefill_engine], [decode_engine], local_prefill_tokens=local_prefill_tokens)
+    async with cluster, AsyncClient(cluster.gateway_address) as client:
         yield client
         await assert_at_rest(client)
 
@@ -42,7 +44,7 @@ async def started(model: Path, *, decode: dict[str, object] | None = None, **set
 @pytest.mark.parametrize("chunk_tokens", [BLOCK_SIZE, MAX_CONTEXT_TOKENS])
 async def test_chunks_of_one_block_and_of_the_whole_prompt(model: Path, reference: Reference, chunk_tokens: int) -> None:
     ties = NearTies()
-    async with started(model, prefill_chunk_tokens=chunk_tokens, local_prefill_tokens=0) as client:
+    async with started(model, prefill_chunk_tokens=chunk_tokens) as client:
         prompts = [random_prompt(length, length) for length in (1, 16, 33, 200, 400)]
         for prompt in prompts:
             completion = await greedy(client, prompt, NUM_TOKENS)
@@ -89,7 +91,7 @@ async def test_a_pool_too_small_preempts_and_gives_the_same_tokens(model: Path, 
     ties = NearTies()
     num_tokens = 100
     # Eight sequences of 40 + 100 tokens need 72 blocks; the pool has 30.
-    async with started(model, decode={"num_kv_blocks": 30}, local_prefill_tokens=0) as client:
+    async with started(model, decode={"num_kv_blocks": 30}) as client:
         prompts = [random_prompt(500 + number, 40) for number in range(8)]
         runs = (greedy(client, prompt, num_tokens) for prompt in prompts)
         for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
