@@ -6,7 +6,7 @@ Lives on a worker's event loop. Knows nothing of what works are made of.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kvrelay.work import WorkId
@@ -23,6 +23,14 @@ class _Lease(Generic[SessionT]):
     timer: asyncio.TimerHandle
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """The newest attempt at a request, and its works that have been here: each may come once."""
+
+    number: int
+    works: set[WorkId] = field(default_factory=set)
+
+
 class WorkLeases(Generic[SessionT]):
     """All works of a worker.
 
@@ -36,7 +44,7 @@ class WorkLeases(Generic[SessionT]):
         self._on_superseded = on_superseded
         self._leases: dict[WorkId, _Lease[SessionT]] = {}
         self._works_by_request: dict[str, set[WorkId]] = {}
-        self._newest_attempts: OrderedDict[str, int] = OrderedDict()
+        self._newest_attempts: OrderedDict[str, _Attempt] = OrderedDict()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -47,13 +55,14 @@ class WorkLeases(Generic[SessionT]):
         """Takes a work on, and ends those of older attempts at the same request.
 
         Returns:
-            False when the work is known already, or a newer attempt is: then it is to be refused.
+            False when the work was known before, or a newer attempt is: then it is to be refused.
         """
-        newest = self._newest_attempts.get(work_id.request_id, 0)
-        if work_id.attempt < newest or work_id in self._leases:
+        newest = self._newest_attempts.get(work_id.request_id)
+        if newest is not None and (work_id.attempt < newest.number or work_id in newest.works):
             return False
-        if work_id.attempt > newest:
-            self._supersede(work_id)
+        if newest is None or work_id.attempt > newest.number:
+            newest = self._supersede(work_id)
+        newest.works.add(work_id)
         timer = asyncio.get_running_loop().call_later(deadline_ms / 1000, self._on_expired, work_id)
         self._leases[work_id] = _Lease(session, timer)
         self._works_by_request.setdefault(work_id.request_id, set()).add(work_id)
@@ -94,11 +103,12 @@ class WorkLeases(Generic[SessionT]):
         """Returns when no work is left. The caller bounds it."""
         await self._empty.wait()
 
-    def _supersede(self, work_id: WorkId) -> None:
-        self._newest_attempts[work_id.request_id] = work_id.attempt
+    def _supersede(self, work_id: WorkId) -> "_Attempt":
+        newest = self._newest_attempts[work_id.request_id] = _Attempt(work_id.attempt)
         self._newest_attempts.move_to_end(work_id.request_id)
         while len(self._newest_attempts) > NUM_REMEMBERED_REQUESTS:
             self._newest_attempts.popitem(last=False)
         for older in list(self._works_by_request.get(work_id.request_id, ())):
             self.end(older)
             self._on_superseded(older)
+        return newest

@@ -134,13 +134,14 @@ class PrefillScheduler:
         state = self._states.get(work_id)
         if state is None:
             return
-        if state.phase is _Phase.CLOSING:
+        if state.phase is _Phase.CLOSING and problem is not None:
             assert state.ending is not None
             self._end(state, state.ending)
         elif problem is not None:
             self._end(state, WorkFailed(work_id, FailureKind.TRANSFER, problem))
         else:
-            assert state.phase is _Phase.SENDING, "a push cannot be complete before its prompt is"
+            # Perhaps told to stop too late: then it is done all the same.
+            assert state.phase in (_Phase.SENDING, _Phase.CLOSING), "a push cannot be complete before its prompt is"
             self._end(state, WorkEnded(work_id))
 
     def cancel(self, work_id: WorkId) -> None:
