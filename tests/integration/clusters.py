@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from kvrelay.client import AsyncClient, Cluster, Completion, WorkerInfo, WorkerRole
-from kvrelay.config import DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings, RelaySettings
+from kvrelay.config import DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings, RelaySettings, ServerSettings
 from kvrelay.local_cluster import LocalCluster
 from tests.tiny_models import SPECIAL_TOKENS, VOCAB_SIZE
 
@@ -27,7 +27,7 @@ def cluster_of(
 ) -> LocalCluster:
     """A cluster with a worker for each engine; `relay` are the gateway's settings."""
     return LocalCluster(
-        gateway=GatewaySettings(relay=RelaySettings.model_validate(relay)),
+        gateway=GatewaySettings(server=ServerSettings(port=0), relay=RelaySettings.model_validate(relay)),
         prefill=[PrefillSettings(engine=settings) for settings in prefill],
         decode=[DecodeSettings(engine=settings) for settings in decode],
         restart=restart,
