@@ -1,5 +1,6 @@
 """The root of the command line: which commands there are, and what becomes of errors. Knows nothing of what commands do."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 well, 1 an expected error, 2 wrong usage or setting, 130 interrupted."""
+    # Before gRPC is imported: what its C core writes to standard error is said again, and better, by our own errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app(args=arguments, prog_name="kvrelay")
     except KvrelayError as error:
