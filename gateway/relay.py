@@ -144,7 +144,7 @@ class Relay:
             admitted=admitted,
             sessions=self.sessions,
             settings=self.settings,
-            on_end=self.requests.note_ended,
+            on_end=self._note_ended,
         )
         if not journal.output.frames:
             seed = request.sampling.seed
@@ -187,6 +187,10 @@ class Relay:
             cache_salt=request.cache_salt,
             resumable=request.resumable,
         )
+
+    def _note_ended(self, runner: RequestRunner) -> None:
+        self.requests.note_ended(runner)
+        self.writer.wake()
 
     def _note_workers_changed(self) -> None:
         self.models.note_workers_changed()

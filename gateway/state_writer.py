@@ -36,7 +36,7 @@ class StateWriter:
         self._on_superseded = on_superseded
         self._journals: dict[str, RequestJournal] = {}
         self._full = False
-        self._tracked = asyncio.Event()
+        self._woken = asyncio.Event()
         self.num_dropped = 0
         """Ended requests whose last state was never written, for Redis was away too long."""
 
@@ -49,7 +49,11 @@ class StateWriter:
         """Writes the journal until it has ended and everything of it is written."""
         self._journals[journal.request_id] = journal
         self._drop_surplus()
-        self._tracked.set()  # so that other gateways know the request at once
+        self.wake()
+
+    def wake(self) -> None:
+        """Something happened that other gateways should know at once: a request began or ended."""
+        self._woken.set()
 
     def _drop_surplus(self) -> None:
         """Bounds what is kept while Redis is away. Running requests are bounded by admission."""
@@ -64,13 +68,13 @@ class StateWriter:
         """Writes for ever; cancel it to stop."""
         while True:
             await self._store.health.wait_until_healthy()
-            self._tracked.clear()
+            self._woken.clear()
             await self._write_pass()
             if self._full:
                 await asyncio.sleep(FULL_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PASS_INTERVAL_S):
-                    await self._tracked.wait()
+                    await self._woken.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Writes what is left when the gateway ends, for so long at the most."""

@@ -19,13 +19,13 @@ RECOVERABLE_FAULTS = frozenset({"kill", "fail", "repeat", "skip"})
 FIRST = WorkId("a" * 32, 1)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(seed=st.integers(0, 2**32), lengths=LENGTHS, faults=st.sets(st.sampled_from(sorted(ALL_FAULTS))))
 def test_invariants_hold_in_every_order_of_events(seed: int, lengths: list[int], faults: set[str]) -> None:
     Simulation(Random(seed), lengths, frozenset(faults)).run()
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(seed=st.integers(0, 2**32), lengths=LENGTHS)
 def test_a_request_succeeds_in_spite_of_faults_that_leave_workers(seed: int, lengths: list[int]) -> None:
     simulation = Simulation(Random(seed), lengths, RECOVERABLE_FAULTS)
