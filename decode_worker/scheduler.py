@@ -11,13 +11,13 @@ oldest sequence in the batch is never preempted for a younger one, nothing new i
 reservation takes all blocks of its prompt or none; so somebody always advances.
 """
 
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from decode_worker.events import BlocksReserved, SchedulerEvent, SequencesStarted, WorkEnded, WorkFailed
+from decode_worker.running_batch import RunningBatch
 from decode_worker.work_state import Phase, Run, WorkState
 from kvrelay import sequence as sequences
 from kvrelay.errors import OutOfBlocksError
@@ -58,14 +58,10 @@ class DecodeScheduler:
         self._writers = writers
         self._states: dict[WorkId, WorkState] = {}
         self._waiting: deque[WorkState] = deque()
-        self._batch: list[Run] = []
-        self._preempted: list[Run] = []
-        self._run_by_sequence: dict[sequences.Sequence, Run] = {}
+        self._batch = RunningBatch(blocks)
         self._events: list[SchedulerEvent] = []
         self._num_works = 0
-        self._has_released = False
         self._num_prefix_hit_tokens = 0
-        self._num_preemptions = 0
         self._num_computed_prompt_tokens = 0
 
     @property
@@ -85,17 +81,17 @@ class DecodeScheduler:
     def load(self) -> WorkerLoad:
         """How busy the worker is."""
         num_reserved = sum(1 for state in self._states.values() if state.phase in (Phase.RESERVED, Phase.CLOSING))
-        uncomputed = [run.sequence.num_uncomputed_tokens for run in (*self._batch, *self._preempted)]
+        uncomputed = [run.sequence.num_uncomputed_tokens for run in (*self._batch.runs, *self._batch.preempted)]
         return WorkerLoad(
-            num_running=sum(len(run.numbers) for run in self._batch),
-            num_waiting=len(self._waiting) + num_reserved + len(self._preempted),
+            num_running=sum(len(run.numbers) for run in self._batch.runs),
+            num_waiting=len(self._waiting) + num_reserved + len(self._batch.preempted),
             num_queued_prompt_tokens=sum(num_tokens for num_tokens in uncomputed if num_tokens > 1),
             num_free_blocks=self._blocks.num_free_blocks,
             num_cached_blocks=self._blocks.num_cached_blocks,
             num_used_blocks=self._blocks.num_used_blocks,
             num_blocks=self._blocks.num_blocks,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._batch.num_preemptions,
             num_computed_prompt_tokens=self._num_computed_prompt_tokens,
         )
 
@@ -178,10 +174,10 @@ class DecodeScheduler:
         """
         while True:
             self._admit()
-            self._has_released = False
+            held_before = len(self._states), self._batch.num_preemptions
             step = self._build_step()
             # A run that found no room gave its blocks back: somebody else may be admitted with them.
-            if step is not None or not self._has_released:
+            if step is not None or held_before == (len(self._states), self._batch.num_preemptions):
                 return step
 
     def complete(self, step: Step, tokens: Sequence[SequenceToken]) -> None:
@@ -193,7 +189,7 @@ class DecodeScheduler:
         """
         remaining = iter(tokens)
         for entry in step.entries:
-            run = self._run_by_sequence[entry.sequence]
+            run = self._batch.run_of(entry.sequence)
             self._note_computed(run, entry)
             sampled = [next(remaining) for _ in entry.continued]
             if sampled:
@@ -219,13 +215,12 @@ class DecodeScheduler:
 
     def _admit(self) -> None:
         """Lets in who waits, in order: preempted sequences, then new works."""
-        while self._preempted:
-            run = self._preempted[0]
+        while self._batch.preempted:
+            run = self._batch.preempted[0]
             table = self._allocate(run.sequence.token_ids, run.state.work.cache_salt)
             if table is None:
                 return
-            self._preempted.pop(0)
-            self._join_batch(run, table, table.num_cached_tokens)
+            self._batch.readmit(table)
         while self._waiting and self._has_slots_for(self._waiting[0].work):
             state = self._waiting[0]
             table = self._allocate(state.work.token_ids, state.work.cache_salt)
@@ -255,7 +250,7 @@ class DecodeScheduler:
         entries: list[StepEntry] = []
         copies: list[BlockCopy] = []
         budget = self._limits.prefill_chunk_tokens
-        for run in list(self._batch):
+        for run in self._batch.runs:
             if run.sequence.block_table is None:
                 continue  # preempted, or ended, by an older one of this step
             num_uncomputed = run.sequence.num_uncomputed_tokens
@@ -282,22 +277,7 @@ class DecodeScheduler:
             message = f"a sequence of {run.sequence.num_tokens} tokens has outgrown the worker's pool"
             self.fail(run.state.work.work_id, FailureKind.OUT_OF_CAPACITY, message)
             return None
-        while True:
-            try:
-                return self._blocks.grow(run.table, run.sequence.num_tokens)
-            except OutOfBlocksError:
-                youngest = self._batch[-1]
-                self._preempt(youngest)
-                if youngest is run:
-                    return None
-
-    def _preempt(self, run: Run) -> None:
-        self._batch.remove(run)
-        self._release(run.table)
-        run.sequence.block_table = None
-        run.sequence.num_computed_tokens = 0
-        insort(self._preempted, run, key=lambda other: other.age)
-        self._num_preemptions += 1
+        return self._batch.make_room(run)
 
     # --- What a step brings
 
@@ -324,12 +304,8 @@ class DecodeScheduler:
 
     def _split(self, run: Run, sampled: Sequence[SequenceToken]) -> None:
         """The shared prompt is there: each sequence goes on by itself."""
-        state, table = run.state, run.table
-        self._batch.remove(run)
-        state.runs.remove(run)
-        del self._run_by_sequence[run.sequence]
-        run.sequence.block_table = None
-        self._start_sequences(state, table, sampled)
+        run.state.runs.remove(run)
+        self._start_sequences(run.state, self._batch.detach(run), sampled)
 
     def _start_pushed(self, state: WorkState, first_tokens: Sequence[SequenceToken]) -> None:
         table, state.table = state.table, None
@@ -346,7 +322,7 @@ class DecodeScheduler:
         run = Run(state, sequences.start_sequence(state.work, numbers[0]), numbers)
         state.phase = Phase.ACTIVE
         state.runs.append(run)
-        self._join_batch(run, table, table.num_cached_tokens)
+        self._batch.join(run, table, table.num_cached_tokens)
 
     def _start_sequences(self, state: WorkState, table: BlockTable, first_tokens: Sequence[SequenceToken]) -> None:
         """All sequences of a work behind their first tokens, over the prompt's blocks."""
@@ -356,34 +332,18 @@ class DecodeScheduler:
             run = Run(state, sequences.start_sequence(state.work, first.sequence), (first.sequence,))
             run.sequence.append(first.token.token_id)
             state.runs.append(run)
-            self._join_batch(run, own_table, len(state.work.token_ids))
+            self._batch.join(run, own_table, len(state.work.token_ids))
         if not live:
-            self._release(table)
+            self._blocks.release(table)
             self._end(state, WorkEnded(state.work.work_id))
-
-    def _join_batch(self, run: Run, table: BlockTable, num_computed_tokens: int) -> None:
-        run.sequence.block_table = table
-        run.sequence.num_computed_tokens = num_computed_tokens
-        self._run_by_sequence[run.sequence] = run
-        insort(self._batch, run, key=lambda other: other.age)
 
     # --- Ends
 
     def _finish(self, run: Run) -> None:
-        self._leave(run)
+        self._batch.leave(run)
         run.state.runs.remove(run)
         if not run.state.runs:
             self._end(run.state, WorkEnded(run.state.work.work_id))
-
-    def _leave(self, run: Run) -> None:
-        """The run holds nothing any more."""
-        if run.sequence.block_table is not None:
-            self._batch.remove(run)
-            self._release(run.table)
-            run.sequence.block_table = None
-        else:
-            self._preempted.remove(run)
-        del self._run_by_sequence[run.sequence]
 
     def _give_up(self, state: WorkState, ending: SchedulerEvent) -> None:
         if state.phase is Phase.CLOSING:
@@ -394,18 +354,14 @@ class DecodeScheduler:
             state.phase, state.ending = Phase.CLOSING, ending
             return
         for run in state.runs:
-            self._leave(run)
+            self._batch.leave(run)
         state.runs.clear()
         self._end(state, ending)
 
     def _end(self, state: WorkState, ending: SchedulerEvent | None) -> None:
         if state.table is not None:
-            self._release(state.table)
+            self._blocks.release(state.table)
             state.table = None
         del self._states[state.work.work_id]
         if ending is not None:
             self._events.append(ending)
-
-    def _release(self, table: BlockTable) -> None:
-        self._blocks.release(table)
-        self._has_released = True

@@ -57,7 +57,7 @@ async def test_a_worker_is_in_the_registry_serves_and_is_withdrawn_at_its_end(ro
             assert session.hello.worker_id == member.instance_id
             assert session.hello.model.fingerprint == member.fingerprint
         channel = create_channel(member.address)
-        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # type: ignore[misc]
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # type: ignore[attr-defined]
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         await check_tokenizer(channel, member)
         await channel.close()
