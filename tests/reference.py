@@ -46,6 +46,16 @@ class Reference:
             self._generated[key] = self._generate(prompt, num_tokens)
         return self._generated[key]
 
+    def generate_all(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Generates for all of them in one thread, for `check` to find."""
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for prompt in prompts:
+                self.generate(prompt, num_tokens)
+        finally:
+            torch.set_num_threads(num_threads)
+
     def _generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
         input_ids = torch.tensor([list(prompt)])
         with torch.inference_mode():

@@ -89,11 +89,10 @@ async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Re
     assert shown["state"].lower() == "decoding"
     assert shown["decode_worker_id"] == running.decode_worker_id
 
-    fields = await store.hgetall(f"kvrelay:{{{request_id}}}:request")
-    assert fields["decode_worker_id"] == running.decode_worker_id
-    assert fields["prefill_worker_id"] == running.prefill_worker_id
-    assert fields["gateway_id"] == view.gateway_id
-    assert int(fields["attempt"]) == running.attempt == 1
+    names = ("decode_worker_id", "prefill_worker_id", "gateway_id", "attempt")
+    fields = await store.hmget(f"kvrelay:{{{request_id}}}:request", names)
+    assert fields == [running.decode_worker_id, running.prefill_worker_id, view.gateway_id, str(running.attempt)]
+    assert running.attempt == 1
     listed = await client.list_requests(active_only=True)
     assert [request.request_id for request in listed.requests] == [request_id]
     assert all(life_ms > 0 for life_ms in (await stored(store, request_id)).values())
