@@ -5,8 +5,10 @@
 Knows nothing of what commands and steps are.
 """
 
+import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 import structlog
@@ -31,6 +33,10 @@ class EngineLoop(Protocol[CommandT_contra]):
         """Something broke outside of any single work: ends all works, so that the worker goes on from a known state."""
 
 
+def _exit_process() -> None:
+    os._exit(1)
+
+
 class EngineThread(Generic[CommandT]):
     """Runs an EngineLoop. `submit` may be called from any thread.
 
@@ -38,11 +44,20 @@ class EngineThread(Generic[CommandT]):
         name: of the thread.
         loop: what to run.
         max_commands: of those that bring new work; others always fit, for each work causes a bounded number of them.
+        on_broken: called in the thread when not even `fail_all` works. By default the process ends: a worker without its engine
+            would answer heartbeats and hold works that never end.
     """
 
-    def __init__(self, name: str, loop: EngineLoop[CommandT], max_commands: int = 4096) -> None:
+    def __init__(
+        self,
+        name: str,
+        loop: EngineLoop[CommandT],
+        max_commands: int = 4096,
+        on_broken: Callable[[], None] = _exit_process,
+    ) -> None:
         self._loop = loop
         self._max_commands = max_commands
+        self._on_broken = on_broken
         self._commands: deque[CommandT] = deque()
         self._changed = threading.Condition()
         self._stopped = False
@@ -76,15 +91,32 @@ class EngineThread(Generic[CommandT]):
 
     def _run(self) -> None:
         busy = True  # the first step has nothing to do but to say so: the load of a worker at rest
-        while (commands := self._take(wait=not busy)) is not None:
-            try:
+        try:
+            while (commands := self._take(wait=not busy)) is not None:
                 for command in commands:
-                    self._loop.handle(command)
-                busy = self._loop.step()
-            except Exception:
-                _log.exception("the engine loop failed; all its work is failed")
-                self._loop.fail_all()
-                busy = True
+                    self._handle(command)
+                busy = self._step()
+        except Exception:
+            _log.critical("the engine thread cannot go on", exc_info=True)
+            self._on_broken()
+
+    def _handle(self, command: CommandT) -> None:
+        # Each by itself: the commands behind one that fails are about other works, whose ends would be missed.
+        try:
+            self._loop.handle(command)
+        except Exception:
+            self._fail_all()
+
+    def _step(self) -> bool:
+        try:
+            return self._loop.step()
+        except Exception:
+            self._fail_all()
+            return True
+
+    def _fail_all(self) -> None:
+        _log.exception("the engine loop failed; all its work is failed")
+        self._loop.fail_all()
 
     def _take(self, *, wait: bool) -> list[CommandT] | None:
         """All waiting commands; None when the thread is to end."""
