@@ -105,6 +105,7 @@ def _load_config(source: dict[str, Any], path: Path) -> Any:
 
 def _load_module(source: dict[str, Any], path: Path, architecture: str, dtype: torch.dtype) -> Any:
     auto_model: Any = transformers.AutoModelForCausalLM
+    transformers.utils.logging.disable_progress_bar()  # a worker's log is no terminal
     try:
         module, report = auto_model.from_pretrained(
             **source,
