@@ -1,0 +1,62 @@
+"""The documents say what the code does: settings, commands and RPCs are all described, and links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from kvrelay.cli.app import app
+from kvrelay.config import (
+    ClientSettings,
+    ClusterSettings,
+    EngineSettings,
+    RelaySettings,
+    ServerSettings,
+    Settings,
+    TransferSettings,
+)
+from kvrelay.v1 import inference_pb2
+from tests.test_rpc import wire_errors
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+OPERATING = (ROOT / "docs/operating.md").read_text("utf-8")
+PROTOCOL = (ROOT / "docs/protocol.md").read_text("utf-8")
+
+
+def setting_row(name: str, default: object, description: str | None) -> str:
+    shown = {None: "", True: "on", False: "off"}.get(default, default) if isinstance(default, bool | None) else default
+    return f"| `--{name.replace('_', '-')}` | {shown} | {description} |"
+
+
+@pytest.mark.parametrize(
+    "settings_class", [ServerSettings, EngineSettings, TransferSettings, RelaySettings, ClusterSettings, ClientSettings]
+)
+def test_every_setting_stands_in_the_operating_page(settings_class: type[Settings]) -> None:
+    rows = [setting_row(name, field.default, field.description) for name, field in settings_class.model_fields.items()]
+    assert [row for row in rows if row not in OPERATING] == []
+
+
+def test_every_command_is_mentioned() -> None:
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    group = typer.main.get_command(app)
+    names = list(group.commands)  # type: ignore[attr-defined]
+    assert len(names) > 8
+    assert [name for name in names if f"kvrelay {name}" not in text] == []
+
+
+def test_every_rpc_of_clients_is_described() -> None:
+    methods = [method.name for method in inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods]
+    assert len(methods) == 10
+    assert [name for name in methods if name not in PROTOCOL] == []
+
+
+def test_every_reason_that_clients_can_get_is_described() -> None:
+    assert [kind.reason for kind in wire_errors() if kind.reason not in PROTOCOL] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
