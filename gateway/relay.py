@@ -32,6 +32,8 @@ from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegist
 
 FIRST_LOOK_TIMEOUT_MS = 1000
 LAST_WRITES_TIMEOUT_S = 2.0
+DRAINING_RETRY_MS = 1000
+"""When a client may ask again that a draining gateway refused: by then a load balancer has noticed, or a new gateway is up."""
 
 _log = structlog.get_logger(__name__)
 
@@ -98,7 +100,8 @@ class Relay:
     def check_open(self) -> None:
         """Raises UnavailableError while the gateway takes no new requests, StoreFullError while their state could not be kept."""
         if self.draining:
-            raise UnavailableError("this gateway is shutting down; send the request to another one, or again in a moment")
+            message = "this gateway is shutting down; send the request to another one, or again in a moment"
+            raise UnavailableError(message, DRAINING_RETRY_MS)
         self.writer.check_room()
 
     def start(self, request: GenerationRequest) -> RequestRunner:

@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from kvrelay import errors
-from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError
+from kvrelay.errors import InvalidRequestError, KvrelayError, OverloadedError, UnavailableError
 
 DETAILS_METADATA_KEY = "grpc-status-details-bin"
 
@@ -59,7 +59,7 @@ def status_of(error: KvrelayError) -> Status:
     if isinstance(error, InvalidRequestError):
         violation = BadRequest.FieldViolation(field=error.field, description=error.problem)
         details.append(BadRequest(field_violations=[violation]))
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | UnavailableError) and error.retry_after_ms is not None:
         delay = Duration()
         delay.FromMilliseconds(error.retry_after_ms)
         details.append(RetryInfo(retry_delay=delay))
@@ -80,6 +80,8 @@ def error_of(status: Status) -> KvrelayError:
         violation = request.field_violations[0] if request.field_violations else BadRequest.FieldViolation()
         return kind(violation.field, violation.description)
     if issubclass(kind, OverloadedError):
+        return kind(status.message, retry.retry_delay.ToMilliseconds())
+    if issubclass(kind, UnavailableError) and retry.HasField("retry_delay"):
         return kind(status.message, retry.retry_delay.ToMilliseconds())
     return kind(status.message)
 

@@ -130,9 +130,13 @@ class OutOfBlocksError(KvrelayError):
 
 
 class UnavailableError(KvrelayError):
-    """Something that is needed cannot be reached now."""
+    """Something that is needed cannot be reached now. `retry_after_ms`, where it is known, goes to the client as RetryInfo."""
 
     reason = "UNAVAILABLE"
+
+    def __init__(self, message: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
 
 
 class StateLostError(UnavailableError):

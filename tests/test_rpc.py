@@ -74,6 +74,13 @@ def test_every_error_has_a_code_of_its_own_reason_and_survives_the_status(kind: 
     assert again.message == error.message
 
 
+def test_an_unavailable_error_carries_its_time_to_come_again_where_it_has_one() -> None:
+    for retry_after_ms in (None, 0, 1500):
+        again = error_of(status_of(errors.UnavailableError("draining", retry_after_ms)))
+        assert isinstance(again, errors.UnavailableError)
+        assert again.retry_after_ms == retry_after_ms
+
+
 async def test_a_wrong_field_arrives_with_its_name(channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Raising, "failure", errors.InvalidRequestError("sampling.n", "is 9; it must lie in [1, 8]"))
     failure = await fail_unary(channel)

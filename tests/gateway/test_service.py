@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.main import STATE_STORE_NAME, serve
+from gateway.relay import DRAINING_RETRY_MS
 from kvrelay import errors
 from kvrelay.config import GatewaySettings, ServerSettings
 from kvrelay.error_status import error_of_rpc
@@ -281,7 +282,9 @@ async def test_a_draining_gateway_takes_nothing_new_and_lets_running_requests_en
         return not await is_serving(gateway)
 
     await eventually(draining)
-    assert isinstance(await error_of(gateway.stub.Generate(token_request(PROMPT))), errors.UnavailableError)
+    error = await error_of(gateway.stub.Generate(token_request(PROMPT)))
+    assert isinstance(error, errors.UnavailableError)
+    assert error.retry_after_ms == DRAINING_RETRY_MS
     decode.release("token:3")
     await read_into(answer, call)
     assert answer.token_ids[0] == expected_token_ids(PROMPT, 8)
