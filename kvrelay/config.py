@@ -92,7 +92,9 @@ class RelaySettings(Settings):
     local_prefill_tokens: int = Field(
         default=32, ge=0, description="Prompts with fewer uncached tokens than this are computed by the decode worker itself."
     )
-    max_attempts: int = Field(default=8, ge=1, description="Most attempts at one request.")
+    max_attempts: int = Field(
+        default=8, ge=1, description="Most attempts at one request; those refused by full or draining workers do not count."
+    )
     worker_wait_ms: int = Field(default=30000, ge=0, description="How long a request waits for a worker of its model to appear.")
     resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
     retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
