@@ -61,7 +61,7 @@ class EmbeddedValkey:
         binary = self._binary or _find_binary()
         output = ""
         for _ in range(_MAX_TRIES):  # between finding a free port and listening on it, another process may take it
-            port = _free_port()
+            port = self._port or _free_port()
             process = ChildProcess("valkey", (str(binary), *self._options(port)), os.environ, on_line=_ignore)
             await process.start()
             if await self._answers(process, port):
@@ -69,6 +69,20 @@ class EmbeddedValkey:
                 return
             output = " ".join(list(process.tail)[-3:])
         raise StartupError(f"The embedded Valkey does not start: {output or 'it does not answer'}. Or give a --redis-url.")
+
+    async def wait(self) -> int:
+        """Waits until the server ends by itself; its exit code."""
+        assert self._process is not None, "not started"
+        return await self._process.wait()
+
+    async def start_again(self) -> None:
+        """Starts a server that has ended anew: empty, and under the same url.
+
+        Raises:
+            StartupError: the server does not start, for instance because another process has taken the port.
+        """
+        self._process = None
+        await self.start()
 
     async def stop(self) -> None:
         """Ends the server. Idempotent."""

@@ -11,18 +11,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-from kvrelay.backoff import Backoff
 from kvrelay.child_process import ChildProcess, LineSink
 from kvrelay.client import AsyncClient, Cluster, WorkerRole
 from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import KvrelayError, StartupError
 from kvrelay.settings_sources import environment_for
+from kvrelay.supervision import describe_exit, keep_running
 
 Role = Literal["gateway", "prefill", "decode"]
 WorkerRoleName = Literal["prefill", "decode"]
@@ -30,15 +30,12 @@ SettingsT = TypeVar("SettingsT", GatewaySettings, PrefillSettings, DecodeSetting
 WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
 
 GATEWAY_NAME = "gateway"
+VALKEY_NAME = "valkey"
 
 _STOP_GRACE_S = 3.2
 """From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
 _DRAIN_TIMEOUT_MS = 1500
 _POLL_INTERVAL_S = 0.1
-_RESTART_INITIAL_S = 0.5
-_RESTART_MAXIMUM_S = 30.0
-_HEALTHY_AFTER_S = 30.0
-"""A process that ran for so long starts its back-off anew."""
 
 
 def serve_command(role: Role) -> list[str]:
@@ -54,10 +51,7 @@ class _Member:
     role: Role
     environment: dict[str, str]
     process: ChildProcess
-    started_at_s: float
-    backoff: Backoff
     num_restarts: int = 0
-    supervisor: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -68,7 +62,7 @@ class LocalCluster:
         gateway: settings of the gateway; port 0 takes a free one.
         prefill, decode: settings of each worker, one process for each.
         redis_url: an existing Redis; None starts an embedded Valkey.
-        restart: start a process again when it ends by itself.
+        restart: start a process again when it ends by itself, the embedded Valkey too: the gateway restores what that has lost.
         startup_timeout_s: most time until everything is connected.
         on_line: gets every line of every process.
         command: how a role is run; for tests with other programs.
@@ -85,6 +79,7 @@ class LocalCluster:
     valkey: EmbeddedValkey | None = field(default=None, init=False)
     gateway_address: str = field(default="", init=False)
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
+    _supervisors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -116,16 +111,16 @@ class LocalCluster:
             await self.stop()
             raise
         for member in self._members.values():
-            self._supervise(member)
+            self._supervise_member(member)
+        if self.valkey is not None:
+            self._supervise(VALKEY_NAME, self.valkey.wait, self.valkey.start_again)
 
     async def stop(self) -> None:
         """Ends everything within 5 s: SIGTERM to all at once, SIGKILL for what is left, Valkey last. Idempotent."""
-        members = list(self._members.values())
-        for member in members:
-            if member.supervisor is not None:
-                member.supervisor.cancel()
-        await asyncio.gather(*(member.supervisor for member in members if member.supervisor), return_exceptions=True)
-        await asyncio.gather(*(member.process.stop(_STOP_GRACE_S) for member in members))
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.gather(*(member.process.stop(_STOP_GRACE_S) for member in self._members.values()))
         if self.valkey is not None:
             await self.valkey.stop()
 
@@ -135,7 +130,7 @@ class LocalCluster:
             member = await self._add_worker("prefill", settings)
         else:
             member = await self._add_worker("decode", settings)
-        self._supervise(member)
+        self._supervise_member(member)
         return member.name
 
     async def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
@@ -195,8 +190,7 @@ class LocalCluster:
         settings = _with_server(settings, redis_url=self.redis_url, drain_timeout_ms=drain_timeout_ms)
         environment = {"PYTHONUNBUFFERED": "1", **environment_for(settings)}
         process = await self._start_process(name, role, environment)
-        backoff = Backoff(_RESTART_INITIAL_S, _RESTART_MAXIMUM_S)
-        self._members[name] = _Member(name, role, environment, process, asyncio.get_running_loop().time(), backoff)
+        self._members[name] = _Member(name, role, environment, process)
         return self._members[name]
 
     async def _start_process(self, name: str, role: Role, environment: Mapping[str, str]) -> ChildProcess:
@@ -204,29 +198,24 @@ class LocalCluster:
         await process.start()
         return process
 
-    def _supervise(self, member: _Member) -> None:
-        if self.restart:
-            member.supervisor = asyncio.create_task(self._restart_when_ended(member), name=f"supervisor of {member.name}")
-
-    async def _restart_when_ended(self, member: _Member) -> None:
-        clock = asyncio.get_running_loop().time
-        while True:
-            exit_code = await member.process.wait()
-            if clock() - member.started_at_s > _HEALTHY_AFTER_S:
-                member.backoff.reset()
-            delay_s = member.backoff.next_delay_s()
-            self.on_line(member.name, f"ended {_describe_exit(exit_code)}; starting again in {delay_s:.1f} s")
-            await asyncio.sleep(delay_s)
+    def _supervise_member(self, member: _Member) -> None:
+        async def start_again() -> None:
             member.process = await self._start_process(member.name, member.role, member.environment)
-            member.started_at_s = clock()
             member.num_restarts += 1
 
+        self._supervise(member.name, lambda: member.process.wait(), start_again)
+
+    def _supervise(self, name: str, wait: Callable[[], Awaitable[int]], start_again: Callable[[], Awaitable[None]]) -> None:
+        if self.restart:
+            task = asyncio.create_task(keep_running(name, wait, start_again, self.on_line), name=f"supervisor of {name}")
+            self._supervisors.append(task)
+
     def _raise_if_one_ended(self) -> None:
-        if self.restart and any(member.supervisor for member in self._members.values()):
+        if self._supervisors:
             return  # it comes back
         for member in self._members.values():
             if member.process.exit_code is not None:
-                ending = _describe_exit(member.process.exit_code)
+                ending = describe_exit(member.process.exit_code)
                 raise StartupError(f"{member.name} ended {ending} while starting; its output:\n{self.tail(member.name)}")
 
     def _tails(self) -> str:
@@ -283,7 +272,3 @@ def _choose_port(settings: GatewaySettings) -> int:
 def _client_address(settings: GatewaySettings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}.get(settings.server.host, settings.server.host)
     return f"{host}:{settings.server.port}"
-
-
-def _describe_exit(exit_code: int) -> str:
-    return f"with code {exit_code}" if exit_code >= 0 else f"by {signal.Signals(-exit_code).name}"

@@ -1,6 +1,7 @@
 """A local cluster's processes: started, watched, started again, and never left behind. With stand-ins for gateway and workers."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ import psutil
 import pytest
 
 from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
-from kvrelay.errors import StartupError
+from kvrelay.errors import StartupError, UnavailableError
 from kvrelay.local_cluster import LocalCluster
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.supervision import keep_running
 from tests.fake_cluster import FOLDER_VARIABLE, WORKER_VARIABLE, fake_command
 
 FREE_PORT = GatewaySettings().model_copy(update={"server": GatewaySettings().server.model_copy(update={"port": 0})})
@@ -109,6 +112,45 @@ async def test_a_killed_worker_is_started_again() -> None:
         assert cluster.num_restarts("prefill-0") == 0
         await cluster.wait_until_ready()
     assert any(name == "decode-0" and line.startswith("ended by SIGKILL; starting again in") for name, line in lines)
+
+
+async def test_a_killed_valkey_is_started_again_under_the_same_url() -> None:
+    cluster, lines = make_cluster(restart=True)
+    async with cluster:
+        assert cluster.valkey is not None
+        url, first_pid = cluster.valkey.url, cluster.valkey.pid
+        os.kill(first_pid, signal.SIGKILL)
+        await until(lambda: any(name == "valkey" and line.startswith("ended by SIGKILL") for name, line in lines))
+        async with RedisConnection(url, timeout_ms=5000) as connection, asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(UnavailableError):
+                    await connection.ping()
+                    break
+                await asyncio.sleep(0.05)
+        await until(lambda: cluster.valkey is not None and cluster.valkey._process is not None)
+        assert cluster.valkey.url == url
+        assert cluster.valkey.pid != first_pid
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again() -> None:
+    starts: list[int] = []
+    lines: list[str] = []
+    endings = iter((3, None))
+
+    async def wait() -> int:
+        ending = next(endings)
+        return ending if ending is not None else await asyncio.get_running_loop().create_future()
+
+    async def start_again() -> None:
+        starts.append(1)
+        if len(starts) == 1:
+            raise StartupError("no room")
+
+    running = asyncio.create_task(keep_running("it", wait, start_again, lambda _, line: lines.append(line)))
+    await until(lambda: len(starts) == 2)
+    running.cancel()
+    assert lines[0].startswith("ended with code 3; starting again in")
+    assert lines[1].startswith("cannot be started (no room); starting again in")
 
 
 async def test_a_process_that_fails_again_and_again_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
