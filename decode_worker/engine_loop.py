@@ -62,9 +62,12 @@ class DecodeEngineLoop:
         match command:
             case commands.ReserveBlocks(work):
                 self._scheduler.reserve(work)
+                # The permit must be there before the next command can end the reservation: opened after that, it would
+                # let a writer into blocks that are others' by then.
+                self._publish_report(())
             case commands.ComputePrompt(work_id):
-                self._prompt_times[work_id] = _PromptTimes(self._now())
-                self._scheduler.run_prompt(work_id)
+                if self._scheduler.run_prompt(work_id):
+                    self._prompt_times[work_id] = _PromptTimes(self._now())
             case commands.PushEnded(work_id, first_tokens, problem=problem):
                 self._pushes[work_id] = command
                 self._scheduler.push_ended(work_id, first_tokens, problem)

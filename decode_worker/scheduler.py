@@ -110,14 +110,15 @@ class DecodeScheduler:
         self._waiting.append(state)
         self._admit()
 
-    def run_prompt(self, work_id: WorkId) -> None:
-        """The prompt is to be computed here; no push will come."""
+    def run_prompt(self, work_id: WorkId) -> bool:
+        """The prompt is to be computed here; no push will come. False when the work is not reserved, or was told before."""
         state = self._states.get(work_id)
         if state is None or state.phase is not Phase.RESERVED or state.runs_prompt:
-            return
+            return False
         state.runs_prompt = True
         if self._writers.close(work_id):
             self._start_prompt(state)
+        return True
 
     def push_ended(self, work_id: WorkId, first_tokens: Sequence[SequenceToken] | None, problem: str = "") -> None:
         """The writer of a reservation has left.

@@ -1,0 +1,77 @@
+"""Decode engine loop: what it adds to the scheduler, on a simulated pool."""
+
+from collections.abc import Callable
+
+import pytest
+
+from decode_worker import commands, events
+from decode_worker.engine_loop import DecodeEngineLoop
+from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.step import Step
+from kvrelay.work import FailureKind, SequenceToken, WorkId
+from tests.simulated_pool import SimulatedPool
+from tests.works import make_work
+
+WORK = make_work(list(range(5, 15)), max_tokens=4)
+
+
+class SimulatedRunner:
+    """In place of the model."""
+
+    def __init__(self, pool: SimulatedPool) -> None:
+        self._pool = pool
+
+    def run(self, step: Step, on_layer_written: Callable[[int], None] | None = None) -> list[SequenceToken]:
+        return self._pool.run(step)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.blocks = BlockManager(8, 4)
+        self.permits = PushPermits()
+        self.reports: list[events.StepReport] = []
+        scheduler = DecodeScheduler(self.blocks, DecodeLimits(8, 8, 8), self.permits)
+        runner = SimulatedRunner(SimulatedPool(8, 4))
+        self.loop = DecodeEngineLoop(scheduler, runner, self.permits, self.reports.append)  # type: ignore[arg-type]
+
+    def events(self) -> list[events.Event]:
+        return [event for report in self.reports for event in report.events]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        commands.GiveUp(WORK.work_id),
+        commands.Fail(WORK.work_id, FailureKind.DEADLINE, "late"),
+        commands.EndSequence(WORK.work_id, 0),
+    ],
+    ids=lambda ending: type(ending).__name__,
+)
+def test_a_work_that_ends_within_the_turn_of_its_reservation_leaves_no_permit(ending: commands.Command) -> None:
+    """As happens whenever both commands come in during one long step (I4)."""
+    bench = Bench()
+    bench.loop.handle(commands.ReserveBlocks(WORK))
+    bench.loop.handle(ending)
+    bench.loop.step()
+    assert bench.blocks.num_used_blocks == 0
+    assert len(bench.permits) == 0
+
+
+def test_a_prompt_that_is_asked_for_after_its_work_has_ended_leaves_nothing() -> None:
+    bench = Bench()
+    bench.loop.handle(commands.ComputePrompt(WorkId("b" * 32, 1)))
+    assert not bench.loop._prompt_times
+
+
+def test_a_prompt_that_is_computed_here_is_timed() -> None:
+    bench = Bench()
+    bench.loop.handle(commands.ReserveBlocks(WORK))
+    bench.loop.handle(commands.ComputePrompt(WORK.work_id))
+    while bench.loop.step():
+        pass
+    [started] = [event for event in bench.events() if isinstance(event, events.SequencesStarted)]
+    assert started.prefill_ms >= started.queue_ms > 0
+    assert isinstance(bench.events()[-1], events.WorkEnded)
+    assert not bench.loop._prompt_times
