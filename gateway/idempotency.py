@@ -1,6 +1,7 @@
 """Idempotency keys: which request a tenant's key stands for, at this gateway at once and at all through the store."""
 
 import asyncio
+import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -52,7 +53,7 @@ class IdempotencyKeys:
             begin: prepares the request and returns its id; the caller starts it after `settle`.
 
         Returns:
-            None for the one that began; it must call `settle` or `abandon`.
+            None for the one that began; it must call `settle` or `give_up`.
 
         Raises:
             IdempotencyConflictError: the key was used with another body.
@@ -73,7 +74,7 @@ class IdempotencyKeys:
             request_id = await begin()
             owner = await self._claim(tenant, key, digest, request_id, ttl_ms)
         except BaseException:
-            self.abandon(tenant, key)
+            self._abandon(tenant, key)
             raise
         if owner == request_id:
             return None
@@ -92,23 +93,29 @@ class IdempotencyKeys:
         entry = self._entries[tenant, key]
         entry.request_id = request_id
         entry.settled.set()
-        settled = [name for name, other in self._entries.items() if other.settled.is_set()]
-        for name in settled[: max(len(self._entries) - MAX_KEYS, 0)]:
-            del self._entries[name]
+        while len(self._entries) > MAX_KEYS:
+            del self._entries[next(name for name, other in self._entries.items() if other.settled.is_set())]
 
-    def abandon(self, tenant: str, key: str) -> None:
+    async def give_up(self, tenant: str, key: str, request_id: str) -> None:
         """The request was not begun after all: the next caller may."""
+        self._abandon(tenant, key)
+        await self._release(tenant, key, request_id)
+
+    async def forget(self, tenant: str, key: str, request_id: str) -> None:
+        """The request that the key stood for is not known any more, or was never written: the next caller begins anew."""
+        entry = self._entries.get((tenant, key))
+        if entry is not None and entry.request_id == request_id:
+            del self._entries[tenant, key]
+        await self._release(tenant, key, request_id)
+
+    def _abandon(self, tenant: str, key: str) -> None:
         entry = self._entries.pop((tenant, key), None)
         if entry is not None:
             entry.settled.set()
 
-    async def forget(self, tenant: str, key: str, request_id: str) -> None:
-        """The request was refused, or is not known any more."""
-        self.abandon(tenant, key)
-        try:
+    async def _release(self, tenant: str, key: str, request_id: str) -> None:
+        with contextlib.suppress(UnavailableError):
             await self._store.release_idempotency_key(tenant, key, request_id)
-        except UnavailableError:
-            return
 
 
 def body_digest(request: inference_pb2.GenerateRequest) -> str:

@@ -12,15 +12,13 @@ from gateway.relay import Relay
 from gateway.request_output import Frame, is_wanted
 from gateway.takeover import take_over
 from kvrelay.error_status import error_of
-from kvrelay.errors import ERROR_DOMAIN, DeadlineError, KvrelayError, RequestNotFoundError, UnavailableError
+from kvrelay.errors import ERROR_DOMAIN, DeadlineError, KvrelayError, UnavailableError
 from kvrelay.request_record import RequestRecord, RequestSummary
 from kvrelay.request_state import RequestState, is_terminal
 from kvrelay.worker_registry import MemberRole
 
 FOLLOW_WAIT_MS = 500
 FRAMES_PER_READ = 256
-APPEARANCE_TIMEOUT_S = 3.0
-"""How long a request may be unknown to the store that its owner is just about to write."""
 OVERDUE_TIMEOUT_S = 5.0
 """How long past its deadline a request of a living gateway is followed."""
 
@@ -35,29 +33,27 @@ class FrameReader(Protocol):
         """The client is gone. Idempotent."""
 
 
-def open_reader(relay: Relay, request_id: str, from_index: int = 0, *, may_appear: bool = False) -> FrameReader:
+def open_reader(relay: Relay, request_id: str, from_index: int = 0) -> FrameReader:
     """A reader of a request, wherever it runs.
 
     Args:
         relay: this gateway.
         request_id: the request; whether it exists shows with the first frame.
         from_index: first output index wanted.
-        may_appear: the request may not be in the store yet.
     """
     runner = relay.requests.find(request_id)
     if runner is not None:
         return runner.open_reader(from_index)
-    return StoredOutputReader(relay, request_id, from_index, may_appear=may_appear)
+    return StoredOutputReader(relay, request_id, from_index)
 
 
 class StoredOutputReader:
     """Follows the log in the store, and goes on with a request of this gateway when it had to be taken over."""
 
-    def __init__(self, relay: Relay, request_id: str, from_index: int, *, may_appear: bool = False) -> None:
+    def __init__(self, relay: Relay, request_id: str, from_index: int) -> None:
         self._relay = relay
         self._request_id = request_id
         self._from_index = from_index
-        self._may_appear = may_appear
         self._local: FrameReader | None = None
         self._overdue_since: float | None = None
 
@@ -75,7 +71,7 @@ class StoredOutputReader:
         """
         position = 0
         while True:
-            data, state = await self._read(position)
+            data, state = await self._relay.store.read_frames(self._request_id, position, FRAMES_PER_READ, FOLLOW_WAIT_MS)
             for frame in map(Frame.FromString, data):
                 position += 1
                 if is_wanted(frame, self._from_index):
@@ -90,16 +86,6 @@ class StoredOutputReader:
         record = await self._relay.store.get(self._request_id)
         if record is not None and record.state is not RequestState.SUCCEEDED:
             raise error_of_record(record)
-
-    async def _read(self, position: int) -> tuple[list[bytes], RequestState]:
-        give_up = asyncio.get_running_loop().time() + APPEARANCE_TIMEOUT_S
-        while True:
-            try:
-                return await self._relay.store.read_frames(self._request_id, position, FRAMES_PER_READ, FOLLOW_WAIT_MS)
-            except RequestNotFoundError:
-                if not self._may_appear or asyncio.get_running_loop().time() > give_up:
-                    raise
-                await asyncio.sleep(0.05)
 
     async def _take_over_if_orphaned(self) -> bool:
         record = await self._relay.store.get(self._request_id)

@@ -6,8 +6,11 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.idempotency import body_digest
 from kvrelay.error_status import error_of_rpc
 from kvrelay.errors import IdempotencyConflictError, StoreFullError
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.state_store import StateStore
 from kvrelay.v1 import inference_pb2 as pb
 from tests.gateway.conftest import Answer, Bench, Gateway, eventually, read_all, read_into, token_request
 from tests.gateway.fake_workers import TOKENIZER, FakeDecodeWorker, FakePrefillWorker, expected_token_ids
@@ -205,6 +208,19 @@ async def test_a_refused_request_does_not_use_its_key_up(bench: Bench) -> None:
     with pytest.raises(grpc.aio.AioRpcError):
         await read_all(gateway.stub.Generate(token_request(PROMPT, 100_000, idempotency_key="k")))
     await read_all(gateway.stub.Generate(token_request(PROMPT, 4, idempotency_key="k")))
+
+
+async def test_a_key_whose_request_was_never_written_begins_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.generation.APPEARANCE_TIMEOUT_S", 0.2)
+    await two_workers(bench)
+    gateway = await bench.gateway()
+    request = token_request(PROMPT, 20, idempotency_key="k")
+    async with RedisConnection(bench.valkey.url, timeout_ms=5000) as connection:
+        claim = await StateStore(connection, "dead").claim_idempotency_key("", "k", body_digest(request), "never-written", 60_000)
+    assert claim.mine
+    answers = await asyncio.gather(*(read_all(gateway.stub.Generate(request)) for _ in range(5)))
+    assert len({id_of(answer) for answer in answers}) == 1
+    assert all(answer.token_ids[0] == EXPECTED for answer in answers)
 
 
 async def test_streams_do_not_notice_that_the_store_is_away_and_it_catches_up(bench: Bench) -> None:
