@@ -111,7 +111,7 @@ class _IncomingPush:
         first_tokens: tuple[SequenceToken, ...] | None = None
         try:
             self._check_range(header)
-            first_tokens = await self._receive_all()
+            first_tokens = await self._receive_unless_closed()
         except KvrelayError as error:
             problem = error.message
             raise
@@ -126,33 +126,29 @@ class _IncomingPush:
             pushed = f"[{header.token_begin}, {header.token_end})"
             raise TransferError(f"the push is of tokens {pushed}, not [{expected[0]}, {expected[1]})")
 
+    async def _receive_unless_closed(self) -> tuple[SequenceToken, ...]:
+        """Receives until the reservation ends, even while a sender neither sends nor reads."""
+        receiving = asyncio.create_task(self._receive_all(), name="push receiver")
+        closing = asyncio.create_task(self._closed.wait(), name="push watch")
+        try:
+            await asyncio.wait({receiving, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            receiving.cancel()
+            await asyncio.gather(receiving, closing, return_exceptions=True)
+        if receiving.cancelled():
+            raise CancelledRequestError("the reservation has ended")
+        return receiving.result()
+
     async def _receive_all(self) -> tuple[SequenceToken, ...]:
-        while True:
-            request = await self._read()
+        while (request := await self._stream.read()) is not grpc.aio.EOF:
             if request.WhichOneof("message") == "end":
                 self._assembly.check_end(request.end.num_chunks)
                 tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
                 _check_first_tokens(tokens, self._permit.work, self._context.model)
                 return tokens
             await self._receive_chunk(decode_chunk(_expect(request, "chunk").chunk))
-
-    async def _read(self) -> kv_transfer_pb2.PushRequest:
-        """The next message, unless the reservation ends first."""
-        reading = asyncio.ensure_future(self._stream.read())
-        closing = asyncio.ensure_future(self._closed.wait())
-        try:
-            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-            if not reading.done():
-                reading.cancel()
-        if self._closed.is_set():
-            raise CancelledRequestError("the reservation has ended")
-        request = await reading
-        if request is grpc.aio.EOF:
-            raise TransferError("the push ended without its end message")
-        assert isinstance(request, kv_transfer_pb2.PushRequest)
-        return request
+        raise TransferError("the push ended without its end message")
 
     async def _receive_chunk(self, chunk: Chunk) -> None:
         span = chunk.span

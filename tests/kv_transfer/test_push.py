@@ -17,11 +17,11 @@ import pytest
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
-from kvrelay.errors import TransferError
+from kvrelay.errors import CancelledRequestError, TransferError
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushPlan
-from kvrelay.model_spec import KVLayout, ModelSpec
+from kvrelay.model_spec import WIRE_VERSION, KVLayout, ModelSpec
 from kvrelay.rpc import bind_server, create_channel, create_server
 from kvrelay.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
 from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
@@ -92,6 +92,7 @@ class Bench:
 
     address: str
     permits: PushPermits
+    receiver: KVReceiver
     pool: FakePool
     work: Work
     ticket: bytes
@@ -155,7 +156,7 @@ async def running_bench() -> AsyncIterator[Bench]:
     transport = GrpcTransport(2000)
     ticket = permits.open(work, (0,), 0)
     try:
-        yield Bench(f"127.0.0.1:{bound.port}", permits, pool, work, ticket, ended, threads, transport)
+        yield Bench(f"127.0.0.1:{bound.port}", permits, receiver, pool, work, ticket, ended, threads, transport)
     finally:
         pool.gate.set()
         await transport.close()
@@ -385,6 +386,40 @@ async def test_a_reservation_that_ends_breaks_the_push_off(bench: Bench) -> None
     assert not bench.permits.close(bench.work.work_id)
     assert (await bench.end_at_receiver()).first_tokens is None
     assert isinstance(await bench.outcome(), TransferError)
+
+
+class UnreadStream:
+    """The receiver's side of a push whose sender does not read: an answer is never taken."""
+
+    def __init__(self, messages: Sequence[bytes]) -> None:
+        self._requests = [kv_transfer_pb2.PushRequest.FromString(message) for message in messages]
+        self.writes = asyncio.Event()
+
+    async def read(self) -> kv_transfer_pb2.PushRequest:
+        return self._requests.pop(0)
+
+    async def write(self, response: kv_transfer_pb2.PushResponse) -> None:
+        self.writes.set()
+        await asyncio.Event().wait()
+
+
+async def test_a_reservation_that_ends_breaks_a_push_off_whose_sender_does_not_read(bench: Bench) -> None:
+    header = kv_transfer_pb2.PushHeader(
+        work_id=work_id_to_pb(bench.work.work_id),
+        ticket=bench.ticket,
+        fingerprint=MODEL.fingerprint,
+        wire_version=WIRE_VERSION,
+        token_end=NUM_TOKENS,
+    )
+    chunk = encode_chunk(bench.chunk(KVSpan(0, 1, 0, 10)))
+    stream = UnreadStream([kv_transfer_pb2.PushRequest(header=header).SerializeToString(), chunk])
+    push = asyncio.create_task(bench.receiver.Push(None, stream))  # type: ignore[arg-type]
+    async with asyncio.timeout(WAIT_S):
+        await stream.writes.wait()
+    assert not bench.permits.close(bench.work.work_id)
+    assert (await bench.end_at_receiver()).first_tokens is None
+    with pytest.raises(CancelledRequestError):
+        await asyncio.wait_for(push, WAIT_S)
 
 
 async def test_a_stopped_sender_ends_only_after_its_export(bench: Bench) -> None:
