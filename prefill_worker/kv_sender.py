@@ -151,7 +151,7 @@ class KVSender:
             await reader
         finally:
             reader.cancel()
-            await asyncio.wait([reader])
+            await asyncio.gather(reader, return_exceptions=True)
         return self._measure()
 
     async def _send_chunks(self, push: KVPush, reader: asyncio.Task[None]) -> None:
@@ -160,13 +160,19 @@ class KVSender:
             if self._can_send:
                 await self._send_chunk(push, self._spans.popleft())
                 continue
-            self._changed.clear()
-            changed = asyncio.create_task(self._changed.wait())
-            await asyncio.wait({changed, reader}, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
+            await self._wait_for_change(reader)
             if reader.done():
                 reader.result()
                 raise TransferError("the decode worker ended the push early")
+
+    async def _wait_for_change(self, reader: asyncio.Task[None]) -> None:
+        """Until there may be something to send, or the reader has ended."""
+        self._changed.clear()
+        changed = asyncio.create_task(self._changed.wait(), name="push changes")
+        try:
+            await asyncio.wait({changed, reader}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
 
     @property
     def _is_all_acknowledged(self) -> bool:

@@ -440,6 +440,21 @@ async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(bench: Be
     assert isinstance(await bench.outcome(), TransferError)
 
 
+async def test_a_sender_that_is_stopped_while_it_waits_leaves_no_task(bench: Bench) -> None:
+    tasks_before = asyncio.all_tasks()
+    sender = bench.send(FakePool(seed=1))
+    sender.announce_cached(NUM_TOKENS)
+    async with asyncio.timeout(WAIT_S):
+        while bench.pool.num_imports < 2 * LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.05)  # for the last answer: it waits for its first tokens now
+    sender.stop()
+    await bench.outcome()
+    await bench.end_at_receiver()
+    waiting = [task for task in asyncio.all_tasks() - tasks_before if "Event.wait" in repr(task.get_coro())]
+    assert not waiting
+
+
 async def test_a_receiver_that_is_not_there_fails_the_push_in_time(bench: Bench) -> None:
     transport = GrpcTransport(connect_timeout_ms=200)
     bench.address = "127.0.0.1:1"
