@@ -34,6 +34,7 @@ class AttemptReport:
     prefill_ms: float = 0.0
     transfer_ms: float = 0.0
     exposed_ms: float = 0.0
+    wire_ms: float = 0.0
     transfer_bytes: int = 0
     prefilled_on_decode_worker: bool = False
     prefill_worker_id: str | None = None
@@ -105,6 +106,7 @@ class TransferDone:
     kv_bytes: int = 0
     transfer_ms: float = 0.0
     exposed_ms: float = 0.0
+    wire_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

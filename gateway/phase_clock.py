@@ -34,6 +34,7 @@ class PhaseClock:
             prefill_ms=report.prefill_ms,
             transfer_ms=report.transfer_ms,
             exposed_transfer_ms=report.exposed_ms,
+            transfer_wire_ms=report.wire_ms,
             transfer_bytes=report.transfer_bytes,
             handoff_gap_ms=_ms(self._first_token, self._second_token),
             decode_ms=_ms(self._first_token, self._last_token),

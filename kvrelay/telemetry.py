@@ -16,6 +16,7 @@ class Phases:
     prefill_ms: float = 0.0
     transfer_ms: float = 0.0
     exposed_transfer_ms: float = 0.0
+    transfer_wire_ms: float = 0.0
     transfer_bytes: int = 0
     handoff_gap_ms: float = 0.0
     decode_ms: float = 0.0

@@ -41,6 +41,8 @@ class TransferResult:
     transfer_ms: float
     exposed_ms: float
     """The part of transfer_ms after the first token was sampled."""
+    wire_ms: float
+    """The part of transfer_ms in which a chunk was under way."""
     num_resent_chunks: int
 
 
@@ -93,6 +95,9 @@ class KVSender:
         self._tokens: tuple[SequenceToken, ...] | None = None
         self._completed_bytes: int | None = None
         self._first_sent_at: float | None = None
+        self._busy_since: float | None = None
+        """Since when chunks are under way; None when none is."""
+        self._wire_s = 0.0
         self._sampled_at = 0.0
         self._changed = asyncio.Event()
         self._export: Future[Any] | None = None
@@ -189,6 +194,8 @@ class KVSender:
     async def _send_chunk(self, push: KVPush, span: KVSpan) -> None:
         if self._first_sent_at is None:
             self._first_sent_at = self._context.now()
+        if self._busy_since is None:
+            self._busy_since = self._context.now()
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span
         self._window_bytes += span.num_bytes(self._context.layout)
@@ -230,6 +237,9 @@ class KVSender:
         num_bytes = span.num_bytes(self._context.layout)
         self._window_bytes -= num_bytes
         self._kv_bytes += num_bytes
+        if not self._unacknowledged and self._busy_since is not None:
+            self._wire_s += self._context.now() - self._busy_since
+            self._busy_since = None
         return span
 
     def _send_again(self, name: tuple[int, int], message: str) -> None:
@@ -247,4 +257,5 @@ class KVSender:
         assert self._first_sent_at is not None, "a push has at least one chunk"
         now = self._context.now()
         exposed_ms = max(0.0, now - max(self._sampled_at, self._first_sent_at)) * 1000
-        return TransferResult(self._kv_bytes, (now - self._first_sent_at) * 1000, exposed_ms, len(self._resent))
+        transfer_ms = (now - self._first_sent_at) * 1000
+        return TransferResult(self._kv_bytes, transfer_ms, exposed_ms, self._wire_s * 1000, len(self._resent))

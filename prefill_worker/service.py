@@ -25,7 +25,7 @@ from kvrelay.worker_sessions import WorkerSessions
 from prefill_worker import commands, events
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 
-NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, num_resent_chunks=0)
+NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, wire_ms=0.0, num_resent_chunks=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +182,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             kv_bytes=result.kv_bytes,
             transfer_ms=result.transfer_ms,
             exposed_ms=result.exposed_ms,
+            wire_ms=result.wire_ms,
             num_resent_chunks=result.num_resent_chunks,
         )
         self.sessions.send(work_id, transfer_done=done)

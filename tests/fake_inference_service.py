@@ -35,6 +35,7 @@ def finished(num_sequences: int = 1, num_tokens: int = 3) -> inference_pb2.Finis
             decode_ms=20,
             transfer_bytes=4096,
             transfer_ms=2,
+            transfer_wire_ms=1,
             num_attempts=1,
             prefill_worker_id="prefill-1",
             decode_worker_id="decode-1",

@@ -21,7 +21,11 @@ def phase_table(finished: Finished) -> Table:
         "prefill", _ms(phases.prefill_ms), f"{num_computed_tokens} of {usage.num_prompt_tokens} prompt tokens, on {prefiller}"
     )
     if phases.transfer_bytes:
-        table.add_row("transfer", _ms(phases.transfer_ms), _transfer(finished))
+        moved = f"{phases.transfer_bytes:,} bytes of KV to {phases.decode_worker_id}"
+        table.add_row("transfer", _ms(phases.transfer_ms), moved)
+        rate = gigabytes_per_second(finished)
+        shown_rate = f"{rate:.3f} GB/s; " if rate is not None else ""
+        table.add_row("  on the wire", _ms(phases.transfer_wire_ms), f"{shown_rate}the rest waited for the prompt's pass")
         table.add_row("  exposed", _ms(phases.exposed_transfer_ms), "not hidden behind prefill")
     else:
         table.add_row("transfer", "-", "nothing travelled")
@@ -30,8 +34,8 @@ def phase_table(finished: Finished) -> Table:
     table.add_section()
     table.add_row("first token", _ms(phases.time_to_first_token_ms), "from submission (TTFT)")
     table.add_row("total", _ms(phases.total_ms), f"{phases.num_attempts} attempt{'s' if phases.num_attempts != 1 else ''}")
-    rate = tokens_per_second(finished)
-    table.add_row("tokens/s", f"{rate:.1f}" if rate is not None else "-", "while decoding")
+    token_rate = tokens_per_second(finished)
+    table.add_row("tokens/s", f"{token_rate:.1f}" if token_rate is not None else "-", "while decoding")
     return table
 
 
@@ -44,16 +48,10 @@ def tokens_per_second(finished: Finished) -> float | None:
 
 
 def gigabytes_per_second(finished: Finished) -> float | None:
-    """KV payload per second of transfer, in 10^9 bytes; None when nothing was transferred."""
-    if not finished.phases.transfer_bytes or finished.phases.transfer_ms <= 0:
+    """KV payload per second in which some of it was under way, in 10^9 bytes; None when nothing was transferred."""
+    if not finished.phases.transfer_bytes or finished.phases.transfer_wire_ms <= 0:
         return None
-    return finished.phases.transfer_bytes / finished.phases.transfer_ms / _MILLION
-
-
-def _transfer(finished: Finished) -> str:
-    rate = gigabytes_per_second(finished)
-    amount = f"{finished.phases.transfer_bytes:,} bytes of KV to {finished.phases.decode_worker_id}"
-    return f"{amount}, {rate:.3f} GB/s" if rate is not None else amount
+    return finished.phases.transfer_bytes / finished.phases.transfer_wire_ms / _MILLION
 
 
 def _ms(value: float) -> str:

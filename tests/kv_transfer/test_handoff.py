@@ -76,6 +76,7 @@ async def test_handed_over_tokens_equal_transformers_generate_and_all_kv_crosses
     assert started.kv_bytes == transferred.kv_bytes == kv_bytes
     assert started.num_transferred_tokens == num_prompt_tokens
     assert transferred.transfer_ms >= transferred.exposed_ms >= 0
+    assert transferred.transfer_ms >= transferred.wire_ms > 0
 
 
 async def test_a_prefix_that_the_decode_worker_has_is_not_sent_again(engines: tuple[WorkerEngine, WorkerEngine]) -> None:
