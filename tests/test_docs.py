@@ -1,6 +1,8 @@
 """The documents say what the code does: settings, commands and RPCs are all described, and links lead somewhere."""
 
+import asyncio
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from kvrelay.config import (
     TransferSettings,
 )
 from kvrelay.v1 import inference_pb2
+from tests.fake_inference_service import FakeInferenceService, accepted, delta, finished, play, start_fake
 from tests.test_rpc import wire_errors
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +63,18 @@ def test_every_reason_that_clients_can_get_is_described() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+async def test_the_readmes_example_runs_as_it_stands() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    service = FakeInferenceService()
+    service.generate = [play(accepted(), delta(0, "Air scatters"), delta(1, " blue light.", last=True), finished())]
+    bound, address = await start_fake(service)
+    command = [sys.executable, "-c", example.replace("127.0.0.1:50050", address)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(30):
+        output, _ = await process.communicate()
+    await bound.server.stop(None)
+    assert process.returncode == 0
+    assert output.decode().startswith("Air scatters blue light.\n")
+    assert "prefill_ms" in output.decode()
