@@ -38,6 +38,9 @@ _AWAY = (
 )
 """What says that this Redis cannot be used now: no answer, still loading, or a replica."""
 
+_REFUSALS = ("MISCONF", "BUSY ")
+"""Beginnings of answers that redis-py has no error of its own for: it cannot save to its disk, or a script hangs in it."""
+
 
 class StoreHealth:
     """A breaker. It opens with the first failure and closes with the first ping that is answered."""
@@ -185,15 +188,22 @@ class RedisConnection:
             raise StoreFullError(
                 "The state store is out of memory; new work is taken when old requests are forgotten."
             ) from error
+        except redis.exceptions.ResponseError as error:
+            if not str(error).startswith(_REFUSALS):
+                raise
+            self._fail(error)
+            raise UnavailableError("The state store refuses to write; see its log.") from error
 
     def _fail(self, cause: BaseException) -> None:
         if self._health.open(cause) and not self._closed:
             self._recovery = asyncio.create_task(self._recover(), name="redis recovery")
 
     async def _recover(self) -> None:
-        # Idle connections may lead to a server that is no longer the primary.
-        await self._client.connection_pool.disconnect(inuse_connections=False)
-        await self._follower_client.connection_pool.disconnect(inuse_connections=False)
+        # Idle connections may lead to a server that is no longer the primary. A failure to close one must not end the recovery.
+        for client in (self._client, self._follower_client):
+            with contextlib.suppress(*_AWAY, redis.exceptions.RedisError):
+                async with asyncio.timeout(self._timeout_s):
+                    await client.connection_pool.disconnect(inuse_connections=False)
         backoff = Backoff(FIRST_PING_DELAY_S, MAX_PING_DELAY_S)
         while not self._health.healthy:
             await asyncio.sleep(backoff.next_delay_s())

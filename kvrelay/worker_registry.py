@@ -124,7 +124,11 @@ class WorkerRegistry:
             else:
                 await asyncio.sleep(_RETRY_S)
                 await self._connection.health.wait_until_healthy()
-            renewed = await self._renew(member)
+            try:
+                renewed = await self._renew(member)
+            except Exception as failure:
+                _log.error("the lease cannot be renewed", instance_id=member.instance_id, reason=repr(failure))
+                renewed = True  # after the usual time: what is wrong here does not go away at once
 
     async def _look(self, view: "MemberView") -> None:
         with contextlib.suppress(UnavailableError):  # the last known members stay
@@ -133,7 +137,10 @@ class WorkerRegistry:
     async def _keep_looking(self, view: "MemberView", interval_s: float) -> None:
         while True:
             await asyncio.sleep(interval_s)
-            await self._look(view)
+            try:
+                await self._look(view)
+            except Exception as failure:
+                _log.error("the registry cannot be read", reason=repr(failure))
 
 
 class MemberView:

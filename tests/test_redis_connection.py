@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 import pytest
+import redis.asyncio
+import redis.exceptions
 
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import ConfigError, UnavailableError
@@ -89,6 +91,38 @@ async def until_blocked(connection: RedisConnection) -> None:
             information = await connection.run(lambda client: client.info("clients"))
             if information["blocked_clients"]:
                 return
+
+
+@pytest.mark.parametrize("answer", ["MISCONF Redis is configured to save RDB snapshots", "BUSY Redis is busy running a script"])
+async def test_a_server_that_refuses_to_write_is_away_until_it_answers_a_ping(server: EmbeddedValkey, answer: str) -> None:
+    async def refused(client: object) -> None:
+        raise redis.exceptions.ResponseError(answer)
+
+    async with RedisConnection(server.url, TIMEOUT_MS) as connection:
+        with pytest.raises(UnavailableError, match="refuses to write"):
+            await connection.run(refused)
+        assert not connection.health.healthy
+        async with asyncio.timeout(1 + SLACK_S):
+            await connection.health.wait_until_healthy()
+
+
+async def test_it_recovers_though_an_idle_connection_cannot_be_closed(
+    server: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[object] = []
+
+    async def fail(pool: object, inuse_connections: bool = True) -> None:
+        closed.append(pool)
+        raise ConnectionResetError("already gone")
+
+    async with RedisConnection(server.url, TIMEOUT_MS) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(redis.asyncio.ConnectionPool, "disconnect", fail)
+            with stopped(server), pytest.raises(UnavailableError):
+                await StateStore(connection, "g1").get("r1")
+            async with asyncio.timeout(1 + SLACK_S):
+                await connection.health.wait_until_healthy()
+        assert len(closed) == 2
 
 
 async def test_a_server_that_is_gone_is_unavailable_at_once() -> None:

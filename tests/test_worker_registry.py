@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import redis.exceptions
 
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import UnavailableError
@@ -51,6 +52,22 @@ async def test_members_join_with_what_they_are_and_leave_at_once(registry: Worke
         started = time.monotonic()
         await until(view, lambda members: members == ())
         assert time.monotonic() - started < LEASE_MS / 1000
+
+
+async def test_a_registry_that_is_broken_for_a_while_is_followed_again_when_it_is_mended(
+    registry: WorkerRegistry, connection: RedisConnection
+) -> None:
+    async with registry.watch(LOOK_MS) as view:
+        leases = "kvrelay:{registry}:leases"
+        async with registry.lease(PREFILL):
+            await until(view, lambda members: members == (PREFILL,))
+            await connection.run(lambda client: client.set(leases, "not what it was"))
+            with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+                await registry.read_members()
+            await asyncio.sleep(2 * LEASE_MS / 1000)  # for looks and renewals that fail
+            await connection.run(lambda client: client.delete(leases))
+            async with registry.lease(DECODE):
+                await until(view, lambda members: set(members) == {PREFILL, DECODE})
 
 
 async def test_a_lease_outlives_its_first_term(registry: WorkerRegistry) -> None:
