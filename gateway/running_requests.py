@@ -7,6 +7,7 @@ from gateway import lifecycle_messages as m
 from gateway.request_runner import RequestRunner
 
 MAX_ENDED_REQUESTS = 512
+MAX_ENDED_FRAMES = 100_000
 
 
 class RunningRequests:
@@ -15,6 +16,7 @@ class RunningRequests:
     def __init__(self) -> None:
         self._running: dict[str, RequestRunner] = {}
         self._ended: OrderedDict[str, RequestRunner] = OrderedDict()
+        self._num_ended_frames = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -36,8 +38,10 @@ class RunningRequests:
         """A request has ended."""
         self._running.pop(runner.request_id, None)
         self._ended[runner.request_id] = runner
-        while len(self._ended) > MAX_ENDED_REQUESTS:
-            self._ended.popitem(last=False)
+        self._num_ended_frames += len(runner.output.frames)
+        while len(self._ended) > MAX_ENDED_REQUESTS or self._num_ended_frames > MAX_ENDED_FRAMES:
+            _, forgotten = self._ended.popitem(last=False)
+            self._num_ended_frames -= len(forgotten.output.frames)
         if not self._running:
             self._idle.set()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from gateway.request_journal import RequestJournal
-from kvrelay.errors import KvrelayError, StateLostError, StoreFullError, SupersededError, UnavailableError
+from kvrelay.errors import StateLostError, StoreFullError, SupersededError, UnavailableError
 from kvrelay.request_state import is_terminal
 from kvrelay.state_store import StateStore
 
@@ -19,6 +19,7 @@ PASS_INTERVAL_S = 0.02
 FULL_INTERVAL_S = 1.0
 MAX_PARALLEL_WRITES = 8
 MAX_ENDED_JOURNALS = 2048
+MAX_ENDED_FRAMES = 100_000
 
 _log = structlog.get_logger(__name__)
 
@@ -58,7 +59,10 @@ class StateWriter:
     def _drop_surplus(self) -> None:
         """Bounds what is kept while Redis is away. Running requests are bounded by admission."""
         ended = [journal for journal in self._journals.values() if journal.ended]
-        for journal in ended[: max(len(ended) - MAX_ENDED_JOURNALS, 0)]:
+        num_frames = sum(len(journal.output.frames) for journal in ended)
+        while len(ended) > MAX_ENDED_JOURNALS or num_frames > MAX_ENDED_FRAMES:
+            journal = ended.pop(0)
+            num_frames -= len(journal.output.frames)
             del self._journals[journal.request_id]
             self.num_dropped += 1
             if self.num_dropped & (self.num_dropped - 1) == 0:
@@ -95,10 +99,11 @@ class StateWriter:
 
     async def _write(self, journal: RequestJournal) -> None:
         try:
-            await self._write_all(journal)
+            try:
+                await self._write_all(journal)
+            except StateLostError:
+                await self._restore(journal)
             self._full = False
-        except StateLostError:
-            await self._restore(journal)
         except StoreFullError:
             self._full = True
         except UnavailableError:
@@ -139,16 +144,10 @@ class StateWriter:
                 journal.moves.popleft()
 
     async def _restore(self, journal: RequestJournal) -> None:
-        try:
-            record, frames = journal.record_to_restore(), journal.all_frames()
-            restored = await self._store.restore(record, frames)
-            journal.created = True
-        except KvrelayError as failure:
-            _log.warning("a request's state cannot be restored yet", request_id=journal.request_id, reason=failure.message)
-            return
-        if not restored:
-            self._give_up(journal)
-            return
+        record, frames = journal.record_to_restore(), journal.all_frames()
+        if not await self._store.restore(record, frames):
+            raise SupersededError("the request goes on elsewhere")
+        journal.created = True
         _log.info("restored a request that redis had lost", request_id=journal.request_id)
         journal.num_written_frames = len(frames)
         if is_terminal(record.state):

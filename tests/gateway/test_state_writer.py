@@ -1,0 +1,94 @@
+"""What the state writer does when the store, or one request's state in it, is not as it should be."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from gateway import running_requests, state_writer
+from gateway.request_journal import RequestJournal
+from gateway.request_output import RequestOutput
+from gateway.request_runner import RequestRunner
+from gateway.running_requests import RunningRequests
+from gateway.state_writer import StateWriter
+from kvrelay.errors import StateLostError
+from kvrelay.redis_connection import StoreHealth
+from kvrelay.request_record import RequestRecord
+from kvrelay.request_state import RequestState
+from kvrelay.state_store import StateStore
+from tests.redis_fixtures import eventually, make_record
+
+
+class Store:
+    """Has lost the request `broken`, and cannot take it back either."""
+
+    healthy = True
+
+    def __init__(self) -> None:
+        self.health = StoreHealth()
+        self.created: list[str] = []
+        self.num_restores = 0
+
+    async def create(self, record: RequestRecord) -> bool:
+        if record.request_id == "broken":
+            raise StateLostError("lost")
+        self.created.append(record.request_id)
+        return True
+
+    async def restore(self, record: RequestRecord, frames: Sequence[bytes]) -> bool:
+        self.num_restores += 1
+        raise ValueError("a defect")
+
+
+def journal_of(request_id: str, num_frames: int = 0) -> RequestJournal:
+    output = RequestOutput()
+    for _ in range(num_frames):
+        output.append_accepted(request_id, "model", 1, 1)
+    return RequestJournal(make_record(request_id), output, deadline=1e9)
+
+
+async def test_a_request_whose_restoring_fails_does_not_stop_the_writer() -> None:
+    store = Store()
+    writer = StateWriter(cast(StateStore, store), lambda request_id: None)
+    running = asyncio.create_task(writer.run())
+    writer.track(journal_of("broken"))
+
+    async def tried() -> bool:
+        return store.num_restores > 0
+
+    async def written() -> bool:
+        return "next" in store.created
+
+    await eventually(tried)
+    writer.track(journal_of("next"))
+    await eventually(written)
+    assert not running.done()
+    running.cancel()
+
+
+def test_what_is_kept_of_ended_requests_is_bounded_by_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_writer, "MAX_ENDED_FRAMES", 10)
+    writer = StateWriter(cast(StateStore, Store()), lambda request_id: None)
+    for number in range(5):
+        journal = journal_of(str(number), num_frames=4)
+        journal.end(RequestState.CANCELLED, None)
+        writer.track(journal)
+    assert writer.num_dropped == 3
+
+
+class Ended:
+    """As much of an ended runner as counts here."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.journal: Any = journal_of(request_id, num_frames=4)
+        self.output = self.journal.output
+
+
+def test_requests_that_can_be_read_again_are_bounded_by_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_requests, "MAX_ENDED_FRAMES", 10)
+    requests = RunningRequests()
+    for number in range(5):
+        requests.note_ended(cast(RequestRunner, Ended(str(number))))
+    assert [requests.find(str(number)) is not None for number in range(5)] == [False, False, False, True, True]
