@@ -1,5 +1,6 @@
 """A gateway that follows a script, for tests of the client: what each call answers, and where its stream breaks."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -119,6 +120,17 @@ def play(*events: Any) -> Behaviour:
     async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
         for event in events:
             yield event
+
+    return behaviour
+
+
+def then_wait(*events: Any) -> Behaviour:
+    """Sends the events, then nothing until the client leaves."""
+
+    async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+        for event in events:
+            yield event
+        await asyncio.Event().wait()
 
     return behaviour
 

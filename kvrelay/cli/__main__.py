@@ -1,6 +1,6 @@
 """`python -m kvrelay.cli`, the same as the console script `kvrelay`."""
 
-from kvrelay.cli.app import main
+from kvrelay.cli import main
 
 if __name__ == "__main__":
     main()

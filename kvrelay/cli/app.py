@@ -35,8 +35,8 @@ for command in (
     app.command()(command)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 well, 1 an expected error, 2 wrong usage or setting, 130 interrupted."""
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits; see `kvrelay.cli.main`."""
     # Before gRPC is imported: what its C core writes to standard error is said again, and better, by our own errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -11,17 +12,19 @@ from kvrelay.cli.output import console, print_json, print_note, write_text
 from kvrelay.cli.sampling_options import takes_sampling
 from kvrelay.cli.setting_options import takes_settings
 from kvrelay.config import ClientSettings
-from kvrelay.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError, KvrelayError
 from kvrelay.settings_sources import SettingsSources
 
 if TYPE_CHECKING:
-    from kvrelay.client import Stream, Turn
+    from kvrelay.client import Client, Stream, Turn
 
 Model = Annotated[str, typer.Option("--model", help="Model; not needed when only one is served.", show_default=False)]
 Tenant = Annotated[str, typer.Option("--tenant", help="Separates prefix caches of tenants.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, for programs.")]
 Phases = Annotated[bool, typer.Option("--phases", help="Show where the time went.")]
 System = Annotated[str | None, typer.Option("--system", help="System message of the chat.")]
+
+_CANCEL_TIMEOUT_S = 2.0
 
 
 @takes_settings(ClientSettings)
@@ -56,6 +59,7 @@ def complete(
             idempotency_key=idempotency_key,
             **sampling,
         ) as stream,
+        _cancelling(client, stream),
     ):
         show_stream(stream, json, phases)
 
@@ -115,6 +119,18 @@ def show_stream(stream: "Stream | Turn", json: bool, phases: bool) -> None:
         from kvrelay.cli.phase_table import phase_table
 
         console(stderr=True).print(phase_table(completion.finished))
+
+
+@contextmanager
+def _cancelling(client: "Client", stream: "Stream") -> Iterator[None]:
+    """Ends the request, which would run on for a while if it is resumable, when its user interrupts it or closes the pipe."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        if stream.accepted is not None and stream.finished is None:
+            with suppress(KvrelayError):
+                client.cancel(stream.accepted.request_id, timeout_s=_CANCEL_TIMEOUT_S)
+        raise
 
 
 def _message(role: str, content: str) -> dict[str, str]:

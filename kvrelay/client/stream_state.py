@@ -196,7 +196,7 @@ def call_error(failure: grpc.RpcError, addresses: Sequence[str]) -> KvrelayError
     error = error_of_rpc(failure)
     if unreachable(failure):
         # gRPC's text is a chain of causes; the last one is what a person wants to know.
-        cause = error.message.rpartition(": ")[2]
+        cause = error.message.rpartition(": ")[2].rstrip("]")
         return UnavailableError(f"cannot reach a gateway at {' or '.join(addresses)}: {cause}")
     if isinstance(error, DeadlineError) and not says_so_itself(failure):
         return DeadlineError("no answer within the timeout")

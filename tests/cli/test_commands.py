@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -17,6 +18,7 @@ from kvrelay.cli import main
 from kvrelay.v1 import inference_pb2, session_pb2
 from tests.fake_inference_service import (
     REQUEST_ID,
+    Behaviour,
     FakeInferenceService,
     accepted,
     delta,
@@ -25,6 +27,7 @@ from tests.fake_inference_service import (
     start_fake,
     then_break,
     then_raise,
+    then_wait,
 )
 
 WHOLE = (accepted(), delta(0, "Hello"), delta(1, " there", last=True), finished(num_tokens=2))
@@ -65,6 +68,52 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Result(exit_code, captured.out, captured.err)
 
     return run
+
+
+async def begin_complete(service: FakeInferenceService, behaviour: Behaviour) -> asyncio.subprocess.Process:
+    """`kvrelay complete` as a process of its own, of which the first text was read."""
+    service.unary["CancelRequest"] = inference_pb2.CancelRequestResponse(state=inference_pb2.REQUEST_STATE_CANCELLED)
+    service.generate = [behaviour]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "kvrelay.cli", "complete", "x", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.read(5), 30) == b"Hello"
+    return process
+
+
+def cancelled_ids(service: FakeInferenceService) -> list[str]:
+    return [call.request_id for call in service.calls if isinstance(call, inference_pb2.CancelRequestRequest)]
+
+
+async def test_ctrl_c_cancels_the_request(service: FakeInferenceService) -> None:
+    process = await begin_complete(service, then_wait(*WHOLE[:2]))
+    process.send_signal(signal.SIGINT)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err) == (130, b"")
+    assert cancelled_ids(service) == [REQUEST_ID]
+
+
+async def test_a_request_whose_reader_goes_away_is_cancelled(service: FakeInferenceService) -> None:
+    more = asyncio.Event()
+
+    async def behaviour(request: object, context: object) -> AsyncIterator[object]:
+        for event in WHOLE[:2]:
+            yield event
+        await more.wait()
+        for index in range(1, 100):
+            yield delta(index, " text")
+        await asyncio.Event().wait()
+
+    process = await begin_complete(service, behaviour)
+    transport: Any = process._transport  # type: ignore[attr-defined]  # asyncio offers no way to close one pipe only
+    transport.get_pipe_transport(1).close()
+    more.set()
+    await asyncio.wait_for(process.wait(), 30)
+    assert process.stderr is not None
+    assert await process.stderr.read() == b""
+    assert process.returncode == 1
+    assert cancelled_ids(service) == [REQUEST_ID]
 
 
 async def test_complete_prints_the_text_and_nothing_else(service: FakeInferenceService, run: Run) -> None:
@@ -320,7 +369,7 @@ def tiny_model(tmp_path: Path) -> Path:
 
 def test_the_command_line_starts_without_torch_and_grpc() -> None:
     heavy = ("torch", "transformers", "numpy", "grpc", "redis")
-    code = f"import sys, kvrelay.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, kvrelay.cli.app; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
