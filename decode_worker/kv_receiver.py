@@ -31,6 +31,8 @@ from kvrelay.wire import sequence_token_from_pb, work_id_from_pb
 from kvrelay.work import SequenceToken, Work
 
 HEADER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 2.0
+"""Answers are so small that one waits only behind thousands that were not read."""
 
 _log = structlog.get_logger(__name__)
 
@@ -111,14 +113,14 @@ class _IncomingPush:
         first_tokens: tuple[SequenceToken, ...] | None = None
         try:
             self._check_range(header)
-            first_tokens = await self._receive_unless_closed()
+            first_tokens = await self._receive_all()
         except KvrelayError as error:
             problem = error.message
             raise
         finally:
             self._end(first_tokens, problem)
         complete = kv_transfer_pb2.PushComplete(kv_bytes=self._assembly.kv_bytes)
-        await self._stream.write(kv_transfer_pb2.PushResponse(complete=complete))
+        await self._answer(kv_transfer_pb2.PushResponse(complete=complete))
 
     def _check_range(self, header: kv_transfer_pb2.PushHeader) -> None:
         expected = (self._permit.token_begin, self._permit.token_end)
@@ -126,22 +128,8 @@ class _IncomingPush:
             pushed = f"[{header.token_begin}, {header.token_end})"
             raise TransferError(f"the push is of tokens {pushed}, not [{expected[0]}, {expected[1]})")
 
-    async def _receive_unless_closed(self) -> tuple[SequenceToken, ...]:
-        """Receives until the reservation ends, even while a sender neither sends nor reads."""
-        receiving = asyncio.create_task(self._receive_all(), name="push receiver")
-        closing = asyncio.create_task(self._closed.wait(), name="push watch")
-        try:
-            await asyncio.wait({receiving, closing}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-            receiving.cancel()
-            await asyncio.gather(receiving, closing, return_exceptions=True)
-        if receiving.cancelled():
-            raise CancelledRequestError("the reservation has ended")
-        return receiving.result()
-
     async def _receive_all(self) -> tuple[SequenceToken, ...]:
-        while (request := await self._stream.read()) is not grpc.aio.EOF:
+        while (request := await self._read()) is not grpc.aio.EOF:
             if request.WhichOneof("message") == "end":
                 self._assembly.check_end(request.end.num_chunks)
                 tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
@@ -149,6 +137,28 @@ class _IncomingPush:
                 return tokens
             await self._receive_chunk(decode_chunk(_expect(request, "chunk").chunk))
         raise TransferError("the push ended without its end message")
+
+    async def _read(self) -> Any:
+        """The next message, unless the reservation ends first."""
+        reading = asyncio.ensure_future(self._stream.read())
+        closing = asyncio.ensure_future(self._closed.wait())
+        try:
+            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            if not reading.done():
+                reading.cancel()
+        if self._closed.is_set():
+            raise CancelledRequestError("the reservation has ended")
+        return await reading
+
+    async def _answer(self, response: kv_transfer_pb2.PushResponse) -> None:
+        # Bounded rather than broken off when the reservation ends: gRPC sends no status behind a write that was cancelled.
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._stream.write(response)
+        except TimeoutError:
+            raise DeadlineError(f"the prefill worker took no answer within {ANSWER_TIMEOUT_S:g} s") from None
 
     async def _receive_chunk(self, chunk: Chunk) -> None:
         span = chunk.span
@@ -159,11 +169,11 @@ class _IncomingPush:
             self._writing = None
         if problem is None:
             self._assembly.add(span)
-            await self._stream.write(_accepted(span))
+            await self._answer(_accepted(span))
             return
         _log.warning("refused a KV chunk", request_id=self._permit.work.work_id.request_id, problem=problem)
         self._assembly.refuse(span, problem)
-        await self._stream.write(_refused(span, problem))
+        await self._answer(_refused(span, problem))
 
     def _check_and_write(self, chunk: Chunk) -> str | None:
         """Runs in a thread. Why the chunk was not written, or None."""

@@ -14,10 +14,11 @@ import grpc
 import numpy as np
 import pytest
 
+from decode_worker import kv_receiver
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
-from kvrelay.errors import CancelledRequestError, TransferError
+from kvrelay.errors import DeadlineError, TransferError
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushPlan
@@ -403,7 +404,10 @@ class UnreadStream:
         await asyncio.Event().wait()
 
 
-async def test_a_reservation_that_ends_breaks_a_push_off_whose_sender_does_not_read(bench: Bench) -> None:
+async def test_a_sender_that_takes_no_answer_keeps_its_blocks_for_a_bounded_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_receiver, "ANSWER_TIMEOUT_S", 0.05)
     header = kv_transfer_pb2.PushHeader(
         work_id=work_id_to_pb(bench.work.work_id),
         ticket=bench.ticket,
@@ -418,7 +422,7 @@ async def test_a_reservation_that_ends_breaks_a_push_off_whose_sender_does_not_r
         await stream.writes.wait()
     assert not bench.permits.close(bench.work.work_id)
     assert (await bench.end_at_receiver()).first_tokens is None
-    with pytest.raises(CancelledRequestError):
+    with pytest.raises(DeadlineError):
         await asyncio.wait_for(push, WAIT_S)
 
 
@@ -428,6 +432,9 @@ async def test_a_stopped_sender_ends_only_after_its_export(bench: Bench) -> None
     sender = bench.send(source)
     sender.announce_cached(NUM_TOKENS)
     assert await asyncio.to_thread(source.entered.wait, WAIT_S)
+    async with asyncio.timeout(WAIT_S):
+        while bench.permits._permits[bench.work.work_id]._on_close is None:  # noqa: ASYNC110 - the header is on its way
+            await asyncio.sleep(0.005)
     sender.stop()
     assert (await bench.end_at_receiver()).first_tokens is None  # the receiver knows before the export has ended
     assert bench.outcomes.empty()
