@@ -116,12 +116,14 @@ class GrpcTransport:
         Raises:
             TransferError: it cannot be reached in time.
         """
+        channel = self._channel(address)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                channel = await self._channel(address)
                 await channel.channel_ready()
         except TimeoutError:
-            await self._forget(address)
+            if self._channels.get(address) is channel:
+                # The next attempt connects anew at once, instead of waiting out this channel's backoff.
+                del self._channels[address]
             timeout_ms = round(self._connect_timeout_s * 1000)
             raise TransferError(f"the decode worker at {address} was not reached within {timeout_ms} ms") from None
         push = GrpcPush(channel)
@@ -130,23 +132,17 @@ class GrpcTransport:
 
     async def close(self) -> None:
         """Closes all connections."""
-        for address in list(self._channels):
-            await self._forget(address)
-
-    async def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = create_channel(address)
-        self._channels.move_to_end(address)
-        channel = self._channels[address]
-        while len(self._channels) > MAX_CHANNELS:
-            await self._forget(next(iter(self._channels)))
-        return channel
-
-    async def _forget(self, address: str) -> None:
-        """The next attempt connects anew at once, instead of waiting out a channel's backoff."""
-        channel = self._channels.pop(address, None)
-        if channel is not None:
+        channels, self._channels = self._channels, OrderedDict()
+        for channel in channels.values():
             await channel.close()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        """The channel to a receiver. One that is dropped from here closes itself when its last push lets go of it."""
+        channel = self._channels.pop(address, None) or create_channel(address)
+        self._channels[address] = channel
+        while len(self._channels) > MAX_CHANNELS:
+            self._channels.popitem(last=False)
+        return channel
 
 
 class GrpcPush:
@@ -156,6 +152,7 @@ class GrpcPush:
         method = channel.stream_stream(
             PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
         )
+        self._channel = channel  # lives as long as the push
         self._call: Any = method()
 
     def encode(self, chunk: Chunk) -> bytes:

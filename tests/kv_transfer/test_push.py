@@ -19,9 +19,10 @@ from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
 from kvrelay.errors import DeadlineError, TransferError
+from kvrelay.kv_transfer import transports
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushPlan
+from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushComplete, PushPlan
 from kvrelay.model_spec import WIRE_VERSION, KVLayout, ModelSpec
 from kvrelay.rpc import bind_server, create_channel, create_server
 from kvrelay.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
@@ -469,6 +470,33 @@ async def test_a_receiver_that_is_not_there_fails_the_push_in_time(bench: Bench)
     outcome = await bench.outcome()
     assert isinstance(outcome, TransferError)
     assert "not reached" in outcome.message
+    await transport.close()
+
+
+async def test_a_connection_that_is_dropped_for_others_lives_as_long_as_its_push(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "MAX_CHANNELS", 1)
+    push = await bench.transport.open(bench.address, bench.plan())
+    other = await bench.transport.open(bench.address.replace("127.0.0.1", "localhost"), bench.plan())
+    assert list(bench.transport._channels) == [bench.address.replace("127.0.0.1", "localhost")]
+    await push.send_chunk(encode_chunk(bench.chunk(WHOLE)))
+    await push.send_end(1, bench.tokens())
+    async with asyncio.timeout(WAIT_S):
+        replies = [reply async for reply in push.replies()]
+    assert replies[-1] == PushComplete(LAYOUT.bytes_per_token * NUM_TOKENS)
+    other.cancel()
+
+
+async def test_a_receiver_that_is_not_reached_fails_each_push_in_its_own_time(bench: Bench) -> None:
+    transport = GrpcTransport(connect_timeout_ms=300)
+    first = asyncio.create_task(transport.open("127.0.0.1:1", bench.plan()))
+    await asyncio.sleep(0.2)
+    second = asyncio.create_task(transport.open("127.0.0.1:1", bench.plan()))
+    for push in (first, second):
+        with pytest.raises(TransferError, match="not reached"):
+            await asyncio.wait_for(push, WAIT_S)
+    assert not transport._channels
     await transport.close()
 
 
