@@ -1,106 +1,134 @@
-"""The contract under other settings of one small model: chunk sizes, local prefill, and a pool too small for what is asked."""
+"""The contract under other settings, for every kind of attention: chunk sizes, local prefill, a pool too small for what is asked.
+
+Two clusters, each with a worker pair for every model. In the tight one a chunk is one block and the decode workers' pools are
+small; in the wide one a chunk is the whole prompt, and short prompts are computed by the decode worker.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from kvrelay.client import AsyncClient, WorkerRole
 from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids, workers
+from tests.integration.test_contract_tiny_models import KINDS
 from tests.reference import NearTies, Reference
 from tests.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 24
+TIGHT_POOL_BLOCKS = 30
+LOCAL_PREFILL_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: make_tiny_model(kind, folder) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path) -> Reference:
-    return Reference(model)
+def references(models: dict[str, Path]) -> dict[str, Reference]:
+    return {kind: Reference(path) for kind, path in models.items()}
 
 
-@asynccontextmanager
-async def started(
-    model: Path, *, local_prefill_tokens: int = 0, decode: dict[str, object] | None = None, **settings: object
-) -> AsyncIterator[AsyncClient]:
-    """One prefill and one decode worker; `settings` go to both engines, `decode` to the second one only."""
-    prefill_engine = engine(model, block_size=BLOCK_SIZE, **settings)
-    decode_engine = engine(model, block_size=BLOCK_SIZE, **settings, **(decode or {}))
-    cluster = cluster_of([prefill_engine], [decode_engine], local_prefill_tokens=local_prefill_tokens)
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def tight(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
+    paths = models.values()
+    prefill = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=BLOCK_SIZE) for path in paths]
+    decode = [engine(path, block_size=BLOCK_SIZE, num_kv_blocks=TIGHT_POOL_BLOCKS) for path in paths]
+    async with cluster_of(prefill, decode, local_prefill_tokens=0) as cluster, AsyncClient(cluster.gateway_address) as client:
+        yield client
+        await assert_at_rest(client)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def wide(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
+    engines = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=MAX_CONTEXT_TOKENS) for path in models.values()]
+    cluster = cluster_of(engines, engines, local_prefill_tokens=LOCAL_PREFILL_TOKENS)
     async with cluster, AsyncClient(cluster.gateway_address) as client:
         yield client
         await assert_at_rest(client)
 
 
-@pytest.mark.parametrize("chunk_tokens", [BLOCK_SIZE, MAX_CONTEXT_TOKENS])
-async def test_chunks_of_one_block_and_of_the_whole_prompt(model: Path, reference: Reference, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_chunks_of_one_block_give_the_reference_tokens(
+    kind: str, tight: AsyncClient, references: dict[str, Reference]
+) -> None:
     ties = NearTies()
-    async with started(model, prefill_chunk_tokens=chunk_tokens) as client:
-        prompts = [random_prompt(length, length) for length in (1, 16, 33, 200, 400)]
-        for prompt in prompts:
-            completion = await greedy(client, prompt, NUM_TOKENS)
-            reference.check(prompt, token_ids(completion), ties)
-            assert completion.finished.phases.transfer_bytes > 0
-        runs = (greedy(client, prompt, NUM_TOKENS, tenant="together") for prompt in prompts)
-        for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
-            reference.check(prompt, token_ids(completion), ties)
-    print(ties)
+    for length in (1, 16, 33, 200, 400):
+        completion = await greedy(tight, random_prompt(length, length), NUM_TOKENS, model=kind)
+        references[kind].check(random_prompt(length, length), token_ids(completion), ties)
+        assert completion.finished.phases.transfer_bytes > 0
+    print(f"{kind}: {ties}")
 
 
-async def test_short_prompts_are_computed_on_the_decode_worker_and_long_ones_are_not(model: Path, reference: Reference) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_pool_too_small_preempts_and_gives_the_reference_tokens(
+    kind: str, tight: AsyncClient, references: dict[str, Reference]
+) -> None:
+    """Eight sequences of 40 + 100 tokens need 72 blocks; the pool has 30."""
     ties = NearTies()
-    async with started(model, local_prefill_tokens=64) as client:
-        for length, local in ((1, True), (63, True), (64, False), (150, False)):
-            prompt = random_prompt(length, length)
-            completion = await greedy(client, prompt, NUM_TOKENS)
-            reference.check(prompt, token_ids(completion), ties)
-            phases = completion.finished.phases
-            assert phases.prefilled_on_decode_worker is local
-            assert (phases.transfer_bytes == 0) is local
-        # 150 tokens, of which 144 are cached by now: what is left is short.
-        again = await greedy(client, random_prompt(150, 150), NUM_TOKENS)
-        reference.check(random_prompt(150, 150), token_ids(again), ties)
-        assert again.finished.usage.num_cached_tokens == 144
-        assert again.finished.phases.prefilled_on_decode_worker
-        four = await greedy(client, random_prompt(40, 40), NUM_TOKENS, n=4)
-        for sequence in range(4):
-            reference.check(random_prompt(40, 40), token_ids(four, sequence), ties)
-    print(ties)
+    prompts = [random_prompt(500 + number, 40) for number in range(8)]
+    runs = (greedy(tight, prompt, 100, model=kind) for prompt in prompts)
+    for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
+        references[kind].check(prompt, token_ids(completion), ties)
+        assert completion.finished.phases.transfer_bytes > 0
+    (decode_worker,) = workers(await tight.cluster(), WorkerRole.DECODE, kind)
+    assert decode_worker.load.num_preemptions > 0
+    # The sequences of one request preempt each other, too: four of 40 + 120 tokens need 34 blocks, the prompt's shared.
+    four = await greedy(tight, prompts[0], 120, model=kind, n=4, tenant="four")
+    for sequence in range(4):
+        references[kind].check(prompts[0], token_ids(four, sequence), ties)
+    print(f"{kind}: {ties}")
 
 
-async def test_without_a_prefill_worker_the_decode_worker_computes_every_prompt(model: Path, reference: Reference) -> None:
-    decode_engine = engine(model, block_size=BLOCK_SIZE)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_short_prompts_are_computed_on_the_decode_worker_and_long_ones_are_not(
+    kind: str, wide: AsyncClient, references: dict[str, Reference]
+) -> None:
+    ties = NearTies()
+    for length in (1, LOCAL_PREFILL_TOKENS - 1, LOCAL_PREFILL_TOKENS, 150, 400):
+        local = length < LOCAL_PREFILL_TOKENS
+        completion = await greedy(wide, random_prompt(length, length), NUM_TOKENS, model=kind)
+        references[kind].check(random_prompt(length, length), token_ids(completion), ties)
+        assert completion.finished.phases.prefilled_on_decode_worker is local
+        assert (completion.finished.phases.transfer_bytes == 0) is local
+    # 150 tokens, of which 144 are cached by now: what is left is short.
+    again = await greedy(wide, random_prompt(150, 150), NUM_TOKENS, model=kind)
+    references[kind].check(random_prompt(150, 150), token_ids(again), ties)
+    assert again.finished.usage.num_cached_tokens == 144
+    assert again.finished.phases.prefilled_on_decode_worker
+    four = await greedy(wide, random_prompt(40, 40), NUM_TOKENS, model=kind, n=4)
+    for sequence in range(4):
+        references[kind].check(random_prompt(40, 40), token_ids(four, sequence), ties)
+    assert four.finished.phases.prefilled_on_decode_worker
+    print(f"{kind}: {ties}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_whole_prompts_in_one_chunk_together_give_the_reference_tokens(
+    kind: str, wide: AsyncClient, references: dict[str, Reference]
+) -> None:
+    ties = NearTies()
+    prompts = [random_prompt(7000 + length, length) for length in (30, 64, 90, 128, 129, 200, 300, 400)]
+    runs = (greedy(wide, prompt, NUM_TOKENS, model=kind) for prompt in prompts)
+    for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
+        references[kind].check(prompt, token_ids(completion), ties)
+    print(f"{kind}: {ties}")
+
+
+async def test_without_a_prefill_worker_the_decode_worker_computes_every_prompt(
+    models: dict[str, Path], references: dict[str, Reference]
+) -> None:
+    decode_engine = engine(models["llama"], block_size=BLOCK_SIZE)
     async with cluster_of([], [decode_engine]) as cluster, AsyncClient(cluster.gateway_address) as client:
         prompt = random_prompt(200, 200)
         completion = await greedy(client, prompt, NUM_TOKENS)
-        reference.check(prompt, token_ids(completion), NearTies())
+        references["llama"].check(prompt, token_ids(completion), NearTies())
         assert completion.finished.phases.prefilled_on_decode_worker
         await assert_at_rest(client)
-
-
-async def test_a_pool_too_small_preempts_and_gives_the_same_tokens(model: Path, reference: Reference) -> None:
-    ties = NearTies()
-    num_tokens = 100
-    # Eight sequences of 40 + 100 tokens need 72 blocks; the pool has 30.
-    async with started(model, decode={"num_kv_blocks": 30}) as client:
-        prompts = [random_prompt(500 + number, 40) for number in range(8)]
-        runs = (greedy(client, prompt, num_tokens) for prompt in prompts)
-        for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
-            reference.check(prompt, token_ids(completion), ties)
-            assert completion.finished.phases.transfer_bytes > 0
-        (decode_worker,) = workers(await client.cluster(), WorkerRole.DECODE)
-        assert decode_worker.load.num_preemptions > 0
-        # n = 4 in the same pool: the sequences of one request preempt each other.
-        four = await greedy(client, prompts[0], 120, n=4, tenant="four")
-        for sequence in range(4):
-            reference.check(prompts[0], token_ids(four, sequence), ties)
-    print(ties)
