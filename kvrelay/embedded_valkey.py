@@ -20,7 +20,7 @@ from kvrelay.errors import StartupError
 
 _HOST = "127.0.0.1"
 _MAX_TRIES = 3
-_STOP_GRACE_S = 2.0
+_STOP_GRACE_S = 1.0
 
 
 class EmbeddedValkey:
