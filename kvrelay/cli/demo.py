@@ -24,14 +24,14 @@ DEFAULT_PROMPT = (
     "Explain in three short sentences why the sky is blue at noon, red in the evening, and black on the Moon."
 )
 _TIMEOUT_S = 240.0
-_FIELDS = {*setting_fields(EngineSettings), *setting_fields(ClusterSettings), "redis_url", "log_level"}
+_FIELDS = {*setting_fields(EngineSettings), *setting_fields(ClusterSettings), "redis_url", "log_level"} - {"restart"}
 
 
 @takes_settings(ClusterSettings, PrefillSettings, DecodeSettings, only=_FIELDS)
 def demo(
     sources: SettingsSources,
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask.", show_default=False)] = DEFAULT_PROMPT,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of the answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="INT", help="Most tokens of the answer.")] = 128,
     json: Annotated[bool, typer.Option("--json", help="One JSON object with everything, for programs.")] = False,
 ) -> None:
     """Start a cluster, stream an answer, show the request's phases, end the cluster."""

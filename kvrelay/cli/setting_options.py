@@ -67,17 +67,22 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _option(setting: SettingField) -> Any:
-    default = setting.default
-    if setting.is_switch:
-        default = "on" if default else "off"
-    description = setting.info.description or ""
+    choices = f"One of {', '.join(setting.choices)}." if setting.choices else ""
+    default = "" if setting.default is None else f"Default: {_in_words(setting.default)}."
     return typer.Option(
         *_declarations(setting),
-        metavar=None if setting.is_switch else "|".join(setting.choices) or setting.type_name.upper(),
-        help=description if default is None else f"{description} Default: {default}.",
+        # Short, and choices go into the help, or a terminal of 80 columns would have no room for the options' names.
+        metavar=" " if setting.is_switch else "NAME" if setting.choices else setting.type_name.upper(),
+        help=" ".join(part for part in (setting.info.description, choices, default) if part),
         show_default=False,
         rich_help_panel=f"{setting.path[0].capitalize()} settings" if len(setting.path) > 1 else None,
     )
+
+
+def _in_words(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _declarations(setting: SettingField) -> Iterator[str]:

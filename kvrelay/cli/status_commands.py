@@ -23,7 +23,9 @@ def status(
     sources: SettingsSources,
     json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")] = False,
-    interval_s: Annotated[float, typer.Option("--interval-s", "--interval", min=0.1, help="Time between two looks.")] = 1.0,
+    interval_s: Annotated[
+        float, typer.Option("--interval-s", "--interval", min=0.1, metavar="FLOAT", help="Time between two looks.")
+    ] = 1.0,
 ) -> None:
     """Show gateways, workers, their load and KV blocks, and running requests."""
     with open_client(sources) as client:

@@ -374,6 +374,28 @@ def test_the_command_line_starts_without_torch_and_grpc() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.parametrize("command", [("serve", "all"), ("complete",), ("chat",), ("status",), ("demo",), ("models", "add")])
+async def test_help_shows_the_options_in_full_on_a_small_terminal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = await run(*command, "--help")
+    assert result.exit_code == 0
+    assert "--" in result.out
+    assert "…" not in result.out
+
+
+def test_a_role_that_has_ended_does_not_wait_for_its_libraries(tmp_path: Path) -> None:
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "__init__.py").touch()
+    program = "import atexit, time\ndef run(settings):\n    atexit.register(time.sleep, 600)\n    print('it ran')\n"
+    (tmp_path / "gateway" / "main.py").write_text(program)
+    environment = {"PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "kvrelay.cli", "serve", "gateway"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "it ran\n")
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m kvrelay.cli serve all --help | head -c 10; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
