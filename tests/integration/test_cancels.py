@@ -19,13 +19,16 @@ NUM_REQUESTS = 50
 MAX_TOKENS = 24
 
 
-async def test_sixteen_clients_with_random_cancels_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "num_requests", [NUM_REQUESTS, pytest.param(40 * NUM_REQUESTS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
+async def test_sixteen_clients_with_random_cancels_leave_nothing_behind(tmp_path: Path, num_requests: int) -> None:
     settings = engine(make_tiny_model("llama", tmp_path), num_kv_blocks=256, prefill_chunk_tokens=64)
     terminals: Counter[str] = Counter()
     async with cluster_of([settings], [settings, settings], local_prefill_tokens=24) as cluster:
         async with asyncio.TaskGroup() as group:
             for number in range(NUM_CLIENTS):
-                group.create_task(run_client(cluster.gateway_address, number, terminals))
+                group.create_task(run_client(cluster.gateway_address, number, num_requests, terminals))
         async with AsyncClient(cluster.gateway_address) as client:
             await assert_at_rest(client)
 
@@ -34,15 +37,15 @@ async def test_sixteen_clients_with_random_cancels_leave_nothing_behind(tmp_path
 
             await wait_until(all_ended, "the store, which is written behind the streams, knows every end")
     print(dict(terminals))
-    assert sum(terminals.values()) == NUM_CLIENTS * NUM_REQUESTS
+    assert sum(terminals.values()) == NUM_CLIENTS * num_requests
     assert set(terminals) == {"finished", "cancelled by call", "disconnected"}
-    assert min(terminals.values()) > NUM_REQUESTS
+    assert min(terminals.values()) > num_requests
 
 
-async def run_client(address: str, number: int, terminals: Counter[str]) -> None:
+async def run_client(address: str, number: int, num_requests: int, terminals: Counter[str]) -> None:
     generator = random.Random(number)
     async with AsyncClient(address) as client:
-        for _ in range(NUM_REQUESTS):
+        for _ in range(num_requests):
             terminals[await run_request(client, generator)] += 1
 
 
