@@ -28,6 +28,8 @@ _Result = TypeVar("_Result")
 
 INLINE_CHARACTERS = 4000
 """Texts up to this length are tokenized on the event loop: a thread would cost more."""
+CHARACTERS_PER_MESSAGE = 40
+"""What a message without content counts in a chat: the template renders it too."""
 
 
 async def prepare(request: inference_pb2.GenerateRequest, relay: Relay, submit_time: float, deadline: float) -> GenerationRequest:
@@ -118,7 +120,7 @@ async def _try_to_have_tokenizer(relay: Relay, limits: ModelLimits) -> None:
 
 async def render_chat(tokenizer: ModelTokenizer, messages: Sequence[Message], field: str) -> str:
     """The prompt's text for a chat; see `ModelTokenizer.render_chat`."""
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(len(message["content"]) + CHARACTERS_PER_MESSAGE for message in messages)
     return await _run(size, partial(tokenizer.render_chat, field=field), messages)
 
 

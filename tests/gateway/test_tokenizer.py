@@ -1,5 +1,6 @@
 """Tokenizer and chat template, compared with transformers'."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,12 +78,30 @@ def test_the_template_among_the_tokenizers_settings_is_found() -> None:
         ("{% for m in messages %}{% if loop.first %}{% break %}{% endif %}{% endfor %}x", "x"),
         ("{% if true %}\n    y\n{% endif %}", "    y\n"),
         ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% for x in [1, 2, 3] if x > 1 %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}", "1/2False 2/2True "),
+        ("{% for x in [[1], [2]] recursive %}{{ x if x is number else loop(x) }}{% else %}none{% endfor %}", "12"),
+        ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "a1"),
         ("{% if tools %}t{% endif %}{{ bos_token }}", "<s>"),
     ],
 )
 def test_templates_find_what_transformers_gives_them(source: str, rendered: str) -> None:
     template = ChatTemplate(source, {"bos_token": "<s>"})
     assert template.render([{"role": "user", "content": "<é>"}]) == rendered
+
+
+ENDLESS = {
+    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "depth": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
+def test_a_template_that_would_run_for_ever_is_ended(source: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(InvalidRequestError, match=r"too many steps|recursion"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("source", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
