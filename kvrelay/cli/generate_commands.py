@@ -159,8 +159,14 @@ def _lines(source: TextIO) -> Iterator[str]:
     while True:
         try:
             line = input("> ") if interactive else next(source)
-        except (EOFError, StopIteration):
+        except StopIteration:
             return
+        except EOFError:
+            print()  # or the shell's prompt would follow ours
+            return
+        except KeyboardInterrupt:
+            print()
+            raise
         if line.strip() == "/exit":
             return
         if line.strip():
