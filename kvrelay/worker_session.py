@@ -89,16 +89,17 @@ class WorkerSession:
         self._liveness = Liveness(window_ms, _now())
         await self._write(self._make_response(hello=self._hello))
 
-    async def serve(self) -> None:
-        """Serves until the gateway ends the session.
+    async def serve(self, ended: asyncio.Event) -> None:
+        """Serves until the gateway ends the session, or the worker does by setting `ended`.
 
         Raises:
             UnavailableError: the gateway fell silent, or does not read.
         """
-        tasks = [
+        tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._read_all(), name="session reader"),
             asyncio.create_task(self._write_all(), name="session writer"),
             asyncio.create_task(self._watch(), name="session watch"),
+            asyncio.create_task(ended.wait(), name="session end"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

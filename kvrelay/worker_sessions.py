@@ -59,6 +59,7 @@ class WorkerSessions:
         self._sessions: set[WorkerSession] = set()
         self._load = WorkerLoad()
         self._draining = False
+        self._drained = asyncio.Event()
         self._kv_transfer_bytes = 0
         self.leases: WorkLeases[WorkerSession] = WorkLeases(self._expire, give_up)
 
@@ -80,7 +81,7 @@ class WorkerSessions:
         self._sessions.add(session)
         _log.info("session begins", gateway=session.gateway_id)
         try:
-            await session.serve()
+            await session.serve(self._drained)
         except UnavailableError as error:
             _log.warning("session lost", gateway=session.gateway_id, reason=error.message)
             raise
@@ -145,7 +146,7 @@ class WorkerSessions:
             session.send()
 
     async def drain(self, timeout_ms: int) -> None:
-        """Takes no new work, lets running work end, and fails what is left after the timeout."""
+        """Takes no new work, lets running work end, fails what is left after the timeout, and ends all sessions."""
         self._draining = True
         self.broadcast_load()
         _log.info("draining", num_works=len(self.leases), timeout_ms=timeout_ms)
@@ -158,6 +159,7 @@ class WorkerSessions:
             async with asyncio.timeout(FLUSH_TIMEOUT_S):
                 await self.leases.wait_until_empty()
                 await self._flush(self._sessions)
+        self._drained.set()
 
     @staticmethod
     async def _flush(sessions: Iterable[WorkerSession]) -> None:

@@ -257,6 +257,7 @@ async def test_what_does_not_end_within_the_drain_timeout_fails_with_draining(en
         await worker.services.sessions.drain(1)
         kinds = [(await session.expect("work_failed")).kind for _ in range(2)]
         assert kinds == [session_pb2.FAILURE_KIND_DRAINING] * 2
+        assert await session.status() is grpc.StatusCode.OK  # ended by the worker, so that its exit waits for nobody
         await worker.wait_until_idle()
 
 
