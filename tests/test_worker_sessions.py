@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.transports import GrpcTransport, PushPlan
@@ -302,15 +304,36 @@ async def test_prefill_that_is_cancelled_before_its_push_connects_is_freed(engin
         await worker.wait_until_idle()
 
 
+class HeldExports:
+    """Keeps KV from leaving the pool, so that a push is in the middle for as long as a test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+        self.released = threading.Event()
+        export_kv = PagedKVCache.export_kv
+
+        def held(cache: PagedKVCache, *arguments: Any) -> Any:
+            self.begun.set()
+            assert self.released.wait(10), "released by the test"
+            return export_kv(cache, *arguments)
+
+        monkeypatch.setattr(PagedKVCache, "export_kv", held)
+
+    async def wait_until_begun(self) -> None:
+        assert await asyncio.to_thread(self.begun.wait, 10)
+
+
 async def test_a_prefill_session_that_ends_breaks_its_pushes_and_the_decode_worker_frees_its_reservation(
-    engine: WorkerEngine, other_engine: WorkerEngine
+    engine: WorkerEngine, other_engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = make_work(PROMPT * 8, 5)
+    exports = HeldExports(monkeypatch)
+    work = make_work(PROMPT * 8, 5, cache_salt="end")
     async with decode_with(engine) as (decode_worker, decode), running_prefill_worker(other_engine) as prefill_worker:
         reserved = await reserve(decode, work)
         async with session_with("prefill", prefill_worker.address) as prefill:
             await prefill.send(start_prefill=start_prefill_to_pb(work, reserved.ticket, reserved.push_address, 0))
-            await prefill.expect_load(num_running=1)
+            await exports.wait_until_begun()
+        exports.released.set()
         await prefill_worker.wait_until_idle()
         assert await expect_failure(decode, work) == session_pb2.FAILURE_KIND_TRANSFER
         await decode_worker.wait_until_idle()
@@ -318,8 +341,9 @@ async def test_a_prefill_session_that_ends_breaks_its_pushes_and_the_decode_work
 
 
 async def test_a_decode_cancel_in_the_middle_of_a_push_fails_the_prefill_with_transfer(
-    engine: WorkerEngine, other_engine: WorkerEngine
+    engine: WorkerEngine, other_engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exports = HeldExports(monkeypatch)
     work = make_work(PROMPT * 8, 5, cache_salt="cancel")
     async with (
         decode_with(engine) as (decode_worker, decode),
@@ -328,7 +352,9 @@ async def test_a_decode_cancel_in_the_middle_of_a_push_fails_the_prefill_with_tr
     ):
         reserved = await reserve(decode, work)
         await prefill.send(start_prefill=start_prefill_to_pb(work, reserved.ticket, reserved.push_address, 0))
-        await prefill.expect_load(num_running=1)
+        await exports.wait_until_begun()
         await decode.cancel_work(work.work_id)
+        await decode_worker.wait_until_idle()
+        exports.released.set()
         assert await expect_failure(prefill, work) == session_pb2.FAILURE_KIND_TRANSFER
         await asyncio.gather(prefill_worker.wait_until_idle(), decode_worker.wait_until_idle())

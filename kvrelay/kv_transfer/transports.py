@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import grpc
 
@@ -109,37 +110,51 @@ class GrpcTransport:
     def __init__(self, connect_timeout_ms: int) -> None:
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._open_channels: WeakSet[grpc.aio.Channel] = WeakSet()
+        """Those that were dropped for others too, while their pushes last."""
+        self._closed = False
 
     async def open(self, address: str, plan: PushPlan) -> GrpcPush:
         """Reaches the receiver and sends the header.
 
         Raises:
-            TransferError: it cannot be reached in time.
+            TransferError: it cannot be reached in time, or the transport is closed.
         """
+        if self._closed:
+            raise TransferError("the prefill worker is shutting down")
         channel = self._channel(address)
+        push = GrpcPush(channel)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await channel.channel_ready()
+                # Connects first. Waiting for the state of the channel instead would leave a watch behind when cancelled.
+                await push.send_header(plan)
         except TimeoutError:
-            if self._channels.get(address) is channel:
-                # The next attempt connects anew at once, instead of waiting out this channel's backoff.
-                del self._channels[address]
             timeout_ms = round(self._connect_timeout_s * 1000)
+            self._break_off(push, address, channel)
             raise TransferError(f"the decode worker at {address} was not reached within {timeout_ms} ms") from None
-        push = GrpcPush(channel)
-        await push.send_header(plan)
+        except BaseException:
+            self._break_off(push, address, channel)
+            raise
         return push
 
+    def _break_off(self, push: GrpcPush, address: str, channel: grpc.aio.Channel) -> None:
+        push.cancel()
+        if self._channels.get(address) is channel:
+            # The next attempt connects anew at once, instead of waiting out this channel's backoff.
+            del self._channels[address]
+
     async def close(self) -> None:
-        """Closes all connections."""
-        channels, self._channels = self._channels, OrderedDict()
-        for channel in channels.values():
+        """Closes all connections, and opens none any more: gRPC does not let a process end that has one left."""
+        self._closed = True
+        self._channels.clear()
+        for channel in list(self._open_channels):
             await channel.close()
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         """The channel to a receiver. One that is dropped from here closes itself when its last push lets go of it."""
         channel = self._channels.pop(address, None) or create_channel(address)
         self._channels[address] = channel
+        self._open_channels.add(channel)
         while len(self._channels) > MAX_CHANNELS:
             self._channels.popitem(last=False)
         return channel

@@ -500,6 +500,20 @@ async def test_a_receiver_that_is_not_reached_fails_each_push_in_its_own_time(be
     await transport.close()
 
 
+async def test_a_closed_transport_opens_nothing_and_has_closed_what_it_dropped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports, "MAX_CHANNELS", 1)
+    push = await bench.transport.open(bench.address, bench.plan())
+    other = await bench.transport.open(bench.address.replace("127.0.0.1", "localhost"), bench.plan())
+    await bench.transport.close()
+    assert push._call.done()
+    assert other._call.done()
+    with pytest.raises(TransferError, match="shutting down"):
+        await bench.transport.open(bench.address, bench.plan())
+    assert not bench.transport._channels
+
+
 async def test_the_window_bounds_what_is_not_acknowledged(bench: Bench) -> None:
     bench.pool.gate.clear()
     transport = TamperingTransport(lambda chunk, number: chunk)
