@@ -168,7 +168,8 @@ class GrpcPush:
             PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
         )
         self._channel = channel  # lives as long as the push
-        self._call: Any = method()
+        # A receiver that is just starting is waited for, as long as the opener allows.
+        self._call: Any = method(wait_for_ready=True)
 
     def encode(self, chunk: Chunk) -> bytes:
         return encode_chunk(chunk)
