@@ -301,6 +301,10 @@ async def test_prefill_that_is_cancelled_before_its_push_connects_is_freed(engin
     async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address) as session:
         await session.send(start_prefill=start_prefill_to_pb(work, bytes(16), address, 0))
         await session.cancel_work(work.work_id)
+        # Commands are taken in order: when a work that needs no push is done, the cancelled one was there before it.
+        last = make_work(PROMPT, 1, request_id="b" * 32)
+        await session.send(start_prefill=start_prefill_to_pb(last, bytes(16), address, 0))
+        await session.expect("transfer_done")
         await worker.wait_until_idle()
 
 
