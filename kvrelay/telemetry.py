@@ -1,9 +1,10 @@
 """Structured logs of every process, and where a request's time went."""
 
+import contextlib
 import logging
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 
@@ -46,6 +47,22 @@ def configure_logging(level: str, format_: Literal["console", "json"], **context
             *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Unbreakable(sys.stderr))),
         cache_logger_on_first_use=False,
     )
+
+
+class _Unbreakable:
+    """A stream that loses what cannot be written: a full disk or a reader that is gone must not end anybody's request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()

@@ -11,9 +11,10 @@ from kvrelay.engine.device import choose_device, choose_dtype, use_threads
 from kvrelay.engine.model_loader import LoadedModel, load_model
 from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.errors import ConfigError
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.kv_cache.memory_planning import blocks_for_budget
-from kvrelay.model_spec import ModelSpec
+from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.model_store import DEMO_MODEL, ModelStore, default_model_dir
 from kvrelay.step_runner import StepRunner
 
@@ -43,7 +44,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
 
     Raises:
         ModelLoadError: the model is missing, broken or unsupported.
-        ConfigError: the memory for KV holds no block.
+        ConfigError: the memory for KV holds no block, or cannot be had.
     """
     use_threads(settings.num_threads or max(1, (os.cpu_count() or 1) // 2))
     folder = resolve_model(settings)
@@ -52,7 +53,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     model = _limit_context(load_model(folder, name, choose_dtype(settings.dtype, device), device), settings.max_context_tokens)
     layout = model.spec.kv_layout
     num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
-    cache = PagedKVCache(layout, num_blocks, settings.block_size, model.device)
+    cache = _make_pool(layout, num_blocks, settings.block_size, model)
     _log.info("model loaded", model=name, num_blocks=num_blocks, kv_mib=cache.pool_bytes // BYTES_PER_MIB, device=device)
     return WorkerEngine(
         folder=folder,
@@ -61,6 +62,17 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         blocks=BlockManager(num_blocks, settings.block_size, settings.prefix_cache),
         step_runner=StepRunner(ModelRunner(model, cache)),
     )
+
+
+def _make_pool(layout: KVLayout, num_blocks: int, block_size: int, model: LoadedModel) -> PagedKVCache:
+    try:
+        return PagedKVCache(layout, num_blocks, block_size, model.device)
+    except RuntimeError as error:  # torch's error for memory that cannot be had
+        num_mib = num_blocks * block_size * layout.bytes_per_token // BYTES_PER_MIB
+        message = (
+            f"{num_mib} MiB for KV blocks cannot be had on {model.device}; choose a smaller --kv-cache-mib or --num-kv-blocks"
+        )
+        raise ConfigError(message) from error
 
 
 def resolve_model(settings: EngineSettings) -> Path:

@@ -169,6 +169,15 @@ async def test_a_taken_port_stops_the_start_with_a_sentence(role: str, tmp_path:
     assert "Traceback" not in output
 
 
+async def test_a_pool_larger_than_the_memory_stops_the_start_with_a_sentence(tmp_path: Path) -> None:
+    model = str(make_tiny_model("llama", tmp_path))
+    arguments = ["--model", model, "--kv-cache-mib", str(2**30), "--redis-url", "redis://127.0.0.1:1/0"]
+    exit_code, output = await run_serve("prefill", *arguments)
+    assert exit_code == 1
+    assert "--kv-cache-mib" in output
+    assert "Traceback" not in output
+
+
 async def test_an_unreachable_redis_at_start_is_said_and_survived(tmp_path: Path) -> None:
     """The gateway starts degraded: it answers, says so, and says what to do."""
     with socket.create_server(("127.0.0.1", 0)) as free:

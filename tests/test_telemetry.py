@@ -1,0 +1,33 @@
+"""Logs go on, or are lost; they never end what is logged about."""
+
+import json
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import os, structlog
+from kvrelay.telemetry import configure_logging
+configure_logging("info", "json", role="decode")
+log = structlog.get_logger("test")
+log.debug("hidden")
+log.info("shown", request_id="r")
+os.read(0, 1)
+for number in range(3):
+    log.info("after the reader went", number=number)
+print("alive")
+"""
+
+
+def test_lines_are_json_with_their_context_and_a_reader_that_goes_away_ends_nothing() -> None:
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=write_end, text=True
+    )
+    os.close(write_end)
+    line = json.loads(os.read(read_end, 65536))
+    os.close(read_end)
+    output, _ = process.communicate(input="x", timeout=60)
+    assert (line["event"], line["level"], line["role"], line["request_id"]) == ("shown", "info", "decode", "r")
+    assert output == "alive\n"
+    assert process.returncode == 0
