@@ -173,7 +173,7 @@ async def test_a_pool_larger_than_the_memory_stops_the_start_with_a_sentence(tmp
     model = str(make_tiny_model("llama", tmp_path))
     arguments = ["--model", model, "--kv-cache-mib", str(2**30), "--redis-url", "redis://127.0.0.1:1/0"]
     exit_code, output = await run_serve("prefill", *arguments)
-    assert exit_code == 1
+    assert exit_code == 2
     assert "--kv-cache-mib" in output
     assert "Traceback" not in output
 
