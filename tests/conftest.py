@@ -1,6 +1,7 @@
 """What all tests share: the environment of the test process, and the one real model."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ for _name, _value in (
     ("TQDM_DISABLE", "1"),
 ):
     os.environ.setdefault(_name, _value)
+
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The contract: prefill worker, wire and decode worker together give transformers' greedy tokens, for every kind of attention.
 
-Real processes; one worker pair for each model behind one gateway, so that routing by model name is tested as well.
+Real processes; one worker pair for each model behind one gateway, so that routing by model name is tested as well. A prompt's
+chunk is one block, and the decode workers' pools are so small that sequences together must wait and be preempted.
 """
 
 import asyncio
@@ -20,9 +21,10 @@ from tests.tiny_models import make_tiny_model
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 KINDS = ("gpt2", "gpt_bigcode", "llama", "qwen3", "gemma3_text", "mixtral")
-PROMPT_LENGTHS = (1, 2, 15, 16, 17, 50, 130)
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 50, 130, 400)
 NUM_TOKENS = 24
 BLOCK_SIZE = 16
+NUM_DECODE_BLOCKS = 30
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def client(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
-    engines = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=48) for path in models.values()]
-    async with cluster_of(engines, engines, local_prefill_tokens=0) as cluster, AsyncClient(cluster.gateway_address) as client:
+    prefill = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=BLOCK_SIZE) for path in models.values()]
+    decode = [engine(path, block_size=BLOCK_SIZE, num_kv_blocks=NUM_DECODE_BLOCKS) for path in models.values()]
+    async with cluster_of(prefill, decode, local_prefill_tokens=0) as cluster, AsyncClient(cluster.gateway_address) as client:
         yield client
 
 
@@ -75,6 +78,7 @@ async def transferred_bytes(client: AsyncClient, role: WorkerRole, model: str) -
 async def test_alone_each_prompt_gives_the_reference_tokens(
     kind: str, client: AsyncClient, models: dict[str, Path], references: dict[str, Reference], ties: NearTies
 ) -> None:
+    before = [await transferred_bytes(client, role, kind) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)]
     num_bytes = 0
     for length in PROMPT_LENGTHS:
         prompt = random_prompt(length, length)
@@ -85,8 +89,8 @@ async def test_alone_each_prompt_gives_the_reference_tokens(
         num_bytes += completion.finished.phases.transfer_bytes
     await assert_at_rest(client)
     assert num_bytes == sum(PROMPT_LENGTHS) * kv_bytes_per_token(models[kind])
-    assert await transferred_bytes(client, WorkerRole.PREFILL, kind) == num_bytes
-    assert await transferred_bytes(client, WorkerRole.DECODE, kind) == num_bytes
+    after = [await transferred_bytes(client, role, kind) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [num_bytes, num_bytes]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,6 +131,25 @@ async def test_four_sequences_share_one_prompt_and_each_gives_the_reference_toke
     for sequence in range(4):
         references[kind].check(prompt, token_ids(completion, sequence), ties)
     assert_crossed_the_wire(completion, models[kind])
+    await assert_at_rest(client)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_pool_too_small_preempts_and_gives_the_reference_tokens(
+    kind: str, client: AsyncClient, references: dict[str, Reference], ties: NearTies
+) -> None:
+    """Eight sequences of 40 + 100 tokens need 72 blocks; the pool has 30."""
+    prompts = [random_prompt(500 + number, 40) for number in range(8)]
+    runs = (greedy(client, prompt, 100, model=kind) for prompt in prompts)
+    for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
+        references[kind].check(prompt, token_ids(completion), ties)
+        assert completion.finished.phases.transfer_bytes > 0
+    (decode_worker,) = workers(await client.cluster(), WorkerRole.DECODE, kind)
+    assert decode_worker.load.num_preemptions > 0
+    # The sequences of one request preempt each other, too: four of 40 + 120 tokens need 34 blocks, the prompt's shared.
+    four = await greedy(client, prompts[0], 120, model=kind, n=4, tenant="four")
+    for sequence in range(4):
+        references[kind].check(prompts[0], token_ids(four, sequence), ties)
     await assert_at_rest(client)
 
 

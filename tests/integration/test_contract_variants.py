@@ -1,8 +1,4 @@
-"""The contract under other settings, for every kind of attention: chunk sizes, local prefill, a pool too small for what is asked.
-
-Two clusters, each with a worker pair for every model. In the tight one a chunk is one block and the decode workers' pools are
-small; in the wide one a chunk is the whole prompt, and short prompts are computed by the decode worker.
-"""
+"""The contract under other settings, for every kind of attention: the whole prompt as one chunk, short prompts computed locally."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,8 +7,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from kvrelay.client import AsyncClient, WorkerRole
-from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids, workers
+from kvrelay.client import AsyncClient
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids
 from tests.integration.test_contract_tiny_models import KINDS
 from tests.reference import NearTies, Reference
 from tests.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
@@ -21,7 +17,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"),
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 24
-TIGHT_POOL_BLOCKS = 30
 LOCAL_PREFILL_TOKENS = 64
 
 
@@ -37,54 +32,12 @@ def references(models: dict[str, Path]) -> dict[str, Reference]:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def tight(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
-    paths = models.values()
-    prefill = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=BLOCK_SIZE) for path in paths]
-    decode = [engine(path, block_size=BLOCK_SIZE, num_kv_blocks=TIGHT_POOL_BLOCKS) for path in paths]
-    async with cluster_of(prefill, decode, local_prefill_tokens=0) as cluster, AsyncClient(cluster.gateway_address) as client:
-        yield client
-        await assert_at_rest(client)
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def wide(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
     engines = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=MAX_CONTEXT_TOKENS) for path in models.values()]
     cluster = cluster_of(engines, engines, local_prefill_tokens=LOCAL_PREFILL_TOKENS)
     async with cluster, AsyncClient(cluster.gateway_address) as client:
         yield client
         await assert_at_rest(client)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_chunks_of_one_block_give_the_reference_tokens(
-    kind: str, tight: AsyncClient, references: dict[str, Reference]
-) -> None:
-    ties = NearTies()
-    for length in (1, 16, 33, 200, 400):
-        completion = await greedy(tight, random_prompt(length, length), NUM_TOKENS, model=kind)
-        references[kind].check(random_prompt(length, length), token_ids(completion), ties)
-        assert completion.finished.phases.transfer_bytes > 0
-    print(f"{kind}: {ties}")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_pool_too_small_preempts_and_gives_the_reference_tokens(
-    kind: str, tight: AsyncClient, references: dict[str, Reference]
-) -> None:
-    """Eight sequences of 40 + 100 tokens need 72 blocks; the pool has 30."""
-    ties = NearTies()
-    prompts = [random_prompt(500 + number, 40) for number in range(8)]
-    runs = (greedy(tight, prompt, 100, model=kind) for prompt in prompts)
-    for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
-        references[kind].check(prompt, token_ids(completion), ties)
-        assert completion.finished.phases.transfer_bytes > 0
-    (decode_worker,) = workers(await tight.cluster(), WorkerRole.DECODE, kind)
-    assert decode_worker.load.num_preemptions > 0
-    # The sequences of one request preempt each other, too: four of 40 + 120 tokens need 34 blocks, the prompt's shared.
-    four = await greedy(tight, prompts[0], 120, model=kind, n=4, tenant="four")
-    for sequence in range(4):
-        references[kind].check(prompts[0], token_ids(four, sequence), ties)
-    print(f"{kind}: {ties}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
