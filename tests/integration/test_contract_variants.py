@@ -1,4 +1,4 @@
-"""The contract under other settings, for every kind of attention: the whole prompt as one chunk, short prompts computed locally."""
+"""The contract under other settings, for every kind of attention: whole prompts as one chunk, short ones computed locally."""
 
 import asyncio
 from collections.abc import AsyncIterator
