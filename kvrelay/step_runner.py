@@ -73,7 +73,7 @@ def _step_input(entry: StepEntry) -> StepInput:
         token_ids=sequence.token_ids[entry.token_begin : entry.token_end],
         position=entry.token_begin,
         block_ids=sequence.block_table.blocks,
-        sample=bool(entry.continued),
+        num_logits=1 if entry.continued else 0,
     )
 
 

@@ -34,8 +34,8 @@ class StepInput:
     """Position of the first of them in the sequence."""
     block_ids: Sequence[int]
     """The sequence's blocks, with room for the new tokens."""
-    sample: bool
-    """Whether logits of the last token are wanted."""
+    num_logits: int
+    """How many of the last new tokens have their logits wanted: 0 of none, 1 of the last one, k of the last k."""
 
 
 @dataclass(slots=True)

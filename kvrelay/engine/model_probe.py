@@ -113,7 +113,7 @@ def unsupported_architecture(architecture: str, why: str) -> ModelLoadError:
 
 def _discover_layout(module: Any, architecture: str, dtype: str, device: torch.device) -> tuple[KVLayout, int]:
     recorder = _CallRecorder()
-    batch = [StepInput([1, 2, 3], 0, (), sample=True)]
+    batch = [StepInput([1, 2, 3], 0, (), num_logits=1)]
     logits = forward_flat(module, batch, recorder, device, _keeps_logits(module))
     num_layers = module.config.get_text_config().num_hidden_layers
     if recorder.problem is None and len(recorder.shapes) != num_layers:
@@ -139,8 +139,8 @@ def _compare_with_own_attention(module: Any, layout: KVLayout, vocab_size: int, 
         module.set_attn_implementation(ATTENTION_NAME)
     cache = PagedKVCache(layout, num_blocks=6, block_size=4, device=device)
     steps = [
-        [StepInput(others[:3], 0, (0,), sample=False), StepInput(tokens[:5], 0, (4, 2, 5), sample=False)],
-        [StepInput(others[3:], 3, (0,), sample=False), StepInput(tokens[5:], 5, (4, 2, 5), sample=True)],
+        [StepInput(others[:3], 0, (0,), num_logits=0), StepInput(tokens[:5], 0, (4, 2, 5), num_logits=0)],
+        [StepInput(others[3:], 3, (0,), num_logits=0), StepInput(tokens[5:], 5, (4, 2, 5), num_logits=1)],
     ]
     for batch in steps:
         logits = forward_flat(module, batch, AttentionContext(cache, batch), device, _keeps_logits(module))

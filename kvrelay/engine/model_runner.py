@@ -1,4 +1,4 @@
-"""Runs one step of a model over the paged KV pool: a flat batch of tokens in, logits of the sampled rows out.
+"""Runs one step of a model over the paged KV pool: a flat batch of tokens in, logits of the wanted rows out.
 
 Knows nothing of requests, of scheduling, or of how a token is chosen from logits.
 """
@@ -42,10 +42,11 @@ class ModelRunner:
             on_layer_written: called with each layer, from 0, when K and V of the whole step are in the pool.
 
         Returns:
-            float32 [number of inputs with `sample`, vocab_size], in the order of the batch, on the model's device.
+            float32 [sum of the inputs' `num_logits`, vocab_size], in the order of the batch, on the model's device.
         """
         assert batch, "a step without tokens"
         assert all(item.token_ids for item in batch), "a sequence without tokens"
+        assert all(0 <= item.num_logits <= len(item.token_ids) for item in batch), "logits are those of an input's own tokens"
         with torch.inference_mode():
             context = AttentionContext(self.cache, batch, on_layer_written)
             return forward_flat(self.model.module, batch, context, self.model.device, self._keeps_logits)
@@ -62,11 +63,11 @@ def forward_flat(module: Any, batch: Sequence[StepInput], context: object, devic
         keeps_logits: whether the forward knows `logits_to_keep`; otherwise logits of all tokens are computed.
 
     Returns:
-        float32 [number of inputs with `sample`, vocab_size].
+        float32 [sum of the inputs' `num_logits`, vocab_size].
     """
     token_ids = [token_id for item in batch for token_id in item.token_ids]
     positions = [position for item in batch for position in range(item.position, item.position + len(item.token_ids))]
-    rows = torch.tensor(_sampled_rows(batch), dtype=torch.int64, device=device)
+    rows = torch.tensor(_wanted_rows(batch), dtype=torch.int64, device=device)
     arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
     if keeps_logits:
         arguments["logits_to_keep"] = rows
@@ -82,12 +83,11 @@ def forward_flat(module: Any, batch: Sequence[StepInput], context: object, devic
     return logits.float()
 
 
-def _sampled_rows(batch: Sequence[StepInput]) -> list[int]:
-    """Rows of the flat batch whose logits are wanted: the last one of every sampled input."""
-    rows = []
+def _wanted_rows(batch: Sequence[StepInput]) -> list[int]:
+    """Rows of the flat batch whose logits are wanted: the last `num_logits` of every input."""
+    rows: list[int] = []
     end = 0
     for item in batch:
         end += len(item.token_ids)
-        if item.sample:
-            rows.append(end - 1)
+        rows.extend(range(end - item.num_logits, end))
     return rows

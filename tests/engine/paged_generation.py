@@ -48,7 +48,7 @@ class PagedGeneration:
         for item in self.running:
             end = min(len(item.token_ids), item.num_computed + item.chunk_tokens)
             self.cache.copy_blocks(self.manager.grow(item.table, end))
-            batch.append(StepInput(item.token_ids[item.num_computed : end], item.num_computed, item.table.blocks, sample=True))
+            batch.append(StepInput(item.token_ids[item.num_computed : end], item.num_computed, item.table.blocks, num_logits=1))
         logits = self.runner.run(batch)
         for item, entry, row in zip(self.running, batch, logits, strict=True):
             item.num_computed += len(entry.token_ids)

@@ -167,27 +167,40 @@ def test_layers_are_announced_in_order_with_their_kv_in_the_pool(load: Load) -> 
     def on_layer_written(layer: int) -> None:
         written[layer] = cache_.export_kv(layer, layer + 1, blocks, 0, 6)
 
-    ModelRunner(model, cache_).run([StepInput(PROMPTS[0][:6], 0, blocks, sample=True)], on_layer_written)
+    ModelRunner(model, cache_).run([StepInput(PROMPTS[0][:6], 0, blocks, num_logits=1)], on_layer_written)
     assert list(written) == [0, 1]
     for layer, exported in written.items():
         assert torch.equal(exported, cache_.export_kv(layer, layer + 1, blocks, 0, 6))
         assert exported.any()
 
 
-def test_only_sampled_rows_have_logits(load: Load) -> None:
+def test_only_wanted_rows_have_logits(load: Load) -> None:
     model = load("llama")
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
-    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], sample=False), StepInput(PROMPTS[2], 0, [2, 3, 4], sample=True)]
+    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0), StepInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1)]
     both = runner.run(batch)
     assert both.shape == (1, VOCAB_SIZE)
     torch.testing.assert_close(both, runner.run(batch[1:]), atol=1e-4, rtol=1e-4)
     assert runner.run(batch[:1]).shape == (0, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_the_last_rows_of_an_input_have_logits_in_order(load: Load, keeps_logits: bool) -> None:
+    model = load("llama")
+    runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
+    runner._keeps_logits = keeps_logits
+    first, second = StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=5), StepInput(PROMPTS[2][:9], 0, [2, 3, 4], num_logits=2)
+    logits = runner.run([first, second])
+    assert logits.shape == (7, VOCAB_SIZE)
+    expected = [runner.run([StepInput(PROMPTS[0][:end], 0, [0, 1], num_logits=1)]) for end in range(1, 6)]
+    expected += [runner.run([StepInput(PROMPTS[2][:end], 0, [2, 3, 4], num_logits=1)]) for end in (8, 9)]
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
 def test_a_model_without_logits_to_keep_computes_all_and_returns_the_sampled(load: Load) -> None:
     model = load("llama")
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
-    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], sample=False), StepInput(PROMPTS[2], 0, [2, 3, 4], sample=True)]
+    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0), StepInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1)]
     expected = runner.run(batch)
     runner._keeps_logits = False
     torch.testing.assert_close(runner.run(batch), expected, atol=1e-4, rtol=1e-4)

@@ -157,7 +157,7 @@ def test_other_threads_export_and_import_while_a_step_runs(tiny_models: Path) ->
 def test_a_step_may_write_two_chunks_of_one_pool_at_once(tiny_models: Path) -> None:
     model = load_model(make_tiny_model("llama", tiny_models), "llama", "float32", "cpu")
     together, apart = PagedGeneration(model), PagedGeneration(model)
-    a, b = StepInput(PROMPT[:7], 0, [9, 4], sample=True), StepInput(PROMPT[3:15], 0, [1, 7, 2], sample=True)
+    a, b = StepInput(PROMPT[:7], 0, [9, 4], num_logits=1), StepInput(PROMPT[3:15], 0, [1, 7, 2], num_logits=1)
     together.runner.run([a, b])
     for one in (a, b):
         apart.runner.run([one])
