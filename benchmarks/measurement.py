@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import quantiles
 
+from benchmarks.statistics import percentile
 from kvrelay.client import Delta
 
 
@@ -67,10 +67,3 @@ def summarize(measurements: Sequence[Measurement], wall_s: float) -> Summary:
         itl_ms_p99=1000 * percentile(gaps_s, 99),
         tpot_ms_mean=1000 * sum(tpots_s) / len(tpots_s),
     )
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Percentile from 1 to 99, interpolated, of one value or more."""
-    if len(values) == 1:
-        return values[0]
-    return quantiles(values, n=100, method="inclusive")[percent - 1]

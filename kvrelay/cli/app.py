@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kvrelay.cli import client_commands, demo, generate_commands, model_commands, serve_commands, status_commands
+from kvrelay.cli import bench_commands, client_commands, demo, generate_commands, model_commands, serve_commands, status_commands
 from kvrelay.cli.output import print_error
 from kvrelay.errors import ConfigError, KvrelayError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(serve_commands.app, name="serve")
 app.add_typer(model_commands.app, name="models")
+bench_commands.add_to(app)
 for command in (
     generate_commands.complete,
     generate_commands.chat,

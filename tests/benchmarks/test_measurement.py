@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from benchmarks.measurement import Measurement, measure, percentile, summarize
+from benchmarks.measurement import Measurement, measure, summarize
 from kvrelay.client import Delta
 from kvrelay.work import Token
 
@@ -33,8 +33,3 @@ def test_a_summary_counts_tokens_over_the_wall_time() -> None:
     assert summary.ttft_ms_p50 == pytest.approx(2000)
     assert summary.itl_ms_p50 == pytest.approx(200)
     assert summary.tpot_ms_mean == pytest.approx(200)
-
-
-def test_percentiles_of_one_value_and_of_many() -> None:
-    assert percentile([7.0], 99) == 7.0
-    assert percentile([float(value) for value in range(101)], 99) == pytest.approx(99.0)

@@ -1,0 +1,33 @@
+"""Which benchmarks there are, by name. Imports none of them: `kvrelay bench --help` needs no torch and no matplotlib.
+
+Each is a module with a function `command`, as typer takes one. What all of them share:
+
+    def command(..., json: report.Json = None, plots: report.Plots = None) -> None:
+        output = Report("serve", json, plots)    # before measuring: a missing library or a bad path must not cost an hour
+        output.add(result)                       # as often as there are results
+        output.print_table("Title", ["column", ...], [[cell, ...], ...])
+        output.plot("serve-itl", draw)           # draws only with --plots
+        output.finish()                          # writes --json
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Where a benchmark lies and what one line says about it."""
+
+    module: str
+    summary: str
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "kv-cache": Benchmark("benchmarks.kv_cache", "Generation with and without a KV cache, by our engine and by transformers."),
+    "memory": Benchmark("benchmarks.memory", "KV bytes predicted and measured; waste of contiguous buffers and of paged blocks."),
+    "engine": Benchmark("benchmarks.engine", "Prefill and decode of the engine, beside the machine's limits in the same run."),
+    "perplexity": Benchmark("benchmarks.perplexity", "Perplexity of a text in float32 and quantized."),
+    "serve": Benchmark("benchmarks.serve", "Load on a cluster: TTFT, ITL, throughput, goodput."),
+    "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),
+    "transfer": Benchmark("benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."),
+    "peers": Benchmark("benchmarks.peers", "Other engines beside ours, interleaved in one run."),
+}
