@@ -1,0 +1,156 @@
+"""One load on one gateway process between simulated workers and clients in processes of their own, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.measurement import percentile
+from benchmarks.relay_client import ClientRecord, StreamPlan, run_streams
+from benchmarks.simulated_worker import SimulatedWorker
+from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
+from kvrelay.local_cluster import GATEWAY_NAME, LocalCluster
+
+START_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLoad:
+    """What is sent through the gateway.
+
+    tokens_per_s: over all streams; None: as fast as the gateway reads.
+    """
+
+    num_streams: int
+    tokens_per_s: float | None
+    num_tokens: int
+    coalesce_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RelayResult:
+    """What came of one load. Latencies are from the step's sending by the worker to the client's receipt, in milliseconds."""
+
+    num_streams: int
+    offered_tokens_per_s: float | None
+    coalesce_ms: int
+    num_tokens: int
+    tokens_per_s: float
+    tokens_per_message: float
+    gateway_cpu_s_per_1000_tokens: float
+    tokens_per_gateway_cpu_s: float
+    gateway_cores: float
+    client_cpu_s_per_1000_tokens: float
+    latency_ms_p50: float
+    latency_ms_p99: float
+    latency_ms_max: float
+    last_latency_ms: float
+    """Median over the streams of the last token's latency: grows with the load's length when the gateway does not keep up."""
+
+
+class RelayBench:
+    """A gateway process and simulated workers. `async with RelayBench.running(...) as bench: await bench.measure(load)`"""
+
+    def __init__(self, cluster: LocalCluster, workers: Sequence[SimulatedWorker], pool: ProcessPoolExecutor, num_clients: int):
+        self._cluster = cluster
+        self._workers = workers
+        self._pool = pool
+        self._num_clients = num_clients
+
+    @staticmethod
+    @asynccontextmanager
+    async def running(tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1) -> AsyncIterator[RelayBench]:
+        """Starts everything; nothing is left at the end."""
+        gateway = GatewaySettings(
+            server=ServerSettings(log_level="warning"),
+            relay=RelaySettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
+        )
+        async with AsyncExitStack() as stack:
+            cluster = await stack.enter_async_context(LocalCluster(gateway=gateway, prefill=(), decode=()))
+            assert cluster.redis_url is not None, "started with one"
+            workers = [
+                await stack.enter_async_context(SimulatedWorker(cluster.redis_url, tokenizer_folder).running())
+                for _ in range(num_workers)
+            ]
+            pool = stack.enter_context(ProcessPoolExecutor(num_clients, mp_context=get_context("spawn")))
+            yield RelayBench(cluster, workers, pool, num_clients)
+
+    async def measure(self, load: RelayLoad) -> RelayResult:
+        """Opens the streams, waits until all are in the batch, and lets them run to their ends."""
+        for worker in self._workers:
+            worker.sent_times_s.clear()
+        loop = asyncio.get_running_loop()
+        max_tokens = max(load.num_tokens // load.num_streams, 2)
+        shares = _shares(load.num_streams, self._num_clients)
+        address = self._cluster.gateway_address
+        plans = [StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S) for share in shares if share]
+        clients = [loop.run_in_executor(self._pool, run_streams, plan) for plan in plans]
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while sum(worker.num_running for worker in self._workers) < load.num_streams:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # what admission left to be written
+        begin_s, begin_cpu_s = time.monotonic(), self._gateway_cpu_s()
+        await self._run_steps(load)
+        records = await asyncio.gather(*clients)
+        return self._result(load, records, begin_s, self._gateway_cpu_s() - begin_cpu_s)
+
+    async def _run_steps(self, load: RelayLoad) -> None:
+        interval_s = None if load.tokens_per_s is None else load.num_streams / load.tokens_per_s
+
+        async def run(number: int, worker: SimulatedWorker) -> None:
+            # Steps of several workers do not fall on the same moment.
+            await asyncio.sleep((interval_s or 0.0) * number / len(self._workers))
+            await worker.run_steps(interval_s)
+
+        await asyncio.gather(*(run(number, worker) for number, worker in enumerate(self._workers) if worker.num_running))
+
+    def _gateway_cpu_s(self) -> float:
+        fields = Path(f"/proc/{self._cluster.pid(GATEWAY_NAME)}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _result(self, load: RelayLoad, records: Sequence[ClientRecord], begin_s: float, cpu_s: float) -> RelayResult:
+        sent = {request_id: times for worker in self._workers for request_id, times in worker.sent_times_s.items()}
+        latencies_ms: list[float] = []
+        last_ms = []
+        num_messages = num_tokens = 0
+        end_s = begin_s
+        for stream in (stream for record in records for stream in record.streams):
+            times = sent[stream.request_id]
+            for message in stream.messages:
+                if message.index == 0:
+                    continue  # of the prefill, before the load began
+                num_messages += 1
+                num_tokens += message.num_tokens
+                latencies_ms += [
+                    (message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)
+                ]
+            last_ms.append(latencies_ms[-1])
+            end_s = max(end_s, stream.messages[-1].time_s)
+        return RelayResult(
+            num_streams=load.num_streams,
+            offered_tokens_per_s=load.tokens_per_s,
+            coalesce_ms=load.coalesce_ms,
+            num_tokens=num_tokens,
+            tokens_per_s=num_tokens / (end_s - begin_s),
+            tokens_per_message=num_tokens / num_messages,
+            gateway_cpu_s_per_1000_tokens=cpu_s / num_tokens * 1000,
+            tokens_per_gateway_cpu_s=num_tokens / max(cpu_s, 0.01),
+            gateway_cores=cpu_s / (end_s - begin_s),
+            client_cpu_s_per_1000_tokens=sum(record.cpu_s for record in records) / num_tokens * 1000,
+            latency_ms_p50=percentile(latencies_ms, 50),
+            latency_ms_p99=percentile(latencies_ms, 99),
+            latency_ms_max=max(latencies_ms),
+            last_latency_ms=percentile(last_ms, 50),
+        )
+
+
+def _shares(total: int, num_parts: int) -> list[int]:
+    return [total // num_parts + (number < total % num_parts) for number in range(num_parts)]
