@@ -25,12 +25,13 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerEngine:
-    """The model and its pool. `blocks` and `step_runner` belong to the engine thread."""
+    """The model and its pool. `blocks` and both runners belong to the engine thread."""
 
     folder: Path
     model: ModelSpec
     cache: PagedKVCache
     blocks: BlockManager
+    model_runner: ModelRunner
     step_runner: StepRunner
 
     @property
@@ -54,13 +55,15 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     layout = model.spec.kv_layout
     num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
     cache = _make_pool(layout, num_blocks, settings.block_size, model)
+    model_runner = ModelRunner(model, cache)
     _log.info("model loaded", model=name, num_blocks=num_blocks, kv_mib=cache.pool_bytes // BYTES_PER_MIB, device=device)
     return WorkerEngine(
         folder=folder,
         model=model.spec,
         cache=cache,
         blocks=BlockManager(num_blocks, settings.block_size, settings.prefix_cache),
-        step_runner=StepRunner(ModelRunner(model, cache)),
+        model_runner=model_runner,
+        step_runner=StepRunner(model_runner),
     )
 
 
