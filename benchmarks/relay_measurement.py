@@ -11,11 +11,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measurement import percentile
 from benchmarks.relay_client import ClientRecord, StreamPlan, run_streams
 from benchmarks.simulated_worker import SimulatedWorker
+from benchmarks.statistics import percentile
 from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
+from kvrelay.errors import StartupError
 from kvrelay.local_cluster import GATEWAY_NAME, LocalCluster
 
 START_TIMEOUT_S = 60.0
@@ -59,9 +61,17 @@ class RelayResult:
 class RelayBench:
     """A gateway process and simulated workers. `async with RelayBench.running(...) as bench: await bench.measure(load)`"""
 
-    def __init__(self, cluster: LocalCluster, workers: Sequence[SimulatedWorker], pool: ProcessPoolExecutor, num_clients: int):
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        workers: Sequence[SimulatedWorker],
+        started: asyncio.Semaphore,
+        pool: ProcessPoolExecutor,
+        num_clients: int,
+    ) -> None:
         self._cluster = cluster
         self._workers = workers
+        self._started = started
         self._pool = pool
         self._num_clients = num_clients
 
@@ -76,12 +86,13 @@ class RelayBench:
         async with AsyncExitStack() as stack:
             cluster = await stack.enter_async_context(LocalCluster(gateway=gateway, prefill=(), decode=()))
             assert cluster.redis_url is not None, "started with one"
-            workers = [
-                await stack.enter_async_context(SimulatedWorker(cluster.redis_url, tokenizer_folder).running())
-                for _ in range(num_workers)
-            ]
+            started = asyncio.Semaphore(0)
+            peers: dict[str, SimulatedWorker] = {}
+            workers = [SimulatedWorker(cluster.redis_url, tokenizer_folder, started, peers) for _ in range(num_workers)]
+            for worker in workers:
+                await stack.enter_async_context(worker.running())
             pool = stack.enter_context(ProcessPoolExecutor(num_clients, mp_context=get_context("spawn")))
-            yield RelayBench(cluster, workers, pool, num_clients)
+            yield RelayBench(cluster, workers, started, pool, num_clients)
 
     async def measure(self, load: RelayLoad) -> RelayResult:
         """Opens the streams, waits until all are in the batch, and lets them run to their ends."""
@@ -92,15 +103,27 @@ class RelayBench:
         shares = _shares(load.num_streams, self._num_clients)
         address = self._cluster.gateway_address
         plans = [StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S) for share in shares if share]
-        clients = [loop.run_in_executor(self._pool, run_streams, plan) for plan in plans]
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while sum(worker.num_running for worker in self._workers) < load.num_streams:
-                await asyncio.sleep(0.01)
+        clients = asyncio.gather(*(loop.run_in_executor(self._pool, run_streams, plan) for plan in plans))
+        await self._wait_until_started(load.num_streams, clients)
         await asyncio.sleep(0.2)  # what admission left to be written
         begin_s, begin_cpu_s = time.monotonic(), self._gateway_cpu_s()
         await self._run_steps(load)
-        records = await asyncio.gather(*clients)
+        records = await clients
         return self._result(load, records, begin_s, self._gateway_cpu_s() - begin_cpu_s)
+
+    async def _wait_until_started(self, num_streams: int, clients: asyncio.Future[list[ClientRecord]]) -> None:
+        async def all_started() -> None:
+            for _ in range(num_streams):
+                await self._started.acquire()
+
+        starting = asyncio.create_task(all_started())
+        waited: list[asyncio.Future[Any]] = [starting, clients]
+        await asyncio.wait(waited, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if clients.done():
+            clients.result()  # raises what went wrong
+        if not starting.done():
+            starting.cancel()
+            raise StartupError(f"{num_streams} streams did not start within {START_TIMEOUT_S:g} s")
 
     async def _run_steps(self, load: RelayLoad) -> None:
         interval_s = None if load.tokens_per_s is None else load.num_streams / load.tokens_per_s
@@ -129,9 +152,7 @@ class RelayBench:
                     continue  # of the prefill, before the load began
                 num_messages += 1
                 num_tokens += message.num_tokens
-                latencies_ms += [
-                    (message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)
-                ]
+                latencies_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
             last_ms.append(latencies_ms[-1])
             end_s = max(end_s, stream.messages[-1].time_s)
         return RelayResult(

@@ -1,8 +1,8 @@
-"""A worker without a model, for measuring what is around the models: it speaks both session protocols and makes tokens from nothing.
+"""A worker without a model, to measure what is around models: it speaks both session protocols and makes tokens from nothing.
 
-One process is prefill and decode worker at once. A prompt takes no time, its KV is "pushed" by a call within the process, and a step
-gives every running sequence one token, at a set interval or as fast as gateways read. When each step was sent is kept, so that whoever
-knows a token's index knows when it left. Nothing but the models is simulated: sessions, leases and messages are those of real workers.
+One process is prefill and decode worker at once. A prompt takes no time, its KV is "pushed" by a call within the process, and a
+step gives every running sequence one token, at a set interval or as fast as gateways read. When each step was sent is kept, so
+that whoever knows a token's index knows when it left. Only the model is simulated: sessions, leases and messages are real.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -62,14 +62,20 @@ class SimulatedWorker:
     Args:
         redis_url: where to register.
         tokenizer_folder: of the model whose tokenizer gateways get.
+        started: released once for every work that joins the batch.
+        peers: all simulated workers by address, shared: where pushes go.
     """
 
-    def __init__(self, redis_url: str, tokenizer_folder: Path) -> None:
+    def __init__(
+        self, redis_url: str, tokenizer_folder: Path, started: asyncio.Semaphore, peers: dict[str, SimulatedWorker]
+    ) -> None:
         self.model = simulated_model()
         self.sent_times_s: dict[str, list[float]] = {}
         """Of each request, by token index: the monotonic second at which the token's step was handed to gRPC."""
         self._redis_url = redis_url
         self._tokenizer_folder = tokenizer_folder
+        self._started = started
+        self._peers = peers
         self._address = ""
         self._reserved: dict[WorkId, Work] = {}
         self._running: dict[WorkId, _RunningWork] = {}
@@ -89,6 +95,7 @@ class SimulatedWorker:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(_PrefillService(self), server)
         session_pb2_grpc.add_ModelServiceServicer_to_server(TokenizerService(self._tokenizer_folder, _FINGERPRINT), server)
         self._address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        self._peers[self._address] = self
         await server.start()
         stepping = asyncio.create_task(self._run_steps(), name="steps")
         try:
@@ -115,7 +122,7 @@ class SimulatedWorker:
         self._stepping.set()
         await self._idle.wait()
 
-    # --- commands of gateways ----------------------------------------------------------------------------------------------------
+    # --- commands of gateways ---------------------------------------------------------------------------------------------------
 
     async def serve(self, role: MemberRole, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One session."""
@@ -130,7 +137,7 @@ class SimulatedWorker:
             case "run_prompt":
                 work = self._reserved.pop(work_id_from_pb(message.work_id), None)
                 if work is not None:
-                    self._start(work, work.first_index)
+                    self._start(work, work.first_index, [])
             case "finish_sequence":
                 self._forget(work_id_from_pb(message.work_id))
             case "cancel_work":
@@ -153,23 +160,28 @@ class SimulatedWorker:
         if work is None:
             return
         first = _next_message(work, work.first_index, self.model)
-        self.sent_times_s[work.work_id.request_id] = [time.monotonic()]
         self._prefill.send(work.work_id, prefill_done=prefill_pb2.PrefillDone(work_id=message.work_id, tokens=[first]))
         self._prefill.send(work.work_id, transfer_done=prefill_pb2.TransferDone(work_id=message.work_id))
         self._prefill.leases.end(work.work_id)
-        reserved = self._reserved.pop(work.work_id, None)
-        if reserved is not None:
-            self._start(reserved, reserved.first_index + 1)
+        self._peers[message.push_address].receive_push(work.work_id, time.monotonic())
 
-    # --- the batch ------------------------------------------------------------------------------------------------------------------
+    def receive_push(self, work_id: WorkId, first_sent_s: float) -> None:
+        """A prefill worker delivers; its first token was sent at that monotonic second."""
+        work = self._reserved.pop(work_id, None)
+        if work is not None:
+            self._start(work, work.first_index + 1, [first_sent_s])
 
-    def _start(self, work: Work, first_index: int) -> None:
+    # --- the batch --------------------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Work, first_index: int, sent_times_s: list[float]) -> None:
         max_tokens = work.sampling.max_tokens or 0
-        self.sent_times_s.setdefault(work.work_id.request_id, [])
+        self.sent_times_s[work.work_id.request_id] = sent_times_s
         message = _next_message(work, first_index, self.model)
         self._running[work.work_id] = _RunningWork(work, message, max_tokens - first_index)
         self._decode.send(work.work_id, decode_started=decode_pb2.DecodeStarted(work_id=work_id_to_pb(work.work_id)))
         self._decode.update_load(WorkerLoad(num_running=len(self._running), num_free_blocks=1000, num_blocks=1000))
+        self._started.release()
+
     async def _run_steps(self) -> None:
         while True:
             await self._stepping.wait()
@@ -210,7 +222,7 @@ class SimulatedWorker:
         self._reserved.pop(work_id, None)
         self._decode.leases.end(work_id)
 
-    # --- who it is ------------------------------------------------------------------------------------------------------------------
+    # --- who it is --------------------------------------------------------------------------------------------------------------
 
     def _make_sessions(self, role: MemberRole, response_type: Any, give_up: Callable[[WorkId], None]) -> WorkerSessions:
         hello = session_pb2.WorkerHello(
