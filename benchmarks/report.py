@@ -110,7 +110,10 @@ class Report:
         def draw(axes: "Axes") -> None:
             for label, (xs, ys) in series.items():
                 axes.plot(xs, ys, label=label, marker="o" if len(xs) <= 16 else None, markersize=4)
-            axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale=_scale(log_x), yscale=_scale(log_y))
+            axes.set(title=title, xlabel=x_label, ylabel=y_label)
+            for axis, is_log in (("x", log_x), ("y", log_y)):
+                if is_log:
+                    _set_log(axes, axis)
             axes.grid(visible=True, alpha=0.3)
             axes.legend()
 
@@ -144,8 +147,15 @@ def command_line(arguments: Sequence[str]) -> str:
     return " ".join([name, shlex.join(arguments[1:])]).strip()
 
 
-def _scale(is_log: bool) -> str:
-    return "log" if is_log else "linear"
+def _set_log(axes: "Axes", axis: str) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(**{f"{axis}scale": "log"})
+    ticks = axes.xaxis if axis == "x" else axes.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ticks.set_minor_locator(NullLocator())
+    ticks.set_major_formatter("{x:g}")
 
 
 def _make_folder(folder: Path) -> None:
