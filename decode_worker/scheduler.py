@@ -18,11 +18,13 @@ from typing import Protocol
 
 from decode_worker.events import BlocksReserved, SchedulerEvent, SequencesStarted, WorkEnded, WorkFailed
 from decode_worker.running_batch import RunningBatch
+from decode_worker.speculation import Speculation, SpeculationLimits
 from decode_worker.work_state import Phase, Run, WorkState
 from kvrelay import sequence as sequences
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager, BlockTable
 from kvrelay.step import Step, StepEntry
+from kvrelay.step_output import tokens_of_entries
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkerLoad, WorkId
 
 
@@ -41,6 +43,8 @@ class DecodeLimits:
     prefill_chunk_tokens: int
     max_running_sequences: int
     max_waiting_works: int
+    shared_prefill_chunk_tokens: int | None = None
+    """Most prompt tokens of a step in which sequences decode; None makes no difference between steps."""
 
 
 class DecodeScheduler:
@@ -50,15 +54,19 @@ class DecodeScheduler:
         blocks: the pool's bookkeeping.
         limits: of a step and the queue.
         writers: keeps pushes out of blocks that are to be freed.
+        speculation: how much may be guessed; None guesses nothing.
     """
 
-    def __init__(self, blocks: BlockManager, limits: DecodeLimits, writers: WriterGate) -> None:
+    def __init__(
+        self, blocks: BlockManager, limits: DecodeLimits, writers: WriterGate, speculation: SpeculationLimits | None = None
+    ) -> None:
         self._blocks = blocks
         self._limits = limits
         self._writers = writers
         self._states: dict[WorkId, WorkState] = {}
         self._waiting: deque[WorkState] = deque()
         self._batch = RunningBatch(blocks)
+        self._speculation = Speculation(blocks, speculation) if speculation else None
         self._events: list[SchedulerEvent] = []
         self._num_works = 0
         self._num_prefix_hit_tokens = 0
@@ -93,6 +101,8 @@ class DecodeScheduler:
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             num_preemptions=self._batch.num_preemptions,
             num_computed_prompt_tokens=self._num_computed_prompt_tokens,
+            num_drafted_tokens=self._speculation.num_drafted_tokens if self._speculation else 0,
+            num_accepted_tokens=self._speculation.num_accepted_tokens if self._speculation else 0,
         )
 
     # --- What happens to works
@@ -169,7 +179,7 @@ class DecodeScheduler:
     # --- Steps
 
     def schedule(self) -> Step | None:
-        """The next step: a token of every sequence in the batch, and parts of prompts. None when nothing can be computed now.
+        """The next step: a token of every sequence in the batch, drafts, and parts of prompts. None when nothing can be computed.
 
         `complete` or `fail_step` must follow.
         """
@@ -186,15 +196,19 @@ class DecodeScheduler:
 
         Args:
             step: from `schedule`.
-            tokens: for each entry in order, one for each of its continued sequences.
+            tokens: for each entry in order, one for each of its continued sequences; with drafts, as many more as were right.
         """
-        remaining = iter(tokens)
-        for entry in step.entries:
+        for entry, sampled in zip(step.entries, tokens_of_entries(step.entries, tokens), strict=True):
             run = self._batch.run_of(entry.sequence)
-            self._note_computed(run, entry)
-            sampled = [next(remaining) for _ in entry.continued]
-            if sampled:
-                self._continue(run, sampled)
+            if entry.drafts:
+                for accepted in sampled[:-1]:
+                    run.sequence.append(accepted.token.token_id)
+                self._note_computed(run, entry, num_accepted=len(sampled) - 1)
+                self._continue(run, sampled[-1:])
+            else:
+                self._note_computed(run, entry)
+                if sampled:
+                    self._continue(run, sampled)
 
     def fail_step(self, step: Step, message: str) -> None:
         """The step could not be computed: ends all works in it."""
@@ -250,7 +264,7 @@ class DecodeScheduler:
     def _build_step(self) -> Step | None:
         entries: list[StepEntry] = []
         copies: list[BlockCopy] = []
-        budget = self._limits.prefill_chunk_tokens
+        budget = self._prompt_budget()
         for run in self._batch.runs:
             if run.sequence.block_table is None:
                 continue  # preempted, or ended, by an older one of this step
@@ -269,8 +283,27 @@ class DecodeScheduler:
             copies.extend(grown)
             entries.append(StepEntry(run.sequence, num_tokens, run.numbers))
         # A work that failed just now may have had an older sequence in the step already.
-        remaining = tuple(entry for entry in entries if entry.sequence.block_table is not None)
-        return Step(remaining, tuple(copies)) if remaining else None
+        remaining = [entry for entry in entries if entry.sequence.block_table is not None]
+        if self._speculation is not None:
+            copies.extend(self._add_drafts(self._speculation, remaining))
+        return Step(tuple(remaining), tuple(copies)) if remaining else None
+
+    def _prompt_budget(self) -> int:
+        """Most prompt tokens of the next step: few when somebody's next token waits for the step's end."""
+        full, shared = self._limits.prefill_chunk_tokens, self._limits.shared_prefill_chunk_tokens
+        if shared is None or shared >= full:
+            return full
+        return shared if any(run.sequence.num_uncomputed_tokens == 1 for run in self._batch.runs) else full
+
+    def _add_drafts(self, speculation: Speculation, entries: list[StepEntry]) -> list[BlockCopy]:
+        decoding = [
+            (number, self._batch.run_of(entry.sequence))
+            for number, entry in enumerate(entries)
+            if entry.num_tokens == 1 and entry.continued == (entry.sequence.number,)
+        ]
+        # Last of all, so that no sequence is preempted for a draft; and a block that somebody waits for is none to spare.
+        may_take_blocks = not (self._waiting or self._batch.preempted)
+        return speculation.add_drafts(entries, decoding, may_take_blocks=may_take_blocks)
 
     def _grow(self, run: Run) -> list[BlockCopy] | None:
         """Room for all tokens of the run, if need be taken from younger ones. None: it was preempted or failed itself."""
@@ -282,14 +315,17 @@ class DecodeScheduler:
 
     # --- What a step brings
 
-    def _note_computed(self, run: Run, entry: StepEntry) -> None:
+    def _note_computed(self, run: Run, entry: StepEntry, num_accepted: int = 0) -> None:
         sequence = entry.sequence
         num_prompt_tokens = len(run.state.work.token_ids)
         self._num_computed_prompt_tokens += max(0, min(entry.token_end, num_prompt_tokens) - entry.token_begin)
         num_full_blocks_before = sequence.num_computed_tokens // self._blocks.block_size
-        sequence.num_computed_tokens = entry.token_end
+        # Drafts that were wrong have KV behind this, which the next step overwrites: it is never committed.
+        sequence.num_computed_tokens = entry.token_end + num_accepted
         if sequence.num_computed_tokens // self._blocks.block_size > num_full_blocks_before:
             self._blocks.commit(run.table, sequence.token_ids, sequence.num_computed_tokens)
+        if entry.drafts and self._speculation is not None:
+            self._speculation.note_verified(run, entry, num_accepted)
 
     def _continue(self, run: Run, sampled: Sequence[SequenceToken]) -> None:
         state = run.state

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from decode_worker.drafting import Drafter
 from decode_worker.events import SchedulerEvent
 from kvrelay import sequence as sequences
 from kvrelay.kv_cache.block_manager import BlockTable
@@ -50,6 +51,8 @@ class Run:
     state: WorkState
     sequence: sequences.Sequence
     numbers: tuple[int, ...]
+    drafter: Drafter | None = None
+    """None before the first guess."""
 
     @property
     def age(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ def finish_reason(
         model: the served model.
     """
     assert sampling.max_tokens is not None, "max_tokens is resolved at the gateway"
-    if token_id in ending_token_ids(sampling, model):
+    if token_id in sampling.stop_token_ids or (token_id in model.eos_token_ids and not sampling.ignore_eos):
         return FinishReason.STOP
     num_tokens = num_prompt_tokens + index + 1
     if index + 1 >= sampling.max_tokens or num_tokens >= model.max_context_tokens:

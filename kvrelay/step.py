@@ -11,8 +11,11 @@ from kvrelay.work import WorkId
 class StepEntry:
     """One sequence's part of a step.
 
-    token_ids   |<- KV in blocks ->|<- num_tokens ->|
-                0         num_computed_tokens
+    token_ids   |<- KV in blocks ->|<- num_tokens ->|<- drafts ->|
+                0         num_computed_tokens   token_end
+
+    Drafts are guesses for what the sequence says next, computed in the same pass: each is kept if it is what the sequence samples
+    at its place. They are not among the sequence's tokens.
     """
 
     sequence: Sequence
@@ -21,6 +24,8 @@ class StepEntry:
     continued: tuple[int, ...] = ()
     """Numbers of the sequences that each sample a token from the last row: none in the middle of a prompt, several at the end of
     a prompt that n sequences share, else the sequence itself."""
+    drafts: tuple[int, ...] = ()
+    """Only for a sequence that has no other token to compute than its last, with room in its blocks for them too."""
 
     @property
     def token_begin(self) -> int:
@@ -29,6 +34,11 @@ class StepEntry:
     @property
     def token_end(self) -> int:
         return self.sequence.num_computed_tokens + self.num_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Rows that are sampled from: the one of the last token, and that of every draft."""
+        return 1 + len(self.drafts) if self.continued else 0
 
     @property
     def work_id(self) -> WorkId:

@@ -1,16 +1,17 @@
-"""Runs one step: copies blocks, runs the model, samples, and applies the finish rules. The same code in both workers.
+"""Runs one step: copies blocks, runs the model, samples, keeps or drops drafts. The same code in both workers.
 
 Knows nothing of why a step is made of what it is made of; schedulers do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kvrelay.engine.model_runner import ModelRunner, StepInput
 from kvrelay.engine.sampler import SamplingInput, sample
-from kvrelay.finish_rules import ending_token_ids, finish_reason
+from kvrelay.finish_rules import ending_token_ids
 from kvrelay.model_spec import ModelSpec
 from kvrelay.step import Step, StepEntry
-from kvrelay.work import SequenceToken, Token
+from kvrelay.step_output import next_tokens
+from kvrelay.work import SequenceToken
 
 
 class StepRunner:
@@ -32,58 +33,52 @@ class StepRunner:
             on_layer_written: called with each layer when K and V of the whole step are in the pool.
 
         Returns:
-            For each entry in order, one token for each of its `continued` sequences, with its finish reason.
+            For each entry in order, one token for each of its `continued` sequences, with its finish reason; with drafts, as many
+            more as were right.
         """
         if step.copies:
             self._runner.cache.copy_blocks(step.copies)
         logits = self._runner.run([_step_input(entry) for entry in step.entries], on_layer_written)
         sampled = [entry for entry in step.entries if entry.continued]
-        inputs = [_sampling_input(entry, number, self._model) for entry in sampled for number in entry.continued]
-        if len(inputs) > len(sampled):
+        inputs = [item for entry in sampled for item in _sampling_inputs(entry, self._model)]
+        if len(inputs) > logits.shape[0]:
             # Sequences that share a prompt draw their first tokens from the same row.
-            logits = logits[[row for row, entry in enumerate(sampled) for _ in entry.continued]]
-        return finish_tokens(sampled, sample(logits, inputs), self._model)
-
-
-def finish_tokens(sampled: Sequence[StepEntry], tokens: Sequence[Token], model: ModelSpec) -> list[SequenceToken]:
-    """Applies the finish rules: the one place where both workers do.
-
-    Args:
-        sampled: entries of a step that sample.
-        tokens: one for each of their continued sequences, in order.
-        model: the served model.
-    """
-    owners = [(entry.sequence, number) for entry in sampled for number in entry.continued]
-    return [
-        SequenceToken(
-            sequence.work.work_id,
-            number,
-            sequence.next_index,
-            token,
-            finish_reason(token.token_id, sequence.next_index, sequence.work.num_prompt_tokens, sequence.work.sampling, model),
-        )
-        for (sequence, number), token in zip(owners, tokens, strict=True)
-    ]
+            logits = logits[_rows_by_input(sampled)]
+        return next_tokens(sampled, sample(logits, inputs), self._model)
 
 
 def _step_input(entry: StepEntry) -> StepInput:
     sequence = entry.sequence
     assert sequence.block_table is not None, "a scheduled sequence holds blocks"
-    return StepInput(
-        token_ids=sequence.token_ids[entry.token_begin : entry.token_end],
-        position=entry.token_begin,
-        block_ids=sequence.block_table.blocks,
-        num_logits=1 if entry.continued else 0,
-    )
+    begin = sequence.num_computed_tokens
+    token_ids = sequence.token_ids[begin : begin + entry.num_tokens]
+    if entry.drafts:
+        token_ids.extend(entry.drafts)
+    return StepInput(token_ids, begin, sequence.block_table.blocks, entry.num_logits)
 
 
-def _sampling_input(entry: StepEntry, number: int, model: ModelSpec) -> SamplingInput:
-    work = entry.sequence.work
-    return SamplingInput(
-        sampling=work.sampling,
-        sequence=number,
-        index=entry.sequence.next_index,
-        prompt_token_ids=work.token_ids[: work.num_prompt_tokens],
-        output_counts=entry.sequence.output_counts,
-        ending_token_ids=ending_token_ids(work.sampling, model),
-    )
+def _rows_by_input(sampled: list[StepEntry]) -> list[int]:
+    """Row of the logits that each sampling input draws from."""
+    rows: list[int] = []
+    end = 0
+    for entry in sampled:
+        begin, end = end, end + entry.num_logits
+        rows.extend(range(begin, end) if entry.drafts else [begin] * len(entry.continued))
+    return rows
+
+
+def _sampling_inputs(entry: StepEntry, model: ModelSpec) -> list[SamplingInput]:
+    """One for each continued sequence, or one for each row when there are drafts."""
+    sequence = entry.sequence
+    work = sequence.work
+    prompt_token_ids = work.token_ids[: work.num_prompt_tokens]
+    ending = ending_token_ids(work.sampling, model) if work.sampling.min_tokens else frozenset()
+    index, counts = sequence.next_index, sequence.output_counts
+    inputs = [SamplingInput(work.sampling, number, index, prompt_token_ids, counts, ending) for number in entry.continued]
+    for draft in entry.drafts:
+        index += 1
+        if work.sampling.penalised:
+            # As if the drafts up to here were output: where they are not, the row's token is dropped.
+            counts = {**counts, draft: counts.get(draft, 0) + 1}
+        inputs.append(SamplingInput(work.sampling, entry.continued[0], index, prompt_token_ids, counts, ending))
+    return inputs

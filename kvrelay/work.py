@@ -111,3 +111,5 @@ class WorkerLoad:
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0
     num_computed_prompt_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0

@@ -11,6 +11,7 @@ from kvrelay.finish_rules import finish_reason
 from kvrelay.kv_cache.block_manager import BlockCopy
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.step import Step, StepEntry
+from kvrelay.step_output import next_tokens
 from kvrelay.work import SequenceToken, Token, Work
 
 VOCAB_SIZE = 50
@@ -66,15 +67,31 @@ class SimulatedPool:
             self.check(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_begin)
         for entry in step.entries:
             assert entry.sequence.block_table is not None
-            self.write(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_begin, entry.token_end)
+            computed, end = computed_tokens(entry), entry.token_end + len(entry.drafts)
+            self.write(entry.sequence.block_table.blocks, computed, entry.token_begin, end)
         for entry in step.entries:  # a write of one entry into another's blocks shows here
             assert entry.sequence.block_table is not None
-            self.check(entry.sequence.block_table.blocks, entry.sequence.token_ids, entry.token_end)
-        return [first_token(entry, number) for entry in step.entries for number in entry.continued]
+            self.check(entry.sequence.block_table.blocks, computed_tokens(entry), entry.token_end + len(entry.drafts))
+        sampled = [token for entry in step.entries for token in self.sample(entry)]
+        return next_tokens(step.entries, sampled, MODEL)
+
+    def sample(self, entry: StepEntry) -> list[Token]:
+        """One token for each continued sequence, or one for each row of an entry with drafts."""
+        tokens = computed_tokens(entry)
+        rows = [(entry.continued[0], entry.token_end + offset) for offset in range(entry.num_logits)] if entry.drafts else []
+        rows = rows or [(number, entry.token_end) for number in entry.continued]
+        return [Token(self.next_token(entry.sequence.work, number, tokens[:end])) for number, end in rows]
+
+    def next_token(self, work: Work, number: int, token_ids: Sequence[int]) -> int:
+        """What the model says behind these tokens."""
+        return next_token(token_ids, number)
 
 
-def first_token(entry: StepEntry, number: int) -> SequenceToken:
-    return make_token(entry.sequence.work, number, entry.sequence.token_ids)
+def computed_tokens(entry: StepEntry) -> list[int]:
+    """The tokens of which the KV of a step's entry is, from the start of the sequence."""
+    if entry.drafts:
+        assert entry.token_end == entry.sequence.num_tokens, "drafts stand behind all of the sequence's tokens"
+    return [*entry.sequence.token_ids[: entry.token_end], *entry.drafts]
 
 
 def make_token(work: Work, number: int, token_ids: Sequence[int]) -> SequenceToken:

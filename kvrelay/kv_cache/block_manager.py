@@ -149,6 +149,15 @@ class BlockManager:
         table.num_tokens = max(table.num_tokens, num_tokens)
         return copies
 
+    def shrink(self, table: BlockTable, num_tokens: int) -> None:
+        """Gives back the blocks that the first `num_tokens` tokens do not need; none of them may hold committed tokens."""
+        assert table in self._tables, "the table was released"
+        num_blocks = self.blocks_for(num_tokens)
+        assert len(table.hashes) <= num_blocks, "what was committed is kept"
+        while len(table.blocks) > num_blocks:
+            self._drop_reference(table.blocks.pop())
+        table.num_tokens = min(table.num_tokens, num_tokens)
+
     def fork(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks; the first of the two that writes to a shared block gets a copy of it."""
         assert table in self._tables, "the table was released"

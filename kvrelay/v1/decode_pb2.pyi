@@ -342,7 +342,7 @@ class StepOutput(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SequenceToken]:
-        """At most one for each running sequence."""
+        """One for each running sequence; with speculation perhaps several, in order of their index."""
 
     def __init__(
         self,

@@ -432,6 +432,8 @@ class WorkerLoad(_message.Message):
     NUM_PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Sequences in the running batch."""
     num_waiting: _builtins.int
@@ -456,6 +458,10 @@ class WorkerLoad(_message.Message):
     """Sequences preempted for want of blocks since the worker started."""
     num_computed_prompt_tokens: _builtins.int
     """Prompt tokens computed by the engine since the worker started."""
+    num_drafted_tokens: _builtins.int
+    """Tokens guessed by speculation since the worker started (decode)."""
+    num_accepted_tokens: _builtins.int
+    """Those of them that were right: each saved its sequence a step."""
     def __init__(
         self,
         *,
@@ -471,10 +477,12 @@ class WorkerLoad(_message.Message):
         num_prefix_hit_tokens: _builtins.int = ...,
         num_preemptions: _builtins.int = ...,
         num_computed_prompt_tokens: _builtins.int = ...,
+        num_drafted_tokens: _builtins.int = ...,
+        num_accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "kv_transfer_bytes", b"kv_transfer_bytes", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_computed_prompt_tokens", b"num_computed_prompt_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running", b"num_running", "num_used_blocks", b"num_used_blocks", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "kv_transfer_bytes", b"kv_transfer_bytes", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_computed_prompt_tokens", b"num_computed_prompt_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running", b"num_running", "num_used_blocks", b"num_used_blocks", "num_waiting", b"num_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
