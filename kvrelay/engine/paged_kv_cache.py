@@ -5,6 +5,7 @@ Knows nothing of who holds which block (`kvrelay.kv_cache.block_manager` does) a
 On the wire and in `export_kv` a range of tokens is, per layer, K then V, [tokens, kv_heads, head_dim]: no block size in it.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvrelay.errors import TransferError
 from kvrelay.kv_cache.block_manager import BlockCopy
 from kvrelay.model_spec import DTYPE_BYTES, KVLayout
 
+_WORD_TYPES = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,6 +55,11 @@ class PagedKVCache:
         """Size of the pool."""
         return self._pool.numel() * self._pool.element_size()
 
+    @property
+    def pool_address(self) -> int:
+        """Where the pool begins: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self._pool.data_ptr()
+
     def slots_for(self, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
         """Slots of the tokens [token_begin, token_end) of the sequence that holds `block_ids`: int64 [num_tokens], on the CPU."""
         assert 0 <= token_begin <= token_end <= len(block_ids) * self.block_size, "the tokens lie outside of the blocks"
@@ -72,8 +79,8 @@ class PagedKVCache:
             key: [num_tokens, num_kv_heads, head_dim].
             value: same shape.
         """
-        self._slots[layer, 0].index_copy_(0, slot_mapping, key)
-        self._slots[layer, 1].index_copy_(0, slot_mapping, value)
+        self._slots[layer, 0].index_copy_(0, slot_mapping, key.to(self._pool.dtype))
+        self._slots[layer, 1].index_copy_(0, slot_mapping, value.to(self._pool.dtype))
 
     def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of whole blocks, in the given order: each [num_blocks * block_size, num_kv_heads, head_dim].
@@ -111,11 +118,40 @@ class PagedKVCache:
             Contiguous uint8 CPU tensor [layers, 2, tokens, num_kv_heads, head_dim * bytes per element]; `.numpy()` gives its
             bytes without a copy.
         """
-        self._check_layers(layer_begin, layer_end)
-        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
+        self._check_range(layer_begin, layer_end, block_ids, token_begin, token_end)
+        row_bytes = self.layout.head_dim * DTYPE_BYTES[self.layout.dtype]
+        shape = (layer_end - layer_begin, 2, token_end - token_begin, self.layout.num_kv_heads, row_bytes)
+        exported = torch.empty(self.export_bytes(layer_end - layer_begin, token_end - token_begin), dtype=torch.uint8)
+        self.export_kv_into(exported.numpy().data, layer_begin, layer_end, block_ids, token_begin, token_end)
+        return exported.view(shape)
+
+    def export_kv_into(
+        self,
+        buffer: memoryview,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+    ) -> None:
+        """Copies K and V out of the pool into memory of the caller's: one copy, into memory that is in use already.
+
+        Args:
+            buffer: writable bytes, exactly as many as `export_bytes` says.
+            layer_begin, layer_end, block_ids, token_begin, token_end: as in `export_kv`.
+        """
+        self._check_range(layer_begin, layer_end, block_ids, token_begin, token_end)
+        num_bytes = self.export_bytes(layer_end - layer_begin, token_end - token_begin)
+        assert buffer.nbytes == num_bytes, "the buffer has the size of the range"
+        if num_bytes == 0:
+            return
         with torch.inference_mode():
-            exported = self._slots[layer_begin:layer_end].index_select(2, slots).cpu()
-            return exported.view(torch.uint8)
+            rows, index = self._wire_rows(layer_begin, layer_end, block_ids, token_begin, token_end)
+            target = _bytes_of(buffer).view(rows.dtype).view(rows.shape[0], 2, len(index), -1)
+            if self.device.type == "cpu":
+                torch.index_select(rows, 2, index, out=target)
+            else:
+                target.copy_(rows.index_select(2, index))
 
     def import_kv(
         self,
@@ -135,24 +171,58 @@ class PagedKVCache:
         Raises:
             TransferError: the payload has another length than the layout says; nothing is written.
         """
-        self._check_layers(layer_begin, layer_end)
-        slots = self.slots_for(block_ids, token_begin, token_end).to(self.device)
+        self._check_range(layer_begin, layer_end, block_ids, token_begin, token_end)
         view = memoryview(payload).cast("B")
         expected_bytes = self.export_bytes(layer_end - layer_begin, token_end - token_begin)
         if len(view) != expected_bytes:
             raise TransferError(f"a KV payload has {len(view)} bytes where the model's layout needs {expected_bytes}")
-        # Through memory of our own, for torch takes no read-only buffer.
-        staged = torch.empty(expected_bytes, dtype=torch.uint8)
-        np.copyto(staged.numpy(), np.frombuffer(view, dtype=np.uint8))
-        shape = (layer_end - layer_begin, 2, token_end - token_begin, self.layout.num_kv_heads, self.layout.head_dim)
+        if expected_bytes == 0:
+            return
         with torch.inference_mode():
-            source = staged.view(TORCH_DTYPES[self.layout.dtype]).view(shape).to(self.device)
-            self._slots[layer_begin:layer_end].index_copy_(2, slots, source)
+            rows, index = self._wire_rows(layer_begin, layer_end, block_ids, token_begin, token_end)
+            source = _bytes_of(view).view(rows.dtype).view(rows.shape[0], 2, len(index), -1)
+            rows.index_copy_(2, index, source.to(self.device))
+
+    def _wire_rows(
+        self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pool as rows that are copied as they are, and which of them hold the tokens.
+
+        A row is a block where the tokens are whole blocks, else a token: long rows copy twice as fast as short ones.
+
+        Returns:
+            words [layers, 2, num_rows, words per row] and int64 [num_rows of the tokens].
+        """
+        pool = self._pool[layer_begin:layer_end]
+        if token_begin % self.block_size == 0 and token_end % self.block_size == 0:
+            rows = pool.flatten(3)
+            first, last = token_begin // self.block_size, token_end // self.block_size
+            index = torch.tensor(block_ids[first:last], dtype=torch.int64)
+        else:
+            rows = pool.flatten(4).flatten(2, 3)
+            index = self.slots_for(block_ids, token_begin, token_end)
+        return rows.view(_word_type(rows)), index.to(self.device)
 
     def export_bytes(self, num_layers: int, num_tokens: int) -> int:
         """Bytes of so many tokens in so many layers."""
         layout = self.layout
         return num_layers * 2 * num_tokens * layout.num_kv_heads * layout.head_dim * DTYPE_BYTES[layout.dtype]
 
-    def _check_layers(self, layer_begin: int, layer_end: int) -> None:
+    def _check_range(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> None:
         assert 0 <= layer_begin <= layer_end <= self.layout.num_layers, "the layers lie outside of the model"
+        assert 0 <= token_begin <= token_end <= len(block_ids) * self.block_size, "the tokens lie outside of the blocks"
+
+
+def _word_type(rows: Tensor) -> torch.dtype:
+    """The widest type that rows can be copied by; what the bits mean is of no matter."""
+    row_bytes = rows.shape[-1] * rows.element_size()
+    return next(dtype for dtype in _WORD_TYPES if row_bytes % dtype.itemsize == 0)
+
+
+def _bytes_of(buffer: memoryview) -> Tensor:
+    """The buffer's bytes as a tensor over the same memory, which the caller keeps alive, and does not write to if it must not."""
+    array = np.frombuffer(buffer, dtype=np.uint8)
+    if not array.flags.writeable:
+        # Torch takes no read-only memory, for it cannot know that it is only read.
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data))
+    return torch.from_numpy(array)
