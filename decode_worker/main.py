@@ -13,6 +13,7 @@ from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from decode_worker.service import DecodeService
+from decode_worker.speculation import SpeculationLimits
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.telemetry import configure_logging
@@ -23,6 +24,8 @@ from kvrelay.worker_registry import MemberRole
 
 SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService")
 NUM_TRANSFER_THREADS = 2
+LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU = 16
+"""A core reads the weights once for about ten rows in the time that it computes them: more rows lengthen everybody's step."""
 
 
 def run(settings: DecodeSettings) -> None:
@@ -49,12 +52,9 @@ def build_services(
     settings: DecodeSettings, engine: WorkerEngine, hello: session_pb2.WorkerHello, address: str
 ) -> WorkerServices:
     """Puts engine thread, receiver and service together."""
-    limits = DecodeLimits(
-        settings.engine.prefill_chunk_tokens, settings.engine.max_running_sequences, settings.engine.max_waiting_works
-    )
     permits = PushPermits()
     publish = _Publisher(asyncio.get_running_loop())
-    scheduler = DecodeScheduler(engine.blocks, limits, permits)
+    scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), permits, _speculation(settings, engine))
     thread: EngineThread[Command] = EngineThread(
         "decode engine", DecodeEngineLoop(scheduler, engine.step_runner, permits, publish)
     )
@@ -72,6 +72,28 @@ def build_services(
         thread.stop()
 
     return WorkerServices(service.sessions, add_to, thread.start, stop)
+
+
+def _limits(settings: DecodeSettings, engine: WorkerEngine) -> DecodeLimits:
+    shared_chunk_tokens = settings.decoding.local_prefill_chunk_tokens
+    if shared_chunk_tokens is None and engine.cache.device.type == "cpu":
+        shared_chunk_tokens = LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU
+    return DecodeLimits(
+        prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
+        max_running_sequences=settings.engine.max_running_sequences,
+        max_waiting_works=settings.engine.max_waiting_works,
+        shared_prefill_chunk_tokens=shared_chunk_tokens,
+    )
+
+
+def _speculation(settings: DecodeSettings, engine: WorkerEngine) -> SpeculationLimits | None:
+    if settings.decoding.speculative_tokens == 0:
+        return None
+    return SpeculationLimits(
+        max_draft_tokens=settings.decoding.speculative_tokens,
+        max_rows=settings.decoding.speculative_max_rows,
+        max_sequence_tokens=engine.max_sequence_tokens,
+    )
 
 
 class _Publisher:

@@ -80,6 +80,25 @@ class TransferSettings(Settings):
     transfer_connect_timeout_ms: int = Field(default=2000, ge=1, description="Most time to reach a decode worker.")
 
 
+class DecodingSettings(Settings):
+    """How a decode worker fills its steps besides one token of every sequence."""
+
+    local_prefill_chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most prompt tokens in a step in which sequences decode. Default: 16 on cpu, prefill-chunk-tokens on cuda.",
+    )
+    speculative_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Most tokens that are guessed per sequence and step, by prompt lookup; 0 guesses none.",
+    )
+    speculative_max_rows: int = Field(
+        default=16, ge=2, description="Guesses are added to a step up to so many tokens in it, of all sequences together."
+    )
+
+
 class RelaySettings(Settings):
     """What a gateway admits and how it routes and retries."""
 
@@ -120,6 +139,7 @@ class DecodeSettings(Settings):
 
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
+    decoding: DecodingSettings = DecodingSettings()
 
 
 class ClusterSettings(Settings):

@@ -12,6 +12,7 @@ from kvrelay.cli.app import app
 from kvrelay.config import (
     ClientSettings,
     ClusterSettings,
+    DecodingSettings,
     EngineSettings,
     RelaySettings,
     ServerSettings,
@@ -34,7 +35,8 @@ def setting_row(name: str, default: object, description: str | None) -> str:
 
 
 @pytest.mark.parametrize(
-    "settings_class", [ServerSettings, EngineSettings, TransferSettings, RelaySettings, ClusterSettings, ClientSettings]
+    "settings_class",
+    [ServerSettings, EngineSettings, DecodingSettings, TransferSettings, RelaySettings, ClusterSettings, ClientSettings],
 )
 def test_every_setting_stands_in_the_operating_page(settings_class: type[Settings]) -> None:
     rows = [setting_row(name, field.default, field.description) for name, field in settings_class.model_fields.items()]
