@@ -79,7 +79,8 @@ async def _read(channel: grpc.aio.Channel, plan: StreamPlan, number: int) -> lis
 def _request(plan: StreamPlan, number: int) -> inference_pb2.GenerateRequest:
     sampling = session_pb2.SamplingParams(temperature=0.0, max_tokens=plan.max_tokens, ignore_eos=True)
     prompt = [300 + (7 * number + place) % 8192 for place in range(PROMPT_TOKENS)]
-    return inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=prompt), sampling=sampling)
+    token_ids = inference_pb2.TokenIds(ids=prompt)
+    return inference_pb2.GenerateRequest(token_ids=token_ids, sampling=sampling, coalesce_ms=plan.coalesce_ms)
 
 
 def _parse(received: list[tuple[float, bytes]]) -> StreamRecord:

@@ -3,9 +3,9 @@
 import asyncio
 
 from gateway.conversation import MAX_MESSAGES, Conversation
+from gateway.output_frames import DeltaFrame, Frame
 from gateway.prompt_preparation import make_request
 from gateway.relay import Relay
-from gateway.request_output import Frame
 from gateway.request_runner import OutputReader, RequestRunner
 from gateway.request_validation import ModelLimits, check_key_length, parse_messages, parse_sampling
 from kvrelay.errors import InvalidRequestError
@@ -73,9 +73,10 @@ class Converser:
         """Follows the answer; its first sequence becomes part of the conversation."""
         assert self._conversation is not None, "a turn was begun"
         assert self._runner is not None, "a turn was begun"
-        if frame.HasField("delta") and frame.delta.sequence == 0:
-            self._answer_ids.extend(token.token_id for token in frame.delta.tokens)
-            self._answer_text += frame.delta.text
-        elif frame.HasField("finished"):
+        if isinstance(frame, DeltaFrame):
+            if frame.sequence == 0:
+                self._answer_ids.extend(token.token_id for token in frame.tokens)
+                self._answer_text += frame.text
+        elif frame.finished:
             self._conversation.add_answer(self._answer_ids, self._answer_text)
             self._conversation.decode_worker_id = self._runner.lifecycle.report.decode_worker_id

@@ -98,10 +98,10 @@ class RequestJournal:
     def next_frames(self) -> list[bytes]:
         """The next frames that the store does not have, as bytes."""
         begin = self.num_written_frames
-        return [frame.SerializeToString() for frame in self.output.frames[begin : begin + MAX_FRAMES_PER_WRITE]]
+        return [frame.data for frame in self.output.frames[begin : begin + MAX_FRAMES_PER_WRITE]]
 
     def all_frames(self) -> list[bytes]:
-        return [frame.SerializeToString() for frame in self.output.frames]
+        return [frame.data for frame in self.output.frames]
 
     @property
     def dirty(self) -> bool:

@@ -9,17 +9,17 @@ Bounded by max_tokens and n. Knows no worker and no store.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
+from gateway.output_frames import DeltaFrame, Frame, accepted_frame, finished_frame, is_wanted, token_ids
 from kvrelay.errors import KvrelayError
 from kvrelay.telemetry import Phases
-from kvrelay.v1 import inference_pb2
-from kvrelay.wire import finish_reason_from_pb, finish_reason_to_pb, token_to_pb
 from kvrelay.work import FinishReason, Token
 
-Frame = inference_pb2.GenerateResponse
+MAX_FRAMES_PER_BATCH = 256
+"""A reader that is far behind catches up in messages of a bounded size."""
 
 
 class RequestOutput:
-    """Frames of one request.
+    """Frames of one request, one for each token.
 
     Args:
         frames: what earlier gateways have emitted, when the request is taken over.
@@ -27,48 +27,32 @@ class RequestOutput:
 
     def __init__(self, frames: Iterable[Frame] = ()) -> None:
         self.frames: list[Frame] = list(frames)
-        self.num_output_tokens = sum(len(frame.delta.tokens) for frame in self.frames if frame.HasField("delta"))
+        self.num_output_tokens = sum(len(frame.tokens) for frame in self.frames if isinstance(frame, DeltaFrame))
         """Tokens of all deltas so far."""
         self.ended = False
         self.error: KvrelayError | None = None
-        # Replaced with every change, so that each reader waits for the one after what it has seen.
-        self._changed = asyncio.Event()
+        self._waiting_for_change: list[asyncio.Future[None]] = []
+        self._waiting_for_end: list[asyncio.Future[None]] = []
 
     def finish_reasons(self) -> dict[int, FinishReason]:
         """Why each sequence ended that has."""
-        deltas = [frame.delta for frame in self.frames if frame.HasField("delta")]
-        reasons = ((delta.sequence, finish_reason_from_pb(delta.finish_reason)) for delta in deltas)
-        return {sequence: reason for sequence, reason in reasons if reason is not None}
+        deltas = (frame for frame in self.frames if isinstance(frame, DeltaFrame))
+        return {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason is not None}
 
     def emitted_token_ids(self, num_sequences: int) -> list[list[int]]:
         """Token ids of each sequence so far."""
-        token_ids: list[list[int]] = [[] for _ in range(num_sequences)]
-        for frame in self.frames:
-            if frame.HasField("delta"):
-                token_ids[frame.delta.sequence].extend(token.token_id for token in frame.delta.tokens)
-        return token_ids
+        return token_ids(self.frames, num_sequences)
 
     def append_accepted(self, request_id: str, model: str, num_prompt_tokens: int, seed: int) -> None:
-        accepted = inference_pb2.Accepted(request_id=request_id, model=model, num_prompt_tokens=num_prompt_tokens, seed=seed)
-        self._append(Frame(accepted=accepted))
+        self._append(accepted_frame(request_id, model, num_prompt_tokens, seed))
 
     def append_delta(self, sequence: int, index: int, token: Token, text: str, reason: FinishReason | None) -> None:
-        delta = inference_pb2.Delta(
-            sequence=sequence, index=index, tokens=[token_to_pb(token)], text=text, finish_reason=finish_reason_to_pb(reason)
-        )
         self.num_output_tokens += 1
-        self._append(Frame(delta=delta))
+        self._append(DeltaFrame(sequence, index, (token,), text, reason))
 
     def finish(self, reasons: Sequence[FinishReason], num_prompt_tokens: int, num_cached_tokens: int, phases: Phases) -> None:
         """Ends the output with success."""
-        usage = inference_pb2.Usage(
-            num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=self.num_output_tokens,
-            num_cached_tokens=num_cached_tokens,
-        )
-        times = inference_pb2.Phases(**{name: getattr(phases, name) for name in Phases.__slots__})
-        finish_reasons = [finish_reason_to_pb(reason) for reason in reasons]
-        self._append(Frame(finished=inference_pb2.Finished(finish_reasons=finish_reasons, usage=usage, phases=times)), last=True)
+        self._append(finished_frame(reasons, num_prompt_tokens, self.num_output_tokens, num_cached_tokens, phases), last=True)
 
     def fail(self, error: KvrelayError) -> None:
         """Ends the output with an error."""
@@ -84,30 +68,60 @@ class RequestOutput:
         self._notify()
 
     def _notify(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        if self._waiting_for_change:
+            _wake(self._waiting_for_change)
+        if self.ended:
+            _wake(self._waiting_for_end)
 
-    async def read(self, from_index: int = 0) -> AsyncIterator[Frame]:
-        """All frames but deltas before `from_index`, then those that come, until the end.
+    async def read(self, from_index: int = 0, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
+        """All frames but deltas before `from_index`, then those that come, until the end; each time all that there are by then.
+
+        Args:
+            from_index: first output index wanted.
+            coalesce_s: least time between two batches of deltas. Neither the first nor the last waits for it.
 
         Raises:
             KvrelayError: the request ended with it.
         """
+        loop = asyncio.get_running_loop()
         position = 0
-        while True:
-            changed = self._changed
-            while position < len(self.frames):
-                frame = self.frames[position]
-                position += 1
-                if is_wanted(frame, from_index):
-                    yield frame
-            if self.ended:
-                break
-            await changed.wait()
+        while position < len(self.frames) or not self.ended:
+            if position == len(self.frames):
+                await self._wait(self._waiting_for_change)
+            batch = self.frames[position : position + MAX_FRAMES_PER_BATCH]
+            position += len(batch)
+            due = loop.time() + coalesce_s if coalesce_s else 0.0
+            wanted = batch if from_index == 0 else [frame for frame in batch if is_wanted(frame, from_index)]
+            if wanted:
+                yield wanted
+            if coalesce_s and not self.ended and batch and isinstance(batch[-1], DeltaFrame):
+                await self._wait(self._waiting_for_end, due - loop.time())
         if self.error is not None:
             raise self.error
 
+    async def _wait(self, waiting: list[asyncio.Future[None]], timeout_s: float | None = None) -> None:
+        """Until those who wait there are woken, or for so long. Lighter than an Event and a timeout: all tokens pass here."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        waiting.append(future)
+        if timeout_s is None:
+            await future
+            return
+        timer = loop.call_later(timeout_s, _settle, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
+            if future in waiting:
+                waiting.remove(future)
 
-def is_wanted(frame: Frame, from_index: int) -> bool:
-    """Whether a reader that asked for outputs from that index on gets the frame."""
-    return not frame.HasField("delta") or frame.delta.index >= from_index
+
+def _wake(waiting: list[asyncio.Future[None]]) -> None:
+    for future in waiting:
+        _settle(future)
+    waiting.clear()
+
+
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -15,10 +15,11 @@ from gateway import lifecycle_messages as m
 from gateway.admission import Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
+from gateway.output_frames import Frame
 from gateway.phase_clock import PhaseClock
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
-from gateway.request_output import Frame, RequestOutput
+from gateway.request_output import RequestOutput
 from gateway.router import RouteQuery
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import RelaySettings
@@ -274,17 +275,9 @@ class OutputReader:
         self._from_index = from_index
         self._closed = False
 
-    async def frames(self) -> AsyncIterator[Frame]:
-        """Frames until the end.
-
-        Raises:
-            KvrelayError: the request ended with it.
-        """
-        try:
-            async for frame in self._runner.output.read(self._from_index):
-                yield frame
-        finally:
-            self.close()
+    def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
+        """Frames until the end, as `RequestOutput.read` has them."""
+        return self._runner.output.read(self._from_index, coalesce_s)
 
     def close(self) -> None:
         """The client is gone, or has it all. Idempotent."""

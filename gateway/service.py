@@ -3,7 +3,7 @@
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -12,11 +12,12 @@ from gateway import cluster_view
 from gateway.cancellation import FORWARDED_METADATA, cancel_request
 from gateway.converse import Converser
 from gateway.generation import Generation
+from gateway.output_frames import Frame, messages
 from gateway.prompt_preparation import encode_rendered, encode_text, render_chat
 from gateway.relay import Relay
-from gateway.request_output import Frame
 from gateway.request_validation import check_token_ids, parse_messages
 from gateway.stored_output import FrameReader, open_reader
+from kvrelay.config import MAX_COALESCE_MS
 from kvrelay.errors import InvalidRequestError, RequestNotFoundError
 from kvrelay.request_record import RequestSummary
 from kvrelay.v1 import inference_pb2 as pb
@@ -40,25 +41,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._relay = relay
         self._generation = Generation(relay)
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        reader = await self._generation.open(request, self._deadline(context))
-        async for frame in _read(reader, context):
-            yield frame
+    # Streams are written as the bytes that frames have once for all readers: responses of the three methods have the same fields.
 
-    async def Converse(
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        coalesce_s = self._coalesce_s(request)
+        reader = await self._generation.open(request, self._deadline(context))
+        await _stream(reader, context, coalesce_s)
+
+    async def Converse(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ConverseRequest], context: Context
-    ) -> AsyncIterator[pb.ConverseResponse]:
+    ) -> None:
         converser = Converser(self._relay)
         async for turn in request_iterator:
+            coalesce_s = self._coalesce_s(turn)
             reader = await converser.begin_turn(turn, self._deadline(context, turn.timeout_ms))
-            async for frame in _read(reader, context):
-                converser.note(frame)
-                yield pb.ConverseResponse(**_event(frame))
+            await _stream(reader, context, coalesce_s, converser.note)
 
-    async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.ResumeResponse]:
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
+        coalesce_s = self._coalesce_s(request)
         reader = open_reader(self._relay, request.request_id, request.from_index)
-        async for frame in _read(reader, context):
-            yield pb.ResumeResponse(**_event(frame))
+        await _stream(reader, context, coalesce_s)
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.GetRequestResponse:
         runner = self._relay.requests.find(request.request_id)
@@ -110,6 +112,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return await cluster_view.cluster(self._relay)
 
+    def _coalesce_s(self, request: pb.GenerateRequest | pb.ConverseRequest | pb.ResumeRequest) -> float:
+        """How long tokens of the stream may be gathered, in seconds: what the request says, or the gateway's own setting."""
+        if not request.HasField("coalesce_ms"):
+            return self._relay.settings.coalesce_ms / 1000
+        if request.coalesce_ms > MAX_COALESCE_MS:
+            raise InvalidRequestError("coalesce_ms", f"is {request.coalesce_ms}; it must lie between 0 and {MAX_COALESCE_MS}")
+        return request.coalesce_ms / 1000
+
     def _deadline(self, context: Context, timeout_ms: int = 0) -> float:
         """The request's deadline in monotonic seconds: what the call and the turn allow, within the server's bounds."""
         settings = self._relay.settings
@@ -124,18 +134,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return asyncio.get_running_loop().time() + max(min(allowed_s), 0.0)
 
 
-async def _read(reader: FrameReader, context: Context) -> AsyncIterator[Frame]:
-    """The reader's frames; it is closed when they end, and at once when the call does."""
+async def _stream(
+    reader: FrameReader, context: Context, coalesce_s: float, note: Callable[[Frame], None] = lambda frame: None
+) -> None:
+    """Writes the reader's frames; it is closed when they end, and at once when the call does."""
     context.add_done_callback(lambda _: reader.close())  # type: ignore[arg-type]  # the stubs want a class of their own
     try:
-        async for frame in reader.frames():
-            yield frame
+        async for frames in reader.batches(coalesce_s):
+            for frame in frames:
+                note(frame)
+            for message in messages(frames):
+                await context.write(message)
     finally:
         reader.close()
-
-
-def _event(frame: Frame) -> dict[str, Any]:
-    """The frame's content, for the response of another method with the same fields."""
-    name = frame.WhichOneof("event")
-    assert name is not None, "every frame says something"
-    return {name: getattr(frame, name)}

@@ -8,8 +8,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
+from gateway.output_frames import Frame, decode_frame, is_wanted
 from gateway.relay import Relay
-from gateway.request_output import Frame, is_wanted
 from gateway.takeover import take_over
 from kvrelay.error_status import error_of
 from kvrelay.errors import ERROR_DOMAIN, DeadlineError, KvrelayError, UnavailableError
@@ -26,8 +26,8 @@ OVERDUE_TIMEOUT_S = 5.0
 class FrameReader(Protocol):
     """One client's view of a request's output."""
 
-    def frames(self) -> AsyncIterator[Frame]:
-        """Frames until the end; raises the error that the request ended with."""
+    def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
+        """Frames until the end, each time all that there are; raises the error that the request ended with."""
 
     def close(self) -> None:
         """The client is gone. Idempotent."""
@@ -61,8 +61,8 @@ class StoredOutputReader:
         if self._local is not None:
             self._local.close()
 
-    async def frames(self) -> AsyncIterator[Frame]:
-        """Frames until the end.
+    async def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
+        """Frames until the end. What comes from the log comes in batches by itself.
 
         Raises:
             RequestNotFoundError: no such request.
@@ -72,16 +72,15 @@ class StoredOutputReader:
         position = 0
         while True:
             data, state = await self._relay.store.read_frames(self._request_id, position, FRAMES_PER_READ, FOLLOW_WAIT_MS)
-            for frame in map(Frame.FromString, data):
-                position += 1
-                if is_wanted(frame, self._from_index):
-                    yield frame
+            position += len(data)
+            if wanted := [frame for frame in map(decode_frame, data) if is_wanted(frame, self._from_index)]:
+                yield wanted
             if is_terminal(state):
                 break
             if not data and await self._take_over_if_orphaned():
                 assert self._local is not None
-                async for frame in _skip(self._local.frames(), position, self._from_index):
-                    yield frame
+                async for frames in _skip(self._local.batches(coalesce_s), position, self._from_index):
+                    yield frames
                 return
         record = await self._relay.store.get(self._request_id)
         if record is not None and record.state is not RequestState.SUCCEEDED:
@@ -113,13 +112,12 @@ class StoredOutputReader:
             raise DeadlineError("the request's deadline has passed, and its gateway has not written its end")
 
 
-async def _skip(frames: AsyncIterator[Frame], count: int, from_index: int) -> AsyncIterator[Frame]:
+async def _skip(batches: AsyncIterator[list[Frame]], count: int, from_index: int) -> AsyncIterator[list[Frame]]:
     """What follows the first `count` frames, as far as it is wanted."""
-    position = 0
-    async for frame in frames:
-        position += 1
-        if position > count and is_wanted(frame, from_index):
-            yield frame
+    async for frames in batches:
+        rest, count = frames[count:], max(count - len(frames), 0)
+        if wanted := [frame for frame in rest if is_wanted(frame, from_index)]:
+            yield wanted
 
 
 def _is_alive(relay: Relay, gateway_id: str) -> bool:

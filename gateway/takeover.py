@@ -6,8 +6,9 @@ import contextlib
 import structlog
 
 from gateway.generation_request import GenerationRequest
+from gateway.output_frames import EventFrame, decode_frame
 from gateway.relay import Relay
-from gateway.request_output import Frame, RequestOutput
+from gateway.request_output import RequestOutput
 from gateway.request_runner import RequestRunner
 from kvrelay.errors import PreconditionError
 from kvrelay.request_record import RequestRecord
@@ -56,9 +57,9 @@ async def _take_over(relay: Relay, seen: RequestRecord) -> RequestRunner | None:
         deadline=now + record.remaining_ms / 1000,
         resumable=True,
     )
-    frames = [Frame.FromString(data) for data in await _all_frames(relay, record.request_id)]
+    frames = [decode_frame(data) for data in await _all_frames(relay, record.request_id)]
     # A Finished without the end of its state: the end is made again.
-    frames = [frame for frame in frames if not frame.HasField("finished")]
+    frames = [frame for frame in frames if not (isinstance(frame, EventFrame) and frame.finished)]
     return relay.continue_request(request, record, RequestOutput(frames))
 
 

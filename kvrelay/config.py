@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_GATEWAY_PORT = 50050
+MAX_COALESCE_MS = 50
+"""Tokens are never held back for longer: a person sees them come one by one up to about there."""
 
 
 class Settings(BaseModel):
@@ -54,6 +56,12 @@ class EngineSettings(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of weights and KV; auto is float32 on cpu and the model's own on cuda."
+    )
+    quantize: Literal["none", "int8"] = Field(
+        default="none", description="int8 quantizes weights and activations; the same on all workers of a model."
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type that KV is kept and shipped in; auto is what the model computes in."
     )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
     kv_cache_mib: int = Field(default=1024, ge=1, description="Memory for KV blocks, in MiB.")
@@ -115,6 +123,12 @@ class RelaySettings(Settings):
         default=8, ge=1, description="Most attempts at one request; those refused by full or draining workers do not count."
     )
     worker_wait_ms: int = Field(default=30000, ge=0, description="How long a request waits for a worker of its model to appear.")
+    coalesce_ms: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COALESCE_MS,
+        description="For how long tokens of a stream may be gathered into one message; requests may say otherwise.",
+    )
     resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
     retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
 

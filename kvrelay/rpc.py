@@ -101,7 +101,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         guarded: grpc.RpcMethodHandler[Any, Any] = make_handler(
             guard(behaviour, method),
             request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            response_serializer=_accept_bytes(handler.response_serializer)
+            if handler.response_streaming
+            else handler.response_serializer,
         )
         return guarded
 
@@ -115,6 +117,15 @@ def _behaviour_of(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler, handler.unary_stream
     return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _accept_bytes(serializer: Any) -> Callable[[Any], bytes]:
+    """A stream's handler may write what is serialized already: bytes that several streams share."""
+
+    def serialize(message: Any) -> bytes:
+        return message if type(message) is bytes else serializer(message)
+
+    return serialize
 
 
 def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:

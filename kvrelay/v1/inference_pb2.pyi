@@ -209,6 +209,7 @@ class GenerateRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    COALESCE_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name; may be empty when the cluster serves one model only."""
     text: _builtins.str
@@ -221,6 +222,10 @@ class GenerateRequest(_message.Message):
     """Keep running for the server's grace period when the client's stream breaks, so that Resume finds the rest. Default false: a broken stream cancels."""
     tenant: _builtins.str
     """Separates tenants: prefix caches and idempotency keys are shared within one tenant only. Up to 128 bytes; default empty."""
+    coalesce_ms: _builtins.int
+    """For how long tokens of this stream may be gathered into one message, in milliseconds: 0 to 50. Fewer, larger messages for readers that need not see
+    every token at once. The first and the last token never wait. Absent: the gateway's own setting, which is 0 unless it was changed.
+    """
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """A chat."""
@@ -244,13 +249,19 @@ class GenerateRequest(_message.Message):
         idempotency_key: _builtins.str = ...,
         resumable: _builtins.bool = ...,
         tenant: _builtins.str = ...,
+        coalesce_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "chat", b"chat", "coalesce_ms", b"coalesce_ms", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "idempotency_key", b"idempotency_key", "model", b"model", "prompt", b"prompt", "resumable", b"resumable", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "chat", b"chat", "coalesce_ms", b"coalesce_ms", "idempotency_key", b"idempotency_key", "model", b"model", "prompt", b"prompt", "resumable", b"resumable", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__coalesce_ms: _TypeAlias = _typing.Literal["coalesce_ms"]  # noqa: Y015
+    _WhichOneofArgType__coalesce_ms: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coalesce_ms) -> _WhichOneofReturnType__coalesce_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -310,7 +321,7 @@ class Delta(_message.Message):
     """Set with the sequence's last delta."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.Token]:
-        """The new tokens; empty when only held back text follows."""
+        """The new tokens: one, or several that came together or were gathered. Empty when only held back text follows."""
 
     def __init__(
         self,
@@ -520,12 +531,15 @@ class ConverseRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    COALESCE_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name, as in GenerateRequest; only the first turn's counts."""
     tenant: _builtins.str
     """As in GenerateRequest; only the first turn's counts."""
     timeout_ms: _builtins.int
     """Most time for this turn, in milliseconds. 0: the server's default."""
+    coalesce_ms: _builtins.int
+    """As in GenerateRequest, of this turn."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """New messages, appended to those of earlier turns and the answers; usually one of the user's."""
@@ -542,12 +556,15 @@ class ConverseRequest(_message.Message):
         sampling: _session_pb2.SamplingParams | None = ...,
         tenant: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        coalesce_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "coalesce_ms", b"coalesce_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "sampling", b"sampling", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "coalesce_ms", b"coalesce_ms", "messages", b"messages", "model", b"model", "sampling", b"sampling", "tenant", b"tenant", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__coalesce_ms: _TypeAlias = _typing.Literal["coalesce_ms"]  # noqa: Y015
+    _WhichOneofArgType__coalesce_ms: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coalesce_ms) -> _WhichOneofReturnType__coalesce_ms | None: ...
 
 Global___ConverseRequest: _TypeAlias = ConverseRequest  # noqa: Y015
 
@@ -597,21 +614,27 @@ class ResumeRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FROM_INDEX_FIELD_NUMBER: _builtins.int
+    COALESCE_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     from_index: _builtins.int
     """First output index wanted, of every sequence. Text restarts with the text of that token."""
+    coalesce_ms: _builtins.int
+    """As in GenerateRequest."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         from_index: _builtins.int = ...,
+        coalesce_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "coalesce_ms", b"coalesce_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_index", b"from_index", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms", "coalesce_ms", b"coalesce_ms", "from_index", b"from_index", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__coalesce_ms: _TypeAlias = _typing.Literal["coalesce_ms"]  # noqa: Y015
+    _WhichOneofArgType__coalesce_ms: _TypeAlias = _typing.Literal["_coalesce_ms", b"_coalesce_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coalesce_ms) -> _WhichOneofReturnType__coalesce_ms | None: ...
 
 Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
 

@@ -161,7 +161,7 @@ class Answer:
         self.token_ids: dict[int, list[int]] = {}
         self.texts: dict[int, str] = {}
         self.reasons: dict[int, int] = {}
-        self.num_deltas = 0
+        self.num_messages = 0
 
     def add(self, frame: Any, from_index: int = 0) -> None:
         assert self.finished is None, "nothing follows Finished"
@@ -181,7 +181,7 @@ class Answer:
             self.texts[delta.sequence] = self.texts.get(delta.sequence, "") + delta.text
             if delta.finish_reason:
                 self.reasons[delta.sequence] = delta.finish_reason
-            self.num_deltas += 1
+            self.num_messages += 1
 
 
 async def read_all(call: Any, from_index: int = 0) -> Answer:
@@ -193,9 +193,9 @@ async def read_all(call: Any, from_index: int = 0) -> Answer:
 
 
 async def read_into(answer: Answer, call: Any, from_index: int = 0, until: int | None = None) -> None:
-    """Reads the stream to its end, or until there are so many deltas; an error status is raised."""
+    """Reads the stream to its end, or until there are so many tokens; an error status is raised."""
     async with asyncio.timeout(BOUND_S):
         async for frame in call:
             answer.add(frame, from_index)
-            if answer.num_deltas == until:
+            if until is not None and sum(map(len, answer.token_ids.values())) >= until:
                 return

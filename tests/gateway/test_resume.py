@@ -38,11 +38,11 @@ async def wait_for_state(gateway: Gateway, request_id: str, state: str) -> None:
     await eventually(reached)
 
 
-async def begin(gateway: Gateway, num_deltas: int, **fields: Any) -> tuple[Answer, Any]:
+async def begin(gateway: Gateway, num_tokens: int, **fields: Any) -> tuple[Answer, Any]:
     """A request of which so many tokens were read."""
     call = gateway.stub.Generate(token_request(PROMPT, 20, **fields))
     answer = Answer()
-    await read_into(answer, call, until=num_deltas)
+    await read_into(answer, call, until=num_tokens)
     assert answer.accepted is not None
     return answer, call
 

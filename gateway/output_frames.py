@@ -1,0 +1,130 @@
+"""The messages of a request's output: what each says, its bytes, and how deltas that wait together become one message.
+
+A frame is made into bytes once, for all readers and for the log. Knows no reader and no store.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+from kvrelay.telemetry import Phases
+from kvrelay.v1 import inference_pb2, session_pb2
+from kvrelay.wire import finish_reason_from_pb, finish_reason_to_pb, token_from_pb, token_to_pb
+from kvrelay.work import FinishReason, Token
+
+
+class DeltaFrame:
+    """New output of one sequence; see the proto's Delta."""
+
+    __slots__ = ("_data", "finish_reason", "index", "sequence", "text", "tokens")
+
+    def __init__(
+        self, sequence: int, index: int, tokens: tuple[Token, ...], text: str, finish_reason: FinishReason | None
+    ) -> None:
+        self.sequence = sequence
+        self.index = index
+        self.tokens = tokens
+        self.text = text
+        self.finish_reason = finish_reason
+        self._data: bytes | None = None
+
+    @property
+    def data(self) -> bytes:
+        """As a serialized GenerateResponse."""
+        if self._data is None:
+            delta = inference_pb2.Delta(
+                sequence=self.sequence,
+                index=self.index,
+                tokens=[_token_to_pb(token) for token in self.tokens],
+                text=self.text,
+                finish_reason=finish_reason_to_pb(self.finish_reason),
+            )
+            self._data = inference_pb2.GenerateResponse(delta=delta).SerializeToString()
+        return self._data
+
+
+class EventFrame:
+    """The first or the last message."""
+
+    __slots__ = ("data", "finished")
+
+    def __init__(self, message: inference_pb2.GenerateResponse) -> None:
+        self.data = message.SerializeToString()
+        self.finished = message.HasField("finished")
+
+
+Frame = DeltaFrame | EventFrame
+
+
+def accepted_frame(request_id: str, model: str, num_prompt_tokens: int, seed: int) -> EventFrame:
+    """The first message."""
+    accepted = inference_pb2.Accepted(request_id=request_id, model=model, num_prompt_tokens=num_prompt_tokens, seed=seed)
+    return EventFrame(inference_pb2.GenerateResponse(accepted=accepted))
+
+
+def finished_frame(
+    reasons: Sequence[FinishReason], num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int, phases: Phases
+) -> EventFrame:
+    """The last message of an output that ends with success."""
+    usage = inference_pb2.Usage(
+        num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens, num_cached_tokens=num_cached_tokens
+    )
+    times = inference_pb2.Phases(**{name: getattr(phases, name) for name in Phases.__slots__})
+    finish_reasons = [finish_reason_to_pb(reason) for reason in reasons]
+    finished = inference_pb2.Finished(finish_reasons=finish_reasons, usage=usage, phases=times)
+    return EventFrame(inference_pb2.GenerateResponse(finished=finished))
+
+
+def decode_frame(data: bytes) -> Frame:
+    """A frame from the log."""
+    message = inference_pb2.GenerateResponse.FromString(data)
+    if not message.HasField("delta"):
+        return EventFrame(message)
+    delta = message.delta
+    tokens = tuple(map(token_from_pb, delta.tokens))
+    frame = DeltaFrame(delta.sequence, delta.index, tokens, delta.text, finish_reason_from_pb(delta.finish_reason))
+    frame._data = data
+    return frame
+
+
+def is_wanted(frame: Frame, from_index: int) -> bool:
+    """Whether a reader that asked for outputs from that index on gets the frame."""
+    return isinstance(frame, EventFrame) or frame.index >= from_index
+
+
+def messages(frames: Sequence[Frame]) -> Iterator[bytes]:
+    """The frames as messages: what is there of a sequence becomes one Delta, and whatever is no delta stays in its place."""
+    if len(frames) == 1:
+        yield frames[0].data
+        return
+    deltas: dict[int, list[DeltaFrame]] = {}
+    for frame in frames:
+        if isinstance(frame, DeltaFrame):
+            deltas.setdefault(frame.sequence, []).append(frame)
+        else:
+            yield from map(_merge, deltas.values())
+            deltas.clear()
+            yield frame.data
+    yield from map(_merge, deltas.values())
+
+
+def _merge(deltas: Sequence[DeltaFrame]) -> bytes:
+    """One message of deltas that follow one another."""
+    if len(deltas) == 1:
+        return deltas[0].data
+    tokens = tuple(chain.from_iterable(delta.tokens for delta in deltas))
+    text = "".join([delta.text for delta in deltas])
+    return DeltaFrame(deltas[0].sequence, deltas[0].index, tokens, text, deltas[-1].finish_reason).data
+
+
+def _token_to_pb(token: Token) -> session_pb2.Token:
+    # Most tokens come without log probabilities, and this runs for each of them.
+    return session_pb2.Token(token_id=token.token_id) if token.logprob is None else token_to_pb(token)
+
+
+def token_ids(frames: Iterable[Frame], num_sequences: int) -> list[list[int]]:
+    """Token ids of each sequence."""
+    ids: list[list[int]] = [[] for _ in range(num_sequences)]
+    for frame in frames:
+        if isinstance(frame, DeltaFrame):
+            ids[frame.sequence].extend(token.token_id for token in frame.tokens)
+    return ids
