@@ -54,3 +54,13 @@ def fingerprint(weights_digest: str, architecture: str, layout: KVLayout, rope: 
     """
     parts = (weights_digest, architecture, repr(layout), rope, compute, f"wire {WIRE_VERSION}")
     return xxhash.xxh3_128_hexdigest("\x00".join(parts).encode())
+
+
+def derive_fingerprint(base: str, change: str) -> str:
+    """The fingerprint of a model that differs from another only in how its numbers are kept.
+
+    Args:
+        base: the other's.
+        change: canonical text of the difference.
+    """
+    return xxhash.xxh3_128_hexdigest(f"{base}\x00{change}".encode())

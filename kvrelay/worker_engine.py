@@ -8,6 +8,7 @@ import structlog
 
 from kvrelay.config import EngineSettings
 from kvrelay.engine.device import choose_device, choose_dtype, use_threads
+from kvrelay.engine.model_fusion import fuse_model, with_kv_dtype
 from kvrelay.engine.model_loader import LoadedModel, load_model
 from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.paged_kv_cache import PagedKVCache
@@ -47,16 +48,30 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         ModelLoadError: the model is missing, broken or unsupported.
         ConfigError: the memory for KV holds no block, or cannot be had.
     """
-    use_threads(settings.num_threads or max(1, (os.cpu_count() or 1) // 2))
+    num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // 2)
+    use_threads(num_threads)
     folder = resolve_model(settings)
     device = choose_device(settings.device)
     name = settings.served_model_name or folder.name
-    model = _limit_context(load_model(folder, name, choose_dtype(settings.dtype, device), device), settings.max_context_tokens)
+    loaded = load_model(folder, name, choose_dtype(settings.dtype, device), device)
+    fused = fuse_model(loaded, int8=settings.quantize == "int8")
+    model = _limit_context(with_kv_dtype(fused, settings.kv_dtype), settings.max_context_tokens)
+    if model.decoder is not None:
+        # What is left to torch is small, and its threads would spin on the kernels' cores.
+        use_threads(1)
+        model.decoder.use_threads(num_threads)
     layout = model.spec.kv_layout
     num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
     cache = _make_pool(layout, num_blocks, settings.block_size, model)
     model_runner = ModelRunner(model, cache)
-    _log.info("model loaded", model=name, num_blocks=num_blocks, kv_mib=cache.pool_bytes // BYTES_PER_MIB, device=device)
+    _log.info(
+        "model loaded",
+        model=name,
+        num_blocks=num_blocks,
+        kv_mib=cache.pool_bytes // BYTES_PER_MIB,
+        device=device,
+        compiled=model.decoder is not None,
+    )
     return WorkerEngine(
         folder=folder,
         model=model.spec,

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kvrelay.engine.fused_decoder import FusedDecoder
 from kvrelay.model_spec import ModelSpec
 
 
@@ -19,3 +20,5 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     """Memory of the parameters and buffers."""
+    decoder: FusedDecoder | None = None
+    """Runs the model in place of the module, which then has no weights of its own."""

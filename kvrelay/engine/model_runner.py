@@ -35,7 +35,7 @@ class ModelRunner:
     def run(self, batch: Sequence[StepInput], on_layer_written: Callable[[int], None] | None = None) -> Tensor:
         """Computes the new tokens of all sequences in one pass; their K and V are in the pool afterwards.
 
-        A sequence's result does not depend on the others in the batch, but for rounding.
+        A sequence's result does not depend on the others in the batch; in torch, but for rounding.
 
         Args:
             batch: at least one sequence, each with at least one token; no two may write to the same block.
@@ -47,6 +47,8 @@ class ModelRunner:
         assert batch, "a step without tokens"
         assert all(item.token_ids for item in batch), "a sequence without tokens"
         assert all(0 <= item.num_logits <= len(item.token_ids) for item in batch), "logits are those of an input's own tokens"
+        if self.model.decoder is not None:
+            return self.model.decoder.run(batch, self.cache, on_layer_written)
         with torch.inference_mode():
             context = AttentionContext(self.cache, batch, on_layer_written)
             return forward_flat(self.model.module, batch, context, self.model.device, self._keeps_logits)

@@ -1,0 +1,305 @@
+"""Runs llama-like decoders in compiled kernels: one call per step instead of some thousand of torch's.
+
+    fuse()          reads a transformers module, packs its weights and lets go of the module's own
+    FusedDecoder    runs steps, with the same inputs and outputs as the module
+
+A model is fused when its architecture is in ARCHITECTURES and its modules are as expected; `model_loader` then compares what both
+compute before it lets go of the module's weights. All others run in torch. Rows are computed bit for bit the same alone and in a
+batch, in a prompt and one by one.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kvrelay.engine.attention_context import StepInput
+from kvrelay.engine.native.library import (
+    KV_DTYPES,
+    PANEL,
+    TILE_ROWS,
+    Decoder,
+    DecoderLayer,
+    DecoderStep,
+    NativeLibrary,
+)
+from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix, packed_bytes
+from kvrelay.engine.paged_kv_cache import PagedKVCache
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+"""transformers' model types whose layers are: norm, attention, add; norm, gated MLP with SiLU, add."""
+LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+"""Rope types whose angles depend on more than the position."""
+VECTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    """One layer as the kernels want it; all float32."""
+
+    qkv: tuple[Tensor, Tensor | None]
+    output: tuple[Tensor, Tensor | None]
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    """Before attention, before the MLP, of queries, of keys."""
+    window: int
+    has_rope: bool
+
+
+class FusedDecoder:
+    """A packed model. Used by one thread. Made by `fuse`.
+
+    Args:
+        library: the kernels.
+        decoder: the model's structure; its addresses point into `kept`.
+        kept: what must live as long as this.
+        rope: gives cosines and sines, each float32 [num_positions, rotary_dim / 2], for so many positions from 0.
+        arena: where the weights lie.
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        decoder: Decoder,
+        kept: list[object],
+        rope: Callable[[int], tuple[Tensor, Tensor]],
+        arena: WeightArena,
+        vocab_size: int,
+    ) -> None:
+        self._library = library
+        self._decoder = decoder
+        self._kept = kept
+        self._rope = rope
+        self._arena = arena
+        self._vocab_size = vocab_size
+        self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        return self._arena.total_bytes
+
+    def use_threads(self, num_threads: int) -> None:
+        """Sets how many threads a step uses; not while one runs."""
+        self._library.use_threads(num_threads)
+
+    def run(
+        self, batch: Sequence[StepInput], cache: PagedKVCache, on_layer_written: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """As `ModelRunner.run`."""
+        plan = _StepPlan(batch, cache, tokens_per_tile=max(1, TILE_ROWS * self._decoder.num_kv_heads // self._decoder.num_heads))
+        self._make_angles(plan.num_positions)
+        logits = torch.empty(len(plan.logit_rows), self._vocab_size)
+        step = plan.step(cache, logits)
+        if on_layer_written is None:
+            self._library.run_decoder(self._decoder, step, 0, self._decoder.num_layers)
+            return logits
+        for layer in range(self._decoder.num_layers):
+            self._library.run_decoder(self._decoder, step, layer, layer + 1)
+            on_layer_written(layer)
+        return logits
+
+    def _make_angles(self, num_positions: int) -> None:
+        """Angles for at least so many positions; doubled when they do not suffice, for they are cheap to make again."""
+        if num_positions <= self._angles[0].shape[0]:
+            return
+        self._angles = self._rope(max(num_positions, 2 * self._angles[0].shape[0], 1024))
+        self._decoder.cosines = self._angles[0].data_ptr()
+        self._decoder.sines = self._angles[1].data_ptr()
+
+
+class _StepPlan:
+    """The arrays that one step's structure points into."""
+
+    def __init__(self, batch: Sequence[StepInput], cache: PagedKVCache, tokens_per_tile: int) -> None:
+        lengths = [len(item.token_ids) for item in batch]
+        self.token_ids = np.fromiter(chain.from_iterable(item.token_ids for item in batch), dtype=np.int64)
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        starts = np.fromiter((item.position for item in batch), dtype=np.int64, count=len(batch))
+        # A row's position is its place in the flat batch, moved by where its sequence is.
+        self.positions = np.arange(ends[-1]) + np.repeat(starts - begins, lengths)
+        self.num_positions = int((starts + lengths).max())
+        tables = [np.fromiter(item.block_ids, dtype=np.int64, count=len(item.block_ids)) for item in batch]
+        self.block_ids = np.concatenate(tables)
+        table_begins = np.cumsum([0, *(len(table) for table in tables[:-1])])
+        block_of = self.positions // cache.block_size + np.repeat(table_begins, lengths)
+        self.slots = self.block_ids[block_of] * cache.block_size + self.positions % cache.block_size
+        self.segments = np.empty((len(batch), 4), dtype=np.int64)  # the fields of `segment`, one row each
+        self.segments[:, 0], self.segments[:, 1], self.segments[:, 2] = begins, lengths, starts
+        self.segments[:, 3] = self.block_ids.ctypes.data + table_begins * self.block_ids.itemsize
+        self.tiles = _tiles(lengths, tokens_per_tile)
+        wanted = [(end - item.num_logits, end) for item, end in zip(batch, ends.tolist(), strict=True)]
+        self.logit_rows = np.fromiter(chain.from_iterable(range(*span) for span in wanted), dtype=np.int64)
+
+    def step(self, cache: PagedKVCache, logits: Tensor) -> DecoderStep:
+        """The structure; valid as long as this, the cache and the logits live."""
+        return DecoderStep(
+            num_tokens=len(self.token_ids),
+            num_segments=len(self.segments),
+            num_tiles=len(self.tiles),
+            num_logits=len(self.logit_rows),
+            token_ids=self.token_ids.ctypes.data,
+            positions=self.positions.ctypes.data,
+            slots=self.slots.ctypes.data,
+            segments=self.segments.ctypes.data,
+            tiles=self.tiles.ctypes.data,
+            logit_rows=self.logit_rows.ctypes.data,
+            pool=cache.pool_address,
+            kv_dtype=KV_DTYPES[cache.layout.dtype],
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            logits=logits.data_ptr(),
+        )
+
+
+def _tiles(lengths: Sequence[int], tokens_per_tile: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """(segment, first token, number of tokens) of each attention tile, those with most keys first: they take longest."""
+    tiles = [
+        (segment, begin, min(tokens_per_tile, length - begin))
+        for segment, length in enumerate(lengths)
+        for begin in range(0, length, tokens_per_tile)
+    ]
+    return np.array(tiles[::-1], dtype=np.int64).reshape(-1, 3)
+
+
+def fuse(module: Any, architecture: str, library: NativeLibrary, *, int8: bool) -> FusedDecoder | None:
+    """Packs a model for the kernels. The module stays as it is.
+
+    Args:
+        module: transformers' causal language model, in float32 on the CPU.
+        architecture: its model type.
+        library: the kernels.
+        int8: quantize weights, and activations as they come.
+
+    Returns:
+        None when the model is not of a kind that the kernels compute.
+    """
+    if not _can_fuse(module, architecture):
+        return None
+    config = module.config
+    layers = [_read_layer(layer, config, number) for number, layer in enumerate(module.model.layers)]
+    head = module.lm_head.weight
+    arena = WeightArena(sum(_layer_bytes(layer, int8=int8) for layer in layers) + packed_bytes(head, int8=int8))
+    kept: list[object] = []
+
+    def keep(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        kept.append(tensor.contiguous())
+        return int(kept[-1].data_ptr())  # type: ignore[attr-defined]  # a tensor
+
+    def pack(weight: tuple[Tensor, Tensor | None]) -> PackedMatrix:
+        packed = pack_matrix(*weight, arena, int8=int8)
+        kept.append(packed)
+        return packed
+
+    structures = (DecoderLayer * len(layers))()
+    for structure, layer in zip(structures, layers, strict=True):
+        structure.qkv, structure.output = pack(layer.qkv).matrix, pack(layer.output).matrix
+        structure.gate_up, structure.down = pack(layer.gate_up).matrix, pack(layer.down).matrix
+        structure.attention_norm, structure.mlp_norm, structure.query_norm, structure.key_norm = map(keep, layer.norms)
+        structure.window, structure.has_rope = layer.window, layer.has_rope
+    attention = module.model.layers[0].self_attn
+    decoder = Decoder(
+        num_layers=len(layers),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        rotary_dim=2 * _rope_angles(module.model.rotary_emb, 1)[0].shape[1],
+        norm_epsilon=config.rms_norm_eps,
+        attention_scale=attention.scaling,
+        embeddings=keep(module.model.embed_tokens.weight.detach()),
+        layers=ctypes.cast(structures, ctypes.POINTER(DecoderLayer)),
+        final_norm=keep(module.model.norm.weight.detach()),
+        lm_head=pack((head.detach(), module.lm_head.bias)).matrix,
+    )
+    kept.append(structures)
+    rotary = module.model.rotary_emb
+    return FusedDecoder(library, decoder, kept, lambda count: _rope_angles(rotary, count), arena, head.shape[0])
+
+
+def release_weights(module: Any) -> None:
+    """Lets go of the weights that the fused decoder has copies of: all but embeddings and norms."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+def _can_fuse(module: Any, architecture: str) -> bool:
+    config = module.config
+    if architecture not in ARCHITECTURES or config.hidden_act != "silu":
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in rope.values()) or rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return False
+    attention = module.model.layers[0].self_attn
+    widths = (config.hidden_size % VECTOR, attention.head_dim % PANEL, config.intermediate_size % PANEL)
+    return not any(widths) and next(module.parameters()).dtype == torch.float32
+
+
+def _read_layer(layer: Any, config: Any, number: int) -> _LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj"):
+        qkv = _weight(attention.qkv_proj)
+        gate_up_weight, gate_up_bias = _weight(mlp.gate_up_proj)
+        gate, up = gate_up_weight.chunk(2)
+        assert gate_up_bias is None, "no known model has one here"
+        biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    else:
+        parts = [_weight(attention.q_proj), _weight(attention.k_proj), _weight(attention.v_proj)]
+        qkv = (torch.cat([weight for weight, _ in parts]), _joined_bias([bias for _, bias in parts]))
+        (gate, gate_bias), (up, up_bias) = _weight(mlp.gate_proj), _weight(mlp.up_proj)
+        biases = (gate_bias, up_bias)
+    gate_up_bias = None if biases[0] is None or biases[1] is None else interleave_panels(biases[0], biases[1])
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return _LayerWeights(
+        qkv=qkv,
+        output=_weight(attention.o_proj),
+        gate_up=(interleave_panels(gate, up), gate_up_bias),
+        down=_weight(mlp.down_proj),
+        norms=(
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+            None if query_norm is None else query_norm.weight.detach(),
+            None if key_norm is None else key_norm.weight.detach(),
+        ),
+        window=_window(attention, config) or 0,
+        has_rope=bool(getattr(attention, "use_rope", True)),
+    )
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that a token of this layer sees; None: all."""
+    return attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+
+
+def _weight(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def _joined_bias(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    assert len(present) in (0, len(biases)), "queries, keys and values have biases, or none of them has"
+    return torch.cat(present) if present else None
+
+
+def _layer_bytes(layer: _LayerWeights, *, int8: bool) -> int:
+    return sum(packed_bytes(weight, int8=int8) for weight, _ in (layer.qkv, layer.output, layer.gate_up, layer.down))
+
+
+def _rope_angles(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions, each float32 [num_positions, rotary_dim / 2]."""
+    with torch.inference_mode():
+        cosines, sines = rotary(torch.empty(1), torch.arange(num_positions).unsqueeze(0))  # [1, num_positions, rotary_dim]
+    half = cosines.shape[-1] // 2
+    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

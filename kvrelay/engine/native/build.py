@@ -1,0 +1,93 @@
+"""Compiles the kernels for this machine's processor, once: the result lies in the user's cache folder under a digest of all that
+it depends on (sources, compiler, flags, processor), so that another machine, or a newer kvrelay, makes its own.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import structlog
+import xxhash
+
+SOURCE_FOLDER = Path(__file__).parent
+SOURCES = ("threads.c", "matrices.c", "attention.c", "decoder.c")
+HEADERS = ("kernels.h", "attention.h")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_TIMEOUT_S = 120
+
+_log = structlog.get_logger(__name__)
+
+
+class KernelsUnavailableError(Exception):
+    """The kernels cannot be compiled here; says why."""
+
+
+def build_library() -> Path:
+    """The compiled library, made now if it is not there yet. Several processes may do so at once.
+
+    Raises:
+        KernelsUnavailableError: no compiler, or it does not compile them.
+    """
+    compiler = _find_compiler()
+    target = _cache_folder() / f"kernels-{_digest(compiler)}.so"
+    if not target.is_file():
+        _compile(compiler, target)
+    return target
+
+
+def _find_compiler() -> str:
+    for name in (os.environ.get("CC"), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    raise KernelsUnavailableError("there is no C compiler; install gcc or clang")
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if Path(cache).is_absolute() else Path("~/.cache").expanduser()
+    return base / "kvrelay" / "kernels"
+
+
+def _digest(compiler: str) -> str:
+    digest = xxhash.xxh3_128()
+    for name in (*SOURCES, *HEADERS):
+        digest.update((SOURCE_FOLDER / name).read_bytes())
+    digest.update(" ".join((compiler, _version(compiler), *FLAGS, _processor())).encode())
+    return digest.hexdigest()
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsUnavailableError(f"{compiler} does not run: {error}") from error
+
+
+def _processor() -> str:
+    """What `-march=native` stands for: the processor's model and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            command = [compiler, *FLAGS, *(str(SOURCE_FOLDER / name) for name in SOURCES), "-o", str(made), "-lm"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+            if result.returncode != 0:
+                raise KernelsUnavailableError(f"{compiler} cannot compile the kernels: {result.stderr.strip()[-500:]}")
+            os.replace(made, target)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsUnavailableError(f"the kernels cannot be compiled into {target.parent}: {error}") from error
+    _log.info("kernels compiled", library=str(target))

@@ -1,0 +1,258 @@
+// The forward pass of a llama-like decoder over a flat batch of tokens: RMS norms, rotary positions, grouped attention, gated MLP.
+//
+// A layer:  h += attention(norm(h)) Wo;  h += (silu(norm(h) Wg) * norm(h) Wu) Wd
+// Whether a model is of this kind, and that this computes what transformers computes for it, is checked by fused_decoder.py.
+#include "attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+typedef struct {
+    const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *query_norm, *key_norm;      // [head_dim] or NULL
+    matrix qkv, output, gate_up, down;
+    int64_t window;
+    int64_t has_rope;
+} decoder_layer;
+
+typedef struct {
+    int64_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, rotary_dim;
+    float norm_epsilon, attention_scale;
+    const float *cosines, *sines;  // [max_positions][rotary_dim / 2]
+    const float *embeddings;       // [vocab_size][hidden]
+    const decoder_layer *layers;
+    const float *final_norm;
+    matrix lm_head;
+} decoder;
+
+typedef struct {
+    int64_t num_tokens, num_segments, num_tiles, num_logits;
+    const int64_t *token_ids, *positions, *slots;  // [num_tokens]
+    const segment *segments;
+    const attention_tile *tiles;
+    const int64_t *logit_rows;  // [num_logits]
+    void *pool;                 // [num_layers][2][num_blocks][block_size][num_kv_heads][head_dim]
+    int64_t kv_dtype, num_blocks, block_size;
+    float *logits;  // [num_logits][vocab_size]
+} decoder_step;
+
+// Rows of a step between the operations; grows with the largest step, one per process.
+static struct {
+    int64_t num_bytes;
+    char *memory;
+} arena;
+
+static int64_t spent_ns;
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+typedef struct {
+    float *hidden, *normed, *qkv, *attended, *activated;
+    quantized_rows quantized;
+} rows;
+
+static char *reserve(char **at, int64_t num_bytes) {
+    char *begin = *at;
+    *at += (num_bytes + 63) / 64 * 64;
+    return begin;
+}
+
+// Sizes when memory is NULL, else places the arrays.
+static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, rows *r) {
+    char *at = memory;
+    int64_t widest = d->intermediate > d->hidden ? d->intermediate : d->hidden;
+    int64_t attention = d->num_heads * d->head_dim;
+    if (attention > widest) widest = attention;
+    r->hidden = (float *)reserve(&at, num_tokens * d->hidden * 4);
+    r->normed = (float *)reserve(&at, num_tokens * d->hidden * 4);
+    r->qkv = (float *)reserve(&at, num_tokens * d->layers[0].qkv.n * 4);
+    r->attended = (float *)reserve(&at, num_tokens * attention * 4);
+    r->activated = (float *)reserve(&at, num_tokens * d->intermediate * 4);
+    r->quantized.values = (int16_t *)reserve(&at, num_tokens * widest * 2);
+    r->quantized.scales = (float *)reserve(&at, num_tokens * (widest / GROUP + 1) * 4);
+    return at - memory;
+}
+
+static int get_rows(const decoder *d, int64_t num_tokens, rows *r) {
+    int64_t num_bytes = place_rows(d, num_tokens, NULL, r);
+    if (num_bytes > arena.num_bytes) {
+        free(arena.memory);
+        arena.memory = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
+        arena.num_bytes = arena.memory == NULL ? 0 : num_bytes;
+        if (arena.memory == NULL) return 0;
+    }
+    place_rows(d, num_tokens, arena.memory, r);
+    return 1;
+}
+
+static void norm_row(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
+    f32x8 squares = splat8(0);
+    for (int64_t i = 0; i < n; i += 8) squares = fma8(load8(x + i), load8(x + i), squares);
+    f32x8 factor = splat8(1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon));
+    for (int64_t i = 0; i < n; i += 8) store8(out + i, load8(x + i) * factor * load8(weight + i));
+}
+
+// ---------------------------------------------------------------- row-wise operations, some rows a task
+
+enum { ROWS_PER_TASK = 16 };
+
+typedef struct {
+    const decoder *d;
+    const decoder_layer *layer;
+    const decoder_step *step;
+    const rows *r;
+    const float *from;     // of norms and quantization
+    const float *weight;   // of the norm
+    int64_t num_rows, width;
+    const matrix *next;    // what the rows are for: quantized when it is int8
+    kv_layer kv;
+} row_job;
+
+static void for_rows(row_job *job, task_function function) {
+    int64_t num_tasks = (job->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+    if (job->num_rows <= ROWS_PER_TASK)
+        for (int64_t i = 0; i < num_tasks; i++) function(job, i);
+    else
+        parallel_for(num_tasks, function, job);
+}
+
+static void rows_of(const row_job *job, int64_t task, int64_t *begin, int64_t *end) {
+    *begin = task * ROWS_PER_TASK;
+    *end = *begin + ROWS_PER_TASK < job->num_rows ? *begin + ROWS_PER_TASK : job->num_rows;
+}
+
+static void quantize_if_wanted(const row_job *job, int64_t begin, int64_t end, const float *x) {
+    if (job->next->kind != MATRIX_INT8) return;
+    quantized_rows q = {
+        job->r->quantized.values + begin * job->width, job->r->quantized.scales + begin * (job->width / GROUP)};
+    quantize_rows(end - begin, job->width, x + begin * job->width, &q);
+}
+
+static void norm_task(void *argument, int64_t task) {
+    const row_job *job = argument;
+    int64_t begin, end;
+    rows_of(job, task, &begin, &end);
+    for (int64_t i = begin; i < end; i++)
+        norm_row(job->from + i * job->width, job->weight, job->d->norm_epsilon, job->width, job->r->normed + i * job->width);
+    quantize_if_wanted(job, begin, end, job->r->normed);
+}
+
+static void quantize_task(void *argument, int64_t task) {
+    const row_job *job = argument;
+    int64_t begin, end;
+    rows_of(job, task, &begin, &end);
+    quantize_if_wanted(job, begin, end, job->from);
+}
+
+static void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosines[i] - b * sines[i];
+        x[i + half] = b * cosines[i] + a * sines[i];
+    }
+}
+
+// Norms and turns queries and keys, and writes keys and values into the pool.
+static void rope_task(void *argument, int64_t task) {
+    const row_job *job = argument;
+    const decoder *d = job->d;
+    int64_t begin, end, stride = job->layer->qkv.n, half = d->rotary_dim / 2;
+    rows_of(job, task, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        float *row = job->r->qkv + t * stride;
+        for (int64_t h = 0; h < d->num_heads + d->num_kv_heads; h++) {
+            float *x = row + h * d->head_dim;
+            const float *norm = h < d->num_heads ? job->layer->query_norm : job->layer->key_norm;
+            if (norm != NULL) norm_row(x, norm, d->norm_epsilon, d->head_dim, x);
+            if (job->layer->has_rope)
+                rotate(x, d->cosines + job->step->positions[t] * half, d->sines + job->step->positions[t] * half, half);
+        }
+    }
+    const float *keys = job->r->qkv + begin * stride + d->num_heads * d->head_dim;
+    write_kv(&job->kv, end - begin, job->step->slots + begin, keys, keys + d->num_kv_heads * d->head_dim, stride);
+}
+
+// ---------------------------------------------------------------- the pass
+
+static kv_layer kv_of(const decoder *d, const decoder_step *s, int64_t layer) {
+    int64_t side = s->num_blocks * s->block_size * d->num_kv_heads * d->head_dim * (s->kv_dtype == KV_F32 ? 4 : 2);
+    char *pool = s->pool;
+    return (kv_layer){pool + 2 * layer * side, pool + (2 * layer + 1) * side, s->kv_dtype, s->block_size, d->num_kv_heads, d->head_dim};
+}
+
+static void run_attention_part(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
+    const decoder_layer *layer = &d->layers[number];
+    row_job job = {
+        .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->hidden, .weight = layer->attention_norm,
+        .width = d->hidden, .next = &layer->qkv, .kv = kv_of(d, s, number)};
+    for_rows(&job, norm_task);
+    multiply(&layer->qkv, s->num_tokens, r->normed, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE);
+    for_rows(&job, rope_task);
+}
+
+static void run_rest_of_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
+    const decoder_layer *layer = &d->layers[number];
+    kv_layer kv = kv_of(d, s, number);
+    attention_call call = {
+        .segments = s->segments, .tiles = s->tiles, .num_tiles = s->num_tiles, .queries = r->qkv, .query_stride = layer->qkv.n,
+        .num_heads = d->num_heads, .scale = d->attention_scale, .window = layer->window, .out = r->attended};
+    attend(&call, &kv);
+    row_job job = {
+        .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->attended,
+        .width = d->num_heads * d->head_dim, .next = &layer->output};
+    if (layer->output.kind == MATRIX_INT8) for_rows(&job, quantize_task);
+    multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD);
+    job.from = r->hidden;
+    job.weight = layer->mlp_norm;
+    job.width = d->hidden;
+    job.next = &layer->gate_up;
+    for_rows(&job, norm_task);
+    multiply(&layer->gate_up, s->num_tokens, r->normed, &r->quantized, r->activated, d->intermediate, OUTPUT_GATED);
+    job.from = r->activated;
+    job.width = d->intermediate;
+    job.next = &layer->down;
+    if (layer->down.kind == MATRIX_INT8) for_rows(&job, quantize_task);
+    multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD);
+}
+
+static void embed(const decoder *d, const decoder_step *s, const rows *r) {
+    for (int64_t t = 0; t < s->num_tokens; t++)
+        memcpy(r->hidden + t * d->hidden, d->embeddings + s->token_ids[t] * d->hidden, d->hidden * sizeof(float));
+}
+
+static void compute_logits(const decoder *d, const decoder_step *s, const rows *r) {
+    // The wanted rows move to the front: row numbers ascend, so none is overwritten before it was moved.
+    for (int64_t i = 0; i < s->num_logits; i++)
+        memmove(r->hidden + i * d->hidden, r->hidden + s->logit_rows[i] * d->hidden, d->hidden * 4);
+    row_job job = {
+        .d = d, .step = s, .r = r, .num_rows = s->num_logits, .from = r->hidden, .weight = d->final_norm, .width = d->hidden,
+        .next = &d->lm_head};
+    for_rows(&job, norm_task);
+    multiply(&d->lm_head, s->num_logits, r->normed, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE);
+}
+
+// Runs layers [layer_begin, layer_end). The first part begins with the embeddings; after the last come the logits. Between two
+// calls of one step nothing else may run. A layer's K and V are in the pool when its call returns.
+// Returns 0 when there is no memory for the rows, else 1.
+int64_t run_decoder(const decoder *d, const decoder_step *s, int64_t layer_begin, int64_t layer_end) {
+    rows r;
+    if (!get_rows(d, s->num_tokens, &r)) return 0;
+    int64_t begin_ns = now_ns();
+    if (layer_begin == 0) embed(d, s, &r);
+    for (int64_t layer = layer_begin; layer < layer_end; layer++) {
+        run_attention_part(d, s, &r, layer);
+        run_rest_of_layer(d, s, &r, layer);
+    }
+    if (layer_end == d->num_layers && s->num_logits > 0) compute_logits(d, s, &r);
+    spent_ns += now_ns() - begin_ns;
+    return 1;
+}
+
+// Nanoseconds that this process has spent in `run_decoder`.
+int64_t nanoseconds_spent(void) { return spent_ns; }

@@ -1,0 +1,122 @@
+// What the kernels share: vector types, the thread pool, and the matrices. Built by kvrelay/engine/native/build.py.
+//
+// One rule holds in every file: a row's result depends on that row alone. Sums run in a fixed order, whatever the number of rows
+// in a call, of threads, or of tokens in a chunk. So a token is computed bit for bit the same alone, in a batch, in a prompt
+// and by another worker after a failure.
+#ifndef KVRELAY_KERNELS_H
+#define KVRELAY_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define HAVE_AVX2 1
+#else
+#define HAVE_AVX2 0
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+
+ALWAYS_INLINE f32x8 load8(const float *p) { return *(const f32x8_unaligned *)p; }
+ALWAYS_INLINE void store8(float *p, f32x8 v) { *(f32x8_unaligned *)p = v; }
+ALWAYS_INLINE f32x8 splat8(float v) { return (f32x8){v, v, v, v, v, v, v, v}; }
+
+// a * b + c in one rounding where the machine has it; the same instruction in every kernel.
+ALWAYS_INLINE f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
+#if HAVE_AVX2
+    return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+ALWAYS_INLINE f32x8 max8(f32x8 a, f32x8 b) {
+#if HAVE_AVX2
+    return (f32x8)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    i32x8 m = a > b;
+    return (f32x8)((m & (i32x8)a) | (~m & (i32x8)b));
+#endif
+}
+
+ALWAYS_INLINE float sum_lanes(f32x8 v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+ALWAYS_INLINE float max_lanes(f32x8 v) {
+    float a = v[0];
+    for (int i = 1; i < 8; i++) a = v[i] > a ? v[i] : a;
+    return a;
+}
+
+ALWAYS_INLINE f32x8 exp8_inline(f32x8 x) {
+    // exp(x) = 2^n * exp(r), |r| <= ln2 / 2, by a polynomial; 0 below the smallest normal number.
+    const f32x8 lowest = splat8(-87.0f), highest = splat8(88.0f);
+    i32x8 underflow = x < lowest;
+    x = max8(x, lowest);
+    x = -max8(-x, -highest);
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    f32x8 shifted = fma8(x, splat8(1.44269504089f), splat8(magic));
+    f32x8 n = shifted - splat8(magic);
+    f32x8 r = fma8(n, splat8(-0.693359375f), x);
+    r = fma8(n, splat8(2.12194440e-4f), r);
+    f32x8 p = splat8(1.9875691500e-4f);
+    p = fma8(p, r, splat8(1.3981999507e-3f));
+    p = fma8(p, r, splat8(8.3334519073e-3f));
+    p = fma8(p, r, splat8(4.1665795894e-2f));
+    p = fma8(p, r, splat8(1.6666665459e-1f));
+    p = fma8(p, r, splat8(5.0000001201e-1f));
+    p = fma8(p, r * r, r + splat8(1.0f));
+    i32x8 exponent = ((i32x8)shifted - (i32x8)splat8(magic)) << 23;
+    i32x8 bits = (i32x8)p + exponent;
+    return (f32x8)(bits & ~underflow);
+}
+
+// ---------------------------------------------------------------- threads
+
+// A task of a parallel loop.
+typedef void (*task_function)(void *argument, int64_t task);
+
+// Runs tasks 0 .. num_tasks - 1, on the calling thread and on whichever others of the pool are free; returns when all are done.
+// num_tasks < MAX_TASKS.
+enum { MAX_TASKS = 65536 };
+void parallel_for(int64_t num_tasks, task_function function, void *argument);
+
+// ---------------------------------------------------------------- matrices
+
+enum { PANEL = 16 };  // output columns that are stored and computed together
+enum { GROUP = 64 };  // int8: inputs that share a scale
+
+enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
+
+// W of y = x W^T + bias, [n, k], packed.
+//   f32:   data = float [n / PANEL][k][PANEL]
+//   int8:  data = int8_t [n / PANEL][k / 2][PANEL][2], scales = float [n / PANEL][k / GROUP][PANEL]
+// n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8.
+typedef struct {
+    int64_t n, k, kind;
+    const void *data;
+    const float *scales;
+    const float *bias;  // [n] or NULL
+} matrix;
+
+// Rows of int8 numbers with a scale for each GROUP of them; kept as int16, which the multiply instruction wants.
+typedef struct {
+    int16_t *values;  // [num_rows][k]
+    float *scales;    // [num_rows][k / GROUP]
+} quantized_rows;
+
+// What becomes of a product.
+enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };
+
+// out = x W^T (+ bias), or out += x W^T, or out = silu(gate) * up, where the panels of W alternate between gate and up.
+//   x: [num_rows][k]; q: the same rows quantized, for int8; out: [num_rows][ldo], ldo >= n (GATED: n / 2)
+void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode);
+
+void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out);
+
+#endif

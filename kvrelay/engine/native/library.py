@@ -1,0 +1,165 @@
+"""The compiled kernels as Python sees them: structures laid out as in the C headers, and functions with their types.
+
+Tensors go in as addresses; whoever calls keeps them alive. Calls release the interpreter lock.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from functools import cache
+
+import structlog
+
+from kvrelay.engine.native.build import KernelsUnavailableError, build_library
+
+PANEL = 16
+"""Output columns that the kernels store and compute together."""
+GROUP = 64
+"""int8: inputs that share a scale."""
+TILE_ROWS = 48
+"""Most rows of an attention tile: tokens times the query heads that share a key."""
+MATRIX_F32, MATRIX_INT8 = 0, 1
+KV_DTYPES = {"float32": 0, "bfloat16": 1}
+
+_log = structlog.get_logger(__name__)
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` of kernels.h."""
+
+    _fields_ = [
+        ("n", c_int64),
+        ("k", c_int64),
+        ("kind", c_int64),
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class DecoderLayer(ctypes.Structure):
+    """`decoder_layer` of decoder.c."""
+
+    _fields_ = [
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("window", c_int64),
+        ("has_rope", c_int64),
+    ]
+
+
+class Decoder(ctypes.Structure):
+    """`decoder` of decoder.c."""
+
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("rotary_dim", c_int64),
+        ("norm_epsilon", c_float),
+        ("attention_scale", c_float),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("embeddings", c_void_p),
+        ("layers", POINTER(DecoderLayer)),
+        ("final_norm", c_void_p),
+        ("lm_head", Matrix),
+    ]
+
+
+class Segment(ctypes.Structure):
+    """`segment` of attention.h."""
+
+    _fields_ = [("row_begin", c_int64), ("num_rows", c_int64), ("position", c_int64), ("block_ids", c_void_p)]
+
+
+class AttentionTile(ctypes.Structure):
+    """`attention_tile` of attention.h."""
+
+    _fields_ = [("segment", c_int64), ("token_begin", c_int64), ("num_tokens", c_int64)]
+
+
+class DecoderStep(ctypes.Structure):
+    """`decoder_step` of decoder.c."""
+
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("num_segments", c_int64),
+        ("num_tiles", c_int64),
+        ("num_logits", c_int64),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("segments", c_void_p),
+        ("tiles", c_void_p),
+        ("logit_rows", c_void_p),
+        ("pool", c_void_p),
+        ("kv_dtype", c_int64),
+        ("num_blocks", c_int64),
+        ("block_size", c_int64),
+        ("logits", c_void_p),
+    ]
+
+
+class NativeLibrary:
+    """The loaded library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.run_decoder.argtypes = [POINTER(Decoder), POINTER(DecoderStep), c_int64, c_int64]
+        library.run_decoder.restype = c_int64
+        library.set_num_threads.argtypes = [c_int64, POINTER(c_int64), c_int64]
+        library.set_num_threads.restype = c_int64
+        library.nanoseconds_spent.argtypes = []
+        library.nanoseconds_spent.restype = c_int64
+
+    def use_threads(self, num_threads: int, cores: Sequence[int] = ()) -> int:
+        """Sets the number of threads, the caller's included; not while a step runs.
+
+        Args:
+            num_threads: at least 1.
+            cores: where the threads beside the caller's may run, one for each; they go anywhere without.
+
+        Returns:
+            How many there are.
+        """
+        numbers = (c_int64 * len(cores))(*cores)
+        return int(self._library.set_num_threads(num_threads, numbers, len(cores)))
+
+    def run_decoder(self, decoder: Decoder, step: DecoderStep, layer_begin: int, layer_end: int) -> None:
+        """Runs layers [layer_begin, layer_end) of a step, the embeddings before the first and the logits after the last.
+
+        Raises:
+            MemoryError: there is none for the step's rows.
+        """
+        if not self._library.run_decoder(decoder, step, layer_begin, layer_end):
+            raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
+
+    def seconds_spent(self) -> float:
+        """Time in `run_decoder` since the process began."""
+        return float(self._library.nanoseconds_spent()) * 1e-9
+
+
+@cache
+def load_library() -> NativeLibrary | None:
+    """The kernels, compiled if need be; None where they cannot be had, with a warning that says why."""
+    try:
+        return NativeLibrary(ctypes.CDLL(str(build_library())))
+    except (KernelsUnavailableError, OSError) as error:
+        _log.warning("no compiled kernels: torch's are used, which are slower, and int8 is not served", why=str(error))
+        return None
+
+
+def kernel_seconds() -> float:
+    """Time that this process has spent in compiled kernels."""
+    library = load_library()
+    return 0.0 if library is None else library.seconds_spent()

@@ -1,0 +1,265 @@
+// Packed matrix products: y = x W^T for f32 and int8 weights, from one row (decode) to thousands (prompts) with the same kernels.
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    MAX_ROWS = 6,              // rows computed together: 6 x 16 sums fill 12 of 16 vector registers
+    ROWS_PER_BLOCK = 264,      // rows of a task
+    GROUP_BYTES = 128 * 1024,  // weights that stay in the second-level cache while a block's rows pass by
+    TASK_BYTES = 192 * 1024,   // weights of a task with few rows
+    TASK_WORK = 4000000,       // multiply-adds of a task with many rows
+};
+
+// c[rows][16] (+)= a[rows][k] * b[k][16]; rows is a constant after inlining. Meanwhile `ahead`, 64 bytes for each of k, is fetched.
+ALWAYS_INLINE void tile_f32(
+    const int rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
+    const char *ahead) {
+    f32x8 sums[MAX_ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = add ? load8(c + r * ldc) : splat8(0);
+        sums[r][1] = add ? load8(c + r * ldc + 8) : splat8(0);
+    }
+    for (int64_t i = 0; i < k; i++) {
+        f32x8 b0 = load8(b + i * ldb), b1 = load8(b + i * ldb + 8);
+        __builtin_prefetch(ahead + i * 64);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            f32x8 x = splat8(a[r * lda + i]);
+            sums[r][0] = fma8(x, b0, sums[r][0]);
+            sums[r][1] = fma8(x, b1, sums[r][1]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        store8(c + r * ldc, sums[r][0]);
+        store8(c + r * ldc + 8, sums[r][1]);
+    }
+}
+
+// Any number of rows from 1 to MAX_ROWS; also what attention is made of.
+void tile_rows_f32(
+    int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
+    const char *ahead) {
+    switch (rows) {
+        case 1: tile_f32(1, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+        case 2: tile_f32(2, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+        case 3: tile_f32(3, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+        case 4: tile_f32(4, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+        case 5: tile_f32(5, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+        default: tile_f32(6, a, lda, b, ldb, c, ldc, k, add, ahead); break;
+    }
+}
+
+#if HAVE_AVX2
+// Products of int16 pairs, summed in pairs, are exact in int32: |x| <= 127, |w| <= 127.
+ALWAYS_INLINE void tile_int8(
+    const int rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
+    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    f32x8 sums[MAX_ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = add ? load8(c + r * ldc) : splat8(0);
+        sums[r][1] = add ? load8(c + r * ldc + 8) : splat8(0);
+    }
+    for (int64_t g = 0; g < k / GROUP; g++) {
+        __m256i exact[MAX_ROWS][2];
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) exact[r][0] = exact[r][1] = _mm256_setzero_si256();
+        for (int64_t i = 0; i < GROUP / 2; i++) {
+            __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i * 32)));
+            __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i * 32 + 16)));
+            __builtin_prefetch(ahead + i * 32);
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, x + r * ldx + 2 * i, 4);
+                __m256i pairs = _mm256_set1_epi32(pair);
+                exact[r][0] = _mm256_add_epi32(exact[r][0], _mm256_madd_epi16(pairs, w0));
+                exact[r][1] = _mm256_add_epi32(exact[r][1], _mm256_madd_epi16(pairs, w1));
+                // Row by row: left to itself the compiler loads all rows first, and has no registers left for the sums.
+                __asm__("" : "+x"(exact[r][0]), "+x"(exact[r][1]));
+            }
+        }
+        f32x8 s0 = load8(w_scales + g * PANEL), s1 = load8(w_scales + g * PANEL + 8);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            f32x8 s = splat8(x_scales[r * ldxs + g]);
+            sums[r][0] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][0]), s0 * s, sums[r][0]);
+            sums[r][1] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][1]), s1 * s, sums[r][1]);
+        }
+        w += GROUP * PANEL;
+        ahead += GROUP * PANEL;
+        x += GROUP;
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        store8(c + r * ldc, sums[r][0]);
+        store8(c + r * ldc + 8, sums[r][1]);
+    }
+}
+#else
+static void tile_int8(
+    const int rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
+    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    (void)ahead;
+    for (int r = 0; r < rows; r++) {
+        float sums[PANEL];
+        for (int n = 0; n < PANEL; n++) sums[n] = add ? c[r * ldc + n] : 0;
+        for (int64_t g = 0; g < k / GROUP; g++) {
+            int32_t exact[PANEL] = {0};
+            const int8_t *wg = w + g * GROUP * PANEL;
+            const int16_t *xg = x + r * ldx + g * GROUP;
+            for (int64_t i = 0; i < GROUP / 2; i++)
+                for (int n = 0; n < PANEL; n++)
+                    exact[n] += xg[2 * i] * wg[i * 32 + 2 * n] + xg[2 * i + 1] * wg[i * 32 + 2 * n + 1];
+            float s = x_scales[r * ldxs + g];
+            for (int n = 0; n < PANEL; n++) sums[n] += (float)exact[n] * (w_scales[g * PANEL + n] * s);
+        }
+        for (int n = 0; n < PANEL; n++) c[r * ldc + n] = sums[n];
+    }
+}
+#endif
+
+static void tile_rows_int8(
+    int64_t rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
+    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    switch (rows) {
+        case 1: tile_int8(1, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+        case 2: tile_int8(2, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+        case 3: tile_int8(3, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+        case 4: tile_int8(4, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+        case 5: tile_int8(5, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+        default: tile_int8(6, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
+    }
+}
+
+typedef struct {
+    const matrix *w;
+    int64_t num_rows, rows_per_block, num_panels, panels_per_task, tasks_per_block, panels_per_group;
+    const float *x;
+    const quantized_rows *q;
+    float *out;
+    int64_t ldo;
+    int mode;
+} product;
+
+static int64_t panel_bytes(const matrix *w) { return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : 1); }
+
+// Rows [row, row + rows) of one panel's 16 columns. The panel `ahead` is brought into the cache meanwhile.
+static void multiply_tile(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead, float *c, int64_t ldc, int add) {
+    int64_t k = p->w->k, num_bytes = panel_bytes(p->w);
+    const char *data = p->w->data;
+    if (p->w->kind == MATRIX_F32) {
+        const float *b = (const float *)(data + panel * num_bytes);
+        tile_rows_f32(rows, p->x + row * k, k, b, PANEL, c, ldc, k, add, data + ahead * num_bytes);
+    } else {
+        const float *scales = p->w->scales + panel * (k / GROUP) * PANEL;
+        tile_rows_int8(
+            rows, p->q->values + row * k, k, p->q->scales + row * (k / GROUP), k / GROUP,
+            (const int8_t *)(data + panel * num_bytes), scales, c, ldc, k, add, data + ahead * num_bytes);
+    }
+}
+
+static void add_bias(const product *p, int64_t rows, int64_t column, float *c, int64_t ldc, int64_t num_columns) {
+    if (p->w->bias == NULL) return;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < num_columns; i++) c[r * ldc + i] += p->w->bias[column + i];
+}
+
+ALWAYS_INLINE f32x8 silu8(f32x8 x) { return x / (splat8(1.0f) + exp8_inline(-x)); }
+
+static void multiply_gated(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead) {
+    float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
+    multiply_tile(p, row, rows, panel, ahead, gate, PANEL, 0);
+    multiply_tile(p, row, rows, panel + 1, ahead + 1, up, PANEL, 0);
+    add_bias(p, rows, panel * PANEL, gate, PANEL, PANEL);
+    add_bias(p, rows, (panel + 1) * PANEL, up, PANEL, PANEL);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < PANEL; i += 8)
+            store8(p->out + (row + r) * p->ldo + panel / 2 * PANEL + i, silu8(load8(gate + r * PANEL + i)) * load8(up + r * PANEL + i));
+}
+
+static void multiply_plain(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead) {
+    float *c = p->out + row * p->ldo + panel * PANEL;
+    int64_t num_columns = p->w->n - panel * PANEL;
+    if (num_columns >= PANEL) {
+        multiply_tile(p, row, rows, panel, ahead, c, p->ldo, p->mode == OUTPUT_ADD);
+        add_bias(p, rows, panel * PANEL, c, p->ldo, PANEL);
+        return;
+    }
+    // The last panel is wider than the output.
+    float padded[MAX_ROWS * PANEL] = {0};
+    if (p->mode == OUTPUT_ADD)
+        for (int64_t r = 0; r < rows; r++) memcpy(padded + r * PANEL, c + r * p->ldo, num_columns * sizeof(float));
+    multiply_tile(p, row, rows, panel, ahead, padded, PANEL, p->mode == OUTPUT_ADD);
+    add_bias(p, rows, panel * PANEL, padded, PANEL, num_columns);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
+}
+
+// The rows of a block times a group of panels that stays in the second-level cache. The block's last rows fetch the next group.
+static void multiply_group(const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+    int64_t step = p->mode == OUTPUT_GATED ? 2 : 1;
+    for (int64_t row = row_begin; row < row_end; row += MAX_ROWS) {
+        int64_t rows = row_end - row < MAX_ROWS ? row_end - row : MAX_ROWS;
+        int64_t distance = row + rows == row_end ? panel_end - panel_begin : 0;
+        for (int64_t panel = panel_begin; panel < panel_end; panel += step) {
+            int64_t ahead = panel + distance + step <= p->num_panels ? panel + distance : panel;
+            if (p->mode == OUTPUT_GATED)
+                multiply_gated(p, row, rows, panel, ahead);
+            else
+                multiply_plain(p, row, rows, panel, ahead);
+        }
+    }
+}
+
+static void run_product_task(void *argument, int64_t task) {
+    const product *p = argument;
+    int64_t block = task / p->tasks_per_block, part = task % p->tasks_per_block;
+    int64_t row_begin = block * p->rows_per_block, row_end = row_begin + p->rows_per_block;
+    if (row_end > p->num_rows) row_end = p->num_rows;
+    int64_t panel_begin = part * p->panels_per_task, panel_end = panel_begin + p->panels_per_task;
+    if (panel_end > p->num_panels) panel_end = p->num_panels;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += p->panels_per_group) {
+        int64_t end = panel + p->panels_per_group < panel_end ? panel + p->panels_per_group : panel_end;
+        multiply_group(p, row_begin, row_end, panel, end);
+    }
+}
+
+static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }
+
+void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode) {
+    product p = {.w = w, .num_rows = num_rows, .x = x, .q = q, .out = out, .ldo = ldo, .mode = mode};
+    p.num_panels = (w->n + PANEL - 1) / PANEL;
+    p.rows_per_block = num_rows < ROWS_PER_BLOCK ? num_rows : ROWS_PER_BLOCK;
+    int64_t num_blocks = (num_rows + p.rows_per_block - 1) / p.rows_per_block;
+    p.panels_per_group = round_up_to_even(GROUP_BYTES / panel_bytes(w));
+    if (p.panels_per_group < 2) p.panels_per_group = 2;
+    // Long against a claim, short against the wait for the last task: by work, and by bytes when there are few rows.
+    int64_t work = p.rows_per_block * w->k * PANEL * (w->kind == MATRIX_F32 ? 2 : 1);
+    int64_t by_work = TASK_WORK / work, by_bytes = TASK_BYTES / panel_bytes(w);
+    p.panels_per_task = round_up_to_even(by_work < by_bytes ? by_work : by_bytes);
+    if (p.panels_per_task < 2) p.panels_per_task = 2;
+    p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
+    while (num_blocks * p.tasks_per_block >= MAX_TASKS) {
+        p.panels_per_task *= 2;
+        p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
+    }
+    parallel_for(num_blocks * p.tasks_per_block, run_product_task, &p);
+}
+
+void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out) {
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t g = 0; g < k / GROUP; g++) {
+            const float *from = x + row * k + g * GROUP;
+            int16_t *to = out->values + row * k + g * GROUP;
+            f32x8 largest = splat8(0);
+            for (int i = 0; i < GROUP; i += 8) largest = max8(largest, max8(load8(from + i), -load8(from + i)));
+            float scale = max_lanes(largest) / 127.0f;
+            float inverse = scale > 0 ? 1.0f / scale : 0;
+            out->scales[row * (k / GROUP) + g] = scale;
+            for (int i = 0; i < GROUP; i++) to[i] = (int16_t)lrintf(from[i] * inverse);
+        }
+}

@@ -1,0 +1,125 @@
+"""Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
+
+int8 is symmetric and rounds to nearest: w ~ scale * q, |q| <= 127, with scale = max|w| / 127 over 64 consecutive inputs of one
+output. Rows of activations are treated alike, when they arrive. Both are the block scheme of GGUF's Q8_0 with blocks of 64.
+"""
+
+import mmap
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvrelay.engine.native.library import GROUP, MATRIX_F32, MATRIX_INT8, PANEL, Matrix
+
+_ALIGNMENT = 64
+
+
+@dataclass(slots=True)
+class WeightArena:
+    """Memory for packed weights, in large pages where the system has them: a decode step walks through all of it.
+
+    Args:
+        num_bytes: of the next region; further ones are made when it is full.
+    """
+
+    num_bytes: int
+    _regions: list[tuple[mmap.mmap, Tensor]] = field(default_factory=list)
+    _used_bytes: int = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same tensor, contiguous, in the arena."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        begin = -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
+        if not self._regions or begin + num_bytes > self._regions[-1][1].numel():
+            self._add_region(max(num_bytes, self.num_bytes))
+            begin = 0
+        self._used_bytes = begin + num_bytes
+        target = self._regions[-1][1][begin : self._used_bytes].view(tensor.dtype).view(tensor.shape)
+        return target.copy_(tensor)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all regions."""
+        return sum(region.numel() for _, region in self._regions)
+
+    def _add_region(self, num_bytes: int) -> None:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._regions.append((memory, torch.frombuffer(memory, dtype=torch.uint8)))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A packed weight, and the tensors that its addresses point into."""
+
+    matrix: Matrix
+    tensors: tuple[Tensor, ...]
+
+
+def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, *, int8: bool) -> PackedMatrix:
+    """Packs y = x weight^T + bias.
+
+    Args:
+        weight: float32 [n, k].
+        bias: float32 [n] or None.
+        arena: where the packed weight lies.
+        int8: quantize it; where k is no multiple of 64 it stays float32.
+    """
+    n, k = weight.shape
+    tensors: tuple[Tensor, ...]
+    if int8 and k % GROUP == 0:
+        values, scales = _pack_int8(weight)
+        data, scale_data = arena.copy(values), arena.copy(scales)
+        kind = MATRIX_INT8
+        tensors = (data, scale_data)
+    else:
+        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k).transpose(1, 2))  # [panels, k, PANEL]
+        kind = MATRIX_F32
+        tensors = (data,)
+    padded_bias = None if bias is None else arena.copy(_pad_rows(bias.float().unsqueeze(1)).squeeze(1))
+    matrix = Matrix(
+        n=n,
+        k=k,
+        kind=kind,
+        data=data.data_ptr(),
+        scales=scale_data.data_ptr() if kind == MATRIX_INT8 else None,
+        bias=None if padded_bias is None else padded_bias.data_ptr(),
+    )
+    return PackedMatrix(matrix, tensors if padded_bias is None else (*tensors, padded_bias))
+
+
+def packed_bytes(weight: Tensor, *, int8: bool) -> int:
+    """Most bytes that `pack_matrix` takes for the weight, without its bias."""
+    n, k = -(-weight.shape[0] // PANEL) * PANEL, weight.shape[1]
+    num_bytes = n * k + n * (k // GROUP) * 4 if int8 and k % GROUP == 0 else 4 * n * k
+    return num_bytes + 2 * _ALIGNMENT
+
+
+def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of two weights [n, k] or biases [n] in turns of 16, which a gated product reads together: [2 n, k] or [2 n].
+
+    n must be a multiple of 16.
+    """
+    shape = (gate.shape[0] // PANEL, PANEL, *gate.shape[1:])
+    return torch.stack((gate.view(shape), up.view(shape)), dim=1).reshape(2 * gate.shape[0], *gate.shape[1:])
+
+
+def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [panels, k / 2, PANEL, 2] and float32 scales [panels, k / GROUP, PANEL]."""
+    padded = _pad_rows(weight)
+    n, k = padded.shape
+    groups = padded.view(n, k // GROUP, GROUP)
+    scales = groups.abs().amax(dim=-1) / 127  # [n, k / GROUP]
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    values = (groups * inverse.unsqueeze(-1)).round_().to(torch.int8)
+    return (
+        values.view(n // PANEL, PANEL, k // 2, 2).transpose(1, 2),
+        scales.view(n // PANEL, PANEL, k // GROUP).transpose(1, 2),
+    )
+
+
+def _pad_rows(weight: Tensor) -> Tensor:
+    missing = -weight.shape[0] % PANEL
+    return weight if missing == 0 else torch.nn.functional.pad(weight, (0, 0, 0, missing))

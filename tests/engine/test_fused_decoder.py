@@ -1,0 +1,157 @@
+"""Compiled kernels: what transformers computes, and every row bit for bit the same however it comes to be computed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvrelay.engine.fused_decoder import ARCHITECTURES, FusedDecoder
+from kvrelay.engine.loaded_model import LoadedModel
+from kvrelay.engine.model_fusion import fuse_model, with_kv_dtype
+from kvrelay.engine.model_loader import load_model
+from kvrelay.engine.model_runner import ModelRunner, StepInput
+from kvrelay.engine.native import load_library
+from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.errors import ModelLoadError
+from tests.tiny_models import make_tiny_model
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+NUM_TOKENS = 90  # more than one tile of keys
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="no C compiler")
+
+
+def load(folder: Path, kind: str) -> LoadedModel:
+    return load_model(make_tiny_model(kind, folder), kind, "float32", "cpu")
+
+
+def fused(folder: Path, kind: str, *, int8: bool = False, kv_dtype: str = "auto") -> LoadedModel:
+    model = with_kv_dtype(fuse_model(load(folder, kind), int8=int8), kv_dtype)
+    assert isinstance(model.decoder, FusedDecoder)
+    return model
+
+
+def runner_of(model: LoadedModel) -> ModelRunner:
+    return ModelRunner(model, PagedKVCache(model.spec.kv_layout, NUM_BLOCKS, BLOCK_SIZE))
+
+
+def tokens(seed: int, count: int = NUM_TOKENS) -> list[int]:
+    return torch.randint(3, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def blocks(first: int) -> list[int]:
+    """Every second block from `first` on, backwards: no two neighbours of a sequence are neighbours in the pool."""
+    return list(range(first, NUM_BLOCKS, 2))[::-1]
+
+
+def run_in_chunks(model: LoadedModel, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Logits of all tokens, computed in chunks of the given lengths."""
+    runner = runner_of(model)
+    parts, begin = [], 0
+    for length in lengths:
+        part = token_ids[begin : begin + length]
+        parts.append(runner.run([StepInput(part, begin, blocks(0), num_logits=len(part))]))
+        begin += length
+    assert begin == len(token_ids)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_kernels_compute_what_transformers_computes(tiny_models: Path, kind: str) -> None:
+    model = load(tiny_models, kind)
+    expected = run_in_chunks(model, tokens(1), [70, 20])
+    computed = run_in_chunks(fuse_model(model), tokens(1), [70, 20])
+    torch.testing.assert_close(computed, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_rows_are_the_same_bits_in_one_chunk_in_many_and_one_by_one(tiny_models: Path, kind: str, int8: bool) -> None:
+    model = fused(tiny_models, kind, int8=int8)
+    whole = run_in_chunks(model, tokens(2), [NUM_TOKENS])
+    for lengths in ([65, 25], [7] * 12 + [6], [1] * NUM_TOKENS):
+        assert torch.equal(run_in_chunks(model, tokens(2), lengths), whole)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_are_the_same_bits_alone_and_in_a_batch_of_16(tiny_models: Path, int8: bool) -> None:
+    model = fused(tiny_models, "llama", int8=int8)
+    alone = run_in_chunks(model, tokens(3, 13), [12, 1])[-1]
+    runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16 * 8, BLOCK_SIZE))
+    batch = [
+        (tokens(3 if number == 5 else 20 + number, 13 + (number != 5) * number % 9), range(8 * number, 8 * number + 8))
+        for number in range(16)
+    ]
+    runner.run([StepInput(ids[:-1], 0, list(table), num_logits=0) for ids, table in batch])
+    together = runner.run([StepInput(ids[-1:], len(ids) - 1, list(table), num_logits=1) for ids, table in batch])
+    assert torch.equal(together[5], alone)
+
+
+def test_rows_are_the_same_bits_on_one_thread_and_on_three(tiny_models: Path) -> None:
+    model = fused(tiny_models, "llama")
+    assert model.decoder is not None
+    one = run_in_chunks(model, tokens(4), [80, 10])
+    model.decoder.use_threads(3)
+    try:
+        assert torch.equal(run_in_chunks(model, tokens(4), [80, 10]), one)
+    finally:
+        model.decoder.use_threads(1)
+
+
+def test_layers_are_announced_in_order_and_their_kv_is_there(tiny_models: Path) -> None:
+    model = fused(tiny_models, "llama")
+    runner = runner_of(model)
+    seen: list[tuple[int, bytes]] = []
+
+    def note(layer: int) -> None:
+        seen.append((layer, runner.cache.export_kv(layer, layer + 1, blocks(0), 0, 10).numpy().tobytes()))
+
+    with_notes = runner.run([StepInput(tokens(5, 10), 0, blocks(0), num_logits=1)], note)
+    assert [layer for layer, _ in seen] == [0, 1]
+    assert [kv for _, kv in seen] == [runner.cache.export_kv(n, n + 1, blocks(0), 0, 10).numpy().tobytes() for n in (0, 1)]
+    assert any(any(kv) for _, kv in seen)
+    assert torch.equal(with_notes, runner_of(model).run([StepInput(tokens(5, 10), 0, blocks(0), num_logits=1)]))
+
+
+def test_int8_is_near_float32_and_has_another_fingerprint(tiny_models: Path) -> None:
+    model = fused(tiny_models, "llama")
+    quantized = fused(tiny_models, "llama", int8=True)
+    expected = run_in_chunks(model, tokens(6), [NUM_TOKENS])
+    computed = run_in_chunks(quantized, tokens(6), [NUM_TOKENS])
+    assert not torch.equal(computed, expected)
+    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.99
+    assert quantized.spec.fingerprint != model.spec.fingerprint
+    assert quantized.weight_bytes < model.weight_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_kv_in_bfloat16_takes_half_the_bytes_and_computes_nearly_the_same(tiny_models: Path, kind: str) -> None:
+    model = fuse_model(load(tiny_models, kind))
+    halved = with_kv_dtype(model, "bfloat16")
+    assert halved.spec.kv_layout.bytes_per_token * 2 == model.spec.kv_layout.bytes_per_token
+    assert halved.spec.fingerprint != model.spec.fingerprint
+    expected = run_in_chunks(model, tokens(7), [60, 1, 29])
+    computed = run_in_chunks(halved, tokens(7), [60, 1, 29])
+    assert not torch.equal(computed, expected)
+    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.99
+
+
+def test_a_fused_model_lets_go_of_the_modules_weights(tiny_models: Path) -> None:
+    model = fused(tiny_models, "llama")
+    assert all(part.weight.numel() == 0 for part in model.module.modules() if isinstance(part, torch.nn.Linear))
+
+
+def test_models_without_kernels_run_in_torch_and_refuse_int8(tiny_models: Path) -> None:
+    model = load(tiny_models, "gemma2")
+    assert fuse_model(model) is model
+    with pytest.raises(ModelLoadError, match=r"cannot be served in int8.*--quantize none"):
+        fuse_model(model, int8=True)
+
+
+def test_kernels_that_disagree_with_the_model_are_not_used(tiny_models: Path) -> None:
+    model = load(tiny_models, "qwen3")
+    model.module.model.layers[0].self_attn.scaling *= 3  # the other layer keeps its own, which the kernels do not know
+    assert fuse_model(model) is model
