@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 import typer
 
-from kvrelay.cli import bench_commands, client_commands, demo, generate_commands, model_commands, serve_commands, status_commands
+from kvrelay.cli import (
+    bench_commands,
+    client_commands,
+    demo,
+    generate_commands,
+    model_commands,
+    plan_command,
+    serve_commands,
+    status_commands,
+)
 from kvrelay.cli.output import print_error
 from kvrelay.errors import ConfigError, KvrelayError
 
@@ -30,6 +39,7 @@ for command in (
     client_commands.cancel,
     client_commands.tokenize,
     client_commands.detokenize,
+    plan_command.plan,
     demo.demo,
     client_commands.version,
 ):

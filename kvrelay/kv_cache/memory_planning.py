@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvrelay.errors import ConfigError
-from kvrelay.model_spec import KVLayout
+from kvrelay.model_spec import DTYPE_BYTES, KVLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +103,68 @@ def plan_memory(layout: KVLayout, block_size: int, budget_bytes: int, context_to
         max_tokens=num_blocks * block_size,
         max_sequences=num_blocks // blocks_for_tokens(context_tokens, block_size),
     )
+
+
+def kv_cache_bytes(layout: KVLayout, batch_size: int, num_prompt_tokens: int, num_new_tokens: int) -> int:
+    """KV of a batch at its longest: 2 * bytes * b * l * kv_heads * head_dim * (m + n).
+
+    The general form of `mha_kv_cache_bytes_16_bit`, for attention whose query heads share KV heads: all of them one (MQA: Shazeer
+    2019, "Fast Transformer Decoding: One Write-Head is All You Need"), or some each (GQA: Ainslie et al. 2023, "GQA: Training
+    Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"). It counts the last new token, whose KV an engine
+    computes only if it goes on: what is held when generation ends is that of m + n - 1 tokens.
+    """
+    return batch_size * layout.bytes_per_token * (num_prompt_tokens + num_new_tokens)
+
+
+def mha_kv_cache_bytes_16_bit(
+    batch_size: int, num_layers: int, hidden_size: int, num_prompt_tokens: int, num_new_tokens: int
+) -> int:
+    """KV of a batch with multi-head attention in 16 bit: 4 * b * l * h * (m + n), for K and V of 2 bytes each are as wide as h.
+
+    Sheng et al. 2023, "FlexGen: High-Throughput Generative Inference of Large Language Models with a Single GPU", section 3.
+    """
+    return 4 * batch_size * num_layers * hidden_size * (num_prompt_tokens + num_new_tokens)
+
+
+def attention_kind(num_heads: int, num_kv_heads: int) -> str:
+    """MHA where every query head has a KV head, MQA where all share one, else GQA."""
+    if num_heads == num_kv_heads:
+        return "MHA"
+    return "MQA" if num_kv_heads == 1 else "GQA"
+
+
+INT8_GROUP = 64
+"""Weights in int8 share a float32 scale in groups of so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCounts:
+    """How many numbers a model's weights are, by what becomes of them."""
+
+    num_matrix: int
+    """Of linear layers, the output head included; what int8 quantizes."""
+    num_other: int
+    """Embeddings, norms, biases."""
+    num_tied_head: int
+    """Of an output head that shares its numbers with the embeddings, else 0; in neither of the others."""
+
+    @property
+    def num_parameters(self) -> int:
+        """As a model's size is given; what is shared counts once."""
+        return self.num_matrix + self.num_other
+
+
+def weight_bytes(counts: WeightCounts, dtype: str) -> int:
+    """Memory of the weights.
+
+    In float32 and int8 the kernels read matrices of their own form, so a tied output head is there a second time.
+
+    Args:
+        counts: of the model.
+        dtype: a dtype of floats, or int8: then matrices have one byte and a share of a scale for each number, all else 4 bytes.
+    """
+    if dtype == "int8":
+        num_quantized = counts.num_matrix + counts.num_tied_head
+        return num_quantized + 4 * -(-num_quantized // INT8_GROUP) + 4 * counts.num_other
+    num_copied = counts.num_tied_head if dtype == "float32" else 0
+    return DTYPE_BYTES[dtype] * (counts.num_parameters + num_copied)

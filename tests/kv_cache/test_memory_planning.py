@@ -2,12 +2,17 @@ import pytest
 
 from kvrelay.errors import ConfigError
 from kvrelay.kv_cache.memory_planning import (
+    WeightCounts,
+    attention_kind,
     blocks_for_budget,
     blocks_for_tokens,
     budget_from_fraction,
     bytes_per_block,
     bytes_per_sequence,
+    kv_cache_bytes,
+    mha_kv_cache_bytes_16_bit,
     plan_memory,
+    weight_bytes,
 )
 from kvrelay.model_spec import KVLayout
 
@@ -61,3 +66,32 @@ def test_the_plan_adds_up() -> None:
     assert plan.max_tokens == 5120 * 16
     assert plan.max_sequences == 10
     assert plan.bytes_per_sequence * plan.max_sequences <= plan.pool_bytes
+
+
+def test_the_formula_for_mha_in_16_bit_is_the_general_one_with_as_many_kv_heads_as_heads() -> None:
+    gpt2 = KVLayout(num_layers=12, num_kv_heads=12, head_dim=64, dtype="float16")
+    assert mha_kv_cache_bytes_16_bit(8, 12, 768, 512, 32) == kv_cache_bytes(gpt2, 8, 512, 32) == 4 * 8 * 12 * 768 * 544
+
+
+def test_kv_heads_that_are_shared_save_their_share() -> None:
+    by_heads = {heads: kv_cache_bytes(KVLayout(12, heads, 64, "float16"), 8, 512, 32) for heads in (12, 3, 1)}
+    assert by_heads[12] == 4 * by_heads[3] == 12 * by_heads[1]
+
+
+@pytest.mark.parametrize(("num_kv_heads", "kind"), [(12, "MHA"), (3, "GQA"), (1, "MQA")])
+def test_attention_is_named_by_its_kv_heads(num_kv_heads: int, kind: str) -> None:
+    assert attention_kind(12, num_kv_heads) == kind
+
+
+def test_weights_in_int8_have_scales_and_leave_embeddings_as_they_are() -> None:
+    counts = WeightCounts(num_matrix=6400, num_other=100, num_tied_head=0)
+    assert weight_bytes(counts, "bfloat16") == 13_000
+    assert weight_bytes(counts, "int8") == 6400 + 4 * 100 + 4 * 100
+
+
+def test_a_tied_head_is_kept_twice_where_kernels_have_a_form_of_their_own() -> None:
+    counts = WeightCounts(num_matrix=6400, num_other=1000, num_tied_head=640)
+    assert counts.num_parameters == 7400
+    assert weight_bytes(counts, "float32") == 4 * (7400 + 640)
+    assert weight_bytes(counts, "float16") == 2 * 7400
+    assert weight_bytes(counts, "int8") == 7040 + 4 * 110 + 4 * 1000

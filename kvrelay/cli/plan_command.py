@@ -1,0 +1,177 @@
+"""`kvrelay plan`: what memory a model takes with its KV cache, and how many sequences fit. Loads nothing: reads config.json."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvrelay.cli.model_commands import ensure_model, open_store, progress_bar
+from kvrelay.cli.output import console, print_json
+from kvrelay.cli.setting_options import takes_settings
+from kvrelay.config import EngineSettings
+from kvrelay.errors import ConfigError
+from kvrelay.kv_cache.memory_planning import (
+    MemoryPlan,
+    attention_kind,
+    blocks_for_tokens,
+    bytes_per_block,
+    kv_cache_bytes,
+    mha_kv_cache_bytes_16_bit,
+    plan_memory,
+    weight_bytes,
+)
+from kvrelay.model_shape import ModelShape, read_model_shape
+from kvrelay.settings_sources import SettingsSources
+
+COMBINATIONS = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("int8", "float32"),
+    ("int8", "bfloat16"),
+)
+"""Types of weights and of KV that are planned for."""
+
+COLUMNS = ("weights", "KV", "weights MiB", "KV KiB/token", "KV MiB", "blocks", "blocks MiB", "sequences fit", "tokens fit")
+
+_KIB, _MIB, _GIB = 1024, 1024**2, 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is to be served, and with what."""
+
+    batch_size: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    block_size: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Memory with one choice of types."""
+
+    weights_dtype: str
+    kv_dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    """Of the batch at its longest, to the byte."""
+    num_blocks: int
+    """Of the batch."""
+    block_bytes: int
+    """Of the batch's blocks."""
+    max_sequences: int
+    """Sequences of that length that fit beside the weights."""
+    max_tokens: int
+
+
+@takes_settings(EngineSettings, only={"model_dir", "block_size"})
+def plan(
+    sources: SettingsSources,
+    model: Annotated[str | None, typer.Argument(help="Name in the store, or a folder with a config.json.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated behind each.")] = 256,
+    memory_gib: Annotated[float | None, typer.Option("--memory-gib", help="Memory. Default: all of this machine's.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
+) -> None:
+    """Show what memory a model's weights and KV cache take, and how many sequences fit. Needs no torch."""
+    settings = sources.load("models", EngineSettings)
+    demand = Demand(batch, prompt_tokens, new_tokens, settings.block_size, _memory_bytes(memory_gib))
+    folder = _model_folder(sources, model or settings.model)
+    shape = read_model_shape(folder)
+    plans = [make_plan(shape, demand, *dtypes) for dtypes in COMBINATIONS]
+    if json:
+        print_json({"model": folder.name, "shape": shape, "demand": demand, "plans": plans})
+    else:
+        _show(folder.name, shape, demand, plans)
+
+
+def make_plan(shape: ModelShape, demand: Demand, weights_dtype: str, kv_dtype: str) -> Plan:
+    """Memory of a model with weights and KV of these types."""
+    layout = shape.kv_layout(kv_dtype)
+    num_tokens = demand.num_prompt_tokens + demand.num_new_tokens
+    num_blocks = demand.batch_size * blocks_for_tokens(num_tokens, demand.block_size)
+    weights = weight_bytes(shape.weights, weights_dtype)
+    room: MemoryPlan | None = None
+    if demand.memory_bytes - weights >= bytes_per_block(layout, demand.block_size):
+        room = plan_memory(layout, demand.block_size, demand.memory_bytes - weights, num_tokens)
+    return Plan(
+        weights_dtype=weights_dtype,
+        kv_dtype=kv_dtype,
+        weight_bytes=weights,
+        kv_bytes_per_token=layout.bytes_per_token,
+        kv_bytes=kv_cache_bytes(layout, demand.batch_size, demand.num_prompt_tokens, demand.num_new_tokens),
+        num_blocks=num_blocks,
+        block_bytes=num_blocks * bytes_per_block(layout, demand.block_size),
+        max_sequences=room.max_sequences if room else 0,
+        max_tokens=room.max_tokens if room else 0,
+    )
+
+
+def _memory_bytes(memory_gib: float | None) -> int:
+    if memory_gib is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not 0 < memory_gib < 2**30:
+        raise ConfigError(f"--memory-gib is {memory_gib}; it must be a number of GiB above 0")
+    return int(memory_gib * _GIB)
+
+
+def _model_folder(sources: SettingsSources, model: str) -> Path:
+    """A folder with a config.json needs nothing else; what is none is looked up in the store."""
+    if (Path(model).expanduser() / "config.json").is_file():
+        return Path(model).expanduser().resolve()
+    with progress_bar() as progress:
+        return ensure_model(open_store(sources), model, progress)
+
+
+def _show(name: str, shape: ModelShape, demand: Demand, plans: list[Plan]) -> None:
+    from rich.table import Table
+
+    num_tokens = demand.num_prompt_tokens + demand.num_new_tokens
+    lengths = f"{demand.batch_size} x ({demand.num_prompt_tokens} + {demand.num_new_tokens}) tokens"
+    title = f"{lengths}, blocks of {demand.block_size}, {demand.memory_bytes / _GIB:,.1f} GiB"
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for each in plans:
+        table.add_row(
+            each.weights_dtype,
+            each.kv_dtype,
+            f"{each.weight_bytes / _MIB:,.1f}",
+            f"{each.kv_bytes_per_token / _KIB:,.1f}",
+            f"{each.kv_bytes / _MIB:,.1f}",
+            f"{each.num_blocks:,}",
+            f"{each.block_bytes / _MIB:,.1f}",
+            f"{each.max_sequences:,}",
+            f"{each.max_tokens:,}",
+        )
+    for line in (*_describe(name, shape, demand), *_warnings(shape, num_tokens)):
+        console().print(line, markup=False, soft_wrap=True)
+    console().print(table)
+
+
+def _describe(name: str, shape: ModelShape, demand: Demand) -> list[str]:
+    kind = attention_kind(shape.num_heads, shape.num_kv_heads)
+    size = f"{'about ' if shape.is_estimated else ''}{shape.weights.num_parameters / 1e6:,.1f} million parameters"
+    heads = f"{kind} with {shape.num_heads} heads, {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    lines = [
+        f"{name} ({shape.architecture}): {size}, {shape.num_layers} layers, {heads}",
+        "KV bytes = 2 x bytes x batch x layers x KV heads x head size x (prompt + new tokens)",
+    ]
+    if kind == "MHA":
+        total = mha_kv_cache_bytes_16_bit(
+            demand.batch_size, shape.num_layers, shape.hidden_size, demand.num_prompt_tokens, demand.num_new_tokens
+        )
+        lines.append(f"in 16 bit = 4 x batch x layers x hidden size x (prompt + new tokens) = {total:,} bytes")
+    return lines
+
+
+def _warnings(shape: ModelShape, num_tokens: int) -> list[str]:
+    if shape.max_context_tokens is not None and num_tokens > shape.max_context_tokens:
+        return [f"the model was made for {shape.max_context_tokens:,} tokens; these sequences have {num_tokens:,}"]
+    return []
