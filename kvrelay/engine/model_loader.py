@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 
+from kvrelay.engine.light_import import light_imports, transformers
 from kvrelay.engine.loaded_model import LoadedModel
 from kvrelay.engine.model_probe import probe_model, unsupported_architecture
 from kvrelay.engine.paged_attention import ATTENTION_NAME
@@ -88,9 +88,9 @@ def _check_files(path: Path, is_gguf: bool) -> None:
 
 
 def _load_config(source: dict[str, Any], path: Path) -> Any:
-    auto_config: Any = transformers.AutoConfig
     try:
-        config = auto_config.from_pretrained(**source, trust_remote_code=False)
+        with light_imports():
+            config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise ModelLoadError(f"the configuration of {path} cannot be read: {_first_line(error)}") from error
     text_config = config.get_text_config()
@@ -104,17 +104,17 @@ def _load_config(source: dict[str, Any], path: Path) -> Any:
 
 
 def _load_module(source: dict[str, Any], path: Path, architecture: str, dtype: torch.dtype) -> Any:
-    auto_model: Any = transformers.AutoModelForCausalLM
     transformers.utils.logging.disable_progress_bar()  # a worker's log is no terminal
     try:
-        module, report = auto_model.from_pretrained(
-            **source,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with light_imports():
+            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+                **source,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except LOAD_ERRORS as error:
         # The architecture looked our attention up in a table of its own.
         if ATTENTION_NAME in str(error) or "attention implementation" in str(error):

@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from transformers import AttentionInterface
 
 from kvrelay.engine.attention_context import AttentionContext, DecodeGroup, PrefillSegment
+from kvrelay.engine.light_import import transformers
 
 ATTENTION_NAME = "kvrelay_paged"
 CONTEXT_ARGUMENT = "kvrelay_context"
@@ -98,7 +98,7 @@ def paged_attention(
     return output.unsqueeze(0), None
 
 
-AttentionInterface.register(ATTENTION_NAME, paged_attention)
+transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 def _attend_segment(
