@@ -1,7 +1,7 @@
 """Turns the tokens of one sequence into text as they come. Owns held back text; knows nothing of requests or workers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -9,10 +9,10 @@ from tokenizers.decoders import DecodeStream
 from gateway.stop_strings import StopStringFinder
 
 _NUM_CONTEXT_TOKENS = 8
+_MAX_SHOWN_IDS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextPiece(NamedTuple):
     """Text that became certain with a token, and whether a stop string ended the sequence there."""
 
     text: str
@@ -31,6 +31,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), context_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._finder = StopStringFinder(stops)
+        self._has_stops = bool(stops)
         self._shown_ids = list(context_ids[-_NUM_CONTEXT_TOKENS:])
         self._pending_ids: list[int] = []
         self._stream = self._new_stream()
@@ -39,9 +40,13 @@ class Detokenizer:
         """The text that is certain with this token: none while a character is incomplete or a stop string may have begun."""
         self._pending_ids.append(token_id)
         text = self._step(token_id)
-        if text is not None:
-            self._shown_ids, self._pending_ids = self._shown_ids[-_NUM_CONTEXT_TOKENS:] + self._pending_ids, []
-        piece = self._finder.add(text or "")
+        if text is None:
+            text = ""
+        else:
+            self._show_pending()
+        if not self._has_stops:
+            return TextPiece(text)
+        piece = self._finder.add(text)
         return TextPiece(piece, self._finder.found)
 
     def flush(self) -> str:
@@ -55,9 +60,15 @@ class Detokenizer:
             return self._stream.step(self._tokenizer, token_id)
         except Exception:  # tokenizers raises nothing narrower when a token changes the text before it
             text = self._pending_text()
-            self._shown_ids, self._pending_ids = self._shown_ids + self._pending_ids, []
+            self._show_pending()
             self._stream = self._new_stream()
             return text
+
+    def _show_pending(self) -> None:
+        self._shown_ids += self._pending_ids
+        self._pending_ids.clear()
+        if len(self._shown_ids) > _MAX_SHOWN_IDS:
+            del self._shown_ids[:-_NUM_CONTEXT_TOKENS]
 
     def _pending_text(self) -> str:
         before = self._decode(self._shown_ids)

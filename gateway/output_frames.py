@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from kvrelay.telemetry import Phases
-from kvrelay.v1 import inference_pb2, session_pb2
+from kvrelay.v1 import inference_pb2
 from kvrelay.wire import finish_reason_from_pb, finish_reason_to_pb, token_from_pb, token_to_pb
 from kvrelay.work import FinishReason, Token
 
@@ -34,7 +34,7 @@ class DeltaFrame:
             delta = inference_pb2.Delta(
                 sequence=self.sequence,
                 index=self.index,
-                tokens=[_token_to_pb(token) for token in self.tokens],
+                tokens=[token_to_pb(token) for token in self.tokens],
                 text=self.text,
                 finish_reason=finish_reason_to_pb(self.finish_reason),
             )
@@ -114,11 +114,6 @@ def _merge(deltas: Sequence[DeltaFrame]) -> bytes:
     tokens = tuple(chain.from_iterable(delta.tokens for delta in deltas))
     text = "".join([delta.text for delta in deltas])
     return DeltaFrame(deltas[0].sequence, deltas[0].index, tokens, text, deltas[-1].finish_reason).data
-
-
-def _token_to_pb(token: Token) -> session_pb2.Token:
-    # Most tokens come without log probabilities, and this runs for each of them.
-    return session_pb2.Token(token_id=token.token_id) if token.logprob is None else token_to_pb(token)
 
 
 def token_ids(frames: Iterable[Frame], num_sequences: int) -> list[list[int]]:

@@ -193,7 +193,7 @@ class Relay:
 
     def _note_ended(self, runner: RequestRunner) -> None:
         self.requests.note_ended(runner)
-        self.writer.wake()
+        self.writer.write_soon(runner.journal)
 
     def _note_workers_changed(self) -> None:
         self.models.note_workers_changed()

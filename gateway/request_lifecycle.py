@@ -76,6 +76,8 @@ class RequestLifecycle:
 
     def _dispatch(self, event: m.Event) -> None:
         match event:
+            case m.DecodeTokens():  # first, for it is by far the most frequent
+                self._on_decode_tokens(event)
             case m.Start():
                 self._begin_attempt()
             case m.Routed():
@@ -94,8 +96,6 @@ class RequestLifecycle:
                 self._on_transfer_done(event)
             case m.DecodeStarted():
                 self._on_decode_started(event)
-            case m.DecodeTokens():
-                self._on_decode_tokens(event)
             case m.WorkFailed():
                 self._on_work_failed(event)
             case m.WorkerLost():
@@ -225,11 +225,10 @@ class RequestLifecycle:
         self.report.transfer_bytes = max(self.report.transfer_bytes, event.kv_bytes)
         if progress.prefill_worker_id is None:
             self.report.queue_ms, self.report.prefill_ms = event.queue_ms, event.prefill_ms
-        self._start_decoding(progress)
+        if not progress.decode_started:
+            self._start_decoding(progress)
 
     def _start_decoding(self, progress: WorkProgress) -> None:
-        if progress.decode_started:
-            return
         progress.decode_started = True
         self._advance_to(RequestState.DECODING)
         # Sequences that a stop string ended with their first token: the decode worker can be told only now.
@@ -242,13 +241,15 @@ class RequestLifecycle:
             progress = self._decoding(token.work_id, event.worker_id)
             if progress is None:
                 continue
-            self._start_decoding(progress)
+            if not progress.decode_started:
+                self._start_decoding(progress)
             try:
                 ready = progress.order.take_next(token)
             except TokenGapError:
                 self._retry(FailureKind.INTERNAL, progress, event.worker_id)
                 return
-            progress.note_worker_ended(token)
+            if token.finish_reason is not None:
+                progress.note_worker_ended(token)
             self._emit(progress, ready)
             if self._finished:
                 return
@@ -262,6 +263,7 @@ class RequestLifecycle:
     # --- tokens and ends ------------------------------------------------------------------------------------------------------
 
     def _emit(self, progress: WorkProgress, tokens: list[SequenceToken]) -> None:
+        ended = False
         for token in tokens:
             if token.sequence not in self._open:
                 continue
@@ -271,7 +273,9 @@ class RequestLifecycle:
             self._actions.append(m.Emit(token))
             if token.finish_reason is not None:
                 self._open.discard(token.sequence)
-        self._close_if_done(progress)
+                ended = True
+        if ended:
+            self._close_if_done(progress)
 
     def _on_stop_found(self, sequence: int) -> None:
         if sequence not in self._open:

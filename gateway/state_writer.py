@@ -6,7 +6,7 @@ that runs here must fall silent.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -16,6 +16,9 @@ from kvrelay.request_state import is_terminal
 from kvrelay.state_store import StateStore
 
 PASS_INTERVAL_S = 0.02
+REST_FACTOR = 9.0
+"""The writer rests so many times as long as a pass over all requests took: it has a tenth of the loop, streams have the rest."""
+MAX_PASS_INTERVAL_S = 1.0
 FULL_INTERVAL_S = 1.0
 MAX_PARALLEL_WRITES = 8
 MAX_ENDED_JOURNALS = 2048
@@ -36,6 +39,7 @@ class StateWriter:
         self._store = store
         self._on_superseded = on_superseded
         self._journals: dict[str, RequestJournal] = {}
+        self._urgent: set[str] = set()
         self._full = False
         self._woken = asyncio.Event()
         self.num_dropped = 0
@@ -50,10 +54,11 @@ class StateWriter:
         """Writes the journal until it has ended and everything of it is written."""
         self._journals[journal.request_id] = journal
         self._drop_surplus()
-        self.wake()
+        self.write_soon(journal)
 
-    def wake(self) -> None:
-        """Something happened that other gateways should know at once: a request began or ended."""
+    def write_soon(self, journal: RequestJournal) -> None:
+        """Something happened that other gateways should know at once: the request began or ended."""
+        self._urgent.add(journal.request_id)
         self._woken.set()
 
     def _drop_surplus(self) -> None:
@@ -70,14 +75,22 @@ class StateWriter:
 
     async def run(self) -> None:
         """Writes for ever; cancel it to stop."""
+        loop = asyncio.get_running_loop()
+        next_pass = loop.time()
         while True:
             await self._store.health.wait_until_healthy()
             self._woken.clear()
-            await self._write_pass()
+            begin = loop.time()
+            if begin < next_pass:
+                await self._write_urgent()
+            else:
+                await self._write_pass()
+                now = loop.time()
+                next_pass = now + min(max(REST_FACTOR * (now - begin), PASS_INTERVAL_S), MAX_PASS_INTERVAL_S)
             if self._full:
                 await asyncio.sleep(FULL_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PASS_INTERVAL_S):
+                async with asyncio.timeout_at(next_pass):
                     await self._woken.wait()
 
     async def drain(self, timeout_s: float) -> None:
@@ -90,8 +103,19 @@ class StateWriter:
             _log.warning("not all states were written at the end", num_left=len(self._journals))
 
     async def _write_pass(self) -> None:
+        """Writes what there is of all requests."""
+        self._urgent.clear()
         dirty = [journal for journal in self._journals.values() if journal.dirty]
         self._full = False if not dirty else self._full
+        await self._write_journals(dirty)
+
+    async def _write_urgent(self) -> None:
+        """Writes the requests that began or ended; the tokens of others can wait."""
+        journals = [self._journals[request_id] for request_id in self._urgent if request_id in self._journals]
+        self._urgent.clear()
+        await self._write_journals(journals)
+
+    async def _write_journals(self, dirty: Sequence[RequestJournal]) -> None:
         for begin in range(0, len(dirty), MAX_PARALLEL_WRITES):
             await asyncio.gather(*(self._write(journal) for journal in dirty[begin : begin + MAX_PARALLEL_WRITES]))
             if not self._store.healthy:

@@ -15,7 +15,7 @@ from gateway.router import WorkerView
 from gateway.session_messages import SessionRequest, SessionResponse, WorkerIdentity
 from kvrelay.errors import UnavailableError
 from kvrelay.liveness import PROTOCOL_VERSION, Liveness
-from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc
+from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc, session_pb2
 from kvrelay.wire import load_from_pb
 from kvrelay.work import WorkerLoad
 from kvrelay.worker_registry import MemberRole
@@ -56,7 +56,7 @@ class WorkerSession:
         self.role = role
         self.address = address
         self.channel = channel
-        self.load = WorkerLoad()
+        self._load: WorkerLoad | session_pb2.WorkerLoad = WorkerLoad()
         self._identity: WorkerIdentity | None = None
         self._settings = settings
         self._on_event = on_event
@@ -71,6 +71,13 @@ class WorkerSession:
         """What the worker said of itself; only after `greet`."""
         assert self._identity is not None, "greeted first"
         return self._identity
+
+    @property
+    def load(self) -> WorkerLoad:
+        """As of the worker's last message; converted only when asked for, since it rides on every step."""
+        if not isinstance(self._load, WorkerLoad):
+            self._load = load_from_pb(self._load)
+        return self._load
 
     @property
     def worker_id(self) -> str:
@@ -177,7 +184,7 @@ class WorkerSession:
     def _note_received(self, response: SessionResponse) -> None:
         self._liveness.received(_now())
         if response.HasField("load"):
-            self.load = load_from_pb(response.load)
+            self._load = response.load
             self._num_assigned = self._num_assigned_tokens = 0
 
     def _answer_heartbeat(self, response: SessionResponse) -> None:
@@ -206,7 +213,7 @@ class WorkerSession:
 
     def mark_draining(self) -> None:
         """The worker refuses new work; its next load report says the same."""
-        self.load = replace(self.load, draining=True)
+        self._load = replace(self.load, draining=True)
 
 
 def _now() -> float:

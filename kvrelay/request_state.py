@@ -11,6 +11,7 @@
 QUEUED to DECODING are active, the others final: nothing leaves them. `kvrelay/lua` gets the table from here as arguments.
 """
 
+import functools
 from collections.abc import Set
 from enum import Enum
 
@@ -67,16 +68,19 @@ def reachable_states(from_state: RequestState) -> frozenset[RequestState]:
     return frozenset(found.union(*(reachable_states(state) for state in found)))
 
 
+@functools.cache
 def edges_argument() -> str:
     """`EDGES` for a Lua script: `,QUEUED>RESERVING,...,`, to be searched for `,FROM>TO,`."""
     return _pairs_argument(EDGES)
 
 
+@functools.cache
 def paths_argument() -> str:
     """All (state, state it can reach) for a Lua script, in the same form as `edges_argument`."""
     return _pairs_argument({(source, target) for source in RequestState for target in reachable_states(source)})
 
 
+@functools.cache
 def terminal_argument() -> str:
     """`TERMINAL_STATES` for a Lua script: `,SUCCEEDED,...,`, to be searched for `,STATE,`."""
     return "," + "".join(sorted(f"{state.value}," for state in TERMINAL_STATES))

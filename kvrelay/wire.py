@@ -79,6 +79,8 @@ def sampling_from_pb(message: session_pb2.SamplingParams) -> SamplingParams:
 
 
 def token_to_pb(token: Token) -> session_pb2.Token:
+    if token.logprob is None:
+        return session_pb2.Token(token_id=token.token_id)
     return session_pb2.Token(
         token_id=token.token_id,
         logprob=token.logprob,
@@ -87,9 +89,11 @@ def token_to_pb(token: Token) -> session_pb2.Token:
 
 
 def token_from_pb(message: session_pb2.Token) -> Token:
+    if not message.HasField("logprob"):  # nor alternatives: so it is with most tokens, and this runs for each of them
+        return Token(message.token_id)
     return Token(
         token_id=message.token_id,
-        logprob=message.logprob if message.HasField("logprob") else None,
+        logprob=message.logprob,
         top_logprobs=tuple(TopLogprob(top.token_id, top.logprob) for top in message.top_logprobs),
     )
 
@@ -114,11 +118,11 @@ def sequence_token_to_pb(token: SequenceToken) -> session_pb2.SequenceToken:
 
 def sequence_token_from_pb(message: session_pb2.SequenceToken) -> SequenceToken:
     return SequenceToken(
-        work_id=work_id_from_pb(message.work_id),
-        sequence=message.sequence,
-        index=message.index,
-        token=token_from_pb(message.token),
-        finish_reason=finish_reason_from_pb(message.finish_reason),
+        work_id_from_pb(message.work_id),
+        message.sequence,
+        message.index,
+        token_from_pb(message.token),
+        finish_reason_from_pb(message.finish_reason),
     )
 
 

@@ -54,7 +54,7 @@ EDGE_MODULES = {
     "gateway.idempotency",
     "gateway.main",
     "gateway.prompt_preparation",
-    "gateway.request_output",
+    "gateway.output_frames",
     "gateway.request_validation",
     "gateway.service",
     "gateway.session_messages",
