@@ -76,8 +76,7 @@ class Speculation:
         self.num_drafted_tokens += len(entry.drafts)
         self.num_accepted_tokens += num_accepted
         run.drafter.note_verified(len(entry.drafts), num_accepted)
-        # One token more was sampled, and needs its place in the next step.
-        self._blocks.shrink(run.table, run.sequence.num_tokens + 1)
+        self._blocks.shrink(run.table, run.sequence.num_computed_tokens)
 
     def _draft(self, run: Run, max_tokens: int) -> tuple[int, ...]:
         if run.drafter is None:

@@ -23,8 +23,11 @@ def prefix_value(token_ids: Sequence[int]) -> int:
 
 
 def next_token(token_ids: Sequence[int], number: int) -> int:
-    """The token that follows, for the sequence of that number; never an end of sequence."""
-    return 1 + (prefix_value(token_ids) + number) % (VOCAB_SIZE - 1)
+    """The token that follows, for the sequence of that number; never an end of sequence. Repeats itself, but never for long."""
+    value = prefix_value(token_ids)
+    if value % 16 == 0:
+        return 1 + (value // 16 + number) % (VOCAB_SIZE - 1)
+    return 1 + (5 * token_ids[-1] + number + 3) % 7
 
 
 def expected_output(work: Work, number: int) -> list[int]:

@@ -150,7 +150,7 @@ class BlockManager:
         return copies
 
     def shrink(self, table: BlockTable, num_tokens: int) -> None:
-        """Gives back the blocks that the first `num_tokens` tokens do not need; none of them may hold committed tokens."""
+        """Forgets the tokens from `num_tokens` on, which will be written again, and gives back the blocks that only they need."""
         assert table in self._tables, "the table was released"
         num_blocks = self.blocks_for(num_tokens)
         assert len(table.hashes) <= num_blocks, "what was committed is kept"

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from decode_worker.events import BlocksReserved, SequencesStarted, WorkEnded, WorkFailed
 from decode_worker.push_permits import PushPermit, PushPermits
 from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.speculation import SpeculationLimits
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.work import FailureKind, Work, WorkId
-from tests.simulated_pool import SimulatedPool, expected_output, make_token
+from tests.simulated_pool import MODEL, SimulatedPool, expected_output, make_token
 from tests.works import make_work
 
 MAX_STEPS = 3000
@@ -26,13 +27,19 @@ def random_works(random: Random) -> list[Work]:
     return [
         make_work(
             random.choice(PROMPTS)[: random.randint(1, 30)],
-            random.randint(1, 12),
+            random.choice([random.randint(1, 12), random.randint(12, 32)]),
             request_id=f"{number:032x}",
             num_sequences=random.choice([1, 1, 1, 2, 3]),
             cache_salt=random.choice(["", "other"]),
         )
         for number in range(random.randint(1, 8))
     ]
+
+
+def random_speculation(random: Random) -> SpeculationLimits | None:
+    if random.random() < 0.4:
+        return None
+    return SpeculationLimits(random.randint(1, 8), random.randint(2, 20), MODEL.max_context_tokens)
 
 
 @dataclass
@@ -162,7 +169,8 @@ def test_all_works_end_with_their_own_tokens_whatever_happens(seed: int) -> None
     num_blocks, block_size = random.randint(2, 24), random.randint(1, 5)
     blocks = BlockManager(num_blocks, block_size, random.random() < 0.7)
     permits = PushPermits()
-    scheduler = DecodeScheduler(blocks, DecodeLimits(random.randint(1, 20), random.randint(3, 8), 100), permits)
+    limits = DecodeLimits(random.randint(1, 20), random.randint(3, 8), 100, random.choice([None, 1, 3]))
+    scheduler = DecodeScheduler(blocks, limits, permits, random_speculation(random))
     pool = SimulatedPool(num_blocks, block_size)
     simulation = Simulation(scheduler, blocks, pool, permits, {work.work_id: work for work in works})
     coming = list(works)
@@ -208,3 +216,26 @@ def test_two_works_that_do_not_fit_together_both_end() -> None:
     assert scheduler.load().num_preemptions > 0
     # The younger one gave way.
     assert list(simulation.ended) == [work.work_id for work in works]
+
+
+def test_guesses_save_steps_and_change_no_token() -> None:
+    works = [make_work(prompt[:20], 40, request_id=f"{n:032x}", num_sequences=2) for n, prompt in enumerate(PROMPTS)]
+    num_steps = []
+    for speculation in (None, SpeculationLimits(8, 40, MODEL.max_context_tokens)):
+        blocks, permits = BlockManager(120, 4), PushPermits()
+        scheduler = DecodeScheduler(blocks, DecodeLimits(64, 8, 8), permits, speculation)
+        simulation = Simulation(scheduler, blocks, SimulatedPool(120, 4), permits, {work.work_id: work for work in works})
+        for work in works:
+            scheduler.reserve(work)
+        simulation.take_events()
+        for work in works:
+            simulation.run_prompt(work.work_id)
+        steps = 0
+        while simulation.step():
+            steps += 1
+        num_steps.append(steps)
+        check_end(simulation)
+    load = scheduler.load()
+    assert load.num_accepted_tokens > 50
+    assert load.num_drafted_tokens > load.num_accepted_tokens, "none was wrong: the test shows nothing of those"
+    assert num_steps[1] < num_steps[0]

@@ -47,6 +47,30 @@ class TestAllocate:
         assert counts(manager) == (0, 0, 3)
 
 
+class TestShrink:
+    def test_gives_back_what_is_not_needed_and_keeps_what_is(self) -> None:
+        manager = make_manager()
+        table = compute(manager, list(range(5)))
+        blocks = list(table.blocks)
+        manager.grow(table, 14)
+        assert counts(manager) == (4, 0, 4)
+        manager.shrink(table, 6)
+        assert table.blocks == blocks
+        assert counts(manager) == (6, 0, 2)
+        assert manager.grow(table, 9) == []
+        assert counts(manager) == (5, 0, 3)
+
+    def test_tokens_behind_it_are_written_again(self) -> None:
+        """A twin that was made meanwhile keeps its own."""
+        manager = make_manager()
+        table = compute(manager, list(range(4)))
+        manager.grow(table, 7)
+        manager.shrink(table, 5)
+        manager.fork(table)
+        [copy] = manager.grow(table, 7)
+        assert table.blocks[1] == copy.target
+
+
 class TestPrefixCache:
     def test_a_running_sequence_shares_its_prefix(self) -> None:
         manager = make_manager()

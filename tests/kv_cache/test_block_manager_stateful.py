@@ -95,6 +95,29 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 life.token_ids.pop()
                 return
 
+    @precondition(lambda self: self.live)
+    @rule(number=st.integers(0, 99), drafts=st.lists(st.integers(0, 1), min_size=1, max_size=5), num_right=st.integers(0, 5))
+    def speculate(self, number: int, drafts: list[int], num_right: int) -> None:
+        """Samples a token and computes it together with guesses for those behind it, of which the first ones are right."""
+        life = self.pick(number)
+        if life.num_computed < len(life.token_ids):
+            return
+        life.token_ids.append(0)
+        begin = len(life.token_ids)
+        if not self.make_writable(life, begin):
+            life.token_ids.pop()
+            return
+        if not self.make_writable(life, begin + len(drafts)):
+            drafts = drafts[: len(life.table.blocks) * SIZE - begin]
+        life.token_ids += drafts
+        self.write(life, len(life.token_ids))
+        life.num_computed = begin + min(num_right, len(drafts))
+        del life.token_ids[life.num_computed :]
+        self.manager.commit(life.table, life.token_ids, life.num_computed)
+        self.manager.shrink(life.table, life.num_computed)
+        assert len(life.table.blocks) == self.manager.blocks_for(life.num_computed)
+        event("a wrong guess" if num_right < len(drafts) else "all guesses right")
+
     def make_writable(self, life: Life, end: int) -> bool:
         before = self.numbers()
         blocks = list(life.table.blocks)
