@@ -13,10 +13,19 @@ from tests.works import make_work
 class Bench:
     """A scheduler over a simulated pool."""
 
-    def __init__(self, num_blocks: int = 16, block_size: int = 4, *, chunk: int = 8, running: int = 8, waiting: int = 4) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        *,
+        chunk: int = 8,
+        running: int = 8,
+        waiting: int = 4,
+        shared_chunk: int | None = None,
+    ) -> None:
         self.blocks = BlockManager(num_blocks, block_size)
         self.permits = PushPermits()
-        self.scheduler = DecodeScheduler(self.blocks, DecodeLimits(chunk, running, waiting), self.permits)
+        self.scheduler = DecodeScheduler(self.blocks, DecodeLimits(chunk, running, waiting, shared_chunk), self.permits)
         self.pool = SimulatedPool(num_blocks, block_size)
 
     def step(self) -> Step | None:
@@ -117,6 +126,21 @@ def test_prompts_are_computed_in_chunks_while_others_decode() -> None:
     while (step := bench.step()) is not None and len(sizes) < 3:
         sizes.append([(entry.work_id.request_id[0], entry.num_tokens, len(entry.continued)) for entry in step.entries])
     assert sizes == [[("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 8, 0)], [("a", 1, 1), ("b", 4, 1)]]
+
+
+def test_prompts_take_small_chunks_while_others_decode_and_large_ones_when_alone() -> None:
+    bench = Bench(num_blocks=32, chunk=8, shared_chunk=3)
+    running, local, other = (make_work(prompt(n, 3 * n), 4, request_id=c * 32) for n, c in ((4, "a"), (20, "b"), (20, "c")))
+    bench.scheduler.reserve(running)
+    bench.push(running)
+    for work in (local, other):
+        bench.scheduler.reserve(work)
+        bench.scheduler.run_prompt(work.work_id)
+    sizes: list[dict[str, int]] = []
+    while (step := bench.step()) is not None and len(sizes) < 6:
+        sizes.append({entry.work_id.request_id[0]: entry.num_tokens for entry in step.entries})
+    # Three steps of a, then b alone until it decodes; c must be content with what b leaves.
+    assert sizes == [{"a": 1, "b": 3}, {"a": 1, "b": 3}, {"a": 1, "b": 3}, {"b": 8}, {"b": 3, "c": 5}, {"b": 1, "c": 3}]
 
 
 def test_a_conversation_s_next_turn_finds_its_prompt_and_its_answer_in_the_cache() -> None:
