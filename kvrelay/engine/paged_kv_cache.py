@@ -6,6 +6,8 @@ On the wire and in `export_kv` a range of tokens is, per layer, K then V, [token
 """
 
 import ctypes
+import math
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,11 +41,8 @@ class PagedKVCache:
         self.device = torch.device(device)
         # [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]: a block is one contiguous row per layer and
         # side, so gathering a sequence copies few long rows. Zeros, for a masked NaN would still spoil a softmax's sum.
-        self._pool = torch.zeros(
-            (layout.num_layers, 2, num_blocks, block_size, layout.num_kv_heads, layout.head_dim),
-            dtype=TORCH_DTYPES[layout.dtype],
-            device=self.device,
-        )
+        shape = (layout.num_layers, 2, num_blocks, block_size, layout.num_kv_heads, layout.head_dim)
+        self._pool = _zeros(shape, TORCH_DTYPES[layout.dtype], self.device)
         self._gathered = self._pool.new_empty((2, 0, *self._pool.shape[3:]))
         # The same memory by slots: slot = block * block_size + offset.
         self._slots = self._pool.view(
@@ -211,6 +210,23 @@ class PagedKVCache:
     def _check_range(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> None:
         assert 0 <= layer_begin <= layer_end <= self.layout.num_layers, "the layers lie outside of the model"
         assert 0 <= token_begin <= token_end <= len(block_ids) * self.block_size, "the tokens lie outside of the blocks"
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU as pages that the kernel makes when they are first written to: a pool that is not full costs neither time
+    nor memory.
+
+    Raises:
+        RuntimeError: so much memory cannot be had.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(f"{num_bytes} bytes cannot be had") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _word_type(rows: Tensor) -> torch.dtype:
