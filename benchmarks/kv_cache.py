@@ -94,7 +94,7 @@ def _measure(report: Report, name: str, path: str, plan: Plan, num_threads: int)
     limit_tokens = ours.engine.model.max_context_tokens
     if len(plan.prompt) + plan.num_tokens > limit_tokens:
         raise ConfigError(f"{name} takes {limit_tokens} tokens; ask for fewer --tokens or --prompt-tokens")
-    theirs = TransformersGeneration(ours.engine.folder)
+    theirs = TransformersGeneration(ours.engine.folder, num_threads)
     _generate(ours, plan.prompt, WARM_UP_TOKENS, has_cache=True)
     theirs.generate(plan.prompt, WARM_UP_TOKENS, use_cache=True)
     curves: list[GenerationCurve] = []

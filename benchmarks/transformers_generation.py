@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from benchmarks.torch_threads import torch_threads
+
 
 class _TokenClock:
     """What `generate` calls a streamer: told of the prompt first, then of every token."""
@@ -33,9 +35,11 @@ class TransformersGeneration:
 
     Args:
         folder: the model's folder.
+        num_threads: CPU threads.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        self._num_threads = num_threads
         logging: Any = transformers.utils.logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -49,8 +53,8 @@ class TransformersGeneration:
             The new tokens, and the seconds that each took.
         """
         input_ids = torch.tensor([list(prompt)])
-        clock = _TokenClock()
-        with torch.inference_mode():
+        with torch_threads(self._num_threads), torch.inference_mode():
+            clock = _TokenClock()
             output = self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -69,7 +73,7 @@ class TransformersGeneration:
 
     def forward_seconds(self, token_ids: Sequence[int]) -> float:
         """Seconds of one forward over all the tokens, without a cache, with the logits of the last."""
-        begin_s = time.perf_counter()
-        with torch.inference_mode():
+        with torch_threads(self._num_threads), torch.inference_mode():
+            begin_s = time.perf_counter()
             self._model(input_ids=torch.tensor([list(token_ids)]), use_cache=False, logits_to_keep=1)
-        return time.perf_counter() - begin_s
+            return time.perf_counter() - begin_s

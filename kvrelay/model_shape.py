@@ -44,6 +44,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    vocab_size: int
     max_context_tokens: int | None
     """None where the config names no limit."""
     weights: WeightCounts
@@ -79,6 +80,7 @@ def read_model_shape(folder: Path) -> ModelShape:
         num_kv_heads=_num_kv_heads(config, architecture, num_heads),
         head_dim=config.get("head_dim") or hidden_size // num_heads,
         hidden_size=hidden_size,
+        vocab_size=_required(config, ("vocab_size",), path),
         max_context_tokens=_optional(config, MAX_CONTEXT),
         weights=WeightCounts(0, 0, 0),
         is_estimated=False,
@@ -86,7 +88,7 @@ def read_model_shape(folder: Path) -> ModelShape:
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return replace(shape, weights=_count_stored(files))
-    return replace(shape, weights=_count_by_config(shape, config, path), is_estimated=True)
+    return replace(shape, weights=_count_by_config(shape, config), is_estimated=True)
 
 
 def _num_kv_heads(config: Mapping[str, Any], architecture: str, num_heads: int) -> int:
@@ -137,10 +139,10 @@ def _stored_tensors(path: Path) -> Iterator[tuple[str, list[int]]]:
     yield from tensors
 
 
-def _count_by_config(shape: ModelShape, config: Mapping[str, Any], path: Path) -> WeightCounts:
+def _count_by_config(shape: ModelShape, config: Mapping[str, Any]) -> WeightCounts:
     """What a decoder of these sizes usually has; biases are left out."""
     hidden = shape.hidden_size
-    num_embedding = _required(config, ("vocab_size",), path) * hidden
+    num_embedding = shape.vocab_size * hidden
     attention = 2 * hidden * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
     intermediate = _optional(config, INTERMEDIATE_SIZE) or 4 * hidden
     num_mlp_matrices = 2 if shape.architecture in UNGATED_MLP else 3

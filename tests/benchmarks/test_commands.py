@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kv_cache
+from benchmarks import engine, kv_cache, roofline
 from tests.tiny_models import make_tiny_model
 
 
@@ -38,3 +38,30 @@ def test_kv_cache_gives_the_same_tokens_with_and_without_the_cache(llama: str, t
     assert variants == {(engine, has_cache) for engine in ("kvrelay", "transformers") for has_cache in (True, False)}
     assert all(result["num_equal_tokens"] == len(result["token_ms"]) == 5 for result in results)
     assert "32.1 ± 0.7 s" in document(path)["notes"][0]
+
+
+def test_engine_measures_prefill_and_decode_beside_the_machines_limits(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "READ_BYTES", 2**20)
+    monkeypatch.setattr(roofline, "GEMM_SIZE", 64)
+    path = tmp_path / "engine.json"
+    engine.command(
+        model=llama,
+        threads=1,
+        prompt_lengths="8,20",
+        chunk_sizes="8,64",
+        batch_sizes="1,3",
+        context_lengths="16",
+        rounds=2,
+        steps=2,
+        json=path,
+        plots=tmp_path,
+    )
+    limits, *cases, _ = document(path)["results"]
+    assert limits["limit_bytes_per_s"]["median"] > 0
+    prefill = {(case["num_tokens"], case["chunk_tokens"]) for case in cases if case["phase"] == "prefill"}
+    assert prefill == {(8, 8), (20, 8), (20, 20)}
+    assert {case["batch_size"] for case in cases if case["phase"] == "decode"} == {1, 3}
+    assert all(case["tokens_per_s"] > 0 and case["percent_of_bound"] > 0 for case in cases)
+    assert (tmp_path / "engine-decode.png").is_file()
