@@ -11,7 +11,7 @@ from kvrelay.cli.client_session import open_client
 from kvrelay.cli.output import console, print_json, print_note, write_text
 from kvrelay.cli.sampling_options import takes_sampling
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.config import ClientSettings
+from kvrelay.config import MAX_COALESCE_MS, ClientSettings
 from kvrelay.errors import InvalidRequestError, KvrelayError
 from kvrelay.settings_sources import SettingsSources
 
@@ -22,6 +22,10 @@ Model = Annotated[str, typer.Option("--model", help="Model; not needed when only
 Tenant = Annotated[str, typer.Option("--tenant", help="Separates prefix caches of tenants.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, for programs.")]
 Phases = Annotated[bool, typer.Option("--phases", help="Show where the time went.")]
+Coalesce = Annotated[
+    int | None,
+    typer.Option("--coalesce-ms", metavar="MS", help=f"Gather tokens for so long: 0 to {MAX_COALESCE_MS}.", show_default=False),
+]
 System = Annotated[str | None, typer.Option("--system", help="System message of the chat.")]
 
 _CANCEL_TIMEOUT_S = 2.0
@@ -39,6 +43,7 @@ def complete(
     tenant: Tenant = "",
     resumable: Annotated[bool, typer.Option(help="Continue after a lost connection.")] = True,
     idempotency_key: Annotated[str | None, typer.Option(help="A second request with the same key joins the first.")] = None,
+    coalesce_ms: Coalesce = None,
     json: Json = False,
     phases: Phases = False,
 ) -> None:
@@ -57,6 +62,7 @@ def complete(
             tenant=tenant,
             resumable=resumable,
             idempotency_key=idempotency_key,
+            coalesce_ms=coalesce_ms,
             **sampling,
         ) as stream,
         _cancelling(client, stream),
@@ -69,12 +75,13 @@ def resume(
     sources: SettingsSources,
     request_id: Annotated[str, typer.Argument(help="The request, as in `kvrelay requests`.")],
     from_index: Annotated[int, typer.Option("--from-index", min=0, help="First output token wanted.")] = 0,
+    coalesce_ms: Coalesce = None,
     json: Json = False,
     phases: Phases = False,
 ) -> None:
     """Stream a request's output again, and follow it while it runs."""
 
-    with open_client(sources) as client, client.resume(request_id, from_index) as stream:
+    with open_client(sources) as client, client.resume(request_id, from_index, coalesce_ms=coalesce_ms) as stream:
         show_stream(stream, json, phases)
 
 
@@ -86,6 +93,7 @@ def chat(
     model: Model = "",
     system: System = None,
     tenant: Tenant = "",
+    coalesce_ms: Coalesce = None,
     json: Json = False,
     phases: Phases = False,
 ) -> None:
@@ -94,7 +102,10 @@ def chat(
         raise InvalidRequestError("n", "must be 1 in a chat: one answer continues the conversation")
 
     news = [_message("system", system)] if system is not None else []
-    with open_client(sources) as client, client.converse(model=model, tenant=tenant, **sampling) as conversation:
+    with (
+        open_client(sources) as client,
+        client.converse(model=model, tenant=tenant, coalesce_ms=coalesce_ms, **sampling) as conversation,
+    ):
         for line in _lines(sys.stdin):
             show_stream(conversation.send([*news, _message("user", line)]), json, phases)
             news = []

@@ -61,6 +61,7 @@ class AsyncClient:
         tenant: str = "",
         resumable: bool = False,
         idempotency_key: str | None = None,
+        coalesce_ms: int | None = None,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncStream:
@@ -72,6 +73,7 @@ class AsyncClient:
             tenant: separates prefix caches and idempotency keys.
             resumable: a lost connection is made again, to any of the addresses, until the timeout; nothing is lost or repeated.
             idempotency_key: a second request with the same key joins the first.
+            coalesce_ms: for how long tokens may be gathered into one delta, 0 to 50. None: as the gateway is set, usually 0.
             timeout_s: of the whole request; becomes its deadline in the cluster.
             **sampling: fields of `kvrelay.sampling_params.SamplingParams`, such as temperature or max_tokens.
 
@@ -86,6 +88,7 @@ class AsyncClient:
             tenant=tenant,
             resumable=resumable,
             idempotency_key=idempotency_key,
+            coalesce_ms=coalesce_ms,
             sampling=sampling,
         )
         return self._stream(request, StreamState(), resumable, timeout_s)
@@ -95,21 +98,35 @@ class AsyncClient:
         async with self.generate(prompt, **arguments) as stream:
             return await stream.completion()
 
-    def resume(self, request_id: str, from_index: int = 0, *, timeout_s: float | None = None) -> AsyncStream:
+    def resume(
+        self, request_id: str, from_index: int = 0, *, coalesce_ms: int | None = None, timeout_s: float | None = None
+    ) -> AsyncStream:
         """Streams a request's output again from any index, and follows it while it is still running.
 
         Raises:
             RequestNotFoundError: with the first item: no such request is known any more.
         """
-        request = inference_pb2.ResumeRequest(request_id=request_id, from_index=from_index)
+        request = requests.resume_request(request_id, from_index, coalesce_ms)
         return self._stream(request, StreamState(from_index), True, timeout_s)
 
     def converse(
-        self, *, model: str = "", tenant: str = "", timeout_s: float | None = None, **sampling: Any
+        self,
+        *,
+        model: str = "",
+        tenant: str = "",
+        coalesce_ms: int | None = None,
+        timeout_s: float | None = None,
+        **sampling: Any,
     ) -> AsyncConversation:
         """A conversation whose KV stays warm on one decode worker; `timeout_s` is the default of a turn."""
         return AsyncConversation(
-            self._stub, self._addresses, model=model, tenant=tenant, timeout_s=timeout_s or self._timeout_s, sampling=sampling
+            self._stub,
+            self._addresses,
+            model=model,
+            tenant=tenant,
+            coalesce_ms=coalesce_ms,
+            timeout_s=timeout_s or self._timeout_s,
+            sampling=sampling,
         )
 
     async def get_request(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestInfo:

@@ -91,11 +91,20 @@ class AsyncConversation:
     """
 
     def __init__(
-        self, stub: StubOf, addresses: Addresses, *, model: str, tenant: str, timeout_s: float, sampling: Mapping[str, Any]
+        self,
+        stub: StubOf,
+        addresses: Addresses,
+        *,
+        model: str,
+        tenant: str,
+        coalesce_ms: int | None,
+        timeout_s: float,
+        sampling: Mapping[str, Any],
     ) -> None:
         self._addresses = addresses
         self._model = model
         self._tenant = tenant
+        self._coalesce_ms = coalesce_ms
         self._timeout_s = timeout_s
         self._sampling = dict(sampling)
         self._stub = stub
@@ -126,7 +135,12 @@ class AsyncConversation:
         timeout_s = timeout_s or self._timeout_s
         self._sampling |= sampling
         request = requests.converse_request(
-            messages, model=self._model, tenant=self._tenant, sampling=self._sampling, timeout_ms=int(timeout_s * 1000)
+            messages,
+            model=self._model,
+            tenant=self._tenant,
+            sampling=self._sampling,
+            timeout_ms=int(timeout_s * 1000),
+            coalesce_ms=self._coalesce_ms,
         )
         if self._call is None:
             self._call = self._stub(self._addresses.current).Converse(timeout=MAX_CONVERSATION_S)

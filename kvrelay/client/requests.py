@@ -10,6 +10,7 @@ from typing import Any
 
 from kvrelay import wire
 from kvrelay.client.results import ChatMessage
+from kvrelay.config import MAX_COALESCE_MS
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import inference_pb2, session_pb2
@@ -27,6 +28,7 @@ def generate_request(
     tenant: str,
     resumable: bool,
     idempotency_key: str | None,
+    coalesce_ms: int | None,
     sampling: Mapping[str, Any],
 ) -> inference_pb2.GenerateRequest:
     """A request for one completion.
@@ -45,6 +47,7 @@ def generate_request(
         tenant=tenant,
         resumable=resumable,
         idempotency_key=idempotency_key or "",
+        coalesce_ms=_coalesce_ms(coalesce_ms),
         sampling=sampling_message(sampling),
     )
     if prompt is not None:
@@ -59,7 +62,13 @@ def generate_request(
 
 
 def converse_request(
-    messages: str | Iterable[Message], *, model: str, tenant: str, sampling: Mapping[str, Any], timeout_ms: int
+    messages: str | Iterable[Message],
+    *,
+    model: str,
+    tenant: str,
+    sampling: Mapping[str, Any],
+    timeout_ms: int,
+    coalesce_ms: int | None,
 ) -> inference_pb2.ConverseRequest:
     """One turn; a plain text is the user's. Without sampling parameters those of the turn before hold.
 
@@ -74,7 +83,13 @@ def converse_request(
         tenant=tenant,
         sampling=sampling_message(sampling) if sampling else None,
         timeout_ms=timeout_ms,
+        coalesce_ms=_coalesce_ms(coalesce_ms),
     )
+
+
+def resume_request(request_id: str, from_index: int, coalesce_ms: int | None) -> inference_pb2.ResumeRequest:
+    """Asks for a request's output again."""
+    return inference_pb2.ResumeRequest(request_id=request_id, from_index=from_index, coalesce_ms=_coalesce_ms(coalesce_ms))
 
 
 def tokenize_request(text: str | None, messages: Iterable[Message] | None, model: str) -> inference_pb2.TokenizeRequest:
@@ -143,6 +158,12 @@ def _token_ids(token_ids: Iterable[int]) -> list[int]:
         if not 0 <= token_id < 2**32:
             raise InvalidRequestError(f"token_ids[{number}]", f"is {token_id}; it must be an id of the model's vocabulary")
     return ids
+
+
+def _coalesce_ms(value: int | None) -> int | None:
+    if value is not None and not 0 <= value <= MAX_COALESCE_MS:
+        raise InvalidRequestError("coalesce_ms", f"is {value}; it must lie between 0 and {MAX_COALESCE_MS}")
+    return value
 
 
 def _utf8(field: str, text: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from kvrelay.backoff import Backoff
+from kvrelay.client import requests
 from kvrelay.client.results import Accepted, Completion, Delta, Event, Finished, Output
 from kvrelay.error_status import DETAILS_METADATA_KEY, error_of_rpc
 from kvrelay.errors import DeadlineError, InternalError, KvrelayError, UnavailableError
@@ -72,7 +73,8 @@ class StreamState:
             return first
         for output in self._outputs.values():
             output.num_characters_to_skip = len(output.text)
-        return inference_pb2.ResumeRequest(request_id=self.accepted.request_id, from_index=self.from_index)
+        coalesce_ms = first.coalesce_ms if first.HasField("coalesce_ms") else None
+        return requests.resume_request(self.accepted.request_id, self.from_index, coalesce_ms)
 
     def text(self, sequence: int = 0) -> str:
         """Text of a sequence so far."""

@@ -227,3 +227,29 @@ async def test_a_deadline_ends_the_request_in_time(bench: Bench) -> None:
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert answer.token_ids == {0: expected_token_ids(PROMPT, 3)}
     await bench.at_rest()
+
+
+async def test_coalesced_tokens_are_the_same_in_fewer_messages(bench: Bench) -> None:
+    prefill, decode = await bench.workers.add_prefill(), await bench.workers.add_decode()
+    await bench.announce(prefill, decode)
+    gateway = await bench.gateway()
+    text = TOKENIZER.decode(expected_token_ids(PROMPT, 200))
+    stop = text[150:154]
+    request = token_request(PROMPT, 200, sampling_n=2, sampling_stop=[stop.encode()], coalesce_ms=50)
+    answer = await read_all(gateway.stub.Generate(request))
+    assert answer.texts[0] == text[: text.index(stop)]
+    assert answer.token_ids[1] == expected_token_ids(PROMPT, 200, 1)
+    assert answer.num_messages < 100
+    assert answer.accepted is not None
+    resume = pb.ResumeRequest(request_id=answer.accepted.request_id, from_index=10, coalesce_ms=50)
+    again = await read_all(gateway.stub.Resume(resume), from_index=10)
+    assert again.token_ids[1] == answer.token_ids[1][10:]
+    await bench.at_rest()
+
+
+async def test_a_coalescing_time_out_of_range_is_refused(bench: Bench) -> None:
+    await bench.announce(await bench.workers.add_decode())
+    gateway = await bench.gateway()
+    with pytest.raises(grpc.aio.AioRpcError, match="coalesce_ms") as failure:
+        await read_all(gateway.stub.Generate(token_request(PROMPT, 4, coalesce_ms=51)))
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
