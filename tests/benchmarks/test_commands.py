@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine, kv_cache, roofline
+from benchmarks import engine, kv_cache, perplexity, roofline
 from tests.tiny_models import make_tiny_model
 
 
@@ -65,3 +65,15 @@ def test_engine_measures_prefill_and_decode_beside_the_machines_limits(
     assert {case["batch_size"] for case in cases if case["phase"] == "decode"} == {1, 3}
     assert all(case["tokens_per_s"] > 0 and case["percent_of_bound"] > 0 for case in cases)
     assert (tmp_path / "engine-decode.png").is_file()
+
+
+def test_perplexity_compares_choices_of_types(llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "perplexity.json"
+    perplexity.command(
+        model=llama, tokens=100, window=40, quantize=["none"], kv_dtype=["float32", "bfloat16"], threads=1, json=path
+    )
+    head, *results = document(path)["results"]
+    assert head["num_scored_tokens"] == 39 + 39 + 19
+    assert [(result["kv_dtype"], len(result["window_ratios"])) for result in results] == [("float32", 3), ("bfloat16", 3)]
+    assert results[0]["ratio"] == 1.0
+    assert results[1]["ratio"] == pytest.approx(1.0, abs=0.05)
