@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvrelay.engine.attention_context import StepInput
+from kvrelay.engine.native.core_board import CoreBoard
 from kvrelay.engine.native.library import (
     KV_DTYPES,
     PANEL,
@@ -86,9 +87,9 @@ class FusedDecoder:
         """Memory of the packed weights."""
         return self._arena.total_bytes
 
-    def use_threads(self, num_threads: int) -> None:
-        """Sets how many threads a step uses; not while one runs."""
-        self._library.use_threads(num_threads)
+    def use_threads(self, num_threads: int, cores: Sequence[int] = (), board: CoreBoard | None = None) -> int:
+        """As `NativeLibrary.use_threads`."""
+        return self._library.use_threads(num_threads, cores, board)
 
     def run(
         self, batch: Sequence[StepInput], cache: PagedKVCache, on_layer_written: Callable[[int], None] | None = None

@@ -9,10 +9,6 @@
 
 enum { TILE_KEYS = 64, FEW_ROWS = 12 };
 
-void tile_rows_f32(
-    int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
-    const char *ahead);
-
 // What one tile of rows needs while its keys pass by; one per thread, kept.
 typedef struct {
     int64_t head_dim;
@@ -54,10 +50,21 @@ static inline uint16_t f32_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Element offset of a sequence's token in a side of the pool, at the given KV head.
-static inline int64_t offset_of(const kv_layer *kv, const segment *s, int64_t token, int64_t head) {
-    int64_t slot = s->block_ids[token / kv->block_size] * kv->block_size + token % kv->block_size;
-    return (slot * kv->num_kv_heads + head) * kv->head_dim;
+// Where the keys of a tile lie in either side of the pool, for one KV head: element offsets.
+typedef struct {
+    int64_t num_keys;
+    int64_t offsets[TILE_KEYS];
+} key_tile;
+
+// Finds up to TILE_KEYS keys from key_begin on, those up to `last`.
+static void find_keys(const kv_layer *kv, const segment *s, int64_t head, int64_t key_begin, int64_t last, key_tile *tile) {
+    int64_t row = kv->num_kv_heads * kv->head_dim;
+    int64_t block = key_begin / kv->block_size, within = key_begin % kv->block_size;
+    tile->num_keys = last + 1 - key_begin < TILE_KEYS ? last + 1 - key_begin : TILE_KEYS;
+    for (int64_t key = 0; key < tile->num_keys; block++, within = 0) {
+        int64_t offset = (s->block_ids[block] * kv->block_size + within) * row + head * kv->head_dim;
+        for (; within < kv->block_size && key < tile->num_keys; within++, key++, offset += row) tile->offsets[key] = offset;
+    }
 }
 
 // Eight floats of a key or value at `offset`.
@@ -97,37 +104,41 @@ ALWAYS_INLINE void transpose8(f32x8 r[8], float *to, int64_t stride) {
 #endif
 }
 
-// Keys [key_begin, key_begin + num_keys) of one head, turned: [head_dim][TILE_KEYS]. Columns beyond num_keys are zero.
-static void load_keys(const kv_layer *kv, const segment *s, int64_t head, int64_t key_begin, int64_t num_keys, float *to) {
-    for (int64_t key = 0; key < TILE_KEYS; key += 8) {
-        int64_t offsets[8];
-        for (int i = 0; i < 8; i++) offsets[i] = key + i < num_keys ? offset_of(kv, s, key_begin + key + i, head) : -1;
+// Brings a tile's rows into the cache: a head's rows lie apart, which hides them from the processor's own prefetching.
+static void fetch_rows(const kv_layer *kv, const void *side, const key_tile *tile) {
+    int64_t item = kv->dtype == KV_F32 ? 4 : 2, row_bytes = kv->head_dim * item;
+    for (int64_t key = 0; key < tile->num_keys; key++)
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch((const char *)side + tile->offsets[key] * item + i);
+}
+
+// The tile's keys, turned: [head_dim][TILE_KEYS]. Columns beyond num_keys are zero up to a whole panel.
+static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
+    for (int64_t key = 0; key < tile->num_keys || key % PANEL != 0; key += 8) {
+        int64_t num_present = tile->num_keys - key;
         for (int64_t d = 0; d < kv->head_dim; d += 8) {
             f32x8 rows[8];
-            for (int i = 0; i < 8; i++) rows[i] = offsets[i] < 0 ? splat8(0) : load_kv8(kv->keys, kv->dtype, offsets[i] + d);
+            for (int i = 0; i < 8; i++)
+                rows[i] = i < num_present ? load_kv8(kv->keys, kv->dtype, tile->offsets[key + i] + d) : splat8(0);
             transpose8(rows, to + d * TILE_KEYS + key, TILE_KEYS);
         }
-        if (key + 8 >= num_keys && (key + 8) % PANEL == 0) return;  // later panels are not computed
     }
 }
 
-static void load_values(const kv_layer *kv, const segment *s, int64_t head, int64_t key_begin, int64_t num_keys, float *to) {
-    for (int64_t key = 0; key < num_keys; key++) {
-        int64_t offset = offset_of(kv, s, key_begin + key, head);
+static void load_values(const kv_layer *kv, const key_tile *tile, float *to) {
+    for (int64_t key = 0; key < tile->num_keys; key++)
         for (int64_t d = 0; d < kv->head_dim; d += 8)
-            store8(to + key * kv->head_dim + d, load_kv8(kv->values, kv->dtype, offset + d));
-    }
+            store8(to + key * kv->head_dim + d, load_kv8(kv->values, kv->dtype, tile->offsets[key] + d));
 }
 
 // c[rows][num_columns] (+)= a[rows][k] b[k][num_columns]
 static void multiply_tiles(
     int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
     int64_t k, int add) {
+    const fetch nothing = {(const char *)b, 0};
     for (int64_t row = 0; row < num_rows; row += 6) {
         int64_t rows = num_rows - row < 6 ? num_rows - row : 6;
         for (int64_t column = 0; column < num_columns; column += PANEL)
-            tile_rows_f32(
-                rows, a + row * lda, lda, b + column, ldb, c + row * ldc + column, ldc, k, add, (const char *)(b + column));
+            tile_rows_f32(rows, a + row * lda, lda, b + column, ldb, c + row * ldc + column, ldc, k, add, nothing);
     }
 }
 
@@ -161,21 +172,20 @@ static void renew_softmax(workspace *w, int64_t row, int64_t first_visible, int6
     w->highest[row] = renewed;
 }
 
-static void add_weighted_values(workspace *w, const kv_layer *kv, const segment *s, int64_t head, int64_t num_rows, int64_t key_begin, int64_t num_keys) {
+static void add_weighted_values(workspace *w, const kv_layer *kv, const key_tile *tile, int64_t key_begin, int64_t num_rows) {
     int64_t head_dim = kv->head_dim;
     if (kv->dtype != KV_F32 || num_rows >= FEW_ROWS) {
-        load_values(kv, s, head, key_begin, num_keys, w->values);
-        multiply_tiles(num_rows, head_dim, w->scores, TILE_KEYS, w->values, head_dim, w->out, w->head_dim, num_keys, 1);
+        load_values(kv, tile, w->values);
+        multiply_tiles(num_rows, head_dim, w->scores, TILE_KEYS, w->values, head_dim, w->out, w->head_dim, tile->num_keys, 1);
         return;
     }
     // Few rows: straight from the pool, a block at a time.
-    for (int64_t key = 0; key < num_keys;) {
-        int64_t left = kv->block_size - (key_begin + key) % kv->block_size;
-        int64_t run = left < num_keys - key ? left : num_keys - key;
-        const float *values = (const float *)kv->values + offset_of(kv, s, key_begin + key, head);
+    int64_t run = kv->block_size - key_begin % kv->block_size;
+    for (int64_t key = 0; key < tile->num_keys; key += run, run = kv->block_size) {
+        if (run > tile->num_keys - key) run = tile->num_keys - key;
+        const float *values = (const float *)kv->values + tile->offsets[key];
         multiply_tiles(
             num_rows, head_dim, w->scores + key, TILE_KEYS, values, kv->num_kv_heads * head_dim, w->out, w->head_dim, run, 1);
-        key += run;
     }
 }
 
@@ -222,17 +232,24 @@ static void attend_tile(void *argument, int64_t task) {
         w->total[r] = 0;
     }
     int64_t first_key = c->window > 0 && first >= c->window ? first - c->window + 1 : 0;
+    key_tile keys, next_keys;
+    find_keys(kv, s, head, first_key / TILE_KEYS * TILE_KEYS, last, &next_keys);
     for (int64_t key = first_key / TILE_KEYS * TILE_KEYS; key <= last; key += TILE_KEYS) {
-        int64_t num_keys = last + 1 - key < TILE_KEYS ? last + 1 - key : TILE_KEYS;
-        load_keys(kv, s, head, key, num_keys, w->keys);
-        int64_t num_columns = (num_keys + PANEL - 1) / PANEL * PANEL;
+        keys = next_keys;
+        fetch_rows(kv, kv->values, &keys);
+        load_keys(kv, &keys, w->keys);
+        int64_t num_columns = (keys.num_keys + PANEL - 1) / PANEL * PANEL;
         multiply_tiles(num_rows, num_columns, w->queries, kv->head_dim, w->keys, TILE_KEYS, w->scores, TILE_KEYS, kv->head_dim, 0);
         for (int64_t r = 0; r < num_rows; r++) {
             int64_t position = first + r / group;
             int64_t visible = c->window > 0 ? position - c->window + 1 - key : 0;
             renew_softmax(w, r, visible, position + 1 - key);
         }
-        add_weighted_values(w, kv, s, head, num_rows, key, num_keys);
+        if (key + TILE_KEYS <= last) {
+            find_keys(kv, s, head, key + TILE_KEYS, last, &next_keys);
+            fetch_rows(kv, kv->keys, &next_keys);
+        }
+        add_weighted_values(w, kv, &keys, key, num_rows);
     }
     store_out(c, s, tile, head, group, w);
 }

@@ -20,6 +20,8 @@
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int16_t i16x8 __attribute__((vector_size(16)));
+typedef int16_t i16x8_unaligned __attribute__((vector_size(16), aligned(2)));
 
 ALWAYS_INLINE f32x8 load8(const float *p) { return *(const f32x8_unaligned *)p; }
 ALWAYS_INLINE void store8(float *p, f32x8 v) { *(f32x8_unaligned *)p = v; }
@@ -53,15 +55,17 @@ ALWAYS_INLINE float max_lanes(f32x8 v) {
     return a;
 }
 
+// 1.5 * 2^23: a float plus this is rounded to an integer, which then is the difference of the two bit patterns.
+#define ROUNDING 12582912.0f
+
 ALWAYS_INLINE f32x8 exp8_inline(f32x8 x) {
     // exp(x) = 2^n * exp(r), |r| <= ln2 / 2, by a polynomial; 0 below the smallest normal number.
     const f32x8 lowest = splat8(-87.0f), highest = splat8(88.0f);
     i32x8 underflow = x < lowest;
     x = max8(x, lowest);
     x = -max8(-x, -highest);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    f32x8 shifted = fma8(x, splat8(1.44269504089f), splat8(magic));
-    f32x8 n = shifted - splat8(magic);
+    f32x8 shifted = fma8(x, splat8(1.44269504089f), splat8(ROUNDING));
+    f32x8 n = shifted - splat8(ROUNDING);
     f32x8 r = fma8(n, splat8(-0.693359375f), x);
     r = fma8(n, splat8(2.12194440e-4f), r);
     f32x8 p = splat8(1.9875691500e-4f);
@@ -71,7 +75,7 @@ ALWAYS_INLINE f32x8 exp8_inline(f32x8 x) {
     p = fma8(p, r, splat8(1.6666665459e-1f));
     p = fma8(p, r, splat8(5.0000001201e-1f));
     p = fma8(p, r * r, r + splat8(1.0f));
-    i32x8 exponent = ((i32x8)shifted - (i32x8)splat8(magic)) << 23;
+    i32x8 exponent = ((i32x8)shifted - (i32x8)splat8(ROUNDING)) << 23;
     i32x8 bits = (i32x8)p + exponent;
     return (f32x8)(bits & ~underflow);
 }
@@ -109,6 +113,16 @@ typedef struct {
     int16_t *values;  // [num_rows][k]
     float *scales;    // [num_rows][k / GROUP]
 } quantized_rows;
+
+// Memory to bring into the cache: `step` bytes for each step of a loop.
+typedef struct {
+    const char *begin;
+    int64_t step;
+} fetch;
+
+// c[rows][16] (+)= a[rows][k] * b[k][16] for 1 to 6 rows: what products and attention are made of.
+void tile_rows_f32(
+    int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add, fetch ahead);
 
 // What becomes of a product.
 enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };

@@ -11,6 +11,7 @@ from functools import cache
 import structlog
 
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
+from kvrelay.engine.native.core_board import CoreBoard
 
 PANEL = 16
 """Output columns that the kernels store and compute together."""
@@ -115,25 +116,36 @@ class NativeLibrary:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self._board: CoreBoard | None = None
         library.run_decoder.argtypes = [POINTER(Decoder), POINTER(DecoderStep), c_int64, c_int64]
         library.run_decoder.restype = c_int64
-        library.set_num_threads.argtypes = [c_int64, POINTER(c_int64), c_int64]
-        library.set_num_threads.restype = c_int64
+        library.set_threads.argtypes = [
+            *(c_int64, POINTER(c_int64), c_int64, POINTER(c_int64), c_int64),
+            *(c_void_p, c_int64),
+        ]
+        library.set_threads.restype = c_int64
         library.nanoseconds_spent.argtypes = []
         library.nanoseconds_spent.restype = c_int64
 
-    def use_threads(self, num_threads: int, cores: Sequence[int] = ()) -> int:
-        """Sets the number of threads, the caller's included; not while a step runs.
+    def use_threads(self, num_threads: int, cores: Sequence[int] = (), board: CoreBoard | None = None) -> int:
+        """Sets the threads of a step, the caller's included; not while a step runs.
 
         Args:
             num_threads: at least 1.
-            cores: where the threads beside the caller's may run, one for each; they go anywhere without.
+            cores: of the caller's thread, which must be there already, and of the others; those beyond them run anywhere.
+            board: through which idle cores are borrowed, and these lent.
 
         Returns:
-            How many there are.
+            How many threads there are, guests on borrowed cores included.
         """
-        numbers = (c_int64 * len(cores))(*cores)
-        return int(self._library.set_num_threads(num_threads, numbers, len(cores)))
+        self._board = board  # which the threads use as long as they live
+        guests = () if board is None else tuple(core for core in board.cores if core not in cores)
+        address, num_entries = (None, 0) if board is None else (board.address, board.num_entries)
+        return int(
+            self._library.set_threads(
+                num_threads, _numbers(cores), len(cores), _numbers(guests), len(guests), address, num_entries
+            )
+        )
 
     def run_decoder(self, decoder: Decoder, step: DecoderStep, layer_begin: int, layer_end: int) -> None:
         """Runs layers [layer_begin, layer_end) of a step, the embeddings before the first and the logits after the last.
@@ -147,6 +159,10 @@ class NativeLibrary:
     def seconds_spent(self) -> float:
         """Time in `run_decoder` since the process began."""
         return float(self._library.nanoseconds_spent()) * 1e-9
+
+
+def _numbers(values: Sequence[int]) -> "ctypes.Array[c_int64]":
+    return (c_int64 * len(values))(*values)
 
 
 @cache

@@ -1,7 +1,6 @@
 // Packed matrix products: y = x W^T for f32 and int8 weights, from one row (decode) to thousands (prompts) with the same kernels.
 #include "kernels.h"
 
-#include <math.h>
 #include <string.h>
 
 enum {
@@ -12,10 +11,10 @@ enum {
     TASK_WORK = 4000000,       // multiply-adds of a task with many rows
 };
 
-// c[rows][16] (+)= a[rows][k] * b[k][16]; rows is a constant after inlining. Meanwhile `ahead`, 64 bytes for each of k, is fetched.
+// c[rows][16] (+)= a[rows][k] * b[k][16]; rows is a constant after inlining. Meanwhile memory from `ahead.begin` on is fetched.
 ALWAYS_INLINE void tile_f32(
     const int rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
-    const char *ahead) {
+    fetch ahead) {
     f32x8 sums[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
@@ -24,7 +23,7 @@ ALWAYS_INLINE void tile_f32(
     }
     for (int64_t i = 0; i < k; i++) {
         f32x8 b0 = load8(b + i * ldb), b1 = load8(b + i * ldb + 8);
-        __builtin_prefetch(ahead + i * 64);
+        __builtin_prefetch(ahead.begin + i * ahead.step);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             f32x8 x = splat8(a[r * lda + i]);
@@ -42,7 +41,7 @@ ALWAYS_INLINE void tile_f32(
 // Any number of rows from 1 to MAX_ROWS; also what attention is made of.
 void tile_rows_f32(
     int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
-    const char *ahead) {
+    fetch ahead) {
     switch (rows) {
         case 1: tile_f32(1, a, lda, b, ldb, c, ldc, k, add, ahead); break;
         case 2: tile_f32(2, a, lda, b, ldb, c, ldc, k, add, ahead); break;
@@ -57,7 +56,7 @@ void tile_rows_f32(
 // Products of int16 pairs, summed in pairs, are exact in int32: |x| <= 127, |w| <= 127.
 ALWAYS_INLINE void tile_int8(
     const int rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
-    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    float *c, int64_t ldc, int64_t k, int add, fetch ahead) {
     f32x8 sums[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
@@ -71,7 +70,7 @@ ALWAYS_INLINE void tile_int8(
         for (int64_t i = 0; i < GROUP / 2; i++) {
             __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i * 32)));
             __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i * 32 + 16)));
-            __builtin_prefetch(ahead + i * 32);
+            __builtin_prefetch(ahead.begin + i * ahead.step);
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
                 int32_t pair;
@@ -91,7 +90,7 @@ ALWAYS_INLINE void tile_int8(
             sums[r][1] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][1]), s1 * s, sums[r][1]);
         }
         w += GROUP * PANEL;
-        ahead += GROUP * PANEL;
+        ahead.begin += GROUP / 2 * ahead.step;
         x += GROUP;
     }
 #pragma GCC unroll 6
@@ -103,7 +102,7 @@ ALWAYS_INLINE void tile_int8(
 #else
 static void tile_int8(
     const int rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
-    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    float *c, int64_t ldc, int64_t k, int add, fetch ahead) {
     (void)ahead;
     for (int r = 0; r < rows; r++) {
         float sums[PANEL];
@@ -125,7 +124,7 @@ static void tile_int8(
 
 static void tile_rows_int8(
     int64_t rows, const int16_t *x, int64_t ldx, const float *x_scales, int64_t ldxs, const int8_t *w, const float *w_scales,
-    float *c, int64_t ldc, int64_t k, int add, const char *ahead) {
+    float *c, int64_t ldc, int64_t k, int add, fetch ahead) {
     switch (rows) {
         case 1: tile_int8(1, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
         case 2: tile_int8(2, x, ldx, x_scales, ldxs, w, w_scales, c, ldc, k, add, ahead); break;
@@ -148,18 +147,25 @@ typedef struct {
 
 static int64_t panel_bytes(const matrix *w) { return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : 1); }
 
-// Rows [row, row + rows) of one panel's 16 columns. The panel `ahead` is brought into the cache meanwhile.
-static void multiply_tile(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead, float *c, int64_t ldc, int add) {
+// Rows [row, row + rows) of one panel's 16 columns; part `part` of `num_parts` of the panel `ahead` is fetched meanwhile.
+typedef struct {
+    int64_t row, rows, panel, ahead, part, num_parts;
+} tile_place;
+
+static void multiply_tile(const product *p, tile_place at, float *c, int64_t ldc, int add) {
     int64_t k = p->w->k, num_bytes = panel_bytes(p->w);
     const char *data = p->w->data;
+    fetch ahead = {data + at.ahead * num_bytes + num_bytes * at.part / at.num_parts, 0};
     if (p->w->kind == MATRIX_F32) {
-        const float *b = (const float *)(data + panel * num_bytes);
-        tile_rows_f32(rows, p->x + row * k, k, b, PANEL, c, ldc, k, add, data + ahead * num_bytes);
+        const float *b = (const float *)(data + at.panel * num_bytes);
+        ahead.step = 4 * PANEL / at.num_parts;
+        tile_rows_f32(at.rows, p->x + at.row * k, k, b, PANEL, c, ldc, k, add, ahead);
     } else {
-        const float *scales = p->w->scales + panel * (k / GROUP) * PANEL;
+        const float *scales = p->w->scales + at.panel * (k / GROUP) * PANEL;
+        ahead.step = 2 * PANEL / at.num_parts;
         tile_rows_int8(
-            rows, p->q->values + row * k, k, p->q->scales + row * (k / GROUP), k / GROUP,
-            (const int8_t *)(data + panel * num_bytes), scales, c, ldc, k, add, data + ahead * num_bytes);
+            at.rows, p->q->values + at.row * k, k, p->q->scales + at.row * (k / GROUP), k / GROUP,
+            (const int8_t *)(data + at.panel * num_bytes), scales, c, ldc, k, add, ahead);
     }
 }
 
@@ -171,46 +177,54 @@ static void add_bias(const product *p, int64_t rows, int64_t column, float *c, i
 
 ALWAYS_INLINE f32x8 silu8(f32x8 x) { return x / (splat8(1.0f) + exp8_inline(-x)); }
 
-static void multiply_gated(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead) {
+static void multiply_gated(const product *p, tile_place at) {
     float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
-    multiply_tile(p, row, rows, panel, ahead, gate, PANEL, 0);
-    multiply_tile(p, row, rows, panel + 1, ahead + 1, up, PANEL, 0);
-    add_bias(p, rows, panel * PANEL, gate, PANEL, PANEL);
-    add_bias(p, rows, (panel + 1) * PANEL, up, PANEL, PANEL);
-    for (int64_t r = 0; r < rows; r++)
+    tile_place at_up = at;
+    at_up.panel++;
+    at_up.ahead++;
+    multiply_tile(p, at, gate, PANEL, 0);
+    multiply_tile(p, at_up, up, PANEL, 0);
+    add_bias(p, at.rows, at.panel * PANEL, gate, PANEL, PANEL);
+    add_bias(p, at.rows, at_up.panel * PANEL, up, PANEL, PANEL);
+    for (int64_t r = 0; r < at.rows; r++) {
+        float *out = p->out + (at.row + r) * p->ldo + at.panel / 2 * PANEL;
         for (int64_t i = 0; i < PANEL; i += 8)
-            store8(p->out + (row + r) * p->ldo + panel / 2 * PANEL + i, silu8(load8(gate + r * PANEL + i)) * load8(up + r * PANEL + i));
+            store8(out + i, silu8(load8(gate + r * PANEL + i)) * load8(up + r * PANEL + i));
+    }
 }
 
-static void multiply_plain(const product *p, int64_t row, int64_t rows, int64_t panel, int64_t ahead) {
-    float *c = p->out + row * p->ldo + panel * PANEL;
-    int64_t num_columns = p->w->n - panel * PANEL;
+static void multiply_plain(const product *p, tile_place at) {
+    float *c = p->out + at.row * p->ldo + at.panel * PANEL;
+    int64_t num_columns = p->w->n - at.panel * PANEL;
+    int add = p->mode == OUTPUT_ADD;
     if (num_columns >= PANEL) {
-        multiply_tile(p, row, rows, panel, ahead, c, p->ldo, p->mode == OUTPUT_ADD);
-        add_bias(p, rows, panel * PANEL, c, p->ldo, PANEL);
+        multiply_tile(p, at, c, p->ldo, add);
+        add_bias(p, at.rows, at.panel * PANEL, c, p->ldo, PANEL);
         return;
     }
     // The last panel is wider than the output.
     float padded[MAX_ROWS * PANEL] = {0};
-    if (p->mode == OUTPUT_ADD)
-        for (int64_t r = 0; r < rows; r++) memcpy(padded + r * PANEL, c + r * p->ldo, num_columns * sizeof(float));
-    multiply_tile(p, row, rows, panel, ahead, padded, PANEL, p->mode == OUTPUT_ADD);
-    add_bias(p, rows, panel * PANEL, padded, PANEL, num_columns);
-    for (int64_t r = 0; r < rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
+    for (int64_t r = 0; add && r < at.rows; r++) memcpy(padded + r * PANEL, c + r * p->ldo, num_columns * sizeof(float));
+    multiply_tile(p, at, padded, PANEL, add);
+    add_bias(p, at.rows, at.panel * PANEL, padded, PANEL, num_columns);
+    for (int64_t r = 0; r < at.rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
 }
 
-// The rows of a block times a group of panels that stays in the second-level cache. The block's last rows fetch the next group.
+// The rows of a block times a group of panels that stays in the second-level cache; the next group is fetched meanwhile.
 static void multiply_group(const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
-    int64_t step = p->mode == OUTPUT_GATED ? 2 : 1;
-    for (int64_t row = row_begin; row < row_end; row += MAX_ROWS) {
-        int64_t rows = row_end - row < MAX_ROWS ? row_end - row : MAX_ROWS;
-        int64_t distance = row + rows == row_end ? panel_end - panel_begin : 0;
-        for (int64_t panel = panel_begin; panel < panel_end; panel += step) {
-            int64_t ahead = panel + distance + step <= p->num_panels ? panel + distance : panel;
+    int64_t step = p->mode == OUTPUT_GATED ? 2 : 1, num_rows = row_end - row_begin;
+    int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        // Tiles of even height: two rows more would cost almost as much as six.
+        tile_place at = {.row = row_begin + num_rows * tile / num_tiles, .part = tile, .num_parts = num_tiles};
+        at.rows = row_begin + num_rows * (tile + 1) / num_tiles - at.row;
+        for (at.panel = panel_begin; at.panel < panel_end; at.panel += step) {
+            int64_t ahead = at.panel + panel_end - panel_begin;
+            at.ahead = ahead + step <= p->num_panels ? ahead : at.panel;
             if (p->mode == OUTPUT_GATED)
-                multiply_gated(p, row, rows, panel, ahead);
+                multiply_gated(p, at);
             else
-                multiply_plain(p, row, rows, panel, ahead);
+                multiply_plain(p, at);
         }
     }
 }
@@ -260,6 +274,9 @@ void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *
             float scale = max_lanes(largest) / 127.0f;
             float inverse = scale > 0 ? 1.0f / scale : 0;
             out->scales[row * (k / GROUP) + g] = scale;
-            for (int i = 0; i < GROUP; i++) to[i] = (int16_t)lrintf(from[i] * inverse);
+            for (int i = 0; i < GROUP; i += 8) {
+                i32x8 rounded = (i32x8)fma8(load8(from + i), splat8(inverse), splat8(ROUNDING)) - (i32x8)splat8(ROUNDING);
+                *(i16x8_unaligned *)(to + i) = __builtin_convertvector(rounded, i16x8);
+            }
         }
 }

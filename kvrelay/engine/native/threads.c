@@ -2,29 +2,54 @@
 //
 // A loop is a ticket (generation, number of tasks, next task) in one 64-bit word. Whoever is free claims the next task by
 // compare-and-set, so a helper that comes late, or not at all, delays nobody, and none can claim a task of a loop that has ended.
+//
+// Threads on cores of one's own always help. Guests run on cores that belong to other processes, and only while these are idle:
+// every process notes on a board, shared by all on the machine, when its threads last worked on their cores. A guest looks at
+// the board before each task, so the owner gets its core back within one task, some 100 microseconds.
 #define _GNU_SOURCE
 #include "kernels.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
 
-enum { MAX_HELPERS = 255, NUM_SPINS = 4000 };
+enum {
+    MAX_HELPERS = 255,
+    NUM_SPINS = 4000,          // some 100 microseconds: longer than what lies between two loops of a step
+    IDLE_NS = 3000000,         // longer than what lies between two steps of a busy worker
+    LOOK_INTERVAL_NS = 500000  // how often the caller looks for idle cores
+};
 
 static _Atomic uint64_t ticket;  // generation << 32 | num_tasks << 16 | next
 static _Atomic int64_t num_done;
 static task_function job_function;
 static void *job_argument;
 
-static int num_helpers;
-static pthread_t helpers[MAX_HELPERS];
-static _Atomic int num_sleeping;
+typedef struct {
+    pthread_t thread;
+    int64_t core;       // -1: not pinned
+    int guest;
+    _Atomic int enabled, asleep;
+} helper;
+
+static helper helpers[MAX_HELPERS];
+static int num_helpers, num_guests;
+static _Atomic int stopping;
 static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
-static _Atomic int stopping;
+
+// [core]: when a thread that owns the core last worked there; one cache line each. NULL: cores are not shared.
+typedef struct {
+    _Atomic int64_t worked_ns;
+    char padding[56];
+} board_entry;
+static board_entry *board;
+static int64_t caller_core;
+static int64_t looked_ns;
 
 static void pause_briefly(void) {
 #if HAVE_AVX2
@@ -32,13 +57,29 @@ static void pause_briefly(void) {
 #endif
 }
 
-// Claims and runs tasks of the current loop until none is left.
-static void work(void) {
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void note_work(int64_t core) {
+    if (board != NULL && core >= 0) atomic_store_explicit(&board[core].worked_ns, now_ns(), memory_order_relaxed);
+}
+
+static int is_idle(int64_t core) {
+    return now_ns() - atomic_load_explicit(&board[core].worked_ns, memory_order_relaxed) > IDLE_NS;
+}
+
+// Claims and runs tasks of the current loop until none is left, or until the guest has to leave.
+static void work(int64_t core, int guest) {
     uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
     for (;;) {
         uint64_t next = seen & 0xffff, num_tasks = seen >> 16 & 0xffff;
         if (next >= num_tasks) return;
+        if (guest && !is_idle(core)) return;
         if (!atomic_compare_exchange_weak_explicit(&ticket, &seen, seen + 1, memory_order_acq_rel, memory_order_acquire)) continue;
+        if (!guest) note_work(core);
         // The loop cannot end before this task has, so its function and argument are still there.
         job_function(job_argument, (int64_t)next);
         atomic_fetch_add_explicit(&num_done, 1, memory_order_release);
@@ -51,64 +92,57 @@ static int has_work(void) {
     return (seen & 0xffff) < (seen >> 16 & 0xffff);
 }
 
-static void *help(void *unused) {
-    (void)unused;
+static int may_help(const helper *me) { return atomic_load(&me->enabled) && has_work(); }
+
+static void sleep_until_wanted(helper *me) {
+    pthread_mutex_lock(&sleep_mutex);
+    atomic_store(&me->asleep, 1);
+    while (!may_help(me) && !atomic_load(&stopping)) pthread_cond_wait(&sleep_condition, &sleep_mutex);
+    atomic_store(&me->asleep, 0);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+
+static void *help(void *argument) {
+    helper *me = argument;
     while (!atomic_load(&stopping)) {
-        int spins = 0;
-        while (!has_work() && spins < NUM_SPINS && !atomic_load(&stopping)) {
-            pause_briefly();
-            spins++;
+        for (int spins = 0; atomic_load(&me->enabled) && !has_work() && spins < NUM_SPINS; spins++) pause_briefly();
+        if (!may_help(me)) sleep_until_wanted(me);
+        if (me->guest && !is_idle(me->core)) {
+            atomic_store(&me->enabled, 0);
+            continue;
         }
-        if (!has_work() && !atomic_load(&stopping)) {
-            pthread_mutex_lock(&sleep_mutex);
-            atomic_fetch_add(&num_sleeping, 1);
-            while (!has_work() && !atomic_load(&stopping)) pthread_cond_wait(&sleep_condition, &sleep_mutex);
-            atomic_fetch_sub(&num_sleeping, 1);
-            pthread_mutex_unlock(&sleep_mutex);
-        }
-        work();
+        work(me->core, me->guest);
     }
     return NULL;
 }
 
+static void wake_all(void) {
+    pthread_mutex_lock(&sleep_mutex);
+    pthread_cond_broadcast(&sleep_condition);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+
+// Lets guests in whose cores have become idle.
+static void look_for_idle_cores(void) {
+    int64_t now = now_ns();
+    if (now - looked_ns < LOOK_INTERVAL_NS) return;
+    looked_ns = now;
+    for (int i = num_helpers - num_guests; i < num_helpers; i++)
+        if (!atomic_load(&helpers[i].enabled) && is_idle(helpers[i].core)) atomic_store(&helpers[i].enabled, 1);
+}
+
 static void wake_helpers(void) {
-    if (atomic_load(&num_sleeping) == 0) return;
-    pthread_mutex_lock(&sleep_mutex);
-    pthread_cond_broadcast(&sleep_condition);
-    pthread_mutex_unlock(&sleep_mutex);
-}
-
-static void pin(pthread_t thread, int64_t core) {
-#if defined(__linux__)
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(core, &set);
-    pthread_setaffinity_np(thread, sizeof(set), &set);  // fails where the core is not ours: then it runs anywhere
-#else
-    (void)thread, (void)core;
-#endif
-}
-
-// Sets the number of threads, the caller's included; the others run on `cores`, one on each, as far as these go.
-// Returns how many there are.
-int64_t set_num_threads(int64_t num_threads, const int64_t *cores, int64_t num_cores) {
-    atomic_store(&stopping, 1);
-    pthread_mutex_lock(&sleep_mutex);
-    pthread_cond_broadcast(&sleep_condition);
-    pthread_mutex_unlock(&sleep_mutex);
-    for (int i = 0; i < num_helpers; i++) pthread_join(helpers[i], NULL);
-    num_helpers = 0;
-    atomic_store(&stopping, 0);
-    while (num_helpers < num_threads - 1 && num_helpers < MAX_HELPERS) {
-        if (pthread_create(&helpers[num_helpers], NULL, help, NULL) != 0) break;
-        if (num_helpers < num_cores) pin(helpers[num_helpers], cores[num_helpers]);
-        num_helpers++;
-    }
-    return num_helpers + 1;
+    for (int i = 0; i < num_helpers; i++)
+        if (atomic_load(&helpers[i].enabled) && atomic_load(&helpers[i].asleep)) {
+            wake_all();
+            return;
+        }
 }
 
 void parallel_for(int64_t num_tasks, task_function function, void *argument) {
+    if (num_guests > 0) look_for_idle_cores();
     if (num_tasks <= 1 || num_helpers == 0) {
+        note_work(caller_core);
         for (int64_t i = 0; i < num_tasks; i++) function(argument, i);
         return;
     }
@@ -118,6 +152,58 @@ void parallel_for(int64_t num_tasks, task_function function, void *argument) {
     uint64_t generation = (atomic_load_explicit(&ticket, memory_order_relaxed) >> 32) + 1;
     atomic_store(&ticket, generation << 32 | (uint64_t)num_tasks << 16);
     wake_helpers();
-    work();
+    work(caller_core, 0);
     while (atomic_load_explicit(&num_done, memory_order_acquire) < num_tasks) pause_briefly();
+}
+
+// ---------------------------------------------------------------- set-up
+
+static void pin(pthread_t thread, int64_t core) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    pthread_setaffinity_np(thread, sizeof(set), &set);  // fails where the core is not to be had: then it runs anywhere
+#else
+    (void)thread, (void)core;
+#endif
+}
+
+static int add_helper(int64_t core, int guest) {
+    if (num_helpers == MAX_HELPERS) return 0;
+    helper *h = &helpers[num_helpers];
+    h->core = core;
+    h->guest = guest;
+    atomic_store(&h->enabled, !guest);
+    atomic_store(&h->asleep, 0);
+    if (pthread_create(&h->thread, NULL, help, h) != 0) return 0;
+    if (core >= 0) pin(h->thread, core);
+    num_helpers++;
+    return 1;
+}
+
+static void stop_helpers(void) {
+    atomic_store(&stopping, 1);
+    wake_all();
+    for (int i = 0; i < num_helpers; i++) pthread_join(helpers[i].thread, NULL);
+    num_helpers = num_guests = 0;
+    atomic_store(&stopping, 0);
+}
+
+// Sets the threads of this process, the caller's included; not while a loop runs.
+//   cores: of the caller and of the helpers, in this order, as far as they go; helpers beyond them are not pinned
+//   guest_cores: of other processes; one guest each, if there is a board
+//   shared_board: memory that all processes of the machine map, 64 bytes for each core number below board_cores, or NULL
+// Returns how many threads there are.
+int64_t set_threads(
+    int64_t num_threads, const int64_t *cores, int64_t num_cores, const int64_t *guest_cores, int64_t num_guest_cores,
+    void *shared_board, int64_t board_cores) {
+    stop_helpers();
+    board = shared_board;
+    caller_core = num_cores > 0 && cores[0] < board_cores ? cores[0] : -1;
+    for (int64_t i = 1; i < num_threads; i++)
+        if (!add_helper(i < num_cores ? cores[i] : -1, 0)) break;
+    for (int64_t i = 0; board != NULL && i < num_guest_cores; i++)
+        if (guest_cores[i] < board_cores && add_helper(guest_cores[i], 1)) num_guests++;
+    return num_helpers + 1;
 }
