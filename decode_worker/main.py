@@ -16,6 +16,7 @@ from decode_worker.service import DecodeService
 from decode_worker.speculation import SpeculationLimits
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
+from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.telemetry import configure_logging
 from kvrelay.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc, session_pb2
 from kvrelay.worker_engine import WorkerEngine, build_engine
@@ -36,7 +37,9 @@ def run(settings: DecodeSettings) -> None:
     """
     configure_logging(settings.server.log_level, settings.server.log_format, role="decode")
     check_redis_url(settings.server)
-    asyncio.run(serve(settings, build_engine(settings.engine)))
+    engine = build_engine(settings.engine)
+    keep_what_is_loaded()
+    asyncio.run(serve(settings, engine))
 
 
 async def serve(settings: DecodeSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:

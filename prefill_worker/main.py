@@ -8,6 +8,7 @@ import grpc
 
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
+from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.transports import GrpcTransport
 from kvrelay.telemetry import configure_logging
 from kvrelay.v1 import prefill_pb2_grpc, session_pb2
@@ -34,7 +35,9 @@ def run(settings: PrefillSettings) -> None:
     """
     configure_logging(settings.server.log_level, settings.server.log_format, role="prefill")
     check_redis_url(settings.server)
-    asyncio.run(serve(settings, build_engine(settings.engine)))
+    engine = build_engine(settings.engine)
+    keep_what_is_loaded()
+    asyncio.run(serve(settings, engine))
 
 
 async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:

@@ -11,6 +11,7 @@ import typer
 from kvrelay.cli.setting_options import takes_settings
 from kvrelay.config import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings, Settings
 from kvrelay.errors import StartupError
+from kvrelay.garbage_collection import pause_collection
 from kvrelay.settings_sources import SettingsSources
 
 app = typer.Typer(help="Run the gateway, a worker, or everything.", no_args_is_help=True)
@@ -58,6 +59,7 @@ def _run_role(role: str, settings: Settings) -> None:
     Raises:
         StartupError: a library that the role needs is not installed.
     """
+    pause_collection()
     try:
         module: Any = importlib.import_module(_MODULES[role])
     except ModuleNotFoundError as error:
