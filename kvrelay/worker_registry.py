@@ -78,7 +78,7 @@ class WorkerRegistry:
 
     @asynccontextmanager
     async def watch(
-        self, interval_ms: int = 500, on_change: Callable[[tuple[Member, ...]], None] | None = None
+        self, interval_ms: int = 100, on_change: Callable[[tuple[Member, ...]], None] | None = None
     ) -> AsyncIterator["MemberView"]:
         """`async with registry.watch() as view:` keeps a view of the members up to date.
 
