@@ -29,5 +29,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "serve": Benchmark("benchmarks.serve", "Load on a cluster: TTFT, ITL, throughput, goodput."),
     "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),
     "transfer": Benchmark("benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."),
+    "startup": Benchmark("benchmarks.startup", "From `serve all` to its first token, and its workers' memory."),
     "peers": Benchmark("benchmarks.peers", "Other engines beside ours, interleaved in one run."),
 }

@@ -1,7 +1,7 @@
 """When Python looks for garbage cycles in a process that serves: not while it starts, and later not in what it started with.
 
-A worker begins with hundreds of thousands of objects that live as long as it does. Going through them takes a tenth of a second, in
-which no thread of the process runs Python: every stream would wait for it.
+A worker begins with hundreds of thousands of objects that live as long as it does. Going through them takes a tenth of a second,
+in which no thread of the process runs Python: every stream would wait for it.
 """
 
 import gc
