@@ -108,8 +108,8 @@ def _attend_segment(
     view = segment.view(scoring.window)
     if view.block_ids is not None:
         keys, values = context.cache.gather(layer, view.block_ids)  # [num_blocks * block_size, num_kv_heads, head_dim]
-        key = keys[: view.num_keys].transpose(0, 1).unsqueeze(0)
-        value = values[: view.num_keys].transpose(0, 1).unsqueeze(0)
+        key = keys[: view.num_keys].to(query.dtype).transpose(0, 1).unsqueeze(0)
+        value = values[: view.num_keys].to(query.dtype).transpose(0, 1).unsqueeze(0)
     if scoring.softcap is None and scoring.sinks is None:
         attended = functional.scaled_dot_product_attention(
             query,
@@ -147,6 +147,7 @@ def _attend_group(context: AttentionContext, group: DecodeGroup, layer: int, que
     # A mask does not stop a NaN that another sequence left behind this one's end.
     keys.index_fill_(0, view.unwritten, 0)
     values.index_fill_(0, view.unwritten, 0)
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     num_kv_heads = keys.shape[1]
     key = keys.view(num_sequences, num_keys, num_kv_heads, head_dim).transpose(1, 2)
     value = values.view(num_sequences, num_keys, num_kv_heads, head_dim).transpose(1, 2)
