@@ -19,7 +19,8 @@ from benchmarks.report import Report
 from kvrelay.model_store import ModelStore, default_model_dir
 from kvrelay.telemetry import configure_logging
 
-FLOOD_TOKENS = 20_000
+FLOOD_TOKENS_PER_S = 4000
+"""The flood is as long as this would take for a paced load's time."""
 SEARCH_FACTOR = 0.8
 MAX_SEARCHES = 8
 MIN_KEPT_SHARE = 0.97
@@ -84,7 +85,7 @@ async def _loads(
 ) -> AsyncIterator[tuple[str, RelayResult]]:
     """Flood, highest rate that is kept up with, and half of it."""
     output.progress(f"{num_streams} streams, coalescing {coalesce_ms} ms")
-    flood = await bench.measure(RelayLoad(num_streams, None, FLOOD_TOKENS, coalesce_ms))
+    flood = await bench.measure(RelayLoad(num_streams, None, int(FLOOD_TOKENS_PER_S * seconds), coalesce_ms))
     yield "flood", flood
     rate = flood.tokens_per_s
     for _ in range(MAX_SEARCHES):

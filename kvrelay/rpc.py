@@ -22,6 +22,9 @@ _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second process on the same port must fail, not share it
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    # Clients ping to measure the bandwidth while they read. One that reads old data while there is nothing new to send would be
+    # cut off for "too many pings", and with it all its streams.
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
