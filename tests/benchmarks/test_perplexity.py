@@ -46,8 +46,8 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_the_text_is_the_same_every_time_and_has_licences_and_sources() -> None:
-    text = installed_text(40_000)
-    assert text == installed_text(40_000)
-    assert len(text) == 40_000
-    assert "WITHOUT WARRANTIES" in text.upper()
+    text = installed_text(15_000)
+    assert text == installed_text(15_000)
+    assert len(text) == 15_000
+    assert "MIT License" in text
     assert "import " in text
