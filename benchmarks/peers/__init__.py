@@ -1,0 +1,1 @@
+"""kvrelay measured against what people would use instead, in one run."""

@@ -1,0 +1,26 @@
+"""What both adapters of kvrelay tell its engine."""
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.peers.adapters.adapter_loop import Options
+
+if TYPE_CHECKING:
+    from kvrelay.config import EngineSettings
+
+
+def engine_settings(options: Options, **more: Any) -> "EngineSettings":
+    """Settings for these options.
+
+    Raises:
+        ValueError: this version cannot quantize in that way.
+    """
+    from kvrelay.config import EngineSettings
+
+    settings: dict[str, Any] = {"model": options.model_folder, "dtype": "float32", "prefix_cache": False, **more}
+    if options.chunk_tokens is not None:
+        settings["prefill_chunk_tokens"] = options.chunk_tokens
+    if options.weights != "f32":
+        if "quantize" not in EngineSettings.model_fields:
+            raise ValueError(f"this version of kvrelay has no weights of {options.weights}")
+        settings["quantize"] = options.weights
+    return EngineSettings(**settings)
