@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvrelay.engine import sampler
+from kvrelay.engine import sampler, truncation
 from kvrelay.engine.sampler import SamplingInput, sample, uniform
 from kvrelay.errors import InternalError
 from kvrelay.sampling_params import SamplingParams
@@ -108,11 +108,12 @@ class TestDistribution:
         assert all(share > 0 for share in actual[:4])
         assert not any(actual[4:])
 
-    def test_top_p_looks_beyond_the_first_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("steps", [(), (2,), (5, 100)])
+    def test_top_p_looks_beyond_the_first_candidates(self, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         logits = torch.randn(200, 300)
         inputs = [item(index, top_p=0.95, min_p=0.001) for index in range(200)]
         expected = sample(logits, inputs)
-        monkeypatch.setattr(sampler, "NUM_CANDIDATES", 5)
+        monkeypatch.setattr(truncation, "CANDIDATE_STEPS", steps)
         assert sample(logits, inputs) == expected
 
     def test_a_flat_vocabulary_is_drawn_evenly(self) -> None:
@@ -128,6 +129,49 @@ class TestDistribution:
         for value in (0.0, 1.0 - 2.0**-53):
             monkeypatch.setattr(sampler, "uniform", lambda seed, sequence, index, value=value: value)
             assert choose(logits, item()) in (1, 2)
+
+
+class TestAgainstSorting:
+    """The same by sorting the whole vocabulary in float64, one row after another."""
+
+    @pytest.mark.parametrize(
+        "sampling",
+        [
+            {},
+            {"temperature": 0.4},
+            {"top_k": 1},
+            {"top_k": 50},
+            {"top_k": 70},
+            {"top_k": 900, "top_p": 0.99},
+            {"top_p": 0.3},
+            {"top_p": 0.95},
+            {"top_p": 0.999, "temperature": 2.0},
+            {"min_p": 0.05},
+            {"top_k": 20, "top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
+        ],
+    )
+    @pytest.mark.parametrize("vocab_size", [1024, 1000])
+    def test_the_same_tokens_are_chosen(self, sampling: dict[str, Any], vocab_size: int) -> None:
+        logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(1)) * 2
+        inputs = [item(index, **sampling) for index in range(64)]
+        expected = [self.choose(logits[index], inputs[index].sampling, index) for index in range(64)]
+        assert [token.token_id for token in sample(logits, inputs)] == expected
+
+    def choose(self, logits: torch.Tensor, sampling: SamplingParams, index: int) -> int:
+        probabilities = (logits.double() / sampling.temperature).softmax(dim=-1)
+        order = probabilities.argsort(descending=True).tolist()
+        kept = order[: sampling.top_k or len(order)]
+        mass, needed = 0.0, sampling.top_p * float(probabilities[kept].sum())
+        if sampling.top_p < 1.0:
+            for number, token_id in enumerate(kept):
+                mass += float(probabilities[token_id])
+                if mass >= needed:
+                    kept = kept[: number + 1]
+                    break
+        kept = [token_id for token_id in kept if probabilities[token_id] >= sampling.min_p * probabilities[order[0]]]
+        cumulated = torch.zeros_like(probabilities).index_put((torch.tensor(kept),), probabilities[kept]).cumsum(dim=-1)
+        target = uniform(7, 0, index) * float(cumulated[-1])
+        return int((cumulated <= target).sum())
 
 
 class TestPenalties:
