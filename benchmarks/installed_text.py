@@ -17,7 +17,7 @@ FILES_OF_A_PACKAGE = 6
 
 
 def installed_text(num_characters: int) -> str:
-    """So many characters, or all there are if those are fewer: beginnings of a licence and a source of every package, and again."""
+    """So many characters, or all there are if those are fewer: a licence and a source of every package, then the next ones."""
     parts: list[str] = []
     num_found = 0
     for path in _paths():
