@@ -57,6 +57,9 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of weights and KV; auto is float32 on cpu and the model's own on cuda."
     )
+    kernels: Literal["auto", "off"] = Field(
+        default="auto", description="auto compiles kernels for float32 and int8 on the CPU; off leaves everything to torch."
+    )
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 quantizes weights and activations; the same on all workers of a model."
     )
@@ -81,6 +84,11 @@ class EngineSettings(Settings):
 class TransferSettings(Settings):
     """How KV travels."""
 
+    transfer_transport: Literal["auto", "grpc", "shared-memory"] = Field(
+        default="auto",
+        description="How KV payloads travel: through shared memory to a decode worker on the same host and over gRPC to others "
+        "(auto), always over gRPC, or through shared memory only, so that a transfer to another host fails.",
+    )
     transfer_window_mib: int = Field(
         default=16, ge=1, description="Most KV on the wire and not yet acknowledged, per request, in MiB."
     )

@@ -54,12 +54,13 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     device = choose_device(settings.device)
     name = settings.served_model_name or folder.name
     loaded = load_model(folder, name, choose_dtype(settings.dtype, device), device)
-    fused = fuse_model(loaded, int8=settings.quantize == "int8")
-    model = _limit_context(with_kv_dtype(fused, settings.kv_dtype), settings.max_context_tokens)
-    if model.decoder is not None:
-        # What is left to torch is small, and its threads would spin on the kernels' cores.
-        use_threads(1)
-        model.decoder.use_threads(num_threads)
+    model = with_kv_dtype(_put_on_kernels(loaded, settings), settings.kv_dtype)
+    model = _limit_context(model, settings.max_context_tokens)
+    if model.kernels is not None:
+        model.kernels.use_threads(num_threads)
+        if model.decoder is not None:
+            # What is left to torch is small, and its threads would spin on the kernels' cores.
+            use_threads(1)
     layout = model.spec.kv_layout
     num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
     cache = _make_pool(layout, num_blocks, settings.block_size, model)
@@ -70,7 +71,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         num_blocks=num_blocks,
         kv_mib=cache.pool_bytes // BYTES_PER_MIB,
         device=device,
-        compiled=model.decoder is not None,
+        compiled=model.kernels is not None,
     )
     return WorkerEngine(
         folder=folder,
@@ -80,6 +81,14 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         model_runner=model_runner,
         step_runner=StepRunner(model_runner),
     )
+
+
+def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel:
+    if settings.kernels == "auto":
+        return fuse_model(model, int8=settings.quantize == "int8")
+    if settings.quantize != "none":
+        raise ConfigError("int8 needs compiled kernels: leave --kernels at auto, or --quantize at none")
+    return model
 
 
 def _make_pool(layout: KVLayout, num_blocks: int, block_size: int, model: LoadedModel) -> PagedKVCache:

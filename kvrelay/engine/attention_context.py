@@ -7,35 +7,22 @@ Built once per step from the batch and shared by all layers. Knows nothing of mo
     `prefill` holds a and d, each attended to alone; `decode` holds b and c, attended to together.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.engine.step_input import StepInput
+from kvrelay.engine.step_plan import StepPlan
 
 Window = int | None
 """Most tokens that a token sees, itself included; None sees all."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One sequence's share of a step.
-
-    sequence    |<- KV in blocks ->|<- token_ids ->|
-                0               position     position + len(token_ids)
-    """
-
-    token_ids: Sequence[int]
-    """The new tokens, at least one."""
-    position: int
-    """Position of the first of them in the sequence."""
-    block_ids: Sequence[int]
-    """The sequence's blocks, with room for the new tokens."""
-    num_logits: int
-    """How many of the last new tokens have their logits wanted: 0 of none, 1 of the last one, k of the last k."""
 
 
 @dataclass(slots=True)
@@ -149,26 +136,48 @@ class AttentionContext:
         cache: the pool.
         batch: the step's inputs, in the order of the flat batch.
         on_layer_written: called with the layer once its K and V of the whole step are in the pool.
+        kernels: compute attention where they can.
     """
 
     def __init__(
-        self, cache: PagedKVCache, batch: Sequence[StepInput], on_layer_written: Callable[[int], None] | None = None
+        self,
+        cache: PagedKVCache,
+        batch: Sequence[StepInput],
+        on_layer_written: Callable[[int], None] | None = None,
+        kernels: NativeLibrary | None = None,
     ) -> None:
         self.cache = cache
         self.on_layer_written = on_layer_written
-        self.prefill: list[PrefillSegment] = []
+        self.kernels = kernels
+        self._batch = batch
+        self._plan: StepPlan | None = None
         slots = [cache.slots_for(item.block_ids, item.position, item.position + len(item.token_ids)) for item in batch]
         self.slot_mapping = torch.cat(slots).to(cache.device)  # [num_tokens]
-        decoding: list[tuple[int, StepInput]] = []
-        row = 0
-        for item in batch:
-            if len(item.token_ids) == 1:
-                decoding.append((row, item))
-            else:
-                end = row + len(item.token_ids)
-                self.prefill.append(PrefillSegment(row, end, item.position, item.block_ids, cache.block_size, cache.device))
-            row += len(item.token_ids)
-        self.decode = [self._make_group(group) for group in _group_by_length(decoding)]
+
+    def plan(self, num_sharing_heads: int) -> StepPlan:
+        """For the kernels; made once per step. Layers have the same number of heads, for they have the same KV layout."""
+        if self._plan is None:
+            self._plan = StepPlan(self._batch, self.cache, num_sharing_heads)
+        return self._plan
+
+    @cached_property
+    def prefill(self) -> list[PrefillSegment]:
+        """Prompt chunks."""
+        ends = itertools.accumulate(len(item.token_ids) for item in self._batch)
+        return [
+            PrefillSegment(
+                end - len(item.token_ids), end, item.position, item.block_ids, self.cache.block_size, self.cache.device
+            )
+            for item, end in zip(self._batch, ends, strict=True)
+            if len(item.token_ids) > 1
+        ]
+
+    @cached_property
+    def decode(self) -> list[DecodeGroup]:
+        """Sequences that continue by one token, in groups of similar length."""
+        ends = itertools.accumulate(len(item.token_ids) for item in self._batch)
+        decoding = [(end - 1, item) for item, end in zip(self._batch, ends, strict=True) if len(item.token_ids) == 1]
+        return [self._make_group(group) for group in _group_by_length(decoding)]
 
     def _make_group(self, group: Sequence[tuple[int, StepInput]]) -> DecodeGroup:
         return DecodeGroup(

@@ -11,19 +11,14 @@ batch, in a prompt and one by one.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvrelay.engine.attention_context import StepInput
-from kvrelay.engine.native.core_board import CoreBoard
 from kvrelay.engine.native.library import (
     KV_DTYPES,
     PANEL,
-    TILE_ROWS,
     Decoder,
     DecoderLayer,
     DecoderStep,
@@ -31,6 +26,8 @@ from kvrelay.engine.native.library import (
 )
 from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix, packed_bytes
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.engine.step_input import StepInput
+from kvrelay.engine.step_plan import StepPlan
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 """transformers' model types whose layers are: norm, attention, add; norm, gated MLP with SiLU, add."""
@@ -87,18 +84,14 @@ class FusedDecoder:
         """Memory of the packed weights."""
         return self._arena.total_bytes
 
-    def use_threads(self, num_threads: int, cores: Sequence[int] = (), board: CoreBoard | None = None) -> int:
-        """As `NativeLibrary.use_threads`."""
-        return self._library.use_threads(num_threads, cores, board)
-
     def run(
         self, batch: Sequence[StepInput], cache: PagedKVCache, on_layer_written: Callable[[int], None] | None = None
     ) -> Tensor:
         """As `ModelRunner.run`."""
-        plan = _StepPlan(batch, cache, tokens_per_tile=max(1, TILE_ROWS * self._decoder.num_kv_heads // self._decoder.num_heads))
+        plan = StepPlan(batch, cache, num_sharing_heads=self._decoder.num_heads // self._decoder.num_kv_heads)
         self._make_angles(plan.num_positions)
         logits = torch.empty(len(plan.logit_rows), self._vocab_size)
-        step = plan.step(cache, logits)
+        step = _step(plan, cache, logits)
         if on_layer_written is None:
             self._library.run_decoder(self._decoder, step, 0, self._decoder.num_layers)
             return logits
@@ -116,59 +109,25 @@ class FusedDecoder:
         self._decoder.sines = self._angles[1].data_ptr()
 
 
-class _StepPlan:
-    """The arrays that one step's structure points into."""
-
-    def __init__(self, batch: Sequence[StepInput], cache: PagedKVCache, tokens_per_tile: int) -> None:
-        lengths = [len(item.token_ids) for item in batch]
-        self.token_ids = np.fromiter(chain.from_iterable(item.token_ids for item in batch), dtype=np.int64)
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        starts = np.fromiter((item.position for item in batch), dtype=np.int64, count=len(batch))
-        # A row's position is its place in the flat batch, moved by where its sequence is.
-        self.positions = np.arange(ends[-1]) + np.repeat(starts - begins, lengths)
-        self.num_positions = int((starts + lengths).max())
-        tables = [np.fromiter(item.block_ids, dtype=np.int64, count=len(item.block_ids)) for item in batch]
-        self.block_ids = np.concatenate(tables)
-        table_begins = np.cumsum([0, *(len(table) for table in tables[:-1])])
-        block_of = self.positions // cache.block_size + np.repeat(table_begins, lengths)
-        self.slots = self.block_ids[block_of] * cache.block_size + self.positions % cache.block_size
-        self.segments = np.empty((len(batch), 4), dtype=np.int64)  # the fields of `segment`, one row each
-        self.segments[:, 0], self.segments[:, 1], self.segments[:, 2] = begins, lengths, starts
-        self.segments[:, 3] = self.block_ids.ctypes.data + table_begins * self.block_ids.itemsize
-        self.tiles = _tiles(lengths, tokens_per_tile)
-        wanted = [(end - item.num_logits, end) for item, end in zip(batch, ends.tolist(), strict=True)]
-        self.logit_rows = np.fromiter(chain.from_iterable(range(*span) for span in wanted), dtype=np.int64)
-
-    def step(self, cache: PagedKVCache, logits: Tensor) -> DecoderStep:
-        """The structure; valid as long as this, the cache and the logits live."""
-        return DecoderStep(
-            num_tokens=len(self.token_ids),
-            num_segments=len(self.segments),
-            num_tiles=len(self.tiles),
-            num_logits=len(self.logit_rows),
-            token_ids=self.token_ids.ctypes.data,
-            positions=self.positions.ctypes.data,
-            slots=self.slots.ctypes.data,
-            segments=self.segments.ctypes.data,
-            tiles=self.tiles.ctypes.data,
-            logit_rows=self.logit_rows.ctypes.data,
-            pool=cache.pool_address,
-            kv_dtype=KV_DTYPES[cache.layout.dtype],
-            num_blocks=cache.num_blocks,
-            block_size=cache.block_size,
-            logits=logits.data_ptr(),
-        )
-
-
-def _tiles(lengths: Sequence[int], tokens_per_tile: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """(segment, first token, number of tokens) of each attention tile, those with most keys first: they take longest."""
-    tiles = [
-        (segment, begin, min(tokens_per_tile, length - begin))
-        for segment, length in enumerate(lengths)
-        for begin in range(0, length, tokens_per_tile)
-    ]
-    return np.array(tiles[::-1], dtype=np.int64).reshape(-1, 3)
+def _step(plan: StepPlan, cache: PagedKVCache, logits: Tensor) -> DecoderStep:
+    """The step's structure; valid as long as its arguments live."""
+    return DecoderStep(
+        num_tokens=len(plan.token_ids),
+        num_segments=len(plan.segments),
+        num_tiles=len(plan.tiles),
+        num_logits=len(plan.logit_rows),
+        token_ids=plan.token_ids.ctypes.data,
+        positions=plan.positions.ctypes.data,
+        slots=plan.slots.ctypes.data,
+        segments=plan.segments.ctypes.data,
+        tiles=plan.tiles.ctypes.data,
+        logit_rows=plan.logit_rows.ctypes.data,
+        pool=cache.pool_address,
+        kv_dtype=KV_DTYPES[cache.layout.dtype],
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        logits=logits.data_ptr(),
+    )
 
 
 def fuse(module: Any, architecture: str, library: NativeLibrary, *, int8: bool) -> FusedDecoder | None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvrelay.engine.fused_decoder import FusedDecoder
+from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.model_spec import ModelSpec
 
 
@@ -22,3 +23,5 @@ class LoadedModel:
     """Memory of the parameters and buffers."""
     decoder: FusedDecoder | None = None
     """Runs the model in place of the module, which then has no weights of its own."""
+    kernels: NativeLibrary | None = None
+    """Run the module's linear layers and its attention, or the decoder."""

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrelay.engine.attention_context import AttentionContext, StepInput
+from kvrelay.engine.attention_context import AttentionContext
 from kvrelay.engine.model_runner import forward_flat
 from kvrelay.engine.paged_attention import ATTENTION_NAME, AttentionContextMissingError
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.engine.step_input import StepInput
 from kvrelay.errors import ModelLoadError
 from kvrelay.model_spec import KVLayout
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvrelay.engine.attention_context import AttentionContext, StepInput
+from kvrelay.engine.attention_context import AttentionContext
 from kvrelay.engine.loaded_model import LoadedModel
 from kvrelay.engine.paged_attention import CONTEXT_ARGUMENT
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.engine.step_input import StepInput
 
 __all__ = ["ModelRunner", "StepInput"]
 
@@ -50,7 +51,7 @@ class ModelRunner:
         if self.model.decoder is not None:
             return self.model.decoder.run(batch, self.cache, on_layer_written)
         with torch.inference_mode():
-            context = AttentionContext(self.cache, batch, on_layer_written)
+            context = AttentionContext(self.cache, batch, on_layer_written, self.model.kernels)
             return forward_flat(self.model.module, batch, context, self.model.device, self._keeps_logits)
 
 

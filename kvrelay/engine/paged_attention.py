@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvrelay.engine.attention_context import AttentionContext, DecodeGroup, PrefillSegment
 from kvrelay.engine.light_import import transformers
+from kvrelay.engine.native.library import KV_DTYPES, PANEL, AttentionCall, KVLayer, NativeLibrary
 
 ATTENTION_NAME = "kvrelay_paged"
 CONTEXT_ARGUMENT = "kvrelay_context"
@@ -89,6 +90,8 @@ def paged_attention(
         sinks=arguments.get("s_aux"),
         window=arguments["sliding_window"] if "sliding_window" in arguments else getattr(module, "sliding_window", None),
     )
+    if context.kernels is not None and scoring.softcap is None and scoring.sinks is None and query.shape[3] % PANEL == 0:
+        return _attend_in_kernels(context, context.kernels, layer, query[0].transpose(0, 1), scoring).unsqueeze(0), None
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [num_tokens, num_heads, head_dim]
     for segment in context.prefill:
         rows = slice(segment.token_begin, segment.token_end)
@@ -99,6 +102,37 @@ def paged_attention(
 
 
 transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def _attend_in_kernels(context: AttentionContext, kernels: NativeLibrary, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
+    """Attention of all tokens of the step, straight from the pool: [num_tokens, num_heads, head_dim]."""
+    cache = context.cache
+    _, num_heads, head_dim = query.shape
+    plan = context.plan(num_heads // cache.layout.num_kv_heads)
+    queries = query.contiguous()
+    output = torch.empty_like(queries)
+    call = AttentionCall(
+        segments=plan.segments.ctypes.data,
+        tiles=plan.tiles.ctypes.data,
+        num_tiles=len(plan.tiles),
+        queries=queries.data_ptr(),
+        query_stride=num_heads * head_dim,
+        num_heads=num_heads,
+        scale=scoring.scale,
+        window=scoring.window or 0,
+        out=output.data_ptr(),
+    )
+    keys_address, values_address = cache.layer_addresses(layer)
+    kv = KVLayer(
+        keys=keys_address,
+        values=values_address,
+        dtype=KV_DTYPES[cache.layout.dtype],
+        block_size=cache.block_size,
+        num_kv_heads=cache.layout.num_kv_heads,
+        head_dim=head_dim,
+    )
+    kernels.attend(call, kv)
+    return output
 
 
 def _attend_segment(

@@ -59,6 +59,10 @@ class PagedKVCache:
         """Where the pool begins: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
         return self._pool.data_ptr()
 
+    def layer_addresses(self, layer: int) -> tuple[int, int]:
+        """Where K and V of a layer begin: each [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self._pool[layer, 0].data_ptr(), self._pool[layer, 1].data_ptr()
+
     def slots_for(self, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
         """Slots of the tokens [token_begin, token_end) of the sequence that holds `block_ids`: int64 [num_tokens], on the CPU."""
         assert 0 <= token_begin <= token_end <= len(block_ids) * self.block_size, "the tokens lie outside of the blocks"

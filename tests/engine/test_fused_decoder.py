@@ -15,7 +15,7 @@ from kvrelay.engine.model_runner import ModelRunner, StepInput
 from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.errors import ModelLoadError
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import TINY_KINDS, make_tiny_model
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -92,13 +92,13 @@ def test_rows_are_the_same_bits_alone_and_in_a_batch_of_16(tiny_models: Path, in
 
 def test_rows_are_the_same_bits_on_one_thread_and_on_three(tiny_models: Path) -> None:
     model = fused(tiny_models, "llama")
-    assert model.decoder is not None
+    assert model.kernels is not None
     one = run_in_chunks(model, tokens(4), [80, 10])
-    model.decoder.use_threads(3)
+    model.kernels.use_threads(3)
     try:
         assert torch.equal(run_in_chunks(model, tokens(4), [80, 10]), one)
     finally:
-        model.decoder.use_threads(1)
+        model.kernels.use_threads(1)
 
 
 def test_layers_are_announced_in_order_and_their_kv_is_there(tiny_models: Path) -> None:
@@ -144,14 +144,31 @@ def test_a_fused_model_lets_go_of_the_modules_weights(tiny_models: Path) -> None
     assert all(part.weight.numel() == 0 for part in model.module.modules() if isinstance(part, torch.nn.Linear))
 
 
-def test_models_without_kernels_run_in_torch_and_refuse_int8(tiny_models: Path) -> None:
-    model = load(tiny_models, "gemma2")
+@pytest.mark.parametrize("kind", [kind for kind in TINY_KINDS if kind not in ARCHITECTURES])
+def test_other_models_have_their_linear_layers_and_attention_in_kernels(tiny_models: Path, kind: str) -> None:
+    expected = run_in_chunks(load(tiny_models, kind), tokens(1), [70, 1, 19])
+    model = fuse_model(load(tiny_models, kind))
+    assert model.decoder is None
+    assert model.kernels is not None
+    torch.testing.assert_close(run_in_chunks(model, tokens(1), [70, 1, 19]), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_other_models_run_in_int8_too(tiny_models: Path) -> None:
+    expected = run_in_chunks(load(tiny_models, "gpt2"), tokens(1), [70, 20])
+    computed = run_in_chunks(fuse_model(load(tiny_models, "gpt2"), int8=True), tokens(1), [70, 20])
+    assert not torch.equal(computed, expected)
+    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.99
+
+
+def test_kernels_that_disagree_with_the_model_are_refused(tiny_models: Path) -> None:
+    model = load(tiny_models, "qwen3")
+    model.module.model.layers[0].self_attn.scaling *= 3  # the other layer keeps its own, which the kernels do not know
+    with pytest.raises(ModelLoadError, match="--kernels off"):
+        fuse_model(model)
+
+
+def test_half_precision_models_run_in_torch_and_refuse_int8(tiny_models: Path) -> None:
+    model = load_model(make_tiny_model("llama", tiny_models), "llama", "bfloat16", "cpu")
     assert fuse_model(model) is model
     with pytest.raises(ModelLoadError, match=r"cannot be served in int8.*--quantize none"):
         fuse_model(model, int8=True)
-
-
-def test_kernels_that_disagree_with_the_model_are_not_used(tiny_models: Path) -> None:
-    model = load(tiny_models, "qwen3")
-    model.module.model.layers[0].self_attn.scaling *= 3  # the other layer keeps its own, which the kernels do not know
-    assert fuse_model(model) is model

@@ -13,7 +13,7 @@ import structlog
 import xxhash
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("threads.c", "matrices.c", "attention.c", "decoder.c")
+SOURCES = ("threads.c", "matrices.c", "attention.c", "decoder.c", "linear.c")
 HEADERS = ("kernels.h", "attention.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")

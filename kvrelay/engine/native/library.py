@@ -89,6 +89,35 @@ class AttentionTile(ctypes.Structure):
     _fields_ = [("segment", c_int64), ("token_begin", c_int64), ("num_tokens", c_int64)]
 
 
+class KVLayer(ctypes.Structure):
+    """`kv_layer` of attention.h."""
+
+    _fields_ = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("dtype", c_int64),
+        ("block_size", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+    ]
+
+
+class AttentionCall(ctypes.Structure):
+    """`attention_call` of attention.h."""
+
+    _fields_ = [
+        ("segments", c_void_p),
+        ("tiles", c_void_p),
+        ("num_tiles", c_int64),
+        ("queries", c_void_p),
+        ("query_stride", c_int64),
+        ("num_heads", c_int64),
+        ("scale", c_float),
+        ("window", c_int64),
+        ("out", c_void_p),
+    ]
+
+
 class DecoderStep(ctypes.Structure):
     """`decoder_step` of decoder.c."""
 
@@ -124,6 +153,10 @@ class NativeLibrary:
             *(c_void_p, c_int64),
         ]
         library.set_threads.restype = c_int64
+        library.run_linear.argtypes = [POINTER(Matrix), c_int64, c_void_p, c_void_p]
+        library.run_linear.restype = c_int64
+        library.attend.argtypes = [POINTER(AttentionCall), POINTER(KVLayer)]
+        library.attend.restype = None
         library.nanoseconds_spent.argtypes = []
         library.nanoseconds_spent.restype = c_int64
 
@@ -155,6 +188,19 @@ class NativeLibrary:
         """
         if not self._library.run_decoder(decoder, step, layer_begin, layer_end):
             raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
+
+    def run_linear(self, matrix: Matrix, num_rows: int, inputs_address: int, outputs_address: int) -> None:
+        """outputs [num_rows, n] = inputs [num_rows, k] W^T + bias, all float32.
+
+        Raises:
+            MemoryError: there is none for the quantized rows.
+        """
+        if not self._library.run_linear(matrix, num_rows, inputs_address, outputs_address):
+            raise MemoryError(f"no memory for {num_rows} rows of a linear layer")
+
+    def attend(self, call: AttentionCall, kv: KVLayer) -> None:
+        """Attention of all tokens of a step in one layer, whose K and V are in the pool."""
+        self._library.attend(call, kv)
 
     def seconds_spent(self) -> float:
         """Time in `run_decoder` since the process began."""

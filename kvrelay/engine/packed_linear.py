@@ -1,0 +1,52 @@
+"""Linear layers of torch models on compiled kernels: packed weights in float32 or int8, the same bits alone and in a batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.native.packing import PackedMatrix, WeightArena, pack_matrix, packed_bytes
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias for float32 x [..., k].
+
+    Args:
+        library: the kernels.
+        packed: W and the bias.
+    """
+
+    def __init__(self, library: NativeLibrary, packed: PackedMatrix) -> None:
+        super().__init__()
+        self._library = library
+        self._packed = packed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """float32 [..., n]."""
+        matrix = self._packed.matrix
+        rows = inputs.reshape(-1, matrix.k).contiguous()
+        outputs = torch.empty(rows.shape[0], matrix.n)
+        self._library.run_linear(matrix, rows.shape[0], rows.data_ptr(), outputs.data_ptr())
+        return outputs.view(*inputs.shape[:-1], matrix.n)
+
+
+def pack_linears(module: Any, library: NativeLibrary, *, int8: bool) -> int:
+    """Replaces all linear layers of a float32 module on the CPU; where a weight is shared with the embeddings, these keep it.
+
+    Returns:
+        Bytes of the packed weights.
+    """
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    arena = WeightArena(sum(packed_bytes(_weight(part), int8=int8) for part in linears.values()))
+    for name, part in linears.items():
+        bias = None if part.bias is None else part.bias.detach()
+        module.set_submodule(name, PackedLinear(library, pack_matrix(_weight(part), bias, arena, int8=int8)))
+    return arena.total_bytes
+
+
+def _weight(part: Any) -> Tensor:
+    """[n, k]. GPT-2's Conv1D keeps it the other way round."""
+    weight: Tensor = part.weight.detach()
+    return weight.t() if isinstance(part, Conv1D) else weight
