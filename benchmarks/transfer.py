@@ -24,7 +24,7 @@ LAYOUTS = {
     "smollm2-135m": KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="float32"),
     "32x8x128": KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="float32"),
 }
-TRANSPORTS = ("grpc",)
+TRANSPORTS = ("grpc", "shared-memory")
 BYTES_PER_GB = 1e9
 
 
@@ -74,7 +74,7 @@ class Result:
 def command(
     tokens: Annotated[str, typer.Option("--tokens", help="Prompt lengths, with commas.")] = "64,512,2048",
     layouts: Annotated[str, typer.Option("--layouts", help=f"With commas: {', '.join(LAYOUTS)}.")] = ",".join(LAYOUTS),
-    transports: Annotated[str, typer.Option("--transports", help="With commas: grpc.")] = ",".join(TRANSPORTS),
+    transports: Annotated[str, typer.Option("--transports", help="With commas: grpc, shared-memory.")] = ",".join(TRANSPORTS),
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds, after one that is not.")] = 7,
     prefill_tokens_per_s: Annotated[float, typer.Option("--prefill-tokens-per-s", help="Pace of the imitated pass.")] = 500.0,
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=1, help="Prompt tokens of one imitated step.")] = 256,
@@ -110,7 +110,10 @@ def _measure(
 ) -> list[Result]:
     transfers: dict[Case, list[Transfer]] = {}
     with ExitStack() as stack:
-        pairs = {name: stack.enter_context(TransferPair(LAYOUTS[layout], num_tokens[-1], settings)) for name in transports}
+        pairs = {
+            name: stack.enter_context(TransferPair(LAYOUTS[layout], num_tokens[-1], settings | {"transfer_transport": name}))
+            for name in transports
+        }
         for number in range(rounds + 1):
             output.progress(f"{layout}: round {number} of {rounds}")
             for case, paced in _cases(layout, transports, num_tokens, pace):

@@ -92,7 +92,7 @@ class TransferPair:
             handoff_s=received["at"] - sent["sampled_at"],
             ttft_s=sent["sampled_at"] - sent["begin"],
             cpu_s=sent["cpu_s"] + received["cpu_s"],
-            transport=sent.get("transport", "grpc"),
+            transport=sent["transport"],
         )
 
     def check(self, num_tokens: int) -> None:

@@ -10,7 +10,6 @@ import json
 import random
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,13 @@ from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
 from kvrelay.config import TransferSettings
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.kv_transfer.transports import GrpcTransport, PushPlan
+from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.shared_memory_transport import create_transport
+from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.rpc import bind_server, create_server
 from kvrelay.sampling_params import SamplingParams
-from kvrelay.v1 import kv_transfer_pb2_grpc
+from kvrelay.telemetry import configure_logging
 from kvrelay.work import SequenceToken, Token, Work, WorkId
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 
@@ -94,15 +95,17 @@ class ReceivingEnd:
         def submit(ended: PushEnded) -> None:
             loop.call_soon_threadsafe(self._ended.put_nowait, (ended, time.monotonic()))
 
-        self._receiver = KVReceiver(ReceiverContext(pool.cache, model, self._permits, self._threads, submit))
+        self._memory = HandoverServer()
+        self._receiver = KVReceiver(ReceiverContext(pool.cache, model, self._permits, self._threads, submit, self._memory))
         self._server = create_server()
-        kv_transfer_pb2_grpc.add_KVTransferServiceServicer_to_server(self._receiver, self._server)
+        self._receiver.add_to(self._server)
         self._port = bind_server(self._server, "127.0.0.1", 0, ()).port
         self._cpu_s = 0.0
 
     async def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         match command["do"]:
             case "listen":
+                self._memory.start()
                 await self._server.start()
                 return {"address": f"127.0.0.1:{self._port}"}
             case "reserve":
@@ -122,6 +125,7 @@ class ReceivingEnd:
 
     async def close(self) -> None:
         await self._server.stop(None)
+        self._memory.close()
         self._threads.shutdown()
 
 
@@ -131,7 +135,7 @@ class SendingEnd:
     def __init__(self, pool: Pool, model: ModelSpec, settings: TransferSettings) -> None:
         self._pool = pool
         self._model = model
-        self._transport = GrpcTransport(settings.transfer_connect_timeout_ms)
+        self._transport = create_transport(settings)
         self._threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS)
         self._context = SenderContext(
             exporter=pool.cache,
@@ -238,5 +242,5 @@ async def _serve(role: str, read: Callable[[], str]) -> None:
 
 if __name__ == "__main__":
     # A loop of its own and nothing else: what it measures is this process.
-    threading.current_thread().name = sys.argv[1]
+    configure_logging("warning", "console", role=sys.argv[1])
     asyncio.run(_serve(sys.argv[1], sys.stdin.readline))

@@ -4,13 +4,15 @@
     chunk    range within the reservation, size, digest                 before it is written; else it is refused
     end      nothing missing, a first token for every sequence          before the sequences may run
 
-Every size comes from the receiver's own model. Runs on the event loop; digests and writes run in threads.
+A payload is in its message, or in a region of shared memory that the push has for itself. Every size comes from the receiver's
+own model. Runs on the event loop; digests and writes run in threads, while the next messages are read.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import asyncio
 import hmac
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -23,16 +25,24 @@ from decode_worker.commands import PushEnded
 from decode_worker.push_permits import PushPermit, PushPermits
 from decode_worker.transfer_assembly import TransferAssembly
 from kvrelay.errors import CancelledRequestError, DeadlineError, FingerprintError, KvrelayError, TransferError
-from kvrelay.kv_transfer.codec import Chunk, chunk_digest, decode_chunk
+from kvrelay.kv_transfer.codec import Chunk, SharedChunk, chunk_digest, decode_request
 from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.shared_memory import SharedRegion
 from kvrelay.model_spec import WIRE_VERSION, ModelSpec
-from kvrelay.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
+from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.wire import sequence_token_from_pb, work_id_from_pb
 from kvrelay.work import SequenceToken, Work
 
 HEADER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
 """Answers are so small that one waits only behind thousands that were not read."""
+
+MAX_READ_AHEAD = 4
+"""Messages that are read while others are written."""
+MAX_WRITE_BYTES = 2 * 1024 * 1024
+"""Written in one turn of a thread, and one chunk more."""
+SERVICE_NAME = "kvrelay.v1.KVTransferService"
 
 _log = structlog.get_logger(__name__)
 
@@ -63,31 +73,66 @@ class ReceiverContext:
     """Where digests are computed and KV is written."""
     submit: Callable[[PushEnded], None]
     """To the engine; called in any thread."""
+    shared_memory: HandoverServer | None = None
+    """Regions that were handed over; None when none are taken."""
 
 
-class KVReceiver(kv_transfer_pb2_grpc.KVTransferServiceServicer):
+class KVReceiver:
     """Serves pushes."""
 
     def __init__(self, context: ReceiverContext) -> None:
         self._context = context
 
-    async def Push(  # type: ignore[override]  # a coroutine that writes to the context, so that it can wait for two things at once
-        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> None:
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Adds the service. Requests of Push stay as their bytes, for reading them as messages would copy every payload."""
+        handlers = {
+            "Push": grpc.stream_stream_rpc_method_handler(
+                self.Push, response_serializer=kv_transfer_pb2.PushResponse.SerializeToString
+            ),
+            "OfferSharedMemory": grpc.unary_unary_rpc_method_handler(
+                self.OfferSharedMemory,
+                request_deserializer=kv_transfer_pb2.OfferSharedMemoryRequest.FromString,
+                response_serializer=kv_transfer_pb2.OfferSharedMemoryResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+    async def OfferSharedMemory(
+        self, request: kv_transfer_pb2.OfferSharedMemoryRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kv_transfer_pb2.OfferSharedMemoryResponse:
+        """Where regions are taken."""
+        memory = self._context.shared_memory
+        if memory is None or not memory.is_listening:
+            return kv_transfer_pb2.OfferSharedMemoryResponse()
+        offer = memory.offer
+        return kv_transfer_pb2.OfferSharedMemoryResponse(
+            socket_name=offer.socket_name,
+            key=offer.key,
+            max_region_bytes=offer.max_region_bytes,
+            max_regions=offer.max_regions,
+        )
+
+    async def Push(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Receives one work's KV. A coroutine that reads and writes through the context: it waits for two things at once."""
         try:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
-                header = _expect(await context.read(), "header").header
+                header = _expect_header(await context.read())
         except TimeoutError:
             raise DeadlineError(f"no header came within {HEADER_TIMEOUT_S:g} s") from None
         self._check_header(header)
-        closed = asyncio.Event()
+        inbox = _Inbox(context)
         loop = asyncio.get_running_loop()
 
         def on_close() -> None:
-            loop.call_soon_threadsafe(closed.set)
+            loop.call_soon_threadsafe(inbox.close)
 
         permit = self._context.permits.begin(work_id_from_pb(header.work_id), header.ticket, on_close)
-        await _IncomingPush(self._context, permit, closed, context).receive(header)
+        reading = loop.create_task(inbox.read(), name="push messages")
+        try:
+            await _IncomingPush(self._context, permit, inbox, context).receive(header)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     def _check_header(self, header: kv_transfer_pb2.PushHeader) -> None:
         if header.wire_version != WIRE_VERSION:
@@ -96,29 +141,98 @@ class KVReceiver(kv_transfer_pb2_grpc.KVTransferServiceServicer):
             raise FingerprintError("the push comes from another model, or from the same one served differently")
 
 
+class _Inbox:
+    """Messages of one push, read ahead of their use."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._messages: deque[bytes] = deque()
+        self._has_ended = False
+        self._is_closed = False
+        self._changed = asyncio.Event()
+
+    async def read(self) -> None:
+        """Reads until the sender's side of the stream ends."""
+        try:
+            while (message := await self._stream.read()) is not grpc.aio.EOF:
+                self._messages.append(message)
+                self._changed.set()
+                while len(self._messages) >= MAX_READ_AHEAD:
+                    await self._wait()
+        finally:
+            self._has_ended = True
+            self._changed.set()
+
+    def close(self) -> None:
+        """The reservation has ended: nothing is taken any more."""
+        self._is_closed = True
+        self._changed.set()
+
+    @property
+    def has_messages(self) -> bool:
+        return bool(self._messages)
+
+    async def take(self) -> list[bytes]:
+        """All that was read, in order: at least one message.
+
+        Raises:
+            CancelledRequestError: the reservation has ended.
+            TransferError: the stream has.
+        """
+        while not self._messages and not self._is_closed and not self._has_ended:
+            await self._wait()
+        if self._is_closed:
+            raise CancelledRequestError("the reservation has ended")
+        if not self._messages:
+            raise TransferError("the push ended without its end message")
+        messages = list(self._messages)
+        self._messages.clear()
+        self._changed.set()
+        return messages
+
+    async def _wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
 class _IncomingPush:
     """One push into one reservation, from its header to its end."""
 
-    def __init__(self, context: ReceiverContext, permit: PushPermit, closed: asyncio.Event, stream: Any) -> None:
+    def __init__(self, context: ReceiverContext, permit: PushPermit, inbox: _Inbox, stream: Any) -> None:
         self._context = context
         self._permit = permit
-        self._closed = closed
+        self._inbox = inbox
         self._stream = stream
         self._assembly = TransferAssembly(context.model.kv_layout, permit.token_begin, permit.token_end)
-        self._writing: Future[str | None] | None = None
+        self._region: SharedRegion | None = None
+        self._first_tokens: tuple[SequenceToken, ...] | None = None
+        self._num_sent_chunks = 0
+        self._answers: deque[kv_transfer_pb2.PushResponse] = deque()
+        """Not sent yet."""
+        self._writing: Future[list[str | None]] | None = None
 
     async def receive(self, header: kv_transfer_pb2.PushHeader) -> None:
         """Receives everything. Whatever happens, the engine learns of the end once no write is under way."""
-        problem = "the prefill worker broke the push off"
-        first_tokens: tuple[SequenceToken, ...] | None = None
+        failure: KvrelayError | None = None
+        is_complete = False
         try:
             self._check_range(header)
-            first_tokens = await self._receive_all()
+            if header.shared_region:
+                self._region = self._borrow(header.shared_region)
+            while not is_complete:
+                if not self._inbox.has_messages:
+                    await self._send_answers()
+                await self._take_messages(await self._inbox.take())
+                is_complete = self._is_complete()
         except KvrelayError as error:
-            problem = error.message
-            raise
+            failure = error
         finally:
-            self._end(first_tokens, problem)
+            problem = "the prefill worker broke the push off" if failure is None else failure.message
+            self._end(self._first_tokens if is_complete else None, problem)
+        # The engine goes on while the sender is told.
+        await self._send_answers()
+        if failure is not None:
+            raise failure
         complete = kv_transfer_pb2.PushComplete(kv_bytes=self._assembly.kv_bytes)
         await self._answer(kv_transfer_pb2.PushResponse(complete=complete))
 
@@ -128,29 +242,60 @@ class _IncomingPush:
             pushed = f"[{header.token_begin}, {header.token_end})"
             raise TransferError(f"the push is of tokens {pushed}, not [{expected[0]}, {expected[1]})")
 
-    async def _receive_all(self) -> tuple[SequenceToken, ...]:
-        while (request := await self._read()) is not grpc.aio.EOF:
-            if request.WhichOneof("message") == "end":
-                self._assembly.check_end(request.end.num_chunks)
-                tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
-                _check_first_tokens(tokens, self._permit.work, self._context.model)
-                return tokens
-            await self._receive_chunk(decode_chunk(_expect(request, "chunk").chunk))
-        raise TransferError("the push ended without its end message")
+    def _borrow(self, region_id: bytes) -> SharedRegion:
+        if self._context.shared_memory is None:
+            raise TransferError("this worker takes no shared memory")
+        return self._context.shared_memory.lend(region_id)
 
-    async def _read(self) -> Any:
-        """The next message, unless the reservation ends first."""
-        reading = asyncio.ensure_future(self._stream.read())
-        closing = asyncio.ensure_future(self._closed.wait())
-        try:
-            await asyncio.wait({reading, closing}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-            if not reading.done():
-                reading.cancel()
-        if self._closed.is_set():
-            raise CancelledRequestError("the reservation has ended")
-        return await reading
+    def _is_complete(self) -> bool:
+        """Whether all is here.
+
+        Raises:
+            TransferError: something is missing that will not come.
+        """
+        if self._first_tokens is None or self._assembly.awaits_chunks:
+            return False
+        self._assembly.check_end(self._num_sent_chunks)
+        return True
+
+    async def _take_messages(self, messages: Sequence[bytes]) -> None:
+        """Writes what can be written."""
+        chunks: list[Chunk] = []
+        for message in messages:
+            request = decode_request(message)
+            if isinstance(request, kv_transfer_pb2.PushRequest):
+                await self._write(chunks)
+                chunks = []
+                self._take_end(request)
+                continue
+            chunk = self._with_payload(request)
+            num_waiting_bytes = sum(memoryview(each.payload).nbytes for each in chunks)
+            if num_waiting_bytes >= MAX_WRITE_BYTES or any(chunk.span.overlaps(each.span) for each in chunks):
+                await self._write(chunks)
+                chunks = []
+            chunks.append(chunk)
+        await self._write(chunks)
+
+    def _take_end(self, request: kv_transfer_pb2.PushRequest) -> None:
+        if request.WhichOneof("message") != "end" or self._first_tokens is not None:
+            raise TransferError("the push has another message where a chunk or its end must come")
+        tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
+        _check_first_tokens(tokens, self._permit.work, self._context.model)
+        self._first_tokens = tokens
+        self._num_sent_chunks = request.end.num_chunks
+
+    def _with_payload(self, chunk: Chunk | SharedChunk) -> Chunk:
+        """A chunk in shared memory with a view of it; an empty one where the sender's range is not in the region."""
+        if isinstance(chunk, Chunk):
+            return chunk
+        begin, end = chunk.where.offset, chunk.where.offset + chunk.where.num_bytes
+        is_inside = self._region is not None and end <= self._region.num_bytes
+        payload = self._region.buffer[begin:end] if self._region is not None and is_inside else b""
+        return Chunk(chunk.span, payload, chunk.digest)
+
+    async def _send_answers(self) -> None:
+        while self._answers:
+            await self._answer(self._answers.popleft())
 
     async def _answer(self, response: kv_transfer_pb2.PushResponse) -> None:
         # Bounded rather than broken off when the reservation ends: gRPC sends no status behind a write that was cancelled.
@@ -160,23 +305,39 @@ class _IncomingPush:
         except TimeoutError:
             raise DeadlineError(f"the prefill worker took no answer within {ANSWER_TIMEOUT_S:g} s") from None
 
-    async def _receive_chunk(self, chunk: Chunk) -> None:
-        span = chunk.span
-        problem = self._assembly.problem_with(span, memoryview(chunk.payload).nbytes)
-        if problem is None:
-            self._writing = self._context.threads.submit(self._check_and_write, chunk)
-            problem = await asyncio.wrap_future(self._writing)
-            self._writing = None
-        if problem is None:
-            self._assembly.add(span)
-            await self._answer(_accepted(span))
+    async def _write(self, chunks: Sequence[Chunk]) -> None:
+        """Checks and writes chunks that do not overlap, and sends the answers to those before meanwhile."""
+        if not chunks:
             return
-        _log.warning("refused a KV chunk", request_id=self._permit.work.work_id.request_id, problem=problem)
-        self._assembly.refuse(span, problem)
-        await self._answer(_refused(span, problem))
+        problems = [self._assembly.problem_with(chunk.span, memoryview(chunk.payload).nbytes) for chunk in chunks]
+        good = [chunk for chunk, problem in zip(chunks, problems, strict=True) if problem is None]
+        if good:
+            self._writing = self._context.threads.submit(self._check_and_write, good)
+            await self._send_answers()
+            written = await asyncio.wrap_future(self._writing)
+            self._writing = None
+            of_good = iter(written)
+            problems = [next(of_good) if problem is None else problem for problem in problems]
+        for chunk, problem in zip(chunks, problems, strict=True):
+            self._note(chunk.span, problem)
 
-    def _check_and_write(self, chunk: Chunk) -> str | None:
-        """Runs in a thread. Why the chunk was not written, or None."""
+    def _note(self, span: KVSpan, problem: str | None) -> None:
+        """A chunk was written or refused. One answer goes for all that are accepted in a row."""
+        if problem is not None:
+            _log.warning("refused a KV chunk", request_id=self._permit.work.work_id.request_id, problem=problem)
+            self._answers.append(_refused(span, problem))
+            self._assembly.refuse(span, problem)
+            return
+        self._assembly.add(span)
+        if self._answers and self._answers[-1].WhichOneof("message") == "chunk_accepted":
+            self._answers.pop()
+        self._answers.append(_accepted(span))
+
+    def _check_and_write(self, chunks: Sequence[Chunk]) -> list[str | None]:
+        """Runs in a thread. Why each chunk was not written, or None."""
+        return [self._check_and_write_one(chunk) for chunk in chunks]
+
+    def _check_and_write_one(self, chunk: Chunk) -> str | None:
         span, permit = chunk.span, self._permit
         expected = chunk_digest(permit.ticket, permit.work.work_id.attempt, span, chunk.payload)
         if not hmac.compare_digest(expected, chunk.digest):
@@ -196,16 +357,18 @@ class _IncomingPush:
 
     def _report(self, first_tokens: tuple[SequenceToken, ...] | None, problem: str) -> None:
         permit, assembly = self._permit, self._assembly
+        if self._region is not None and self._context.shared_memory is not None:
+            self._context.shared_memory.give_back(self._region)
         self._context.permits.end(permit)
         num_tokens = permit.token_end - permit.token_begin
         self._context.submit(PushEnded(permit.work.work_id, first_tokens, assembly.kv_bytes, num_tokens, problem))
 
 
-def _expect(request: Any, name: str) -> kv_transfer_pb2.PushRequest:
-    if request is grpc.aio.EOF or request.WhichOneof("message") != name:
-        raise TransferError(f"the push has no {name} where one must come")
-    assert isinstance(request, kv_transfer_pb2.PushRequest)
-    return request
+def _expect_header(message: Any) -> kv_transfer_pb2.PushHeader:
+    request = None if message is grpc.aio.EOF else decode_request(message)
+    if not isinstance(request, kv_transfer_pb2.PushRequest) or request.WhichOneof("message") != "header":
+        raise TransferError("the push does not begin with a header")
+    return request.header
 
 
 def _check_first_tokens(tokens: Sequence[SequenceToken], work: Work, model: ModelSpec) -> None:

@@ -17,8 +17,9 @@ from decode_worker.speculation import SpeculationLimits
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.garbage_collection import keep_what_is_loaded
+from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.telemetry import configure_logging
-from kvrelay.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc, session_pb2
+from kvrelay.v1 import decode_pb2_grpc, session_pb2
 from kvrelay.worker_engine import WorkerEngine, build_engine
 from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
 from kvrelay.worker_registry import MemberRole
@@ -59,22 +60,29 @@ def build_services(
     publish = _Publisher(asyncio.get_running_loop())
     scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), permits, _speculation(settings, engine))
     thread: EngineThread[Command] = EngineThread(
-        "decode engine", DecodeEngineLoop(scheduler, engine.step_runner, permits, publish)
+        "decode engine", DecodeEngineLoop(scheduler, engine.step_runner, permits, publish), on_start=engine.pin_thread
     )
     transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv import")
-    receiver = KVReceiver(ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit))
+    event_loop = asyncio.get_running_loop()
+    shared_memory = HandoverServer()
+    receiver = KVReceiver(ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit, shared_memory))
     service = DecodeService(hello, engine.model, address, thread.submit, thread.submit_work)
     publish.report = service.report
 
     def add_to(server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, server)
-        kv_transfer_pb2_grpc.add_KVTransferServiceServicer_to_server(receiver, server)
+        receiver.add_to(server)
+
+    def start() -> None:
+        shared_memory.start()
+        thread.start()
 
     def stop() -> None:
+        event_loop.call_soon_threadsafe(shared_memory.close)
         transfer_threads.shutdown()
         thread.stop()
 
-    return WorkerServices(service.sessions, add_to, thread.start, stop)
+    return WorkerServices(service.sessions, add_to, start, stop)
 
 
 def _limits(settings: DecodeSettings, engine: WorkerEngine) -> DecodeLimits:

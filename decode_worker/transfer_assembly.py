@@ -32,6 +32,8 @@ class TransferAssembly:
         self._ranges: list[list[tuple[int, int]]] = [[] for _ in range(layout.num_layers)]
         self._num_cells = 0
         self._refused: set[tuple[int, int]] = set()
+        self._awaited: set[tuple[int, int]] = set()
+        """Those of the refused that have not come again."""
         self.num_chunks = 0
         """Chunks received."""
         self.kv_bytes = 0
@@ -66,6 +68,7 @@ class TransferAssembly:
         """The chunk is checked and written."""
         for layer in range(span.layer_begin, span.layer_end):
             self._insert(self._ranges[layer], span.token_begin, span.token_end)
+        self._awaited.discard((span.layer_begin, span.token_begin))
         self._num_cells += span.num_layers * span.num_tokens
         self.num_chunks += 1
         self.kv_bytes += span.num_bytes(self._layout)
@@ -80,9 +83,15 @@ class TransferAssembly:
         if name in self._refused or len(self._refused) >= MAX_REFUSALS:
             raise TransferError(f"chunk of layer {name[0]}, token {name[1]} was refused again: {problem}")
         self._refused.add(name)
+        self._awaited.add(name)
+
+    @property
+    def awaits_chunks(self) -> bool:
+        """Whether a chunk that was refused may still come once more, behind the end too."""
+        return bool(self._awaited)
 
     def check_end(self, num_chunks: int) -> None:
-        """Checks that nothing is missing at the end.
+        """Checks that nothing is missing at the end, when no refused chunk is awaited.
 
         Raises:
             TransferError: says what is missing.

@@ -2,6 +2,7 @@
 
     engine thread:  layer 0 written, layer 1 written, ...          token 0 sampled
     event loop:        '--> spans --> export, digest, encode (threads) --> send, within a window --> end --> complete
+                               two at a time, ahead of the sending      a refused chunk goes once more, behind the end too
 
 Runs on the event loop. Knows nothing of scheduling; it says when it does not read a work's blocks any more.
 """
@@ -18,10 +19,13 @@ import structlog
 
 from kvrelay.errors import KvrelayError, TransferError
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
-from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer
+from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_joined
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
 from kvrelay.model_spec import KVLayout
 from kvrelay.work import SequenceToken, WorkId
+
+ENCODE_AHEAD = 2
+"""Chunks that are exported or wait to be sent, so that neither threads nor wire wait for the other."""
 
 _log = structlog.get_logger(__name__)
 
@@ -29,8 +33,16 @@ _log = structlog.get_logger(__name__)
 class KVExporter(Protocol):
     """The pool, as far as a sender needs it."""
 
-    def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Any:
-        """Contiguous uint8 CPU tensor [layers, 2, tokens, kv_heads, head_dim * bytes per element]."""
+    def export_kv_into(
+        self,
+        buffer: memoryview,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+    ) -> None:
+        """Fills the buffer with [layers, 2, tokens, kv_heads, head_dim]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,8 @@ class TransferResult:
     wire_ms: float
     """The part of transfer_ms in which a chunk was under way."""
     num_resent_chunks: int
+    transport: str = ""
+    """How payloads travelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +114,10 @@ class KVSender:
         self._wire_s = 0.0
         self._sampled_at = 0.0
         self._changed = asyncio.Event()
-        self._export: Future[Any] | None = None
+        self._encoding: deque[asyncio.Future[Any]] = deque()
+        """Chunks in the order in which they are to be sent."""
+        self._exports: list[Future[Any]] = []
+        """Of `_encoding`, and of those that were given up."""
         self._outcome: TransferResult | TransferError = TransferError("the push was broken off")
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"push of {plan.work_id.request_id}")
         # A callback, because a task that is cancelled before its first turn runs no `finally`.
@@ -138,102 +155,109 @@ class KVSender:
             self._outcome = TransferError("the push failed; the prefill worker's log has the detail")
         finally:
             if push is not None:
-                push.cancel()
+                push.close(is_complete=isinstance(self._outcome, TransferResult))
 
     def _end(self, _: asyncio.Task[None]) -> None:
+        self._report_after_exports()
+
+    def _report_after_exports(self) -> None:
         """Reports the end as soon as no export reads the blocks."""
-        if self._export is None:
-            self._on_ended(self._plan.work_id, self._outcome)
-        else:
-            self._export.add_done_callback(lambda _: self._on_ended(self._plan.work_id, self._outcome))
+        for export in self._exports:
+            if not export.done():
+                export.add_done_callback(lambda _: self._report_after_exports())
+                return
+        self._on_ended(self._plan.work_id, self._outcome)
 
     async def _push(self, push: KVPush) -> TransferResult:
         reader = asyncio.create_task(self._read_replies(push), name="push replies")
+        reader.add_done_callback(lambda _: self._changed.set())
         try:
-            await self._send_chunks(push, reader)
-            assert self._tokens is not None, "sent until the tokens are there"
-            await push.send_end(self._num_chunks, self._tokens)
-            await reader
+            await self._send_until_complete(push, reader)
+            reader.result()
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-        return self._measure()
+        return self._measure(push)
 
-    async def _send_chunks(self, push: KVPush, reader: asyncio.Task[None]) -> None:
-        """Sends spans as they become ready, until all are acknowledged and the first tokens are there."""
-        while not self._is_all_acknowledged:
-            if self._can_send:
-                await self._send_chunk(push, self._spans.popleft())
-                continue
-            await self._wait_for_change(reader)
-            if reader.done():
-                reader.result()
-                raise TransferError("the decode worker ended the push early")
+    async def _send_until_complete(self, push: KVPush, reader: asyncio.Task[None]) -> None:
+        """Sends spans as they become ready, then the end, then what is refused; until the receiver has ended the push."""
+        end_is_sent = False
+        while not reader.done():
+            while self._can_encode(push):
+                self._start_encoding(push)
+            if self._encoding:
+                encoded = await self._encoding[0]
+                self._encoding.popleft()
+                await push.send_chunk(encoded)
+            elif self._tokens is not None and not self._spans and not end_is_sent:
+                # Not after the last answers: these may follow, and cost nothing then.
+                await push.send_end(self._num_chunks, self._tokens)
+                end_is_sent = True
+            else:
+                self._changed.clear()
+                await self._changed.wait()
 
-    async def _wait_for_change(self, reader: asyncio.Task[None]) -> None:
-        """Until there may be something to send, or the reader has ended."""
-        self._changed.clear()
-        changed = asyncio.create_task(self._changed.wait(), name="push changes")
-        try:
-            await asyncio.wait({changed, reader}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
-
-    @property
-    def _is_all_acknowledged(self) -> bool:
-        return self._tokens is not None and not self._spans and not self._unacknowledged
-
-    @property
-    def _can_send(self) -> bool:
-        """Whether a chunk is ready and the window has room. A chunk larger than the window goes alone."""
-        if not self._spans:
+    def _can_encode(self, push: KVPush) -> bool:
+        """Whether a chunk is ready and there is room for it. A chunk larger than the window goes alone."""
+        if not self._spans or len(self._encoding) >= ENCODE_AHEAD or not push.has_room():
             return False
         num_bytes = self._spans[0].num_bytes(self._context.layout)
         return self._window_bytes == 0 or self._window_bytes + num_bytes <= self._context.max_window_bytes
 
-    async def _send_chunk(self, push: KVPush, span: KVSpan) -> None:
-        if self._first_sent_at is None:
-            self._first_sent_at = self._context.now()
-        if self._busy_since is None:
-            self._busy_since = self._context.now()
+    def _start_encoding(self, push: KVPush) -> None:
+        now = self._context.now()
+        self._first_sent_at = now if self._first_sent_at is None else self._first_sent_at
+        self._busy_since = now if self._busy_since is None else self._busy_since
+        window_bytes = self._context.max_window_bytes - self._window_bytes
+        if (self._spans[0].layer_begin, self._spans[0].token_begin) in self._resent:
+            span = self._spans.popleft()  # as it was refused
+        else:
+            span = take_joined(self._spans, self._context.layout, min(push.max_payload_bytes, window_bytes))
+        num_bytes = span.num_bytes(self._context.layout)
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span
-        self._window_bytes += span.num_bytes(self._context.layout)
+        self._window_bytes += num_bytes
         if name not in self._resent:
             self._num_chunks += 1
-        self._export = self._context.threads.submit(self._encode, push, span)
-        encoded = await asyncio.wrap_future(self._export)
-        self._export = None
-        await push.send_chunk(encoded)
+        export = self._context.threads.submit(self._encode, push, span, push.take_buffer(span, num_bytes))
+        self._exports = [each for each in self._exports if not each.done()] + [export]
+        self._encoding.append(asyncio.wrap_future(export))
 
-    def _encode(self, push: KVPush, span: KVSpan) -> Any:
+    def _encode(self, push: KVPush, span: KVSpan, buffer: memoryview) -> Any:
         """Runs in an export thread."""
-        exported = self._context.exporter.export_kv(
-            span.layer_begin, span.layer_end, self._block_ids, span.token_begin, span.token_end
+        self._context.exporter.export_kv_into(
+            buffer, span.layer_begin, span.layer_end, self._block_ids, span.token_begin, span.token_end
         )
-        payload = memoryview(exported.numpy().reshape(-1))
-        assert payload.nbytes == span.num_bytes(self._context.layout), "exported as the layout says"
-        digest = chunk_digest(self._plan.ticket, self._plan.work_id.attempt, span, payload)
-        return push.encode(Chunk(span, payload, digest))
+        digest = chunk_digest(self._plan.ticket, self._plan.work_id.attempt, span, buffer)
+        return push.encode(Chunk(span, buffer, digest))
 
     async def _read_replies(self, push: KVPush) -> None:
         async for reply in push.replies():
             match reply:
                 case ChunkAccepted(layer_begin, token_begin):
-                    self._settle((layer_begin, token_begin))
+                    self._settle_until(push, (layer_begin, token_begin))
                 case ChunkRefused(layer_begin, token_begin, message):
-                    self._send_again((layer_begin, token_begin), message)
+                    self._send_again(push, (layer_begin, token_begin), message)
                 case PushComplete(kv_bytes):
                     self._completed_bytes = kv_bytes
                     return
             self._changed.set()
         raise TransferError("the decode worker ended the push without completing it")
 
-    def _settle(self, name: tuple[int, int]) -> KVSpan:
+    def _settle_until(self, push: KVPush, name: tuple[int, int]) -> None:
+        """This chunk and all that were sent before it are accepted: the receiver takes them in order."""
+        for each in list(self._unacknowledged):
+            self._settle(push, each)
+            if each == name:
+                return
+        raise TransferError("the decode worker acknowledged a chunk that was not sent")
+
+    def _settle(self, push: KVPush, name: tuple[int, int]) -> KVSpan:
         """The chunk is not under way any more."""
         span = self._unacknowledged.pop(name, None)
         if span is None:
-            raise TransferError("the decode worker acknowledged a chunk that was not sent")
+            raise TransferError("the decode worker refused a chunk that was not sent")
+        push.settle(span)
         num_bytes = span.num_bytes(self._context.layout)
         self._window_bytes -= num_bytes
         self._kv_bytes += num_bytes
@@ -242,8 +266,8 @@ class KVSender:
             self._busy_since = None
         return span
 
-    def _send_again(self, name: tuple[int, int], message: str) -> None:
-        span = self._settle(name)
+    def _send_again(self, push: KVPush, name: tuple[int, int], message: str) -> None:
+        span = self._settle(push, name)
         self._kv_bytes -= span.num_bytes(self._context.layout)
         if name in self._resent:
             raise TransferError(f"the decode worker refused a chunk twice: {message}")
@@ -251,11 +275,13 @@ class KVSender:
         self._resent.add(name)
         self._spans.appendleft(span)
 
-    def _measure(self) -> TransferResult:
+    def _measure(self, push: KVPush) -> TransferResult:
         if self._completed_bytes is None or self._completed_bytes != self._kv_bytes:
             raise TransferError(f"{self._kv_bytes} KV bytes were sent, {self._completed_bytes} received")
         assert self._first_sent_at is not None, "a push has at least one chunk"
         now = self._context.now()
         exposed_ms = max(0.0, now - max(self._sampled_at, self._first_sent_at)) * 1000
         transfer_ms = (now - self._first_sent_at) * 1000
-        return TransferResult(self._kv_bytes, transfer_ms, exposed_ms, self._wire_s * 1000, len(self._resent))
+        return TransferResult(
+            self._kv_bytes, transfer_ms, exposed_ms, self._wire_s * 1000, len(self._resent), push.transport_name
+        )

@@ -9,7 +9,8 @@ import grpc
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.garbage_collection import keep_what_is_loaded
-from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.kv_transfer.shared_memory_transport import create_transport
+from kvrelay.kv_transfer.transports import KVTransport
 from kvrelay.telemetry import configure_logging
 from kvrelay.v1 import prefill_pb2_grpc, session_pb2
 from kvrelay.worker_engine import BYTES_PER_MIB, WorkerEngine, build_engine
@@ -43,7 +44,7 @@ def run(settings: PrefillSettings) -> None:
 async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:
     """The same within a running loop, with the engine built; `stop` ends it when set."""
 
-    transport = GrpcTransport(settings.transfer.transfer_connect_timeout_ms)
+    transport = create_transport(settings.transfer)
 
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
         return build_services(settings, engine, transport, hello)
@@ -55,14 +56,14 @@ async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.E
 
 
 def build_services(
-    settings: PrefillSettings, engine: WorkerEngine, transport: GrpcTransport, hello: session_pb2.WorkerHello
+    settings: PrefillSettings, engine: WorkerEngine, transport: KVTransport, hello: session_pb2.WorkerHello
 ) -> WorkerServices:
     """Puts engine thread, senders and service together."""
     limits = PrefillLimits(settings.engine.prefill_chunk_tokens, settings.engine.max_waiting_works)
     publish = _Publisher(asyncio.get_running_loop())
     scheduler = PrefillScheduler(engine.blocks, engine.model, limits)
     loop = PrefillEngineLoop(scheduler, engine.step_runner, publish.publish, publish.announce)
-    thread: EngineThread[Command] = EngineThread("prefill engine", loop)
+    thread: EngineThread[Command] = EngineThread("prefill engine", loop, on_start=engine.pin_thread)
     transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv export")
     context = SenderContext(
         exporter=engine.cache,

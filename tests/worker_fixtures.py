@@ -13,7 +13,7 @@ from typing import Any
 import decode_worker.main
 import prefill_worker.main
 from kvrelay.config import DecodeSettings, EngineSettings, PrefillSettings, TransferSettings
-from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.kv_transfer.shared_memory_transport import create_transport
 from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.rpc import bind_server, create_server
 from kvrelay.v1 import session_pb2
@@ -73,7 +73,7 @@ async def running_prefill_worker(
     worker_settings = PrefillSettings(
         engine=EngineSettings(**values), transfer=transfer or TransferSettings(transfer_message_kib=16)
     )
-    transport = GrpcTransport(worker_settings.transfer.transfer_connect_timeout_ms)
+    transport = create_transport(worker_settings.transfer)
 
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
         return prefill_worker.main.build_services(worker_settings, engine, transport, hello)

@@ -1,4 +1,4 @@
-"""KV chunks as bytes on the wire: their digest, and their encoding with a single copy of the payload.
+"""KV chunks as bytes on the wire: their digest, and their encoding with a single copy of the payload and decoding without any.
 
 Knows nothing of tensors: a payload is a buffer.
 """
@@ -7,7 +7,9 @@ import struct
 from dataclasses import dataclass
 
 import xxhash
+from google.protobuf.message import DecodeError
 
+from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.v1 import kv_transfer_pb2
 
@@ -19,6 +21,17 @@ Buffer = bytes | bytearray | memoryview
 # ticket length, attempt, layers, tokens, payload length: fixed widths, so that no two different chunks give the same bytes.
 _FRAME = struct.Struct("<QQQQQQQ")
 _LENGTH_DELIMITED = 2
+_MAX_VARINT_BYTES = 10
+_CHUNK_TAG = kv_transfer_pb2.PushRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_PAYLOAD_TAG = kv_transfer_pb2.KVChunk.PAYLOAD_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSlice:
+    """Where a payload lies in a push's region of shared memory, in bytes."""
+
+    offset: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,15 @@ class Chunk:
 
     span: KVSpan
     payload: Buffer
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SharedChunk:
+    """The same with its payload in shared memory."""
+
+    span: KVSpan
+    where: SharedSlice
     digest: bytes
 
 
@@ -49,27 +71,89 @@ def encode_chunk(chunk: Chunk) -> bytes:
     Written by hand around the payload, because building the message would copy the payload three times; this copies it once.
     """
     payload = memoryview(chunk.payload).cast("B")
-    fields = kv_transfer_pb2.KVChunk(
-        layer_begin=chunk.span.layer_begin,
-        layer_end=chunk.span.layer_end,
-        token_begin=chunk.span.token_begin,
-        token_end=chunk.span.token_end,
-        digest=chunk.digest,
-    ).SerializeToString()
-    payload_head = _field_head(kv_transfer_pb2.KVChunk.PAYLOAD_FIELD_NUMBER, payload.nbytes)
+    fields = _chunk_message(chunk.span, chunk.digest).SerializeToString()
+    payload_head = _field_head(_PAYLOAD_TAG, payload.nbytes)
     num_chunk_bytes = len(fields) + len(payload_head) + payload.nbytes
-    chunk_head = _field_head(kv_transfer_pb2.PushRequest.CHUNK_FIELD_NUMBER, num_chunk_bytes)
-    return b"".join((chunk_head, fields, payload_head, payload))
+    return b"".join((_field_head(_CHUNK_TAG, num_chunk_bytes), fields, payload_head, payload))
 
 
-def decode_chunk(message: kv_transfer_pb2.KVChunk) -> Chunk:
-    """The chunk as its sender describes it; nothing of it is to be trusted."""
-    span = KVSpan(message.layer_begin, message.layer_end, message.token_begin, message.token_end)
-    return Chunk(span, message.payload, message.digest)
+def encode_shared_chunk(chunk: SharedChunk) -> bytes:
+    """A serialized PushRequest that says where the chunk is."""
+    message = _chunk_message(chunk.span, chunk.digest)
+    message.shared.offset, message.shared.num_bytes = chunk.where.offset, chunk.where.num_bytes
+    return kv_transfer_pb2.PushRequest(chunk=message).SerializeToString()
 
 
-def _field_head(number: int, num_bytes: int) -> bytes:
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(num_bytes)
+def decode_request(message: bytes) -> kv_transfer_pb2.PushRequest | Chunk | SharedChunk:
+    """A message of a sender; nothing of it is to be trusted. A chunk's payload is a view of the message, without a copy.
+
+    Raises:
+        TransferError: the bytes are not a message.
+    """
+    try:
+        if (parts := _split_chunk(message)) is not None:
+            return _chunk_of(kv_transfer_pb2.KVChunk.FromString(parts[0]), parts[1])
+        request = kv_transfer_pb2.PushRequest.FromString(message)
+    except (DecodeError, ValueError) as error:
+        raise TransferError("a message of the push cannot be read") from error
+    return _chunk_of(request.chunk, request.chunk.payload) if request.WhichOneof("message") == "chunk" else request
+
+
+def _chunk_of(fields: kv_transfer_pb2.KVChunk, payload: Buffer) -> Chunk | SharedChunk:
+    span = KVSpan(fields.layer_begin, fields.layer_end, fields.token_begin, fields.token_end)
+    if fields.HasField("shared"):
+        return SharedChunk(span, SharedSlice(fields.shared.offset, fields.shared.num_bytes), fields.digest)
+    return Chunk(span, payload, fields.digest)
+
+
+def _chunk_message(span: KVSpan, digest: bytes) -> kv_transfer_pb2.KVChunk:
+    return kv_transfer_pb2.KVChunk(
+        layer_begin=span.layer_begin,
+        layer_end=span.layer_end,
+        token_begin=span.token_begin,
+        token_end=span.token_end,
+        digest=digest,
+    )
+
+
+def _split_chunk(message: bytes) -> tuple[bytes, memoryview] | None:
+    """The other fields of a chunk, and its payload, when the payload ends the message, as it does in ours; else None.
+
+    message: | chunk tag | length | other fields | payload tag | length | payload |
+    """
+    if not message or message[0] != _CHUNK_TAG:
+        return None
+    length, fields_begin = _read_varint(message, 1)
+    if fields_begin + length != len(message):
+        return None
+    field_begin = fields_begin
+    while field_begin < len(message):
+        tag, position = _read_varint(message, field_begin)
+        value, position = _read_varint(message, position)
+        if tag == _PAYLOAD_TAG and position + value == len(message):
+            return message[fields_begin:field_begin], memoryview(message)[position:]
+        if tag == _PAYLOAD_TAG or tag & 7 not in (0, _LENGTH_DELIMITED):
+            return None
+        field_begin = position + value if tag & 7 == _LENGTH_DELIMITED else position
+    return None
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    value = 0
+    for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
+        if position >= len(message):
+            break
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a number has no end")
+
+
+def _field_head(tag: int, num_bytes: int) -> bytes:
+    return _varint(tag) + _varint(num_bytes)
 
 
 def _varint(value: int) -> bytes:

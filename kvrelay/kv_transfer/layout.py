@@ -8,9 +8,13 @@ A span is a rectangle of layers and tokens:
              0        a       b     prompt's length
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from kvrelay.model_spec import KVLayout
+
+ALIGNED_TOKENS = 64
+"""Where tokens are cut, they are cut at multiples of this: whole blocks of any usual size are copied faster than parts of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,15 @@ class KVSpan:
     @property
     def num_tokens(self) -> int:
         return self.token_end - self.token_begin
+
+    def overlaps(self, other: "KVSpan") -> bool:
+        """Whether some token of some layer is in both."""
+        return (
+            self.layer_begin < other.layer_end
+            and other.layer_begin < self.layer_end
+            and self.token_begin < other.token_end
+            and other.token_begin < self.token_end
+        )
 
     def num_bytes(self, layout: KVLayout) -> int:
         """Exact payload size, in bytes."""
@@ -56,8 +69,28 @@ def layers_that_fit(num_tokens: int, layout: KVLayout, max_bytes: int) -> int:
     return max_bytes // (num_tokens * layout.bytes_per_layer_token)
 
 
+def take_joined(spans: deque[KVSpan], layout: KVLayout, max_bytes: int) -> KVSpan:
+    """Takes the first span, together with those behind it as far as they make one rectangle of at most `max_bytes`."""
+    taken = spans.popleft()
+    while spans and (joined := _join(taken, spans[0])) is not None and joined.num_bytes(layout) <= max_bytes:
+        spans.popleft()
+        taken = joined
+    return taken
+
+
+def _join(first: KVSpan, second: KVSpan) -> KVSpan | None:
+    """The rectangle that both make; None when they make none."""
+    same_tokens = (first.token_begin, first.token_end) == (second.token_begin, second.token_end)
+    same_layers = (first.layer_begin, first.layer_end) == (second.layer_begin, second.layer_end)
+    if (same_tokens and first.layer_end == second.layer_begin) or (same_layers and first.token_end == second.token_begin):
+        return KVSpan(first.layer_begin, second.layer_end, first.token_begin, second.token_end)
+    return None
+
+
 def _split_tokens(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan]:
     tokens_per_message = max(1, max_bytes // layout.bytes_per_layer_token)
+    if tokens_per_message > ALIGNED_TOKENS:
+        tokens_per_message -= tokens_per_message % ALIGNED_TOKENS
     return [
         KVSpan(layer, layer + 1, token, min(token + tokens_per_message, span.token_end))
         for layer in range(span.layer_begin, span.layer_end)

@@ -1,13 +1,14 @@
 """How chunks reach the other worker: a seam, and the way over gRPC. Knows nothing of where chunks come from.
 
-A transport opens one push for each work. What `encode` returns is opaque to the sender: it is made in an export thread, since
-that is where the payload is copied, and sent from the event loop.
+A transport opens one push for each work. A payload is copied out of the pool into memory that the push gives, for only the push
+knows where it must lie. What `encode` returns is opaque to the sender: it is made in an export thread, and sent from the event
+loop. `kvrelay.kv_transfer.shared_memory_transport` has the way through shared memory.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ import grpc
 
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.codec import Chunk, encode_chunk
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.memory_handover import HandoverOffer
 from kvrelay.model_spec import WIRE_VERSION
 from kvrelay.rpc import create_channel
 from kvrelay.v1 import kv_transfer_pb2
@@ -24,7 +27,10 @@ from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
 from kvrelay.work import SequenceToken, WorkId
 
 PUSH_METHOD = "/kvrelay.v1.KVTransferService/Push"
+OFFER_METHOD = "/kvrelay.v1.KVTransferService/OfferSharedMemory"
 MAX_CHANNELS = 64
+MAX_IDLE_BUFFERS = 8
+"""Kept for the next chunks: touching fresh memory costs more than copying into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class PushPlan:
 
 @dataclass(frozen=True, slots=True)
 class ChunkAccepted:
-    """The chunk that begins there is checked and written."""
+    """The chunk that begins there is checked and written, and all that were sent before it and not refused."""
 
     layer_begin: int
     token_begin: int
@@ -66,10 +72,31 @@ Reply = ChunkAccepted | ChunkRefused | PushComplete
 
 
 class KVPush(Protocol):
-    """One open push. Whoever breaks it off calls `cancel`."""
+    """One open push. Whoever opened it calls `close`, whatever happened."""
+
+    @property
+    def transport_name(self) -> str:
+        """How payloads travel, for people."""
+        raise NotImplementedError
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Largest payload of one chunk that this push is made for."""
+        raise NotImplementedError
+
+    def has_room(self) -> bool:
+        """Whether there is memory for one more payload now; there is again when the receiver has answered."""
+        raise NotImplementedError
+
+    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
+        """Memory for the payload of a chunk: exactly so many writable bytes."""
+        raise NotImplementedError
 
     def encode(self, chunk: Chunk) -> Any:
-        """Makes the chunk ready to be sent; called in any thread. The payload is not read after it."""
+        """Makes the chunk, whose payload is in the buffer that was taken for it, ready to be sent; called in any thread."""
+
+    def settle(self, span: KVSpan) -> None:
+        """The receiver has answered the chunk."""
 
     async def send_chunk(self, encoded: Any) -> None:
         """Sends what `encode` gave."""
@@ -81,8 +108,8 @@ class KVPush(Protocol):
         """What the receiver says, in order, until it ends the push."""
         raise NotImplementedError
 
-    def cancel(self) -> None:
-        """Breaks the push off, or forgets it when it has ended. Idempotent."""
+    def close(self, *, is_complete: bool) -> None:
+        """Forgets the push when it is complete, or breaks it off."""
 
 
 class KVTransport(Protocol):
@@ -105,40 +132,76 @@ class GrpcTransport:
 
     Args:
         connect_timeout_ms: most time to reach a receiver.
+        max_payload_bytes: largest payload of one message.
     """
 
-    def __init__(self, connect_timeout_ms: int) -> None:
+    def __init__(self, connect_timeout_ms: int, max_payload_bytes: int = 1 << 20) -> None:
         self._connect_timeout_s = connect_timeout_ms / 1000
+        self._max_payload_bytes = max_payload_bytes
+        self._idle_buffers: deque[bytearray] = deque(maxlen=MAX_IDLE_BUFFERS)
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._open_channels: WeakSet[grpc.aio.Channel] = WeakSet()
         """Those that were dropped for others too, while their pushes last."""
         self._closed = False
 
-    async def open(self, address: str, plan: PushPlan) -> GrpcPush:
+    async def open(self, address: str, plan: PushPlan, region_id: bytes = b"") -> GrpcPush:
         """Reaches the receiver and sends the header.
+
+        Args:
+            address: host:port.
+            plan: what will be pushed.
+            region_id: of the region of shared memory in which chunks may lie.
 
         Raises:
             TransferError: it cannot be reached in time, or the transport is closed.
         """
-        if self._closed:
-            raise TransferError("the prefill worker is shutting down")
         channel = self._channel(address)
-        push = GrpcPush(channel)
+        push = GrpcPush(channel, self._max_payload_bytes, self._idle_buffers)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 # Connects first. Waiting for the state of the channel instead would leave a watch behind when cancelled.
-                await push.send_header(plan)
+                await push.send_header(plan, region_id)
         except TimeoutError:
-            timeout_ms = round(self._connect_timeout_s * 1000)
             self._break_off(push, address, channel)
-            raise TransferError(f"the decode worker at {address} was not reached within {timeout_ms} ms") from None
+            raise self._not_reached(address) from None
         except BaseException:
             self._break_off(push, address, channel)
             raise
         return push
 
+    async def offer(self, address: str) -> HandoverOffer | None:
+        """Where the receiver takes shared memory; None when it takes none.
+
+        Raises:
+            TransferError: it cannot be reached in time, or the transport is closed.
+        """
+        channel = self._channel(address)
+        method = channel.unary_unary(
+            OFFER_METHOD,
+            request_serializer=kv_transfer_pb2.OfferSharedMemoryRequest.SerializeToString,
+            response_deserializer=kv_transfer_pb2.OfferSharedMemoryResponse.FromString,
+        )
+        request = kv_transfer_pb2.OfferSharedMemoryRequest()
+        try:
+            response: Any = await method(request, timeout=self._connect_timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return None
+            self._drop(address, channel)
+            raise self._not_reached(address) from error
+        if not response.socket_name:
+            return None
+        return HandoverOffer(response.socket_name, response.key, response.max_region_bytes, response.max_regions)
+
+    def _not_reached(self, address: str) -> TransferError:
+        timeout_ms = round(self._connect_timeout_s * 1000)
+        return TransferError(f"the decode worker at {address} was not reached within {timeout_ms} ms")
+
     def _break_off(self, push: GrpcPush, address: str, channel: grpc.aio.Channel) -> None:
-        push.cancel()
+        push.close(is_complete=False)
+        self._drop(address, channel)
+
+    def _drop(self, address: str, channel: grpc.aio.Channel) -> None:
         if self._channels.get(address) is channel:
             # The next attempt connects anew at once, instead of waiting out this channel's backoff.
             del self._channels[address]
@@ -152,6 +215,8 @@ class GrpcTransport:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         """The channel to a receiver. One that is dropped from here closes itself when its last push lets go of it."""
+        if self._closed:
+            raise TransferError("the prefill worker is shutting down")
         channel = self._channels.pop(address, None) or create_channel(address)
         self._channels[address] = channel
         self._open_channels.add(channel)
@@ -161,20 +226,45 @@ class GrpcTransport:
 
 
 class GrpcPush:
-    """A Push call. Requests are serialized by the codec, which copies a payload once."""
+    """A Push call. Requests are serialized by the codec, which copies a payload once.
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    Args:
+        channel: to the receiver.
+        max_payload_bytes: largest payload of one message.
+        idle_buffers: shared with other pushes.
+    """
+
+    transport_name = "grpc"
+
+    def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int, idle_buffers: deque[bytearray]) -> None:
         method = channel.stream_stream(
             PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
         )
         self._channel = channel  # lives as long as the push
+        self.max_payload_bytes = max_payload_bytes
+        self._idle_buffers = idle_buffers
         # A receiver that is just starting is waited for, as long as the opener allows.
         self._call: Any = method(wait_for_ready=True)
 
-    def encode(self, chunk: Chunk) -> bytes:
-        return encode_chunk(chunk)
+    def has_room(self) -> bool:
+        return True
 
-    async def send_header(self, plan: PushPlan) -> None:
+    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
+        buffer = self._idle_buffers.pop() if self._idle_buffers else bytearray()
+        if len(buffer) < num_bytes:
+            buffer = bytearray(max(num_bytes, self.max_payload_bytes))
+        return memoryview(buffer)[:num_bytes]
+
+    def encode(self, chunk: Chunk) -> bytes:
+        encoded = encode_chunk(chunk)
+        if isinstance(chunk.payload, memoryview) and isinstance(chunk.payload.obj, bytearray):
+            self._idle_buffers.append(chunk.payload.obj)
+        return encoded
+
+    def settle(self, span: KVSpan) -> None:
+        """Nothing to do: the message was copied when it was sent."""
+
+    async def send_header(self, plan: PushPlan, region_id: bytes = b"") -> None:
         """The first message."""
         header = kv_transfer_pb2.PushHeader(
             work_id=work_id_to_pb(plan.work_id),
@@ -183,6 +273,7 @@ class GrpcPush:
             wire_version=WIRE_VERSION,
             token_begin=plan.token_begin,
             token_end=plan.token_end,
+            shared_region=region_id,
         )
         await self._write(kv_transfer_pb2.PushRequest(header=header).SerializeToString())
 
@@ -200,7 +291,7 @@ class GrpcPush:
         except grpc.aio.AioRpcError as error:
             raise TransferError(f"the decode worker broke the push off: {error.details()}") from error
 
-    def cancel(self) -> None:
+    def close(self, *, is_complete: bool) -> None:
         self._call.cancel()
 
     async def _write(self, request: bytes) -> None:

@@ -20,6 +20,57 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class OfferSharedMemoryRequest(_message.Message):
+    """Asks for the offer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferSharedMemoryRequest: _TypeAlias = OfferSharedMemoryRequest  # noqa: Y015
+
+@_typing.final
+class OfferSharedMemoryResponse(_message.Message):
+    """Where memory can be handed over: a local socket, which nobody on another host or in another network namespace can reach."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_NAME_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    MAX_REGION_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_REGIONS_FIELD_NUMBER: _builtins.int
+    socket_name: _builtins.str
+    """Name of an abstract Unix socket, of type SOCK_SEQPACKET, without its leading zero byte. Empty when no memory is shared."""
+    key: _builtins.bytes
+    """First message on a connection to it: shows that it was named by this call. 16 random bytes."""
+    max_region_bytes: _builtins.int
+    """Largest region that is taken, in bytes."""
+    max_regions: _builtins.int
+    """Most regions that are taken over one connection."""
+    def __init__(
+        self,
+        *,
+        socket_name: _builtins.str = ...,
+        key: _builtins.bytes = ...,
+        max_region_bytes: _builtins.int = ...,
+        max_regions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "max_region_bytes", b"max_region_bytes", "max_regions", b"max_regions", "socket_name", b"socket_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferSharedMemoryResponse: _TypeAlias = OfferSharedMemoryResponse  # noqa: Y015
+
+@_typing.final
 class PushRequest(_message.Message):
     """A message of the pushing side."""
 
@@ -107,6 +158,7 @@ class PushHeader(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
     TOKEN_BEGIN_FIELD_NUMBER: _builtins.int
     TOKEN_END_FIELD_NUMBER: _builtins.int
+    SHARED_REGION_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """The right to write, from Reserved."""
     fingerprint: _builtins.str
@@ -117,6 +169,10 @@ class PushHeader(_message.Message):
     """First token of the push; equals the receiver's number of cached tokens."""
     token_end: _builtins.int
     """One past the last token of the push; equals the prompt's length."""
+    shared_region: _builtins.bytes
+    """16 bytes that name a region of shared memory which was handed over before and which no other push uses: chunks may lie in it.
+    Empty when all payloads are in their messages.
+    """
     @_builtins.property
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
@@ -130,10 +186,11 @@ class PushHeader(_message.Message):
         wire_version: _builtins.int = ...,
         token_begin: _builtins.int = ...,
         token_end: _builtins.int = ...,
+        shared_region: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "ticket", b"ticket", "token_begin", b"token_begin", "token_end", b"token_end", "wire_version", b"wire_version", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "shared_region", b"shared_region", "ticket", b"ticket", "token_begin", b"token_begin", "token_end", b"token_end", "wire_version", b"wire_version", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,6 +208,7 @@ class KVChunk(_message.Message):
     TOKEN_END_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     layer_begin: _builtins.int
     """First layer."""
     layer_end: _builtins.int
@@ -161,10 +219,14 @@ class KVChunk(_message.Message):
     """One past the last token."""
     payload: _builtins.bytes
     """For each layer K, then V, each [tokens, kv_heads, head_dim] in the model's KV dtype, little endian, without padding. About 1 MiB
-    at the most.
+    at the most. Empty when `shared` is set.
     """
     digest: _builtins.bytes
     """xxh3-128 over ticket, attempt, layer range, token range and payload; 16 bytes, big endian."""
+    @_builtins.property
+    def shared(self) -> Global___SharedSlice:
+        """Where in the push's region the payload lies, instead of in this message. It stays there unchanged until the answer."""
+
     def __init__(
         self,
         *,
@@ -174,18 +236,45 @@ class KVChunk(_message.Message):
         token_end: _builtins.int = ...,
         payload: _builtins.bytes = ...,
         digest: _builtins.bytes = ...,
+        shared: Global___SharedSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shared", b"shared"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "payload", b"payload", "token_begin", b"token_begin", "token_end", b"token_end"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "payload", b"payload", "shared", b"shared", "token_begin", b"token_begin", "token_end", b"token_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KVChunk: _TypeAlias = KVChunk  # noqa: Y015
 
 @_typing.final
+class SharedSlice(_message.Message):
+    """A part of a region of shared memory. The receiver compares both with the region's size and with what its own model says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """First byte."""
+    num_bytes: _builtins.int
+    """Size, in bytes."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedSlice: _TypeAlias = SharedSlice  # noqa: Y015
+
+@_typing.final
 class PushEnd(_message.Message):
-    """No more chunks follow."""
+    """No more chunks follow, but for those that are refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -213,7 +302,7 @@ Global___PushEnd: _TypeAlias = PushEnd  # noqa: Y015
 
 @_typing.final
 class ChunkAccepted(_message.Message):
-    """The receiver has checked the chunk and written it into its blocks."""
+    """The receiver has checked the chunk and written it into its blocks, and all chunks before it that it did not refuse."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -40,6 +40,11 @@ class KVTransferServiceStub:
                 request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.PushRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.PushResponse.FromString,
                 _registered_method=True)
+        self.OfferSharedMemory = channel.unary_unary(
+                '/kvrelay.v1.KVTransferService/OfferSharedMemory',
+                request_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServiceServicer:
@@ -47,7 +52,15 @@ class KVTransferServiceServicer:
     """
 
     def Push(self, request_iterator, context):
-        """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more.
+        """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more,
+        behind the end too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OfferSharedMemory(self, request, context):
+        """Where a prefill worker on the same host can hand over memory to share, so that payloads need not go through the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -60,6 +73,11 @@ def add_KVTransferServiceServicer_to_server(servicer, server):
                     servicer.Push,
                     request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.PushRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.PushResponse.SerializeToString,
+            ),
+            'OfferSharedMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferSharedMemory,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class KVTransferService:
             '/kvrelay.v1.KVTransferService/Push',
             kvrelay_dot_v1_dot_kv__transfer__pb2.PushRequest.SerializeToString,
             kvrelay_dot_v1_dot_kv__transfer__pb2.PushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferSharedMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.KVTransferService/OfferSharedMemory',
+            kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryRequest.SerializeToString,
+            kvrelay_dot_v1_dot_kv__transfer__pb2.OfferSharedMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

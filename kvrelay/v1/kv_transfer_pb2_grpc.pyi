@@ -34,7 +34,11 @@ class KVTransferServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KVTransferServiceAsyncStub: ...
     Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.PushRequest, _kv_transfer_pb2.PushResponse]
-    """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more."""
+    """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more,
+    behind the end too.
+    """
+    OfferSharedMemory: _grpc.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferSharedMemoryRequest, _kv_transfer_pb2.OfferSharedMemoryResponse]
+    """Where a prefill worker on the same host can hand over memory to share, so that payloads need not go through the stream."""
 
 @_typing.type_check_only
 class KVTransferServiceAsyncStub(KVTransferServiceStub):
@@ -42,7 +46,11 @@ class KVTransferServiceAsyncStub(KVTransferServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.PushRequest, _kv_transfer_pb2.PushResponse]  # type: ignore[assignment]
-    """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more."""
+    """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more,
+    behind the end too.
+    """
+    OfferSharedMemory: _aio.UnaryUnaryMultiCallable[_kv_transfer_pb2.OfferSharedMemoryRequest, _kv_transfer_pb2.OfferSharedMemoryResponse]  # type: ignore[assignment]
+    """Where a prefill worker on the same host can hand over memory to share, so that payloads need not go through the stream."""
 
 class KVTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by decode workers."""
@@ -53,6 +61,16 @@ class KVTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_transfer_pb2.PushRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.PushResponse], _abc.AsyncIterator[_kv_transfer_pb2.PushResponse]]:
-        """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more."""
+        """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more,
+        behind the end too.
+        """
+
+    @_abc_1.abstractmethod
+    def OfferSharedMemory(
+        self,
+        request: _kv_transfer_pb2.OfferSharedMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_transfer_pb2.OfferSharedMemoryResponse, _abc.Awaitable[_kv_transfer_pb2.OfferSharedMemoryResponse]]:
+        """Where a prefill worker on the same host can hand over memory to share, so that payloads need not go through the stream."""
 
 def add_KVTransferServiceServicer_to_server(servicer: KVTransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -3,11 +3,13 @@
 import asyncio
 import random
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kvrelay.config import TransferSettings
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import decode_pb2
 from kvrelay.wire import reserve_to_pb, start_prefill_to_pb, work_id_to_pb
@@ -52,14 +54,16 @@ async def both_idle(*workers: RunningWorker) -> None:
     await asyncio.gather(*(worker.wait_until_idle() for worker in workers))
 
 
+@pytest.mark.parametrize("transport", ["grpc", "shared-memory"])
 @pytest.mark.parametrize("num_prompt_tokens", [1, 3, 4, 5, 16, 17, 50])
 async def test_handed_over_tokens_equal_transformers_generate_and_all_kv_crosses_the_wire(
-    engines: tuple[WorkerEngine, WorkerEngine], num_prompt_tokens: int
+    engines: tuple[WorkerEngine, WorkerEngine], num_prompt_tokens: int, transport: Literal["grpc", "shared-memory"]
 ) -> None:
     prompt = random_prompt(num_prompt_tokens, num_prompt_tokens)
     work = make_work(prompt, NUM_NEW_TOKENS)
+    settings = TransferSettings(transfer_message_kib=16, transfer_transport=transport)
     async with (
-        running_prefill_worker(engines[0]) as prefill_worker,
+        running_prefill_worker(engines[0], settings) as prefill_worker,
         running_decode_worker(engines[1]) as decode_worker,
         session_with("prefill", prefill_worker.address) as prefill,
         session_with("decode", decode_worker.address) as decode,

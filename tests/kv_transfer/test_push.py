@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from kvrelay.errors import DeadlineError, TransferError
 from kvrelay.kv_transfer import transports
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.shared_memory_transport import SharedMemoryTransport
 from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushComplete, PushPlan
 from kvrelay.model_spec import WIRE_VERSION, KVLayout, ModelSpec
 from kvrelay.rpc import bind_server, create_channel, create_server
@@ -34,6 +37,8 @@ from tests.works import make_work
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32")
 MODEL = ModelSpec("m", "llama", LAYOUT, 100, 512, (0,), "fingerprint")
 NUM_TOKENS = 20
+MESSAGE_BYTES = 10 * LAYOUT.bytes_per_layer_token
+REGION_BYTES = 4 * MESSAGE_BYTES
 WAIT_S = 10.0
 
 
@@ -49,9 +54,17 @@ class FakePool:
         self.gate.set()
         self.entered = threading.Event()
 
-    def export_kv(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> Any:
+    def export_kv_into(
+        self,
+        buffer: memoryview,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+    ) -> None:
         self._pass_gate()
-        return np.ascontiguousarray(self.content[layer_begin:layer_end, token_begin:token_end])
+        buffer[:] = self.content[layer_begin:layer_end, token_begin:token_end].tobytes()
 
     def import_kv(
         self,
@@ -72,22 +85,6 @@ class FakePool:
         assert self.gate.wait(WAIT_S), "the test never opened the gate"
 
 
-class FakeExport:
-    """Numpy arrays have no `.numpy()`."""
-
-    def __init__(self, pool: FakePool) -> None:
-        self._pool = pool
-
-    def export_kv(self, *arguments: Any) -> Any:
-        array = self._pool.export_kv(*arguments)
-
-        class _Tensor:
-            def numpy(self) -> Any:
-                return array
-
-        return _Tensor()
-
-
 @dataclass
 class Bench:
     """A receiver that listens, with one reservation."""
@@ -100,7 +97,8 @@ class Bench:
     ticket: bytes
     ended: asyncio.Queue[PushEnded]
     threads: ThreadPoolExecutor
-    transport: GrpcTransport
+    transport: Any
+    memory: HandoverServer
     outcomes: asyncio.Queue[TransferResult | TransferError] = field(default_factory=asyncio.Queue)
 
     def plan(self, **changes: Any) -> PushPlan:
@@ -112,9 +110,7 @@ class Bench:
     def send(self, pool: FakePool, transport: Any = None, **changes: Any) -> KVSender:
         """A sender of everything, message by message of one layer's 10 tokens."""
         loop = asyncio.get_running_loop()
-        context = SenderContext(
-            FakeExport(pool), LAYOUT, transport or self.transport, self.threads, 10 * LAYOUT.bytes_per_layer_token, 1 << 20
-        )
+        context = SenderContext(pool, LAYOUT, transport or self.transport, self.threads, MESSAGE_BYTES, 1 << 20)
 
         def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
             loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
@@ -136,8 +132,19 @@ class Bench:
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
+    """With gRPC alone."""
     async with running_bench() as running:
         yield running
+
+
+@pytest.fixture(params=["grpc", "shared-memory"])
+async def any_bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    """With each transport."""
+    async with running_bench() as running:
+        if request.param == "shared-memory":
+            running.transport = SharedMemoryTransport(running.transport, REGION_BYTES, is_required=True)
+        yield running
+        await running.transport.close()
 
 
 @asynccontextmanager
@@ -151,25 +158,28 @@ async def running_bench() -> AsyncIterator[Bench]:
         loop.call_soon_threadsafe(ended.put_nowait, command)
 
     server = create_server()
-    receiver = KVReceiver(ReceiverContext(pool, MODEL, permits, threads, submit))
-    kv_transfer_pb2_grpc.add_KVTransferServiceServicer_to_server(receiver, server)
+    memory = HandoverServer()
+    memory.start()
+    receiver = KVReceiver(ReceiverContext(pool, MODEL, permits, threads, submit, memory))
+    receiver.add_to(server)
     bound = bind_server(server, "127.0.0.1", 0, ())
     await server.start()
-    transport = GrpcTransport(2000)
+    transport = GrpcTransport(2000, MESSAGE_BYTES)
     ticket = permits.open(work, (0,), 0)
     try:
-        yield Bench(f"127.0.0.1:{bound.port}", permits, receiver, pool, work, ticket, ended, threads, transport)
+        yield Bench(f"127.0.0.1:{bound.port}", permits, receiver, pool, work, ticket, ended, threads, transport, memory)
     finally:
         pool.gate.set()
         await transport.close()
         await server.stop(None)
+        memory.close()
         threads.shutdown()
 
 
 async def push_raw(bench: Bench, plan: PushPlan, messages: Sequence[bytes]) -> tuple[list[str], grpc.StatusCode]:
     """Sends what a test made up; returns the names of the answers, and the status."""
     channel = create_channel(bench.address)
-    push = GrpcPush(channel)
+    push = GrpcPush(channel, MESSAGE_BYTES, deque())
     try:
         await push.send_header(plan)
         for message in messages:
@@ -195,87 +205,97 @@ def end_message(bench: Bench, num_chunks: int, **changes: Any) -> bytes:
     return kv_transfer_pb2.PushRequest(end=end).SerializeToString()
 
 
+def any_bench_name(any_bench: Bench) -> str:
+    return "grpc" if isinstance(any_bench.transport, GrpcTransport) else "shared-memory"
+
+
 WHOLE = KVSpan(0, 3, 0, NUM_TOKENS)
 
 
-async def test_everything_arrives_as_it_was_and_is_measured(bench: Bench) -> None:
+async def test_everything_arrives_as_it_was_and_is_measured(any_bench: Bench) -> None:
     source = FakePool(seed=1)
-    sender = bench.send(source)
+    sender = any_bench.send(source)
     sender.announce_cached(5)
     for begin, end in ((5, 15), (15, NUM_TOKENS)):
         for layer in range(LAYOUT.num_layers):
             sender.announce(layer, begin, end)
-    sender.finish(bench.tokens())
-    outcome = await bench.outcome()
+    sender.finish(any_bench.tokens())
+    outcome = await any_bench.outcome()
     assert isinstance(outcome, TransferResult)
     assert outcome.kv_bytes == LAYOUT.bytes_per_token * NUM_TOKENS
     assert outcome.num_resent_chunks == 0
-    ended = await bench.end_at_receiver()
-    assert ended == PushEnded(bench.work.work_id, tuple(bench.tokens()), outcome.kv_bytes, NUM_TOKENS, ended.problem)
-    assert (bench.pool.content == source.content).all()
-    assert len(bench.permits) == 0
+    assert outcome.transport == any_bench_name(any_bench)
+    ended = await any_bench.end_at_receiver()
+    assert ended == PushEnded(any_bench.work.work_id, tuple(any_bench.tokens()), outcome.kv_bytes, NUM_TOKENS, ended.problem)
+    assert (any_bench.pool.content == source.content).all()
+    assert len(any_bench.permits) == 0
 
 
-async def test_chunks_travel_before_the_pass_has_ended(bench: Bench) -> None:
-    sender = bench.send(FakePool(seed=1))
+async def test_chunks_travel_before_the_pass_has_ended(any_bench: Bench) -> None:
+    sender = any_bench.send(FakePool(seed=1))
     for layer in range(LAYOUT.num_layers):
         sender.announce(layer, 0, 10)
     async with asyncio.timeout(WAIT_S):
-        while bench.pool.num_imports < LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
+        while any_bench.pool.num_imports < LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
             await asyncio.sleep(0.005)
-    assert bench.outcomes.empty()
+    assert any_bench.outcomes.empty()
     sender.stop()
-    assert isinstance(await bench.outcome(), TransferError)
-    assert (await bench.end_at_receiver()).first_tokens is None
+    assert isinstance(await any_bench.outcome(), TransferError)
+    assert (await any_bench.end_at_receiver()).first_tokens is None
 
 
-class TamperingTransport(GrpcTransport):
+class TamperingTransport:
     """Changes chunks on their way: `tamper(chunk, how many came before)`."""
 
-    def __init__(self, tamper: Callable[[Chunk, int], Chunk]) -> None:
-        super().__init__(2000)
+    def __init__(self, transport: Any, tamper: Callable[[Chunk, int], Chunk]) -> None:
+        self.transport = transport
         self.tamper = tamper
         self.num_chunks = 0
 
-    async def open(self, address: str, plan: PushPlan) -> GrpcPush:
-        push = await super().open(address, plan)
+    async def open(self, address: str, plan: PushPlan) -> Any:
+        push = await self.transport.open(address, plan)
+        encode_untouched = push.encode
 
-        def encode(chunk: Chunk) -> bytes:
+        def encode(chunk: Chunk) -> Any:
             self.num_chunks += 1
-            return encode_chunk(self.tamper(chunk, self.num_chunks - 1))
+            return encode_untouched(self.tamper(chunk, self.num_chunks - 1))
 
-        push.encode = encode  # type: ignore[method-assign]
+        push.encode = encode
         return push
+
+    async def close(self) -> None:
+        """Closed by the bench."""
 
 
 def flip(chunk: Chunk) -> Chunk:
-    payload = bytearray(chunk.payload)
+    """Changes a bit, in place where the payload lies in memory of the push."""
+    payload = chunk.payload if isinstance(chunk.payload, memoryview) else memoryview(bytearray(chunk.payload))
     payload[len(payload) // 2] ^= 1
-    return replace(chunk, payload=bytes(payload))
+    return replace(chunk, payload=payload)
 
 
-async def test_a_corrupt_chunk_is_sent_once_more(bench: Bench) -> None:
+async def test_a_corrupt_chunk_is_sent_once_more(any_bench: Bench) -> None:
     source = FakePool(seed=2)
-    transport = TamperingTransport(lambda chunk, number: flip(chunk) if number == 1 else chunk)
-    sender = bench.send(source, transport)
+    transport = TamperingTransport(any_bench.transport, lambda chunk, number: flip(chunk) if number == 1 else chunk)
+    sender = any_bench.send(source, transport)
     sender.announce_cached(NUM_TOKENS)
-    sender.finish(bench.tokens())
-    outcome = await bench.outcome()
-    await transport.close()
+    sender.finish(any_bench.tokens())
+    outcome = await any_bench.outcome()
     assert isinstance(outcome, TransferResult)
     assert outcome.num_resent_chunks == 1
     assert outcome.kv_bytes == LAYOUT.bytes_per_token * NUM_TOKENS
-    assert (bench.pool.content == source.content).all()
+    assert (any_bench.pool.content == source.content).all()
 
 
-async def test_a_chunk_that_is_corrupt_twice_ends_the_push(bench: Bench) -> None:
-    transport = TamperingTransport(lambda chunk, number: flip(chunk) if chunk.span.layer_begin == 1 else chunk)
-    sender = bench.send(FakePool(seed=2), transport)
+async def test_a_chunk_that_is_corrupt_twice_ends_the_push(any_bench: Bench) -> None:
+    transport = TamperingTransport(
+        any_bench.transport, lambda chunk, number: flip(chunk) if chunk.span.layer_begin == 1 else chunk
+    )
+    sender = any_bench.send(FakePool(seed=2), transport)
     sender.announce_cached(NUM_TOKENS)
-    sender.finish(bench.tokens())
-    assert isinstance(await bench.outcome(), TransferError)
-    assert (await bench.end_at_receiver()).first_tokens is None
-    await transport.close()
+    sender.finish(any_bench.tokens())
+    assert isinstance(await any_bench.outcome(), TransferError)
+    assert (await any_bench.end_at_receiver()).first_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -366,38 +386,40 @@ async def test_an_end_with_a_part_missing_ends_the_push(bench: Bench) -> None:
     assert (await bench.end_at_receiver()).first_tokens is None
 
 
-async def test_the_receiver_frees_after_the_write_when_the_sender_disconnects(bench: Bench) -> None:
-    bench.pool.gate.clear()
-    sender = bench.send(FakePool(seed=1))
+async def test_the_receiver_frees_after_the_write_when_the_sender_disconnects(any_bench: Bench) -> None:
+    any_bench.pool.gate.clear()
+    sender = any_bench.send(FakePool(seed=1))
     sender.announce_cached(NUM_TOKENS)
-    assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
+    assert await asyncio.to_thread(any_bench.pool.entered.wait, WAIT_S)
     sender.stop()
-    await bench.outcome()
-    assert not bench.permits.close(bench.work.work_id)
-    assert bench.ended.empty()
-    bench.pool.gate.set()
-    assert (await bench.end_at_receiver()).first_tokens is None
-    assert bench.permits.close(bench.work.work_id)
+    await any_bench.outcome()
+    assert not any_bench.permits.close(any_bench.work.work_id)
+    assert any_bench.ended.empty()
+    any_bench.pool.gate.set()
+    assert (await any_bench.end_at_receiver()).first_tokens is None
+    assert any_bench.permits.close(any_bench.work.work_id)
 
 
-async def test_a_reservation_that_ends_breaks_the_push_off(bench: Bench) -> None:
-    sender = bench.send(FakePool(seed=1))
+async def test_a_reservation_that_ends_breaks_the_push_off(any_bench: Bench) -> None:
+    sender = any_bench.send(FakePool(seed=1))
     for layer in range(LAYOUT.num_layers):
         sender.announce(layer, 0, 10)
-    assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
-    assert not bench.permits.close(bench.work.work_id)
-    assert (await bench.end_at_receiver()).first_tokens is None
-    assert isinstance(await bench.outcome(), TransferError)
+    assert await asyncio.to_thread(any_bench.pool.entered.wait, WAIT_S)
+    assert not any_bench.permits.close(any_bench.work.work_id)
+    assert (await any_bench.end_at_receiver()).first_tokens is None
+    assert isinstance(await any_bench.outcome(), TransferError)
 
 
 class UnreadStream:
     """The receiver's side of a push whose sender does not read: an answer is never taken."""
 
     def __init__(self, messages: Sequence[bytes]) -> None:
-        self._requests = [kv_transfer_pb2.PushRequest.FromString(message) for message in messages]
+        self._requests = list(messages)
         self.writes = asyncio.Event()
 
-    async def read(self) -> kv_transfer_pb2.PushRequest:
+    async def read(self) -> bytes:
+        if not self._requests:
+            await asyncio.Event().wait()
         return self._requests.pop(0)
 
     async def write(self, response: kv_transfer_pb2.PushResponse) -> None:
@@ -427,25 +449,25 @@ async def test_a_sender_that_takes_no_answer_keeps_its_blocks_for_a_bounded_time
         await asyncio.wait_for(push, WAIT_S)
 
 
-async def test_a_stopped_sender_ends_only_after_its_export(bench: Bench) -> None:
+async def test_a_stopped_sender_ends_only_after_its_export(any_bench: Bench) -> None:
     source = FakePool(seed=1)
     source.gate.clear()
-    sender = bench.send(source)
+    sender = any_bench.send(source)
     sender.announce_cached(NUM_TOKENS)
     assert await asyncio.to_thread(source.entered.wait, WAIT_S)
     async with asyncio.timeout(WAIT_S):
-        while bench.permits._permits[bench.work.work_id]._on_close is None:  # noqa: ASYNC110 - the header is on its way
+        while any_bench.permits._permits[any_bench.work.work_id]._on_close is None:  # noqa: ASYNC110 - the header is on its way
             await asyncio.sleep(0.005)
     sender.stop()
-    assert (await bench.end_at_receiver()).first_tokens is None  # the receiver knows before the export has ended
-    assert bench.outcomes.empty()
+    assert (await any_bench.end_at_receiver()).first_tokens is None  # the receiver knows before the export has ended
+    assert any_bench.outcomes.empty()
     source.gate.set()
-    assert isinstance(await bench.outcome(), TransferError)
+    assert isinstance(await any_bench.outcome(), TransferError)
 
 
-async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(bench: Bench) -> None:
-    bench.send(FakePool(seed=1)).stop()
-    assert isinstance(await bench.outcome(), TransferError)
+async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(any_bench: Bench) -> None:
+    any_bench.send(FakePool(seed=1)).stop()
+    assert isinstance(await any_bench.outcome(), TransferError)
 
 
 async def test_a_sender_that_is_stopped_while_it_waits_leaves_no_task(bench: Bench) -> None:
@@ -485,7 +507,7 @@ async def test_a_connection_that_is_dropped_for_others_lives_as_long_as_its_push
     async with asyncio.timeout(WAIT_S):
         replies = [reply async for reply in push.replies()]
     assert replies[-1] == PushComplete(LAYOUT.bytes_per_token * NUM_TOKENS)
-    other.cancel()
+    other.close(is_complete=False)
 
 
 async def test_a_receiver_that_is_not_reached_fails_each_push_in_its_own_time(bench: Bench) -> None:
@@ -516,10 +538,11 @@ async def test_a_closed_transport_opens_nothing_and_has_closed_what_it_dropped(
 
 async def test_the_window_bounds_what_is_not_acknowledged(bench: Bench) -> None:
     bench.pool.gate.clear()
-    transport = TamperingTransport(lambda chunk, number: chunk)
-    loop = asyncio.get_running_loop()
     chunk_bytes = 5 * LAYOUT.bytes_per_layer_token
-    context = SenderContext(FakeExport(FakePool(1)), LAYOUT, transport, bench.threads, chunk_bytes, 2 * chunk_bytes)
+    grpc_transport = GrpcTransport(2000, chunk_bytes)
+    transport = TamperingTransport(grpc_transport, lambda chunk, number: chunk)
+    loop = asyncio.get_running_loop()
+    context = SenderContext(FakePool(1), LAYOUT, transport, bench.threads, chunk_bytes, 2 * chunk_bytes)
 
     def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
         loop.call_soon_threadsafe(bench.outcomes.put_nowait, outcome)
@@ -537,4 +560,4 @@ async def test_the_window_bounds_what_is_not_acknowledged(bench: Bench) -> None:
     outcome = await bench.outcome()
     assert isinstance(outcome, TransferResult)
     assert transport.num_chunks == 12
-    await transport.close()
+    await grpc_transport.close()

@@ -1,0 +1,191 @@
+"""The way of KV through shared memory, for workers on one host, with gRPC for what goes along and as the way when there is none.
+
+    pool --copy--> slot of a region --digest--> "chunk is at offset" over gRPC --> digest, --copy--> the other pool
+
+Each push has a region for itself, cut into slots. A slot is written again when the receiver has answered its chunk; a region is
+used again only after a push that was completed, so that nothing late can reach another push. Runs on the event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from kvrelay.config import TransferSettings
+from kvrelay.errors import TransferError
+from kvrelay.kv_transfer.codec import Chunk, SharedChunk, SharedSlice, encode_shared_chunk
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.memory_handover import HandoverClient
+from kvrelay.kv_transfer.shared_memory import SharedRegion, is_supported
+from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, KVPush, KVTransport, PushPlan, Reply
+from kvrelay.work import SequenceToken
+
+BYTES_PER_KIB = 1024
+BYTES_PER_MIB = 1024 * 1024
+MAX_SLOT_BYTES = 4 * 1024 * 1024
+MIN_SLOTS = 4
+RETRY_S = 60.0
+"""How long a receiver that no memory is shared with is not asked again."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of one receiver."""
+
+    connecting: asyncio.Task[HandoverClient | None]
+    since: float
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it is to be asked anew."""
+        if not self.connecting.done():
+            return False
+        if self.connecting.cancelled() or self.connecting.exception() is not None:
+            return True
+        client = self.connecting.result()
+        return client.is_closed if client is not None else time.monotonic() - self.since > RETRY_S
+
+    def close(self) -> None:
+        if self.connecting.cancel() or self.connecting.cancelled() or self.connecting.exception() is not None:
+            return
+        if (client := self.connecting.result()) is not None:
+            client.close()
+
+
+def create_transport(settings: TransferSettings) -> KVTransport:
+    """The transport that the settings name."""
+    grpc = GrpcTransport(settings.transfer_connect_timeout_ms, settings.transfer_message_kib * BYTES_PER_KIB)
+    if settings.transfer_transport == "grpc":
+        return grpc
+    is_required = settings.transfer_transport == "shared-memory"
+    return SharedMemoryTransport(grpc, settings.transfer_window_mib * BYTES_PER_MIB, is_required=is_required)
+
+
+class SharedMemoryTransport:
+    """Pushes through shared memory where the receiver is on this host, else over gRPC.
+
+    Args:
+        grpc: reaches receivers.
+        region_bytes: shared memory of one push.
+        is_required: whether a push fails that no memory can be shared for, instead of going over gRPC.
+    """
+
+    def __init__(self, grpc: GrpcTransport, region_bytes: int, *, is_required: bool = False) -> None:
+        self._grpc = grpc
+        self._region_bytes = region_bytes
+        self._is_required = is_required
+        self._peers: dict[str, _Peer] = {}
+
+    async def open(self, address: str, plan: PushPlan) -> KVPush:
+        """Reaches the receiver and sends the header.
+
+        Raises:
+            TransferError: it cannot be reached in time, or no memory can be shared although it must.
+        """
+        client = await self._client(address)
+        region = await client.lease() if client is not None else None
+        if client is None or region is None:
+            if client is None and self._is_required:
+                raise TransferError(f"no memory can be shared with the decode worker at {address}")
+            return await self._grpc.open(address, plan)
+        try:
+            push = await self._grpc.open(address, plan, region.region_id)
+        except BaseException:
+            client.discard(region)
+            raise
+        return SharedMemoryPush(push, client, region)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+        await self._grpc.close()
+
+    async def _client(self, address: str) -> HandoverClient | None:
+        """The connection that hands regions over to a receiver; None when there can be none."""
+        if not is_supported():
+            return None
+        peer = self._peers.get(address)
+        if peer is None or peer.is_stale:
+            connecting = asyncio.get_running_loop().create_task(self._connect(address), name="share memory")
+            peer = self._peers[address] = _Peer(connecting, time.monotonic())
+        # Shielded, for other pushes wait for the same; whoever awaits it sees its error.
+        return await asyncio.shield(peer.connecting)
+
+    async def _connect(self, address: str) -> HandoverClient | None:
+        offer = await self._grpc.offer(address)
+        if offer is None:
+            _log.info("KV goes over gRPC: the decode worker shares no memory", address=address)
+            return None
+        try:
+            client = await HandoverClient.connect(offer, self._region_bytes)
+        except (OSError, TransferError) as error:
+            _log.info("KV goes over gRPC: no memory can be shared with the decode worker", address=address, problem=str(error))
+            return None
+        _log.info("KV goes through shared memory", address=address)
+        return client
+
+
+class SharedMemoryPush:
+    """A Push call whose payloads lie in a region."""
+
+    transport_name = "shared-memory"
+
+    def __init__(self, push: GrpcPush, client: HandoverClient, region: SharedRegion) -> None:
+        self._push = push
+        self._client = client
+        self._region: SharedRegion | None = region
+        self._buffer = region.buffer
+        self.max_payload_bytes = max(1, min(MAX_SLOT_BYTES, region.num_bytes // MIN_SLOTS))
+        num_slots = region.num_bytes // self.max_payload_bytes
+        # The slot that was freed last is used next: its memory is in the caches of both processes.
+        self._free_offsets = [slot * self.max_payload_bytes for slot in reversed(range(num_slots))]
+        self._used_offsets: dict[KVSpan, int] = {}
+        self._settled: set[KVSpan] = set()
+
+    def has_room(self) -> bool:
+        return bool(self._free_offsets)
+
+    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
+        if num_bytes > self.max_payload_bytes or span in self._settled or not self._free_offsets:
+            # Too large, or refused before: in its message, which does not depend on what may be wrong with the region.
+            return self._push.take_buffer(span, num_bytes)
+        offset = self._used_offsets[span] = self._free_offsets.pop()
+        return self._buffer[offset : offset + num_bytes]
+
+    def encode(self, chunk: Chunk) -> bytes:
+        offset = self._used_offsets.get(chunk.span)
+        if offset is None:
+            return self._push.encode(chunk)
+        where = SharedSlice(offset, memoryview(chunk.payload).nbytes)
+        return encode_shared_chunk(SharedChunk(chunk.span, where, chunk.digest))
+
+    def settle(self, span: KVSpan) -> None:
+        self._settled.add(span)
+        if (offset := self._used_offsets.pop(span, None)) is not None:
+            self._free_offsets.append(offset)
+
+    async def send_chunk(self, encoded: Any) -> None:
+        await self._push.send_chunk(encoded)
+
+    async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
+        await self._push.send_end(num_chunks, tokens)
+
+    def replies(self) -> AsyncIterator[Reply]:
+        return self._push.replies()
+
+    def close(self, *, is_complete: bool) -> None:
+        self._push.close(is_complete=is_complete)
+        region, self._region = self._region, None
+        if region is None:
+            return
+        if is_complete:
+            self._client.give_back(region)
+        else:
+            self._client.discard(region)
