@@ -8,6 +8,7 @@ import structlog
 
 from kvrelay.config import EngineSettings
 from kvrelay.engine.device import choose_device, choose_dtype, use_threads
+from kvrelay.engine.file_pages import give_back_weight_pages
 from kvrelay.engine.model_fusion import fuse_model, with_kv_dtype
 from kvrelay.engine.model_loader import LoadedModel, load_model
 from kvrelay.engine.model_runner import ModelRunner
@@ -61,6 +62,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         if model.decoder is not None:
             # What is left to torch is small, and its threads would spin on the kernels' cores.
             use_threads(1)
+            give_back_weight_pages()  # the kernels have copies of nearly all
     layout = model.spec.kv_layout
     num_blocks = settings.num_kv_blocks or blocks_for_budget(layout, settings.block_size, settings.kv_cache_mib * BYTES_PER_MIB)
     cache = _make_pool(layout, num_blocks, settings.block_size, model)

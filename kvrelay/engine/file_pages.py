@@ -38,7 +38,7 @@ def _clean_mappings() -> Iterator[tuple[int, int]]:
     for line in lines:
         if found := _MAPPING.fullmatch(line):
             mapping = (int(found[1], 16), int(found[2], 16)) if found[3].endswith(_SUFFIX) else None
-        elif line.startswith("Private_Dirty:") and mapping is not None:
+        elif line.startswith("Anonymous:") and mapping is not None:
             if line.split()[1] == "0":
                 yield mapping
             mapping = None
