@@ -146,7 +146,7 @@ class SteppedEngine(Protocol):
         """The request takes part from the next step on."""
 
     def step(self) -> Iterator[tuple[int, Sequence[int]]]:
-        """Computes a step: request id and new tokens of all that got any."""
+        """Computes a step: request ids and their new tokens, which may be none."""
 
 
 def run_stepped(engine: SteppedEngine, requests: Sequence[Request], recorder: Recorder) -> None:
@@ -160,7 +160,8 @@ def run_stepped(engine: SteppedEngine, requests: Sequence[Request], recorder: Re
             wanted[request.request_id] = request.max_tokens
         if wanted:
             for request_id, token_ids in engine.step():
-                if recorder.receive(request_id, token_ids) >= wanted[request_id]:
+                num_tokens = recorder.receive(request_id, token_ids)
+                if token_ids and num_tokens >= wanted[request_id]:
                     del wanted[request_id]
                     arrivals.end(request_id)
         elif (wait_s := arrivals.wait_s(clock_s())) is not None:
