@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvrelay.core_set import CORES_PATTERN
+
 DEFAULT_GATEWAY_PORT = 50050
 MAX_COALESCE_MS = 50
 """Tokens are never held back for longer: a person sees them come one by one up to about there."""
@@ -70,7 +72,18 @@ class EngineSettings(Settings):
     kv_cache_mib: int = Field(default=1024, ge=1, description="Memory for KV blocks, in MiB.")
     num_kv_blocks: int | None = Field(default=None, ge=2, description="Number of KV blocks; overrides kv-cache-mib.")
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of the engine. Default: half of the cores, at least one."
+        default=None,
+        ge=1,
+        description="CPU threads of the engine. Default: one for each of its cores, or half of the machine's.",
+    )
+    cores: str | None = Field(
+        default=None,
+        pattern=CORES_PATTERN,
+        description="Cores that the engine's threads keep to, such as 0-1,3. Default: any; `serve all` divides the machine's.",
+    )
+    core_board: str | None = Field(
+        default=None,
+        description="File through which workers with cores of their own lend each other idle ones; made when missing.",
     )
     max_context_tokens: int | None = Field(
         default=None, ge=2, description="Longest sequence. Default: what the model was made for."

@@ -46,6 +46,7 @@ class EngineThread(Generic[CommandT]):
         max_commands: of those that bring new work; others always fit, for each work causes a bounded number of them.
         on_broken: called in the thread when not even `fail_all` works. By default the process ends: a worker without its engine
             would answer heartbeats and hold works that never end.
+        on_start: called in the thread before anything else.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class EngineThread(Generic[CommandT]):
         loop: EngineLoop[CommandT],
         max_commands: int = 4096,
         on_broken: Callable[[], None] = _exit_process,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._max_commands = max_commands
         self._on_broken = on_broken
+        self._on_start = on_start
         self._commands: deque[CommandT] = deque()
         self._changed = threading.Condition()
         self._stopped = False
@@ -92,6 +95,7 @@ class EngineThread(Generic[CommandT]):
     def _run(self) -> None:
         busy = True  # the first step has nothing to do but to say so: the load of a worker at rest
         try:
+            self._on_start()
             while (commands := self._take(wait=not busy)) is not None:
                 for command in commands:
                     self._handle(command)

@@ -7,7 +7,6 @@ The gateway's port is chosen before it starts, since clients must know it; worke
 """
 
 import asyncio
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from typing import Literal, Self, TypeVar
 from kvrelay.child_process import ChildProcess, LineSink
 from kvrelay.client import AsyncClient, Cluster, WorkerRole
 from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.core_set import available_cores, divide_cores, format_cores, machine_board_path
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import KvrelayError, StartupError
 from kvrelay.settings_sources import environment_for
@@ -181,9 +181,20 @@ class LocalCluster:
 
     async def _add_worker(self, role: WorkerRoleName, settings: WorkerSettingsT) -> _Member:
         number = sum(member.role == role for member in self._members.values())
-        num_workers = len(self.prefill) + len(self.decode)
-        settings = _with_threads(_with_server(settings, port=0, advertise_address=None), num_workers)
+        settings = self._with_cores(_with_server(settings, port=0, advertise_address=None))
         return await self._add(f"{role}-{number}", role, settings)
+
+    def _with_cores(self, settings: WorkerSettingsT) -> WorkerSettingsT:
+        """Engines that share a machine divide its cores, or each slows the other down; idle ones are lent."""
+        if settings.engine.num_threads is not None or settings.engine.cores is not None:
+            return settings
+        num_workers = len(self.prefill) + len(self.decode)
+        number = sum(member.role != "gateway" for member in self._members.values())
+        shares = divide_cores(available_cores(), num_workers)
+        if number >= num_workers or not shares[number]:
+            return _with_engine(settings, num_threads=max(1, len(available_cores()) // max(2, num_workers)))
+        board = settings.engine.core_board or machine_board_path()
+        return _with_engine(settings, cores=format_cores(shares[number]), core_board=board)
 
     async def _add(self, name: str, role: Role, settings: SettingsT) -> _Member:
         drain_timeout_ms = min(settings.server.drain_timeout_ms, _DRAIN_TIMEOUT_MS)
@@ -244,13 +255,8 @@ def _with_server(settings: SettingsT, **changes: object) -> SettingsT:
     return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
 
 
-def _with_threads(settings: WorkerSettingsT, num_workers: int) -> WorkerSettingsT:
-    # Engines that share a machine share its cores, or each slows the other down.
-    if settings.engine.num_threads is not None:
-        return settings
-    num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    num_threads = max(1, num_cores // max(2, num_workers))
-    return settings.model_copy(update={"engine": settings.engine.model_copy(update={"num_threads": num_threads})})
+def _with_engine(settings: WorkerSettingsT, **changes: object) -> WorkerSettingsT:
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update=changes)})
 
 
 def _choose_port(settings: GatewaySettings) -> int:

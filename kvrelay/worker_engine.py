@@ -7,11 +7,13 @@ from pathlib import Path
 import structlog
 
 from kvrelay.config import EngineSettings
+from kvrelay.core_set import available_cores, format_cores, parse_cores, pin_this_thread
 from kvrelay.engine.device import choose_device, choose_dtype, use_threads
 from kvrelay.engine.file_pages import give_back_weight_pages
 from kvrelay.engine.model_fusion import fuse_model, with_kv_dtype
 from kvrelay.engine.model_loader import LoadedModel, load_model
 from kvrelay.engine.model_runner import ModelRunner
+from kvrelay.engine.native.core_board import CoreBoard
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.errors import ConfigError
 from kvrelay.kv_cache.block_manager import BlockManager
@@ -35,6 +37,13 @@ class WorkerEngine:
     blocks: BlockManager
     model_runner: ModelRunner
     step_runner: StepRunner
+    thread_cores: tuple[int, ...] = ()
+    """Where the engine thread runs; empty: anywhere."""
+
+    def pin_thread(self) -> None:
+        """Called by the engine thread when it starts."""
+        if self.thread_cores and not pin_this_thread(self.thread_cores):
+            _log.warning("the engine cannot be kept to its cores; it runs anywhere", cores=format_cores(self.thread_cores))
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -49,7 +58,8 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         ModelLoadError: the model is missing, broken or unsupported.
         ConfigError: the memory for KV holds no block, or cannot be had.
     """
-    num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // 2)
+    cores = parse_cores(settings.cores) if settings.cores else ()
+    num_threads = settings.num_threads or len(cores) or max(1, (os.cpu_count() or 1) // 2)
     use_threads(num_threads)
     folder = resolve_model(settings)
     device = choose_device(settings.device)
@@ -58,7 +68,8 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     model = with_kv_dtype(_put_on_kernels(loaded, settings), settings.kv_dtype)
     model = _limit_context(model, settings.max_context_tokens)
     if model.kernels is not None:
-        model.kernels.use_threads(num_threads)
+        num_threads_in_all = model.kernels.use_threads(num_threads, cores, _open_board(settings, cores))
+        _log.info("kernels ready", num_threads=num_threads, num_guests=num_threads_in_all - num_threads)
         if model.decoder is not None:
             # What is left to torch is small, and its threads would spin on the kernels' cores.
             use_threads(1)
@@ -82,7 +93,20 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         blocks=BlockManager(num_blocks, settings.block_size, settings.prefix_cache),
         model_runner=model_runner,
         step_runner=StepRunner(model_runner),
+        # Torch's threads start from the engine's and may go where it may; the kernels' are pinned one by one.
+        thread_cores=cores[:1] if model.kernels is not None else cores,
     )
+
+
+def _open_board(settings: EngineSettings, cores: tuple[int, ...]) -> CoreBoard | None:
+    if settings.core_board is None or not cores:
+        return None
+    try:
+        return CoreBoard(Path(settings.core_board), available_cores())
+    except OSError as error:
+        raise ConfigError(
+            f"{settings.core_board} cannot be used as --core-board: {error.strerror}; choose another file"
+        ) from error
 
 
 def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel:

@@ -59,6 +59,7 @@ async def run_gateway() -> None:
 def run_worker(role: str) -> None:
     behaviour = os.environ.get(WORKER_VARIABLE, "")
     print(f"{role} has threads {os.environ.get('KVRELAY_NUM_THREADS')}", flush=True)
+    print(f"{role} has cores {os.environ.get('KVRELAY_CORES')}", flush=True)
     if behaviour == "fail":
         print("the model folder is broken", file=sys.stderr)
         sys.exit(3)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.core_set import available_cores, divide_cores, format_cores
 from kvrelay.errors import StartupError, UnavailableError
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.redis_connection import RedisConnection
@@ -78,12 +79,21 @@ async def test_a_cluster_is_up_when_entered_and_gone_when_left() -> None:
     assert ("gateway", "gateway is up") in lines
 
 
-async def test_workers_share_the_cores() -> None:
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be divided")
+async def test_workers_divide_the_cores() -> None:
     cluster, lines = make_cluster(num_decode=1)
     async with cluster:
         pass
-    num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert ("prefill-0", f"prefill has threads {num_threads}") in lines
+    prefill_cores, decode_cores = divide_cores(available_cores(), 2)
+    assert ("prefill-0", f"prefill has cores {format_cores(prefill_cores)}") in lines
+    assert ("decode-0", f"decode has cores {format_cores(decode_cores)}") in lines
+
+
+async def test_workers_that_are_more_than_cores_have_a_thread_each() -> None:
+    cluster, lines = make_cluster(num_decode=len(os.sched_getaffinity(0)))
+    async with cluster:
+        pass
+    assert ("prefill-0", "prefill has threads 1") in lines
 
 
 async def test_a_process_that_ends_while_starting_is_named_with_its_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Threads write and read it in threads.c. What a process that was killed has left 
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -28,8 +29,11 @@ class CoreBoard:
     def __init__(self, path: Path, cores: Sequence[int]) -> None:
         self.cores = tuple(cores)
         self.num_entries = NUM_ENTRIES
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        # The name may be known to others: a link that somebody laid there is not followed, nor is their file used.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
+            if os.fstat(descriptor).st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "it belongs to another user")
             os.ftruncate(descriptor, NUM_ENTRIES * ENTRY_BYTES)
             self._memory = mmap.mmap(descriptor, NUM_ENTRIES * ENTRY_BYTES)
         finally:

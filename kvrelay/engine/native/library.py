@@ -171,14 +171,13 @@ class NativeLibrary:
         Returns:
             How many threads there are, guests on borrowed cores included.
         """
-        self._board = board  # which the threads use as long as they live
         guests = () if board is None else tuple(core for core in board.cores if core not in cores)
         address, num_entries = (None, 0) if board is None else (board.address, board.num_entries)
-        return int(
-            self._library.set_threads(
-                num_threads, _numbers(cores), len(cores), _numbers(guests), len(guests), address, num_entries
-            )
+        num_in_all = self._library.set_threads(
+            num_threads, _numbers(cores), len(cores), _numbers(guests), len(guests), address, num_entries
         )
+        self._board = board  # kept as long as its threads; those of the one before have ended now
+        return int(num_in_all)
 
     def run_decoder(self, decoder: Decoder, step: DecoderStep, layer_begin: int, layer_end: int) -> None:
         """Runs layers [layer_begin, layer_end) of a step, the embeddings before the first and the logits after the last.
