@@ -176,12 +176,14 @@ async def running_bench() -> AsyncIterator[Bench]:
         threads.shutdown()
 
 
-async def push_raw(bench: Bench, plan: PushPlan, messages: Sequence[bytes]) -> tuple[list[str], grpc.StatusCode]:
+async def push_raw(
+    bench: Bench, plan: PushPlan, messages: Sequence[bytes], region_id: bytes = b""
+) -> tuple[list[str], grpc.StatusCode]:
     """Sends what a test made up; returns the names of the answers, and the status."""
     channel = create_channel(bench.address)
     push = GrpcPush(channel, MESSAGE_BYTES, deque())
     try:
-        await push.send_header(plan)
+        await push.send_header(plan, region_id)
         for message in messages:
             await push.send_chunk(message)
         await push._call.done_writing()
