@@ -1,11 +1,13 @@
-"""One request's times as its client sees them, and the summary of many. Knows nothing about clusters."""
+"""One request's times as its client sees them. Knows nothing about clusters."""
 
 import itertools
 from collections.abc import AsyncIterable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from statistics import fmean
 
 from benchmarks.statistics import percentile
 from kvrelay.client import Delta
+from kvrelay.telemetry import Phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,29 @@ class Measurement:
     def num_tokens(self) -> int:
         return 1 + len(self.itl_s)
 
+    @property
+    def tpot_s(self) -> float:
+        """(last - first) / (n - 1); 0 for a single token."""
+        return fmean(self.itl_s) if self.itl_s else 0.0
+
+    @property
+    def itl_s_p99(self) -> float:
+        """99 of 100 gaps of this request are no longer; 0 for a single token."""
+        return percentile(self.itl_s, 99) if self.itl_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request of a load: what was measured of it, or why there is nothing."""
+
+    kind: str
+    num_prompt_tokens: int
+    submit_s: float
+    """From the load's begin."""
+    measurement: Measurement | None
+    phases: Phases | None
+    error: str | None = None
+
 
 async def measure(stream: AsyncIterable[Delta], clock_s: Callable[[], float]) -> Measurement:
     """Reads a stream to its end. Tokens that come in one message get its time, so between them is 0."""
@@ -33,37 +58,97 @@ async def measure(stream: AsyncIterable[Delta], clock_s: Callable[[], float]) ->
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """What a request must keep to count as good, in milliseconds; None does not matter. `itl_ms` is of 99 of its 100 gaps."""
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    tpot_ms: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return (self.ttft_ms, self.itl_ms, self.tpot_ms) != (None, None, None)
+
+    def is_met_by(self, record: RequestRecord) -> bool:
+        """A request that failed meets none."""
+        measured = record.measurement
+        if measured is None:
+            return False
+        values_s = (measured.ttft_s, measured.itl_s_p99, measured.tpot_s)
+        bounds_ms = (self.ttft_ms, self.itl_ms, self.tpot_ms)
+        return all(bound is None or 1000 * value <= bound for value, bound in zip(values_s, bounds_ms, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of times in milliseconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+def distribution(values_s: Sequence[float]) -> Distribution | None:
+    """Of seconds; None where there are none."""
+    if not values_s:
+        return None
+    values_ms = [1000 * value for value in values_s]
+    p50, p90, p99 = (percentile(values_ms, percent) for percent in (50, 90, 99))
+    return Distribution(fmean(values_ms), p50, p90, p99, max(values_ms))
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
-    """All requests of a run. Times in milliseconds; `tpot_ms_mean` is (end - first) / (n - 1) per request, averaged."""
+    """A load, or the requests of one kind in it."""
 
     num_requests: int
+    num_failed: int
     num_tokens: int
     wall_s: float
     tokens_per_s: float
-    ttft_ms_p50: float
-    ttft_ms_p99: float
-    itl_ms_p50: float
-    itl_ms_p99: float
-    tpot_ms_mean: float
+    requests_per_s: float
+    ttft_ms: Distribution | None
+    itl_ms: Distribution | None
+    tpot_ms: Distribution | None
+    good_share: float
+    """Of the requests, those that met the objective."""
+    goodput_requests_per_s: float
+    """Of an open loop: offered rate times the good share. Of a closed loop: good requests over the wall time."""
+    phase_means_ms: dict[str, float]
+    errors: tuple[str, ...]
 
-    def rows(self) -> list[tuple[str, str]]:
-        return [(name, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}") for name, value in asdict(self).items()]
 
-
-def summarize(measurements: Sequence[Measurement], wall_s: float) -> Summary:
+def summarize(
+    records: Sequence[RequestRecord], wall_s: float, objective: Objective, offered_requests_per_s: float | None = None
+) -> Summary:
     """At least one request is needed."""
-    num_tokens = sum(each.num_tokens for each in measurements)
-    gaps_s = [gap for each in measurements for gap in each.itl_s] or [0.0]
-    tpots_s = [sum(each.itl_s) / len(each.itl_s) for each in measurements if each.itl_s] or [0.0]
-    ttfts_s = [each.ttft_s for each in measurements]
+    measured = [record.measurement for record in records if record.measurement is not None]
+    num_tokens = sum(each.num_tokens for each in measured)
+    num_good = sum(map(objective.is_met_by, records))
+    good_share = num_good / len(records)
     return Summary(
-        num_requests=len(measurements),
+        num_requests=len(records),
+        num_failed=len(records) - len(measured),
         num_tokens=num_tokens,
         wall_s=wall_s,
         tokens_per_s=num_tokens / wall_s,
-        ttft_ms_p50=1000 * percentile(ttfts_s, 50),
-        ttft_ms_p99=1000 * percentile(ttfts_s, 99),
-        itl_ms_p50=1000 * percentile(gaps_s, 50),
-        itl_ms_p99=1000 * percentile(gaps_s, 99),
-        tpot_ms_mean=1000 * sum(tpots_s) / len(tpots_s),
+        requests_per_s=len(measured) / wall_s,
+        ttft_ms=distribution([each.ttft_s for each in measured]),
+        itl_ms=distribution([gap for each in measured for gap in each.itl_s]),
+        tpot_ms=distribution([each.tpot_s for each in measured if each.itl_s]),
+        good_share=good_share,
+        goodput_requests_per_s=offered_requests_per_s * good_share if offered_requests_per_s else num_good / wall_s,
+        phase_means_ms=phase_means([record.phases for record in records if record.phases is not None]),
+        errors=tuple(sorted({record.error for record in records if record.error is not None})),
     )
+
+
+def phase_means(phases: Sequence[Phases]) -> dict[str, float]:
+    """Means of all that is in milliseconds, and the share of prompts that the decode worker computed."""
+    if not phases:
+        return {}
+    names = [name for name in Phases.__slots__ if name.endswith("_ms")]
+    means = {name: fmean(getattr(each, name) for each in phases) for name in names}
+    return means | {"prefilled_on_decode_worker": fmean(each.prefilled_on_decode_worker for each in phases)}

@@ -1,0 +1,101 @@
+"""How `bench serve` shows its results. Measures nothing."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from benchmarks.measurement import Distribution
+from benchmarks.report import Report
+from benchmarks.serve_comparison import Comparison
+from benchmarks.serve_load import LoadResult
+
+LOAD_COLUMNS = ["cluster", "load", "kind", "requests", "failed", "tok/s", "req/s", "good %", "goodput req/s"]
+TIME_COLUMNS = ["cluster", "load", "kind", "", "mean", "p50", "p90", "p99", "max"]
+PHASES = {
+    "queue_ms": "queue",
+    "prefill_ms": "prefill",
+    "transfer_ms": "transfer",
+    "exposed_transfer_ms": "exposed",
+    "handoff_gap_ms": "handoff gap",
+    "decode_ms": "decode",
+    "time_to_first_token_ms": "first token",
+    "total_ms": "total",
+}
+
+
+def show_results(output: Report, results: Sequence[LoadResult]) -> None:
+    """Rates, times and phases."""
+    output.add(*results)
+    output.print_table("Load", LOAD_COLUMNS, [_load_row(result) for result in results], num_text_columns=3)
+    output.print_table("Times, ms", TIME_COLUMNS, [row for result in results for row in _time_rows(result)], num_text_columns=4)
+    phases = [[*_names(result), *_phase_cells(result)] for result in results if result.summary.phase_means_ms]
+    columns = ["cluster", "load", "kind", *PHASES.values(), "on decode %"]
+    output.print_table("Means of the phases, ms", columns, phases, num_text_columns=3)
+    for error in sorted({error for result in results for error in result.summary.errors}):
+        output.note(f"failed: {error}")
+
+
+def show_comparison(output: Report, comparison: Comparison) -> None:
+    """The ratio."""
+    output.add({"comparison": comparison, "ratio": comparison.ratio})
+    ratio = "no ratio: colocated, no request was good" if comparison.ratio is None else f"{comparison.ratio:.2f} times"
+    output.note(
+        f"goodput: {comparison.disaggregated} {comparison.disaggregated_goodput:.3f} requests/s,"
+        f" {comparison.colocated} {comparison.colocated_goodput:.3f} requests/s: {ratio}"
+    )
+
+
+def plot_rates(output: Report, results: Sequence[LoadResult]) -> None:
+    """Share of good requests and p99 by offered rate, where there are several rates."""
+    series: dict[str, list[LoadResult]] = {}
+    for result in results:
+        if not result.kind and result.offered_requests_per_s is not None:
+            series.setdefault(result.cluster, []).append(result)
+    if not any(len({result.offered_requests_per_s for result in points}) > 1 for points in series.values()):
+        return
+    curves = {name: _curve(points) for name, points in series.items()}
+    output.plot_lines("serve-goodput", "Goodput", "offered requests/s", "good requests/s", curves)
+
+
+def _curve(results: list[LoadResult]) -> tuple[list[float], list[float]]:
+    """Rates, and the mean goodput of each."""
+    by_rate: dict[float, list[float]] = {}
+    for result in results:
+        by_rate.setdefault(_rate(result), []).append(result.summary.goodput_requests_per_s)
+    rates = sorted(by_rate)
+    return rates, [fmean(by_rate[rate]) for rate in rates]
+
+
+def _rate(result: LoadResult) -> float:
+    assert result.offered_requests_per_s is not None, "an open loop"
+    return result.offered_requests_per_s
+
+
+def _names(result: LoadResult) -> list[object]:
+    return [f"{result.cluster}, round {result.round}" if result.round else result.cluster, result.load, result.kind]
+
+
+def _load_row(result: LoadResult) -> list[object]:
+    summary = result.summary
+    return [
+        *_names(result),
+        summary.num_requests,
+        summary.num_failed,
+        summary.tokens_per_s,
+        f"{summary.requests_per_s:.2f}",
+        100 * summary.good_share,
+        f"{summary.goodput_requests_per_s:.3f}",
+    ]
+
+
+def _time_rows(result: LoadResult) -> list[list[object]]:
+    times = {"TTFT": result.summary.ttft_ms, "ITL": result.summary.itl_ms, "TPOT": result.summary.tpot_ms}
+    return [[*_names(result), name, *_cells(values)] for name, values in times.items() if values is not None]
+
+
+def _cells(values: Distribution) -> list[object]:
+    return [values.mean, values.p50, values.p90, values.p99, values.max]
+
+
+def _phase_cells(result: LoadResult) -> list[object]:
+    means = result.summary.phase_means_ms
+    return [*(means[name] for name in PHASES), 100 * means["prefilled_on_decode_worker"]]
