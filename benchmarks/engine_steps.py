@@ -77,6 +77,7 @@ def load_engine(
     *,
     quantize: str | None = None,
     kv_dtype: str | None = None,
+    dtype: str | None = None,
     block_size: int | None = None,
 ) -> EngineSteps:
     """The engine of a worker with these settings, all others being the defaults.
@@ -85,13 +86,13 @@ def load_engine(
         model: as in the setting.
         num_threads: CPU threads.
         num_pool_tokens: tokens that the pool must hold.
-        quantize, kv_dtype, block_size: as in the settings; None for the defaults.
+        quantize, kv_dtype, dtype, block_size: as in the settings; None for the defaults.
 
     Raises:
         ModelLoadError: the model is missing, broken or unsupported.
     """
     configure_logging("warning", "console")
-    given = {"quantize": quantize, "kv_dtype": kv_dtype, "block_size": block_size}
+    given = {"quantize": quantize, "kv_dtype": kv_dtype, "dtype": dtype, "block_size": block_size}
     settings = EngineSettings.model_validate(
         {"model": model, "num_threads": num_threads, "prefix_cache": False}
         | {name: value for name, value in given.items() if value is not None}

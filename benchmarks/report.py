@@ -109,13 +109,14 @@ class Report:
 
         def draw(axes: "Axes") -> None:
             for label, (xs, ys) in series.items():
-                axes.plot(xs, ys, label=label, marker="o" if len(xs) <= 16 else None, markersize=4)
+                axes.plot(xs, ys, label=label, linewidth=1.2, marker="o" if len(xs) <= 16 else None, markersize=4)
             axes.set(title=title, xlabel=x_label, ylabel=y_label)
             for axis, is_log in (("x", log_x), ("y", log_y)):
                 if is_log:
                     _set_log(axes, axis)
             axes.grid(visible=True, alpha=0.3)
-            axes.legend()
+            # Below the curves, for it would lie upon them wherever there are many.
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
         self.plot(name, draw)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine, kv_cache, perplexity, roofline
+from benchmarks import engine, kv_cache, memory, perplexity, roofline
 from tests.tiny_models import make_tiny_model
 
 
@@ -77,3 +77,16 @@ def test_perplexity_compares_choices_of_types(llama: str, tmp_path: Path) -> Non
     assert [(result["kv_dtype"], len(result["window_ratios"])) for result in results] == [("float32", 3), ("bfloat16", 3)]
     assert results[0]["ratio"] == 1.0
     assert results[1]["ratio"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_memory_finds_the_bytes_that_are_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    memory.command(requests=20, quick=True, threads=1, json=path)
+    results = document(path)["results"]
+    measured = [result for result in results if result["kind"] == "bytes"]
+    assert {result["attention"] for result in measured} == {"MHA", "GQA", "MQA"}
+    for result in measured:
+        assert result["exported"] == result["transformers"] == result["general_formula_computed"]
+        assert result["general_formula_computed"] <= result["general_formula"] <= result["blocks"]
+    assert [result["mha_formula"] == result["general_formula"] for result in measured if result["mha_formula"]] == [True]
+    assert results[-1] == {"kind": "block_manager_holds_what_is_predicted", "value": True}
