@@ -83,7 +83,9 @@ class DecodeEngineLoop:
     def step(self) -> bool:
         """Schedules, runs, samples, publishes. False when there was nothing to compute."""
         step = self._scheduler.schedule()
-        self._publish_report(())
+        happened = self._scheduler.take_events()
+        if happened or step is None:
+            self._publish_events(happened, ())
         if step is None:
             return False
         self._note_begun(step)
@@ -116,7 +118,10 @@ class DecodeEngineLoop:
                 times.began_at = self._now()
 
     def _publish_report(self, tokens: tuple[SequenceToken, ...]) -> None:
-        happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())
+        self._publish_events(self._scheduler.take_events(), tokens)
+
+    def _publish_events(self, scheduler_events: list[events.SchedulerEvent], tokens: tuple[SequenceToken, ...]) -> None:
+        happened = tuple(self._complete_event(event) for event in scheduler_events)
         load = self._scheduler.load()
         if happened or tokens or load != self._published_load:
             self._published_load = load

@@ -317,13 +317,13 @@ class DecodeScheduler:
 
     def _note_computed(self, run: Run, entry: StepEntry, num_accepted: int = 0) -> None:
         sequence = entry.sequence
-        num_prompt_tokens = len(run.state.work.token_ids)
-        self._num_computed_prompt_tokens += max(0, min(entry.token_end, num_prompt_tokens) - entry.token_begin)
-        num_full_blocks_before = sequence.num_computed_tokens // self._blocks.block_size
+        begin, num_prompt_tokens = sequence.num_computed_tokens, len(run.state.work.token_ids)
+        if begin < num_prompt_tokens:
+            self._num_computed_prompt_tokens += min(begin + entry.num_tokens, num_prompt_tokens) - begin
         # Drafts that were wrong have KV behind this, which the next step overwrites: it is never committed.
-        sequence.num_computed_tokens = entry.token_end + num_accepted
-        if sequence.num_computed_tokens // self._blocks.block_size > num_full_blocks_before:
-            self._blocks.commit(run.table, sequence.token_ids, sequence.num_computed_tokens)
+        sequence.num_computed_tokens = end = begin + entry.num_tokens + num_accepted
+        if end // self._blocks.block_size > begin // self._blocks.block_size:
+            self._blocks.commit(run.table, sequence.token_ids, end)
         if entry.drafts and self._speculation is not None:
             self._speculation.note_verified(run, entry, num_accepted)
 

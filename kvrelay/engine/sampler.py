@@ -56,14 +56,15 @@ def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[Token]:
     assert logits.shape[0] == len(inputs), "one input per row"
     if not inputs:
         return []
-    raw = logits.float()
-    chosen = _choose(_adjust(raw, inputs), inputs)  # int64 [num_rows]
-    token_ids: list[int] = chosen.tolist()
-    _check_finite(raw.gather(1, chosen.unsqueeze(1)))
-    tokens = [Token(token_id) for token_id in token_ids]
-    rows = [row for row, item in enumerate(inputs) if item.sampling.logprobs is not None]
-    if rows:
-        _attach_logprobs(tokens, rows, raw, inputs)
+    with torch.inference_mode():
+        raw = logits.float()
+        chosen = _choose(_adjust(raw, inputs), inputs)  # int64 [num_rows]
+        _check_finite(raw.gather(1, chosen.unsqueeze(1)))
+        token_ids: list[int] = chosen.tolist()
+        tokens = [Token(token_id) for token_id in token_ids]
+        rows = [row for row, item in enumerate(inputs) if item.sampling.logprobs is not None]
+        if rows:
+            _attach_logprobs(tokens, rows, raw, inputs)
     return tokens
 
 
@@ -192,8 +193,8 @@ def _below(values: Tensor, limits: Tensor) -> Tensor:
 
 
 def _check_finite(values: Tensor) -> None:
-    """A row with a NaN or an infinity gives one here, as its greatest logit."""
-    if not bool(torch.isfinite(values).all()):
+    """Of few values. A row with a NaN or an infinity gives one here, as its greatest logit."""
+    if not all(map(math.isfinite, values.flatten().tolist())):
         raise InternalError("the model gave logits that are not finite; its dtype may be too small: use bfloat16 or float32")
 
 

@@ -138,7 +138,11 @@ class BlockManager:
         assert table in self._tables, "the table was released"
         assert num_tokens > 0
         first_written = min(table.num_tokens, num_tokens - 1) // self.block_size
-        num_blocks = self.blocks_for(num_tokens)
+        num_blocks = -(-num_tokens // self.block_size)
+        if first_written == num_blocks - 1 < len(table.blocks) and self._references[table.blocks[first_written]] == 1:
+            # As in nearly every step: the last block has room, and is nobody else's.
+            table.num_tokens = max(table.num_tokens, num_tokens)
+            return []
         shared = [number for number in range(first_written, min(num_blocks, len(table.blocks))) if self._is_shared(table, number)]
         num_new_blocks = max(0, num_blocks - len(table.blocks))
         num_missing = len(shared) + num_new_blocks - len(self._free) - len(self._cached)
