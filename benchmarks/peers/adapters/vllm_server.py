@@ -1,5 +1,6 @@
 """vLLM's server, its build for CPUs."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ class VllmServerAdapter:
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
         if options.chunk_tokens is not None:
             command += ["--max-num-batched-tokens", str(options.chunk_tokens)]
+        # vLLM binds its own threads and takes this for a wish that it warns of.
+        os.environ.pop("OMP_NUM_THREADS", None)
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GB),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, options.cores)),
