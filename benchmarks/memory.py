@@ -38,8 +38,8 @@ MIB = 1024 * 1024
 
 FORMULAS = (
     "m prompt tokens, n new ones, b sequences, l layers, h hidden size. MHA in 16 bit: 4·b·l·h·(m+n) (Sheng et al. 2023)."
-    " In general: 2·bytes·b·l·kv_heads·head_dim·(m+n). The last new token has no KV unless generation goes on, so what is measured"
-    " is that of m+n-1 tokens."
+    " In general: 2·bytes·b·l·kv_heads·head_dim·(m+n). The last new token has no KV unless generation goes on, so what is"
+    " measured is that of m+n-1 tokens."
 )
 PUBLISHED = (
     "Published (Kwon et al. 2023, figure 2): of the KV memory of earlier servers 20.4 % to 38.2 % held KV, of vLLM's 96.3 %."
