@@ -5,7 +5,8 @@
                             '-----------'--> CLOSING --sender_ended--> ended
 
 A sender reads a work's blocks from the moment when these are allocated; whatever becomes of the work, its blocks are freed only
-when the sender has ended. A prompt takes all its blocks or none, so that one that has begun always ends.
+when the sender has ended. A prompt takes all its blocks or none, so that one that has begun always ends. Between two chunks of a
+prompt another one may be computed: the queue says which.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from kvrelay.step import Step, StepEntry
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkerLoad, WorkId
 from kvrelay.work_rules import ends_with_first_token
 from prefill_worker.events import Event, PromptComputed, PromptStarted, SendingStopped, WorkEnded, WorkFailed
-from prefill_worker.prompt_queue import FifoQueue, PromptQueue
+from prefill_worker.prompt_queue import PromptQueue, ShortestFirstQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class _WorkState:
     work: Work
     sequence: PromptSequence
     sends_kv: bool
+    num_expected_cached_tokens: int
+    """Leading tokens that had KV in the pool when the work came."""
     phase: _Phase = _Phase.WAITING
     ending: Event | None = None
     """What to report when the sender has ended, while CLOSING."""
@@ -53,6 +56,12 @@ class _WorkState:
         assert self.sequence.block_table is not None, "a started prompt holds blocks"
         return self.sequence.block_table.num_cached_tokens
 
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens to compute; an expectation while the work waits for its blocks."""
+        num_tokens = self.sequence.num_uncomputed_tokens
+        return num_tokens - self.num_expected_cached_tokens if self.phase is _Phase.WAITING else num_tokens
+
 
 class PrefillScheduler:
     """Owns the block manager. Used by one thread.
@@ -61,7 +70,7 @@ class PrefillScheduler:
         blocks: the pool's bookkeeping.
         model: the served model.
         limits: of a step and the queue.
-        queue: the order of prompts; first come, first served unless given.
+        queue: the order of prompts; the shortest first, with ageing, unless given.
     """
 
     def __init__(
@@ -70,9 +79,8 @@ class PrefillScheduler:
         self._blocks = blocks
         self._model = model
         self._limits = limits
-        self._queue: PromptQueue[_WorkState] = FifoQueue() if queue is None else queue
+        self._queue: PromptQueue[_WorkState] = ShortestFirstQueue() if queue is None else queue
         self._states: dict[WorkId, _WorkState] = {}
-        self._computing: list[_WorkState] = []
         self._events: list[Event] = []
         self._num_prefix_hit_tokens = 0
         self._num_computed_prompt_tokens = 0
@@ -93,15 +101,12 @@ class PrefillScheduler:
 
     def load(self) -> WorkerLoad:
         """How busy the worker is."""
-        uncomputed = (
-            state.sequence.num_uncomputed_tokens
-            for state in self._states.values()
-            if state.phase in (_Phase.WAITING, _Phase.COMPUTING)
-        )
+        queued = self._queue.in_order()
+        num_waiting = sum(state.phase is _Phase.WAITING for state in queued)
         return WorkerLoad(
-            num_running=len(self._computing),
-            num_waiting=len(self._queue),
-            num_queued_prompt_tokens=sum(uncomputed),
+            num_running=len(queued) - num_waiting,
+            num_waiting=num_waiting,
+            num_queued_prompt_tokens=sum(state.num_remaining_tokens for state in queued),
             num_free_blocks=self._blocks.num_free_blocks,
             num_cached_blocks=self._blocks.num_cached_blocks,
             num_used_blocks=self._blocks.num_used_blocks,
@@ -120,7 +125,8 @@ class PrefillScheduler:
             self._events.append(WorkFailed(work.work_id, FailureKind.OUT_OF_CAPACITY, problem))
             return
         sends_kv = not ends_with_first_token(work, self._model)
-        state = _WorkState(work, start_sequence(work, work.work_id.first_sequence), sends_kv)
+        num_cached_tokens = self._blocks.match_prefix(work.token_ids, work.cache_salt)
+        state = _WorkState(work, start_sequence(work, work.work_id.first_sequence), sends_kv, num_cached_tokens)
         self._states[work.work_id] = state
         self._queue.push(state)
 
@@ -157,15 +163,20 @@ class PrefillScheduler:
     # --- Steps
 
     def schedule(self) -> Step | None:
-        """The next step: chunks of the oldest prompts, several short ones together. None when nothing can be computed now."""
+        """The next step: chunks of prompts in the queue's order, several short ones together. None when nothing can be computed.
+
+        Where the next prompt to begin finds no room, none behind it begins, or a large one might wait for ever; those that have
+        begun go on.
+        """
         entries: list[StepEntry] = []
-        budget = self._limits.prefill_chunk_tokens
-        for state in self._computing:
+        budget, has_room = self._limits.prefill_chunk_tokens, True
+        for state in self._queue.in_order():
             if budget == 0:
                 break
-            budget -= self._schedule_chunk(state, budget, entries)
-        while budget > 0 and (started := self._start_next()) is not None:
-            budget -= self._schedule_chunk(started, budget, entries)
+            if state.phase is _Phase.WAITING:
+                has_room = has_room and self._begin(state)
+            if state.phase is _Phase.COMPUTING:
+                budget -= self._schedule_chunk(state, budget, entries)
         return Step(tuple(entries)) if entries else None
 
     def complete(self, step: Step, tokens: Sequence[SequenceToken]) -> None:
@@ -199,37 +210,33 @@ class PrefillScheduler:
         if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
             num_held = self._blocks.num_blocks * self._blocks.block_size
             return f"the prompt needs {num_tokens} tokens of KV; the worker's pool holds {num_held}"
-        if len(self._queue) >= self._limits.max_waiting_works:
-            return f"{len(self._queue)} works wait for their turn already"
+        num_waiting = sum(state.phase is _Phase.WAITING for state in self._states.values())
+        if num_waiting >= self._limits.max_waiting_works:
+            return f"{num_waiting} works wait for their turn already"
         return None
 
-    def _start_next(self) -> _WorkState | None:
-        """Gives the next prompt its blocks; None when nobody waits or there is no room."""
-        if len(self._queue) == 0:
-            return None
-        state = self._queue.peek()
+    def _begin(self, state: _WorkState) -> bool:
+        """Gives a prompt its blocks; False when there is no room."""
         try:
             table = self._blocks.allocate(state.work.token_ids, state.work.cache_salt)
         except OutOfBlocksError:
-            return None
-        self._queue.remove(state)
+            return False
         self._num_prefix_hit_tokens += table.num_cached_tokens
         state.sequence.block_table = table
         state.sequence.num_computed_tokens = table.num_cached_tokens
         state.phase = _Phase.COMPUTING
-        self._computing.append(state)
         self._events.append(PromptStarted(state.work, tuple(table.blocks), table.num_cached_tokens, state.sends_kv))
-        return state
+        return True
 
     def _schedule_chunk(self, state: _WorkState, budget: int, entries: list[StepEntry]) -> int:
         num_tokens = min(budget, state.sequence.num_uncomputed_tokens)
         is_last = num_tokens == state.sequence.num_uncomputed_tokens
         entries.append(StepEntry(state.sequence, num_tokens, tuple(state.work.sequences) if is_last else ()))
+        self._queue.note_scheduled(state, num_tokens)
         return num_tokens
 
     def _finish_prompt(self, state: _WorkState, tokens: tuple[SequenceToken, ...]) -> None:
-        self._computing.remove(state)
-        state.phase = _Phase.SENDING
+        self._leave_queue(state)
         goes_on = any(token.finish_reason is None for token in tokens)
         assert state.sends_kv or not goes_on, "the finish rules end what is known to end"
         work_id = state.work.work_id
@@ -240,21 +247,21 @@ class PrefillScheduler:
     def _give_up(self, state: _WorkState, ending: Event) -> None:
         if state.phase is _Phase.CLOSING:
             return
-        if state.phase is _Phase.WAITING:
-            self._queue.remove(state)
-            self._end(state, ending)
-            return
-        if state.phase is _Phase.COMPUTING:
-            self._computing.remove(state)
-        if state.sends_kv:
+        has_begun = state.phase is not _Phase.WAITING
+        self._leave_queue(state)
+        if has_begun and state.sends_kv:
             state.phase, state.ending = _Phase.CLOSING, ending
             self._events.append(SendingStopped(state.work.work_id))
         else:
             self._end(state, ending)
 
+    def _leave_queue(self, state: _WorkState) -> None:
+        if state.phase in (_Phase.WAITING, _Phase.COMPUTING):
+            self._queue.remove(state)
+            state.phase = _Phase.SENDING
+
     def _end(self, state: _WorkState, ending: Event) -> None:
-        if state in self._computing:
-            self._computing.remove(state)
+        self._leave_queue(state)
         if state.sequence.block_table is not None:
             self._blocks.release(state.sequence.block_table)
             state.sequence.block_table = None

@@ -73,7 +73,46 @@ def test_a_long_prompt_is_computed_in_chunks_and_short_ones_share_a_step() -> No
     bench = Bench(chunk=8)
     for work in works(18, 3, 3):
         bench.scheduler.start(work)
-    assert [bench.step() for _ in range(4)] == [[8], [8], [2, 3, 3], []]
+    assert [bench.step() for _ in range(4)] == [[3, 3, 2], [8], [8], []]
+
+
+def test_a_short_prompt_that_comes_during_a_long_one_is_computed_between_two_chunks() -> None:
+    bench = Bench(chunk=8)
+    long, short = works(24, 5)
+    bench.scheduler.start(long)
+    assert bench.step() == [8]
+    bench.scheduler.start(short)
+    assert bench.step() == [5, 3]
+    assert list(bench.computed) == [short.work_id]
+    assert [bench.step() for _ in range(3)] == [[8], [5], []]
+
+
+def test_what_counts_is_what_is_not_cached() -> None:
+    bench = Bench(num_blocks=32, chunk=8)
+    first = make_work(prompt(16), 4, request_id="a" * 32)
+    bench.scheduler.start(first)
+    assert [bench.step() for _ in range(2)] == [[8], [8]]
+    shorter, cached = make_work(prompt(10, 30), 4, request_id="b" * 32), make_work(prompt(20), 4, request_id="c" * 32)
+    bench.scheduler.start(shorter)
+    bench.scheduler.start(cached)
+    assert bench.scheduler.load().num_queued_prompt_tokens == 10 + 4
+    assert bench.step() == [4, 4]
+    assert list(bench.computed) == [first.work_id, cached.work_id]
+
+
+def test_a_prompt_that_is_next_and_finds_no_room_is_not_overtaken_for_its_blocks() -> None:
+    bench = Bench(num_blocks=8, chunk=64, cache=False)
+    held, large = works(8, 28)
+    bench.scheduler.start(held)
+    assert bench.step() == [8]
+    bench.scheduler.start(large)
+    for n in range(6):  # short ones that leave nothing behind overtake it, until it counts as no longer than they
+        bench.scheduler.start(make_work(prompt(4), 1, request_id=f"{100 + n:032x}"))
+        assert bench.step() == [4]
+    bench.scheduler.start(make_work(prompt(4), 1, request_id=f"{200:032x}"))
+    assert bench.step() == []
+    bench.end_sender(held.work_id)
+    assert bench.step() == [28, 4]
 
 
 def test_blocks_are_held_until_the_sender_has_ended() -> None:
