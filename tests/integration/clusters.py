@@ -9,7 +9,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from kvrelay.client import AsyncClient, Cluster, Completion, WorkerInfo, WorkerRole
-from kvrelay.config import DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings, RelaySettings, ServerSettings
+from kvrelay.config import (
+    DecodeSettings,
+    DecodingSettings,
+    EngineSettings,
+    GatewaySettings,
+    PrefillSettings,
+    RelaySettings,
+    ServerSettings,
+)
 from kvrelay.local_cluster import LocalCluster
 from tests.tiny_models import SPECIAL_TOKENS, VOCAB_SIZE
 
@@ -23,13 +31,18 @@ def engine(model: Path, **changes: object) -> EngineSettings:
 
 
 def cluster_of(
-    prefill: Sequence[EngineSettings], decode: Sequence[EngineSettings], *, restart: bool = False, **relay: object
+    prefill: Sequence[EngineSettings],
+    decode: Sequence[EngineSettings],
+    *,
+    restart: bool = False,
+    decoding: DecodingSettings | None = None,
+    **relay: object,
 ) -> LocalCluster:
     """A cluster with a worker for each engine; `relay` are the gateway's settings."""
     return LocalCluster(
         gateway=GatewaySettings(server=ServerSettings(port=0), relay=RelaySettings.model_validate(relay)),
         prefill=[PrefillSettings(engine=settings) for settings in prefill],
-        decode=[DecodeSettings(engine=settings) for settings in decode],
+        decode=[DecodeSettings(engine=settings, decoding=decoding or DecodingSettings()) for settings in decode],
         restart=restart,
         startup_timeout_s=240,
     )

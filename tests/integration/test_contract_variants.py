@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from kvrelay.client import AsyncClient
-from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids
+from kvrelay.client import AsyncClient, WorkerRole
+from kvrelay.config import DecodingSettings
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids, workers
 from tests.integration.test_contract_tiny_models import KINDS
 from tests.reference import NearTies, Reference
 from tests.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
@@ -78,10 +79,15 @@ async def test_whole_prompts_in_one_chunk_together_give_the_reference_tokens(
 async def test_without_a_prefill_worker_the_decode_worker_computes_every_prompt(
     models: dict[str, Path], references: dict[str, Reference]
 ) -> None:
-    decode_engine = engine(models["llama"], block_size=BLOCK_SIZE)
-    async with cluster_of([], [decode_engine]) as cluster, AsyncClient(cluster.gateway_address) as client:
-        prompt = random_prompt(200, 200)
-        completion = await greedy(client, prompt, NUM_TOKENS)
-        references["llama"].check(prompt, token_ids(completion), NearTies())
-        assert completion.finished.phases.prefilled_on_decode_worker
+    """And with speculation the tokens are the same. This model repeats itself, so that some guesses are right."""
+    decode_engine = engine(models["gemma3_text"], block_size=BLOCK_SIZE)
+    cluster = cluster_of([], [decode_engine], decoding=DecodingSettings(speculative_tokens=8, speculative_max_rows=64))
+    async with cluster, AsyncClient(cluster.gateway_address) as client:
+        prompts = [random_prompt(200, 200), random_prompt(21, 7) * 8, random_prompt(5, 2) * 3]
+        completions = await asyncio.gather(*(greedy(client, prompt, 4 * NUM_TOKENS) for prompt in prompts))
+        for prompt, completion in zip(prompts, completions, strict=True):
+            references["gemma3_text"].check(prompt, token_ids(completion), NearTies())
+            assert completion.finished.phases.prefilled_on_decode_worker
+        [decode_worker] = workers(await client.cluster(), WorkerRole.DECODE)
+        assert 0 < decode_worker.load.num_accepted_tokens < decode_worker.load.num_drafted_tokens
         await assert_at_rest(client)
