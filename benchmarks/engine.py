@@ -44,6 +44,7 @@ def command(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, as a worker's --quantize.")] = None,
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype.")] = None,
+    kernels: Annotated[str | None, typer.Option("--kernels", help="off: torch alone, as a worker's --kernels.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few lengths and batches.")] = False,
     prompt_lengths: Annotated[str | None, typer.Option("--prompt-lengths", help=f"Default: {PROMPT_LENGTHS}.")] = None,
     chunk_sizes: Annotated[str | None, typer.Option("--chunk-sizes", help=f"Default: {CHUNK_SIZES}.")] = None,
@@ -67,7 +68,8 @@ def command(
         ),
     ]
     report = Report("engine", json, plots)
-    ours = load_engine(model, num_threads, pool_tokens(cases, steps), quantize=quantize, kv_dtype=kv_dtype)
+    settings = {"quantize": quantize, "kv_dtype": kv_dtype, "kernels": kernels}
+    ours = load_engine(model, num_threads, pool_tokens(cases, steps), **settings)
     fill_pool(ours)
     meter = LimitMeter(num_threads)
     samples: dict[Case, list[Sample]] = defaultdict(list)
@@ -84,7 +86,7 @@ def command(
     results = [summarize(case, samples[case], case_cost(cost, case), is_compiled=is_compiled) for case in cases]
     title = f"{ours.engine.model.name}, {quantize or ours.engine.model.kv_layout.dtype}, {num_threads} threads"
     _show(report, title, results, meter, is_compiled)
-    report.add({"num_threads": num_threads, "quantize": quantize, "kv_dtype": ours.engine.model.kv_layout.dtype})
+    report.add({"num_threads": num_threads, "is_compiled": is_compiled} | settings)
     report.finish()
 
 

@@ -7,7 +7,10 @@ finish rules. Knows nothing of time.
 import os
 from collections.abc import Sequence as Many
 
+from pydantic import ValidationError
+
 from kvrelay.config import EngineSettings
+from kvrelay.errors import ConfigError
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.sequence import Sequence, start_sequence
 from kvrelay.step import Step, StepEntry
@@ -70,35 +73,31 @@ class EngineSteps:
         sequence.block_table = None
 
 
-def load_engine(
-    model: str,
-    num_threads: int,
-    num_pool_tokens: int,
-    *,
-    quantize: str | None = None,
-    kv_dtype: str | None = None,
-    dtype: str | None = None,
-    block_size: int | None = None,
-) -> EngineSteps:
+def load_engine(model: str, num_threads: int, num_pool_tokens: int, **settings: str | int | None) -> EngineSteps:
     """The engine of a worker with these settings, all others being the defaults.
 
     Args:
         model: as in the setting.
         num_threads: CPU threads.
         num_pool_tokens: tokens that the pool must hold.
-        quantize, kv_dtype, dtype, block_size: as in the settings; None for the defaults.
+        settings: further ones of EngineSettings; None for the default.
 
     Raises:
         ModelLoadError: the model is missing, broken or unsupported.
+        ConfigError: a setting is wrong.
     """
     configure_logging("warning", "console")
-    given = {"quantize": quantize, "kv_dtype": kv_dtype, "dtype": dtype, "block_size": block_size}
-    settings = EngineSettings.model_validate(
-        {"model": model, "num_threads": num_threads, "prefix_cache": False}
-        | {name: value for name, value in given.items() if value is not None}
-    )
-    num_blocks = -(-num_pool_tokens // settings.block_size) + 1
-    return EngineSteps(build_engine(settings.model_copy(update={"num_kv_blocks": max(2, num_blocks)})))
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        engine_settings = EngineSettings.model_validate(
+            {"model": model, "num_threads": num_threads, "prefix_cache": False} | given
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} is {first['input']!r}: {first['msg']}") from error
+    num_blocks = -(-num_pool_tokens // engine_settings.block_size) + 1
+    return EngineSteps(build_engine(engine_settings.model_copy(update={"num_kv_blocks": max(2, num_blocks)})))
 
 
 def usable_cores() -> int:
