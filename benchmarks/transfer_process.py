@@ -26,6 +26,7 @@ from decode_worker.push_permits import PushPermits
 from kvrelay.config import TransferSettings
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
 from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.model_spec import KVLayout, ModelSpec
@@ -97,7 +98,7 @@ class ReceivingEnd:
 
         self._memory = HandoverServer()
         self._receiver = KVReceiver(ReceiverContext(pool.cache, model, self._permits, self._threads, submit, self._memory))
-        self._server = create_server()
+        self._server = create_server(takes_bulk=True)
         self._receiver.add_to(self._server)
         self._port = bind_server(self._server, "127.0.0.1", 0, ()).port
         self._cpu_s = 0.0
@@ -232,6 +233,7 @@ def _make_end(role: str, setup: dict[str, Any]) -> End:
 
 async def _serve(role: str, read: Callable[[], str]) -> None:
     torch.set_num_threads(1)
+    keep_message_memory()
     end = _make_end(role, json.loads(read()))
     try:
         while line := await asyncio.to_thread(read):

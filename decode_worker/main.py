@@ -18,6 +18,7 @@ from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.telemetry import configure_logging
 from kvrelay.v1 import decode_pb2_grpc, session_pb2
 from kvrelay.worker_engine import WorkerEngine, build_engine
@@ -56,6 +57,7 @@ def build_services(
     settings: DecodeSettings, engine: WorkerEngine, hello: session_pb2.WorkerHello, address: str
 ) -> WorkerServices:
     """Puts engine thread, receiver and service together."""
+    keep_message_memory()
     permits = PushPermits()
     publish = _Publisher(asyncio.get_running_loop())
     scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), permits, _speculation(settings, engine))

@@ -28,6 +28,14 @@ _SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+# For few connections with large messages: fewer and larger reads and frames. A read takes memory of this size at once, so that
+# servers of many connections do without.
+_BULK_OPTIONS = (
+    ("grpc.http2.max_frame_size", 1024 * 1024),
+    ("grpc.experimental.tcp_read_chunk_size", 256 * 1024),
+    ("grpc.experimental.tcp_min_read_chunk_size", 64 * 1024),
+)
+
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10000),
@@ -53,9 +61,14 @@ class BoundServer:
         await self.health.set(service, status)
 
 
-def create_server() -> grpc.aio.Server:
-    """A server whose handlers may raise KvrelayError: clients get its rich status."""
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+def create_server(*, takes_bulk: bool = False) -> grpc.aio.Server:
+    """A server whose handlers may raise KvrelayError: clients get its rich status.
+
+    Args:
+        takes_bulk: whether few connections bring it large messages.
+    """
+    options = _SERVER_OPTIONS + _BULK_OPTIONS if takes_bulk else _SERVER_OPTIONS
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
 
 
 def bind_server(server: grpc.aio.Server, host: str, port: int, service_names: Iterable[str]) -> BoundServer:

@@ -75,7 +75,7 @@ async def serve_worker(
     assert settings.redis_url is not None
     stop = stop or _stop_on_signals()
     worker_id = f"{kind.role.value}-{secrets.token_hex(8)}"
-    server = create_server()
+    server = create_server(takes_bulk=True)
     bound = bind_server(server, settings.host, settings.port, (*kind.service_names, MODEL_SERVICE))
     address = advertised_address(settings, bound.port)
     services = kind.build_services(_hello(worker_id, engine), address)

@@ -9,6 +9,7 @@ import grpc
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.garbage_collection import keep_what_is_loaded
+from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
 from kvrelay.kv_transfer.transports import KVTransport
 from kvrelay.telemetry import configure_logging
@@ -59,6 +60,7 @@ def build_services(
     settings: PrefillSettings, engine: WorkerEngine, transport: KVTransport, hello: session_pb2.WorkerHello
 ) -> WorkerServices:
     """Puts engine thread, senders and service together."""
+    keep_message_memory()
     limits = PrefillLimits(settings.engine.prefill_chunk_tokens, settings.engine.max_waiting_works)
     publish = _Publisher(asyncio.get_running_loop())
     scheduler = PrefillScheduler(engine.blocks, engine.model, limits)

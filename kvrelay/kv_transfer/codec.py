@@ -1,8 +1,9 @@
-"""KV chunks as bytes on the wire: their digest, and their encoding with a single copy of the payload and decoding without any.
+"""KV chunks as bytes on the wire: their digest, and their encoding and decoding without a copy of the payload.
 
 Knows nothing of tensors: a payload is a buffer.
 """
 
+import ctypes
 import struct
 from dataclasses import dataclass
 
@@ -24,6 +25,14 @@ _LENGTH_DELIMITED = 2
 _MAX_VARINT_BYTES = 10
 _CHUNK_TAG = kv_transfer_pb2.PushRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _PAYLOAD_TAG = kv_transfer_pb2.KVChunk.PAYLOAD_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+
+
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
+_new_bytes.restype = ctypes.py_object
+_address_of = ctypes.pythonapi.PyBytes_AsString
+_address_of.argtypes = (ctypes.py_object,)
+_address_of.restype = ctypes.c_void_p
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +74,38 @@ def chunk_digest(ticket: bytes, attempt: int, span: KVSpan, payload: Buffer) -> 
     return hasher.digest()
 
 
-def encode_chunk(chunk: Chunk) -> bytes:
-    """A serialized PushRequest that holds the chunk.
+class ChunkMessage:
+    """A serialized PushRequest with a chunk, whose payload is written into it in place.
 
-    Written by hand around the payload, because building the message would copy the payload three times; this copies it once.
+    Building the message from fields would copy the payload three times, joining it with what is before it once, and each of
+    these copies goes into memory that is in no cache.
+
+    Args:
+        span: of the chunk.
+        num_bytes: of the payload.
     """
+
+    def __init__(self, span: KVSpan, num_bytes: int) -> None:
+        fields = _chunk_message(span, bytes(DIGEST_BYTES)).SerializeToString()
+        payload_head = _field_head(_PAYLOAD_TAG, num_bytes)
+        head = _field_head(_CHUNK_TAG, len(fields) + len(payload_head) + num_bytes) + fields + payload_head
+        self._digest_end = len(head) - len(payload_head)  # digest has the highest number: it is the last of the fields
+        self._message: bytes = _new_bytes(None, len(head) + num_bytes)
+        # Nobody else has seen these bytes yet, so they may still be written: this is how C makes them too.
+        memory = (ctypes.c_ubyte * len(self._message)).from_address(_address_of(self._message))
+        self._view = memoryview(memory).cast("B")
+        self._view[: len(head)] = head
+        self.payload = self._view[len(head) :]
+        """To be filled before `finish`."""
+
+    def finish(self, digest: bytes) -> bytes:
+        """The message. The payload must not be written any more."""
+        self._view[self._digest_end - DIGEST_BYTES : self._digest_end] = digest
+        return self._message
+
+
+def encode_chunk(chunk: Chunk) -> bytes:
+    """A serialized PushRequest that holds the chunk, with one copy of its payload."""
     payload = memoryview(chunk.payload).cast("B")
     fields = _chunk_message(chunk.span, chunk.digest).SerializeToString()
     payload_head = _field_head(_PAYLOAD_TAG, payload.nbytes)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kvrelay.model_spec import KVLayout
 
 ALIGNED_TOKENS = 64
-"""Where tokens are cut, they are cut at multiples of this: whole blocks of any usual size are copied faster than parts of them."""
+"""Where tokens are cut, they are cut at multiples of this: whole blocks are copied faster than parts of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ loop. `kvrelay.kv_transfer.shared_memory_transport` has the way through shared m
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from weakref import WeakSet
 import grpc
 
 from kvrelay.errors import TransferError
-from kvrelay.kv_transfer.codec import Chunk, encode_chunk
+from kvrelay.kv_transfer.codec import Chunk, ChunkMessage, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverOffer
 from kvrelay.model_spec import WIRE_VERSION
@@ -29,8 +29,6 @@ from kvrelay.work import SequenceToken, WorkId
 PUSH_METHOD = "/kvrelay.v1.KVTransferService/Push"
 OFFER_METHOD = "/kvrelay.v1.KVTransferService/OfferSharedMemory"
 MAX_CHANNELS = 64
-MAX_IDLE_BUFFERS = 8
-"""Kept for the next chunks: touching fresh memory costs more than copying into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,6 @@ class GrpcTransport:
     def __init__(self, connect_timeout_ms: int, max_payload_bytes: int = 1 << 20) -> None:
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._max_payload_bytes = max_payload_bytes
-        self._idle_buffers: deque[bytearray] = deque(maxlen=MAX_IDLE_BUFFERS)
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._open_channels: WeakSet[grpc.aio.Channel] = WeakSet()
         """Those that were dropped for others too, while their pushes last."""
@@ -156,7 +153,7 @@ class GrpcTransport:
             TransferError: it cannot be reached in time, or the transport is closed.
         """
         channel = self._channel(address)
-        push = GrpcPush(channel, self._max_payload_bytes, self._idle_buffers)
+        push = GrpcPush(channel, self._max_payload_bytes)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 # Connects first. Waiting for the state of the channel instead would leave a watch behind when cancelled.
@@ -226,23 +223,23 @@ class GrpcTransport:
 
 
 class GrpcPush:
-    """A Push call. Requests are serialized by the codec, which copies a payload once.
+    """A Push call. Payloads are written into the messages that carry them.
 
     Args:
         channel: to the receiver.
         max_payload_bytes: largest payload of one message.
-        idle_buffers: shared with other pushes.
     """
 
     transport_name = "grpc"
 
-    def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int, idle_buffers: deque[bytearray]) -> None:
+    def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int) -> None:
         method = channel.stream_stream(
             PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
         )
         self._channel = channel  # lives as long as the push
         self.max_payload_bytes = max_payload_bytes
-        self._idle_buffers = idle_buffers
+        self._messages: dict[KVSpan, ChunkMessage] = {}
+        """Whose payloads are being written."""
         # A receiver that is just starting is waited for, as long as the opener allows.
         self._call: Any = method(wait_for_ready=True)
 
@@ -250,16 +247,14 @@ class GrpcPush:
         return True
 
     def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
-        buffer = self._idle_buffers.pop() if self._idle_buffers else bytearray()
-        if len(buffer) < num_bytes:
-            buffer = bytearray(max(num_bytes, self.max_payload_bytes))
-        return memoryview(buffer)[:num_bytes]
+        message = self._messages[span] = ChunkMessage(span, num_bytes)
+        return message.payload
 
     def encode(self, chunk: Chunk) -> bytes:
-        encoded = encode_chunk(chunk)
-        if isinstance(chunk.payload, memoryview) and isinstance(chunk.payload.obj, bytearray):
-            self._idle_buffers.append(chunk.payload.obj)
-        return encoded
+        message = self._messages.pop(chunk.span, None)
+        if message is not None and chunk.payload is message.payload:
+            return message.finish(chunk.digest)
+        return encode_chunk(chunk)
 
     def settle(self, span: KVSpan) -> None:
         """Nothing to do: the message was copied when it was sent."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.codec import (
     Chunk,
+    ChunkMessage,
     SharedChunk,
     SharedSlice,
     chunk_digest,
@@ -34,6 +35,13 @@ def test_protobuf_reads_what_the_codec_writes(a: int, b: int, c: int, d: int, pa
     fields = request.chunk
     assert (fields.layer_begin, fields.layer_end, fields.token_begin, fields.token_end) == (a, b, c, d)
     assert (fields.payload, fields.digest, fields.HasField("shared")) == (payload, chunk.digest, False)
+
+
+@given(numbers, numbers, numbers, numbers, st.binary(min_size=1, max_size=70_000))
+def test_a_message_that_is_written_in_place_is_the_one_that_is_encoded(a: int, b: int, c: int, d: int, payload: bytes) -> None:
+    message = ChunkMessage(KVSpan(a, b, c, d), len(payload))
+    message.payload[:] = payload
+    assert message.finish(TICKET) == encode_chunk(Chunk(KVSpan(a, b, c, d), payload, TICKET))
 
 
 @given(numbers, numbers, numbers, numbers, st.binary(max_size=70_000), st.booleans())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -181,7 +180,7 @@ async def push_raw(
 ) -> tuple[list[str], grpc.StatusCode]:
     """Sends what a test made up; returns the names of the answers, and the status."""
     channel = create_channel(bench.address)
-    push = GrpcPush(channel, MESSAGE_BYTES, deque())
+    push = GrpcPush(channel, MESSAGE_BYTES)
     try:
         await push.send_header(plan, region_id)
         for message in messages:
