@@ -15,6 +15,7 @@ class Liveness:
         self._window_s = window_ms / 1000
         self._last_received = now
         self._last_sent = now
+        self._last_look = now
         self._num_heartbeats = 0
 
     @property
@@ -38,7 +39,14 @@ class Liveness:
         return self._num_heartbeats
 
     def lost(self, now: float) -> bool:
-        """Whether the peer was silent for longer than the window."""
+        """Whether the peer was silent for longer than the window; to be asked once in every interval.
+
+        What the caller comes late by is not counted: a process that stood still has not read yet what its peer sent meanwhile.
+        """
+        late_s = now - self._last_look - self.interval_s
+        self._last_look = now
+        if late_s > self.interval_s:
+            self._last_received = min(self._last_received + late_s, now)
         return now - self._last_received > self._window_s
 
     def silent_ms(self, now: float) -> float:
