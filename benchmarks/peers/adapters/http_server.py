@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.peers.adapters.adapter_loop import Recorder, Request, clock_s, die_with_parent, use_cores
 
-STARTUP_TIMEOUT_S = 600.0
+STARTUP_TIMEOUT_S = 1500.0
 RESPONSE_TIMEOUT_S = 600.0
 STOP_GRACE_S = 10.0
 _POLL_INTERVAL_S = 0.2

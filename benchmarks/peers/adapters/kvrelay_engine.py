@@ -27,14 +27,15 @@ class EngineAdapter:
     def load(self, options: Options) -> str:
         use_cores(options.cores)
         import kvrelay
+        from kvrelay.core_set import format_cores
         from kvrelay.engine.model_runner import StepInput
         from kvrelay.engine.sampler import SamplingInput, sample
         from kvrelay.sampling_params import SamplingParams
         from kvrelay.worker_engine import build_engine
 
-        settings = engine_settings(options, num_threads=options.num_threads, kv_cache_mib=KV_CACHE_MIB)
+        settings = engine_settings(options, cores=format_cores(options.cores), kv_cache_mib=KV_CACHE_MIB)
         self._engine = build_engine(settings)
-        self._runner = self._engine.step_runner._runner
+        self._engine.pin_thread()
         self._chunk_tokens = settings.prefill_chunk_tokens
         self._free = list(range(self._engine.blocks.num_blocks))
         self._sequences: dict[int, _Sequence] = {}
@@ -56,7 +57,7 @@ class EngineAdapter:
     def step(self) -> Iterator[tuple[int, Sequence[int]]]:
         batch = self._schedule()
         sampled = [(request_id, item) for request_id, item in batch if item.num_logits]
-        logits = self._runner.run([item for _, item in batch])
+        logits = self._engine.model_runner.run([item for _, item in batch])
         for request_id, item in batch:
             self._sequences[request_id].num_computed += len(item.token_ids)
         tokens = self._sample(logits, [self._sampling] * len(sampled))

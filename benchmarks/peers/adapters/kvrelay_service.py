@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ class ServiceAdapter:
         from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings, ServerSettings
         from kvrelay.local_cluster import LocalCluster
 
-        engine = engine_settings(options, kv_cache_mib=KV_CACHE_MIB)
+        self._folder = tempfile.TemporaryDirectory()
+        # A board of its own: a cluster that is stopped while others are measured must not be asked for its cores.
+        engine = engine_settings(options, kv_cache_mib=KV_CACHE_MIB, core_board=f"{self._folder.name}/cores")
         server = ServerSettings(liveness_window_ms=STOPPED_MS, lease_ms=STOPPED_MS, log_level="warning")
         self._cluster = LocalCluster(
             gateway=GatewaySettings(server=server),
@@ -82,6 +85,7 @@ class ServiceAdapter:
             await self._client.close()
         if self._cluster is not None:
             await self._cluster.stop()
+            self._folder.cleanup()
 
 
 if __name__ == "__main__":
