@@ -140,7 +140,7 @@ class Relay:
     ) -> RequestRunner:
         runner = RequestRunner(
             request,
-            lifecycle=RequestLifecycle(lifecycle_request, self.settings.local_prefill_tokens, self.settings.max_attempts),
+            lifecycle=RequestLifecycle(lifecycle_request, self._is_local_prompt, self.settings.max_attempts),
             output=journal.output,
             detokenizers=self._detokenizers(request, journal.output),
             journal=journal,
@@ -157,6 +157,12 @@ class Relay:
         self.writer.track(journal)
         runner.start()
         return runner
+
+    def _is_local_prompt(self, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
+        limit = self.settings.local_prefill_tokens
+        if limit is not None:
+            return num_uncached_tokens < limit
+        return self.sessions.is_local_prompt(decode_worker_id, prefill_worker_id, num_uncached_tokens)
 
     def _detokenizers(self, request: GenerationRequest, output: RequestOutput) -> list[Detokenizer] | None:
         tokenizer = self.tokenizers.cached(request.fingerprint)

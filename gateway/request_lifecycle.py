@@ -10,6 +10,7 @@ Dropped is what concerns another attempt or unknown work, and what comes from a 
 from typing import assert_never
 
 from gateway import lifecycle_messages as m
+from gateway.prompt_placement import PlacePrompt
 from gateway.retry_policy import RetryPolicy
 from gateway.token_order import TokenGapError
 from gateway.work_progress import WorkProgress
@@ -36,18 +37,18 @@ class RequestLifecycle:
 
     Args:
         request: the request, new or taken over.
-        local_prefill_tokens: prompts with fewer uncached tokens are computed by the decode worker.
+        is_local_prompt: whether a prompt stays on its decode worker; asked when that has reserved its blocks.
         max_attempts: failed attempts after which the request fails; see RetryPolicy.
     """
 
-    def __init__(self, request: m.LifecycleRequest, local_prefill_tokens: int, max_attempts: int) -> None:
+    def __init__(self, request: m.LifecycleRequest, is_local_prompt: PlacePrompt, max_attempts: int) -> None:
         num_sequences = request.sampling.n
         self.attempt = request.attempt
         self.report = m.AttemptReport()
         self.emitted: list[list[int]] = [list(ids) for ids in request.emitted] or [[] for _ in range(num_sequences)]
         """Token ids of each sequence so far."""
         self._request = request
-        self._local_prefill_tokens = local_prefill_tokens
+        self._is_local_prompt = is_local_prompt
         self._retries = RetryPolicy(max_attempts)
         self._state = RequestState.QUEUED
         self._finished = False
@@ -177,7 +178,7 @@ class RequestLifecycle:
         self.report.num_cached_tokens = min(event.num_cached_tokens, len(self._request.prompt_token_ids))
         num_uncached = len(progress.work.token_ids) - event.num_cached_tokens
         prefill_worker_id = progress.prefill_worker_id
-        if prefill_worker_id is None or num_uncached < self._local_prefill_tokens:
+        if prefill_worker_id is None or self._is_local_prompt(event.worker_id, prefill_worker_id, num_uncached):
             progress.begin_local_prompt()
             self.report.prefilled_on_decode_worker = True
             self.report.prefill_worker_id = None

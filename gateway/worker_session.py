@@ -64,6 +64,8 @@ class WorkerSession:
         self._liveness = Liveness(settings.liveness_window_ms, _now())
         self._num_assigned = 0
         self._num_assigned_tokens = 0
+        self._num_sent_prompts = 0
+        self._num_sent_prompt_tokens = 0
         self._overflown = asyncio.Event()
 
     @property
@@ -107,6 +109,20 @@ class WorkerSession:
         """A work goes to the worker; its next load report will count it."""
         self._num_assigned += 1
         self._num_assigned_tokens += num_tokens
+
+    def note_prompt(self, num_tokens: int) -> None:
+        """The worker is told to compute a prompt; its next load report will count it."""
+        self._num_sent_prompts += 1
+        self._num_sent_prompt_tokens += num_tokens
+
+    def expected_load(self) -> WorkerLoad:
+        """Its load with the prompts that it was told to compute since it reported."""
+        load = self.load
+        return replace(
+            load,
+            num_waiting=load.num_waiting + self._num_sent_prompts,
+            num_queued_prompt_tokens=load.num_queued_prompt_tokens + self._num_sent_prompt_tokens,
+        )
 
     def send(self, request: SessionRequest) -> None:
         """Queues a command. A worker that lets commands pile up is lost."""
@@ -186,6 +202,7 @@ class WorkerSession:
         if response.HasField("load"):
             self._load = response.load
             self._num_assigned = self._num_assigned_tokens = 0
+            self._num_sent_prompts = self._num_sent_prompt_tokens = 0
 
     def _answer_heartbeat(self, response: SessionResponse) -> None:
         if response.WhichOneof("message") == "heartbeat":

@@ -11,6 +11,7 @@ import structlog
 
 from gateway import lifecycle_messages as m
 from gateway import session_messages
+from gateway.prompt_placement import is_sooner_on_decode_worker
 from gateway.router import Assignment, FailedPairs, RouteQuery, WorkerView, choose_workers
 from gateway.session_messages import Command, SessionResponse
 from gateway.worker_session import SessionSettings, WorkerSession
@@ -93,6 +94,15 @@ class WorkerSessions:
             if assignment.prefill_worker_id is not None:
                 self._sessions[assignment.prefill_worker_id].note_assigned(query.num_tokens)
         return assignment
+
+    def is_local_prompt(self, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
+        """Whether a prompt stays on the decode worker that reserved blocks for it, by both workers' loads."""
+        decode, prefill = self._sessions.get(decode_worker_id), self._sessions.get(prefill_worker_id)
+        if decode is None or prefill is None:
+            return False
+        is_local = is_sooner_on_decode_worker(num_uncached_tokens, decode.expected_load(), prefill.expected_load())
+        (decode if is_local else prefill).note_prompt(num_uncached_tokens)
+        return is_local
 
     def avoid_pair(self, pair: tuple[str, str]) -> None:
         """KV did not get from one to the other: leave (decode, prefill) alone for a while."""

@@ -137,8 +137,10 @@ class RelaySettings(Settings):
     max_queued_prompt_tokens: int = Field(default=262144, ge=1, description="Most prompt tokens that wait for their first token.")
     default_timeout_ms: int = Field(default=300000, ge=1, description="Deadline of a request whose client set none.")
     max_timeout_ms: int = Field(default=3600000, ge=1, description="Longest deadline; longer ones are cut to it.")
-    local_prefill_tokens: int = Field(
-        default=32, ge=0, description="Prompts with fewer uncached tokens than this are computed by the decode worker itself."
+    local_prefill_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Prompts with fewer uncached tokens are computed by the decode worker itself. Default: by their loads.",
     )
     max_attempts: int = Field(
         default=8, ge=1, description="Most attempts at one request; those refused by full or draining workers do not count."

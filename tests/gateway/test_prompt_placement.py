@@ -1,0 +1,61 @@
+"""Which of two workers computes a prompt."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.prompt_placement import is_sooner_on_decode_worker
+from kvrelay.work import WorkerLoad
+
+IDLE = WorkerLoad()
+DECODING = WorkerLoad(num_running=4)
+
+
+def busy(*prompts: int) -> WorkerLoad:
+    """A prefill worker with prompts of these lengths."""
+    return WorkerLoad(num_running=1, num_waiting=len(prompts) - 1, num_queued_prompt_tokens=sum(prompts))
+
+
+@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (63, True), (64, False), (2048, False)])
+def test_between_idle_workers_short_prompts_stay_and_long_ones_leave(num_tokens: int, is_local: bool) -> None:
+    assert is_sooner_on_decode_worker(num_tokens, IDLE, IDLE) is is_local
+
+
+@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (31, True), (32, False), (2048, False)])
+def test_where_sequences_decode_only_very_short_prompts_stay(num_tokens: int, is_local: bool) -> None:
+    assert is_sooner_on_decode_worker(num_tokens, DECODING, IDLE) is is_local
+
+
+def test_an_idle_decode_worker_takes_prompts_that_would_wait_long() -> None:
+    assert not is_sooner_on_decode_worker(2048, IDLE, busy(2048))
+    assert is_sooner_on_decode_worker(2048, IDLE, busy(2048, 2048))
+
+
+def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
+    assert is_sooner_on_decode_worker(60, IDLE, IDLE)
+    assert not is_sooner_on_decode_worker(60, WorkerLoad(num_queued_prompt_tokens=60), IDLE)
+
+
+def test_a_short_prompt_behind_a_long_one_leaves_for_it_overtakes_it() -> None:
+    assert not is_sooner_on_decode_worker(128, DECODING, busy(2048))
+    assert is_sooner_on_decode_worker(128, DECODING, busy(*[128] * 8))
+
+
+@given(
+    num_tokens=st.integers(1, 8192),
+    num_running=st.integers(0, 64),
+    queues=st.lists(st.integers(0, 100_000), min_size=2, max_size=6).map(sorted),
+)
+def test_a_longer_queue_never_draws_prompts(num_tokens: int, num_running: int, queues: list[int]) -> None:
+    on_decode = [
+        is_sooner_on_decode_worker(num_tokens, WorkerLoad(num_running=num_running, num_queued_prompt_tokens=queue), busy(500))
+        for queue in queues
+    ]
+    assert all(earlier >= later for earlier, later in pairwise(on_decode))
+
+
+@given(num_tokens=st.integers(1, 8192), num_prompts=st.integers(1, 200))
+def test_no_prompt_waits_behind_many_of_its_length_while_a_decode_worker_is_idle(num_tokens: int, num_prompts: int) -> None:
+    assert num_prompts < 2 or is_sooner_on_decode_worker(num_tokens, IDLE, busy(*[num_tokens] * num_prompts))
