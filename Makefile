@@ -62,8 +62,8 @@ protos: install ## generate kvrelay/v1 from protos/
 soak: install model ## the tests that run for minutes
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
 
-bench: install model ## measure TTFT, ITL and throughput of a local cluster; BENCH_ARGS=--help
-	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+bench: install model ## run a benchmark, such as BENCH_ARGS='engine --quick'; without it, list them
+	@$(BIN)/kvrelay bench $(or $(BENCH_ARGS),--help)
 
 clean: ## remove .venv and all caches of tools; the model store stays
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -46,10 +46,18 @@ def command(
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype.")] = None,
     kernels: Annotated[str | None, typer.Option("--kernels", help="off: torch alone, as a worker's --kernels.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few lengths and batches.")] = False,
-    prompt_lengths: Annotated[str | None, typer.Option("--prompt-lengths", help=f"Default: {PROMPT_LENGTHS}.")] = None,
-    chunk_sizes: Annotated[str | None, typer.Option("--chunk-sizes", help=f"Default: {CHUNK_SIZES}.")] = None,
-    batch_sizes: Annotated[str | None, typer.Option("--batch-sizes", help=f"Default: {BATCH_SIZES}.")] = None,
-    context_lengths: Annotated[str | None, typer.Option("--context-lengths", help=f"Default: {CONTEXT_LENGTHS}.")] = None,
+    prompt_lengths: Annotated[
+        str | None, typer.Option("--prompt-lengths", help=f"Tokens of prompts. Default: {PROMPT_LENGTHS}.")
+    ] = None,
+    chunk_sizes: Annotated[
+        str | None, typer.Option("--chunk-sizes", help=f"Prompt tokens a step. Default: {CHUNK_SIZES}.")
+    ] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option("--batch-sizes", help=f"Sequences that decode. Default: {BATCH_SIZES}.")
+    ] = None,
+    context_lengths: Annotated[
+        str | None, typer.Option("--context-lengths", help=f"Tokens that they have. Default: {CONTEXT_LENGTHS}.")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Every case is measured once in each round.")] = 3,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps of a case in each round.")] = 16,
     json: Json = None,

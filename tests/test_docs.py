@@ -1,6 +1,7 @@
 """The documents say what the code does: settings, commands and RPCs are all described, and links lead somewhere."""
 
 import asyncio
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from benchmarks.registry import BENCHMARKS
 from kvrelay.cli.app import app
 from kvrelay.config import (
     ClientSettings,
@@ -26,6 +28,7 @@ from tests.test_rpc import wire_errors
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OPERATING = (ROOT / "docs/operating.md").read_text("utf-8")
+MEASURING = (ROOT / "docs/measuring.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs/protocol.md").read_text("utf-8")
 
 
@@ -49,6 +52,19 @@ def test_every_command_is_mentioned() -> None:
     names = list(group.commands)  # type: ignore[attr-defined]
     assert len(names) > 8
     assert [name for name in names if f"kvrelay {name}" not in text] == []
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_option_of_a_benchmark_stands_in_the_measuring_page(name: str) -> None:
+    _, _, rest = MEASURING.partition(f"## kvrelay bench {name}\n")
+    section, _, _ = rest.partition("\n## ")
+    command = typer.Typer()
+    command.command()(importlib.import_module(BENCHMARKS[name].module).command)
+    parameters = typer.main.get_command(command).params
+    options = {parameter.opts[0] for parameter in parameters} - {"--config", "--install-completion", "--show-completion"}
+    documented = section + OPERATING + MEASURING.partition("\n## ")[0]
+    assert section
+    assert {option for option in options if f"| `{option}" not in documented} == set()
 
 
 def test_every_rpc_of_clients_is_described() -> None:
