@@ -61,18 +61,25 @@ def _show(output: Report, starts: list[Start], weight_bytes: int) -> None:
         2,
     )
     bound_mib = last.worker_bound_bytes(weight_bytes) / BYTES_PER_MIB
-    rows = []
+    rows: list[list[object]] = []
     for number, use in enumerate(last.processes):
         cpu_s = spread([start.processes[number].cpu_s for start in starts])
-        peak_mib, rss_mib = use.peak_rss_bytes / BYTES_PER_MIB, use.rss_bytes / BYTES_PER_MIB
-        bound = bound_mib if is_worker(use) else None
-        rows.append([use.process, cpu_s.text(2), rss_mib, peak_mib, bound, f"{peak_mib / bound:.2f}" if bound else None])
+        row: list[object] = [use.process, cpu_s.text(2), use.rss_bytes / BYTES_PER_MIB, use.peak_rss_bytes / BYTES_PER_MIB]
+        if is_worker(use):
+            full_mib = last.full_bytes(use) / BYTES_PER_MIB
+            row += [full_mib, bound_mib, f"{full_mib / bound_mib:.2f}"]
+        else:
+            row += [None, None, None]
+        rows.append(row)
     output.print_table(
         "Processes when the first token was there",
-        ["process", "CPU s", "RSS MiB", "peak MiB", "bound MiB", "peak / bound"],
+        ["process", "CPU s", "RSS MiB", "peak MiB", "at most MiB", "bound MiB", "at most / bound"],
         rows,
     )
-    output.note("Bound of a worker: 1.3 × weights + KV pool + 500 MB. Pages of the pool count once they are written to.")
+    output.note(
+        "Bound of a worker: 1.3 × weights + KV pool + 500 MB. At most: the peak, or RSS and all of the pool, whose pages count"
+        " only once they are written to."
+    )
 
 
 def _steps(start: Start) -> list[tuple[float, str, str]]:

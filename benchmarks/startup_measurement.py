@@ -30,7 +30,7 @@ BYTES_PER_MIB = 1024 * 1024
 
 OWN_NAME = "kvrelay"
 _LINE = re.compile(r"(?P<name>[\w-]+) *\| (?P<text>.*)")
-_EVENTS = re.compile(r"model loaded|session with worker began|ready")
+_EVENTS = re.compile(r"(?:^|\] )(model loaded|session with worker began|ready)\b")
 _KV_MIB = re.compile(r"kv_mib=(\d+)")
 _ROLES = ("gateway", "prefill", "decode", "valkey")
 _WORKERS = ("prefill", "decode")
@@ -74,6 +74,10 @@ class Start:
     def worker_bound_bytes(self, weight_bytes: int) -> int:
         """What a worker may hold: 1.3 times the weights, the KV pool and 500 MB."""
         return int(WEIGHTS_FACTOR * weight_bytes) + self.kv_pool_bytes + ALLOWANCE_BYTES
+
+    def full_bytes(self, use: ProcessUse) -> int:
+        """What a worker will hold when all of its pool was written to, or held while it loaded, whichever is more."""
+        return max(use.peak_rss_bytes, use.rss_bytes + self.kv_pool_bytes)
 
 
 def is_worker(use: ProcessUse) -> bool:
@@ -129,7 +133,7 @@ class _Log:
         event = found and _EVENTS.search(found["text"])
         if not found or not event:
             return
-        self.events.append(Event(found["name"], event[0], time.monotonic() - self._begin_s))
+        self.events.append(Event(found["name"], event[1], time.monotonic() - self._begin_s))
         if kv_mib := _KV_MIB.search(found["text"]):
             self.kv_pool_bytes = int(kv_mib[1]) * BYTES_PER_MIB
         if found["name"] == OWN_NAME:
