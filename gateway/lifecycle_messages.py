@@ -36,6 +36,7 @@ class AttemptReport:
     exposed_ms: float = 0.0
     wire_ms: float = 0.0
     transfer_bytes: int = 0
+    transport: str = ""
     prefilled_on_decode_worker: bool = False
     prefill_worker_id: str | None = None
     decode_worker_id: str | None = None
@@ -107,6 +108,7 @@ class TransferDone:
     transfer_ms: float = 0.0
     exposed_ms: float = 0.0
     wire_ms: float = 0.0
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)

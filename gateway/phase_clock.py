@@ -36,6 +36,7 @@ class PhaseClock:
             exposed_transfer_ms=report.exposed_ms,
             transfer_wire_ms=report.wire_ms,
             transfer_bytes=report.transfer_bytes,
+            transfer_transport=report.transport,
             handoff_gap_ms=_ms(self._first_token, self._second_token),
             decode_ms=_ms(self._first_token, self._last_token),
             time_to_first_token_ms=_ms(self._submit_time, self._first_token),

@@ -215,7 +215,7 @@ class RequestLifecycle:
             return
         progress.prefill_holds = False
         self.report.transfer_ms, self.report.exposed_ms = event.transfer_ms, event.exposed_ms
-        self.report.wire_ms = event.wire_ms
+        self.report.wire_ms, self.report.transport = event.wire_ms, event.transport
         self.report.transfer_bytes = max(self.report.transfer_bytes, event.kv_bytes)
         self._complete_if_done()
 

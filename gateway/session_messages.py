@@ -117,7 +117,8 @@ def _prefill_done(worker_id: str, done: prefill_pb2.PrefillDone) -> tuple[str, m
 
 def _transfer_done(worker_id: str, done: prefill_pb2.TransferDone) -> tuple[str, m.Event]:
     work_id = wire.work_id_from_pb(done.work_id)
-    return work_id.request_id, m.TransferDone(worker_id, work_id, done.kv_bytes, done.transfer_ms, done.exposed_ms, done.wire_ms)
+    event = m.TransferDone(worker_id, work_id, done.kv_bytes, done.transfer_ms, done.exposed_ms, done.wire_ms, done.transport)
+    return work_id.request_id, event
 
 
 def _reserved(worker_id: str, reserved: decode_pb2.Reserved) -> tuple[str, m.Event]:

@@ -27,6 +27,7 @@ class Phases:
     prefilled_on_decode_worker: bool = False
     prefill_worker_id: str = ""
     decode_worker_id: str = ""
+    transfer_transport: str = ""
 
 
 def configure_logging(level: str, format_: Literal["console", "json"], **context: str) -> None:

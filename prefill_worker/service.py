@@ -184,6 +184,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             exposed_ms=result.exposed_ms,
             wire_ms=result.wire_ms,
             num_resent_chunks=result.num_resent_chunks,
+            transport=result.transport,
         )
         self.sessions.send(work_id, transfer_done=done)
 

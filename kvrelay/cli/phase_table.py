@@ -5,6 +5,7 @@ from rich.table import Table
 from kvrelay.client.results import Finished
 
 _MILLION = 1e6
+_WAYS = {"grpc": " over gRPC", "shared-memory": " through shared memory"}
 
 
 def phase_table(finished: Finished) -> Table:
@@ -21,7 +22,8 @@ def phase_table(finished: Finished) -> Table:
         "prefill", _ms(phases.prefill_ms), f"{num_computed_tokens} of {usage.num_prompt_tokens} prompt tokens, on {prefiller}"
     )
     if phases.transfer_bytes:
-        moved = f"{phases.transfer_bytes:,} bytes of KV to {phases.decode_worker_id}"
+        way = _WAYS.get(phases.transfer_transport, "")
+        moved = f"{phases.transfer_bytes:,} bytes of KV to {phases.decode_worker_id}{way}"
         table.add_row("transfer", _ms(phases.transfer_ms), moved)
         rate = gigabytes_per_second(finished)
         shown_rate = f"{rate:.3f} GB/s; " if rate is not None else ""

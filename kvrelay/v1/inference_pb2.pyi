@@ -390,6 +390,7 @@ class Phases(_message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     TRANSFER_WIRE_MS_FIELD_NUMBER: _builtins.int
+    TRANSFER_TRANSPORT_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """From submission to the start of the prompt's pass."""
     prefill_ms: _builtins.float
@@ -420,6 +421,8 @@ class Phases(_message.Message):
     """The part of transfer_ms in which a chunk was under way, not counting the time in which the transfer waited for the prompt's pass.
     transfer_bytes over it is the transfer's rate.
     """
+    transfer_transport: _builtins.str
+    """How the KV travelled: "grpc" or "shared-memory"; empty when nothing was transferred."""
     def __init__(
         self,
         *,
@@ -437,10 +440,11 @@ class Phases(_message.Message):
         prefill_worker_id: _builtins.str = ...,
         decode_worker_id: _builtins.str = ...,
         transfer_wire_ms: _builtins.float = ...,
+        transfer_transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "decode_worker_id", b"decode_worker_id", "exposed_transfer_ms", b"exposed_transfer_ms", "handoff_gap_ms", b"handoff_gap_ms", "num_attempts", b"num_attempts", "prefill_ms", b"prefill_ms", "prefill_worker_id", b"prefill_worker_id", "prefilled_on_decode_worker", b"prefilled_on_decode_worker", "queue_ms", b"queue_ms", "time_to_first_token_ms", b"time_to_first_token_ms", "total_ms", b"total_ms", "transfer_bytes", b"transfer_bytes", "transfer_ms", b"transfer_ms", "transfer_wire_ms", b"transfer_wire_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "decode_worker_id", b"decode_worker_id", "exposed_transfer_ms", b"exposed_transfer_ms", "handoff_gap_ms", b"handoff_gap_ms", "num_attempts", b"num_attempts", "prefill_ms", b"prefill_ms", "prefill_worker_id", b"prefill_worker_id", "prefilled_on_decode_worker", b"prefilled_on_decode_worker", "queue_ms", b"queue_ms", "time_to_first_token_ms", b"time_to_first_token_ms", "total_ms", b"total_ms", "transfer_bytes", b"transfer_bytes", "transfer_ms", b"transfer_ms", "transfer_transport", b"transfer_transport", "transfer_wire_ms", b"transfer_wire_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -249,6 +249,7 @@ class TransferDone(_message.Message):
     EXPOSED_MS_FIELD_NUMBER: _builtins.int
     NUM_RESENT_CHUNKS_FIELD_NUMBER: _builtins.int
     WIRE_MS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
     kv_bytes: _builtins.int
     """Payload bytes: keys and values only."""
     transfer_ms: _builtins.float
@@ -259,6 +260,8 @@ class TransferDone(_message.Message):
     """Chunks that were refused and sent once more."""
     wire_ms: _builtins.float
     """The part of transfer_ms in which a chunk was under way: being copied out, sent, checked or written. kv_bytes over it is the rate."""
+    transport: _builtins.str
+    """How the payloads travelled: "grpc" or "shared-memory"; empty when nothing did."""
     @_builtins.property
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
@@ -272,10 +275,11 @@ class TransferDone(_message.Message):
         exposed_ms: _builtins.float = ...,
         num_resent_chunks: _builtins.int = ...,
         wire_ms: _builtins.float = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_ms", b"exposed_ms", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "wire_ms", b"wire_ms", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_ms", b"exposed_ms", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "transport", b"transport", "wire_ms", b"wire_ms", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

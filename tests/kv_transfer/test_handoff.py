@@ -79,6 +79,7 @@ async def test_handed_over_tokens_equal_transformers_generate_and_all_kv_crosses
     assert tokens == generate(engines[0], prompt, NUM_NEW_TOKENS)
     assert started.kv_bytes == transferred.kv_bytes == kv_bytes
     assert started.num_transferred_tokens == num_prompt_tokens
+    assert transferred.transport == transport
     assert transferred.transfer_ms >= transferred.exposed_ms >= 0
     assert transferred.transfer_ms >= transferred.wire_ms > 0
 
