@@ -30,5 +30,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),
     "transfer": Benchmark("benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."),
     "startup": Benchmark("benchmarks.startup", "From `serve all` to its first token, and its workers' memory."),
+    "speculation": Benchmark("benchmarks.speculation", "Decoding with and without guesses by prompt lookup."),
     "peers": Benchmark("benchmarks.peers.comparison", "Other engines beside ours, interleaved in one run."),
 }
