@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvrelay.client.results import Cluster, RequestInfo, WorkerInfo
+from kvrelay.work import WorkerLoad
 
 _NUM_ID_CHARACTERS = 16
 
@@ -46,6 +47,9 @@ def _worker_table(workers: Sequence[WorkerInfo]) -> Table:
     table = _table(
         "Workers", "worker", "role", "address", "model", "state", ">running", ">waiting", ">blocks used", ">cached", ">free"
     )
+    speculates = any(worker.load.num_drafted_tokens for worker in workers)
+    if speculates:
+        table.add_column("guesses right", justify="right")
     for worker in workers:
         load = worker.load
         table.add_row(
@@ -59,8 +63,15 @@ def _worker_table(workers: Sequence[WorkerInfo]) -> Table:
             f"{load.num_used_blocks} of {load.num_blocks}",
             str(load.num_cached_blocks),
             str(load.num_free_blocks),
+            *([_guesses(load)] if speculates else []),
         )
     return table
+
+
+def _guesses(load: WorkerLoad) -> str:
+    if load.num_drafted_tokens == 0:
+        return "-"
+    return f"{100 * load.num_accepted_tokens / load.num_drafted_tokens:.0f} % of {load.num_drafted_tokens}"
 
 
 def _gateway_table(cluster: Cluster) -> Table:
