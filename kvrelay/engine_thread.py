@@ -6,6 +6,7 @@ Knows nothing of what commands and steps are.
 """
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import structlog
 
 CommandT = TypeVar("CommandT")
 CommandT_contra = TypeVar("CommandT_contra", contravariant=True)
+
+SWITCH_INTERVAL_S = 0.0002
+"""For how long other threads may keep the interpreter lock once the engine thread wants it."""
 
 _log = structlog.get_logger(__name__)
 
@@ -94,6 +98,8 @@ class EngineThread(Generic[CommandT]):
 
     def _run(self) -> None:
         busy = True  # the first step has nothing to do but to say so: the load of a worker at rest
+        # Behind every step waits a thread that wants the interpreter lock only for a moment, and a batch of sequences with it.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
             self._on_start()
             while (commands := self._take(wait=not busy)) is not None:

@@ -34,6 +34,8 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 """Rope types whose angles depend on more than the position."""
 VECTOR = 8
+NOTICE_BYTES = 1024 * 1024
+"""KV for which it is worth telling a sender that layers are there: as much as it puts into a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,14 @@ class FusedDecoder:
         self._make_angles(plan.num_positions)
         logits = torch.empty(len(plan.logit_rows), self._vocab_size)
         step = _step(plan, cache, logits)
-        if on_layer_written is None:
-            self._library.run_decoder(self._decoder, step, 0, self._decoder.num_layers)
-            return logits
-        for layer in range(self._decoder.num_layers):
-            self._library.run_decoder(self._decoder, step, layer, layer + 1)
-            on_layer_written(layer)
+        num_layers = self._decoder.num_layers
+        num_together = num_layers if on_layer_written is None else _layers_together(cache, len(plan.token_ids))
+        for begin in range(0, num_layers, num_together):
+            end = min(begin + num_together, num_layers)
+            self._library.run_decoder(self._decoder, step, begin, end)
+            if on_layer_written is not None:
+                for layer in range(begin, end):
+                    on_layer_written(layer)
         return logits
 
     def _make_angles(self, num_positions: int) -> None:
@@ -107,6 +111,11 @@ class FusedDecoder:
         self._angles = self._rope(max(num_positions, 2 * self._angles[0].shape[0], 1024))
         self._decoder.cosines = self._angles[0].data_ptr()
         self._decoder.sines = self._angles[1].data_ptr()
+
+
+def _layers_together(cache: PagedKVCache, num_tokens: int) -> int:
+    """So many layers have about NOTICE_BYTES of new KV: each return to Python may wait for other threads."""
+    return max(1, round(NOTICE_BYTES / cache.export_bytes(1, num_tokens)))
 
 
 def _step(plan: StepPlan, cache: PagedKVCache, logits: Tensor) -> DecoderStep:
