@@ -21,6 +21,7 @@ from gateway.running_requests import RunningRequests
 from gateway.served_models import ServedModels
 from gateway.state_writer import StateWriter
 from gateway.tokenizer_cache import TokenizerCache
+from gateway.turnstile import Turnstile
 from gateway.worker_session import SessionSettings
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import GatewaySettings
@@ -28,6 +29,7 @@ from kvrelay.errors import PreconditionError, UnavailableError
 from kvrelay.request_record import RequestRecord
 from kvrelay.request_state import RequestState
 from kvrelay.state_store import StateStore
+from kvrelay.work import WorkId
 from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegistry
 
 FIRST_LOOK_TIMEOUT_MS = 1000
@@ -67,6 +69,7 @@ class Relay:
         self.tokenizers = TokenizerCache(self.sessions.sessions)
         self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
         """Requests that are just being taken over, so that each is once."""
+        self.turnstile = Turnstile()
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
         self._members: MemberView | None = None
@@ -147,6 +150,7 @@ class Relay:
             admitted=admitted,
             sessions=self.sessions,
             settings=self.settings,
+            turnstile=self.turnstile,
             on_end=self._note_ended,
         )
         if not journal.output.frames:
@@ -158,11 +162,11 @@ class Relay:
         runner.start()
         return runner
 
-    def _is_local_prompt(self, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
+    def _is_local_prompt(self, work_id: WorkId, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
         limit = self.settings.local_prefill_tokens
         if limit is not None:
             return num_uncached_tokens < limit
-        return self.sessions.is_local_prompt(decode_worker_id, prefill_worker_id, num_uncached_tokens)
+        return self.sessions.place_prompt(work_id, decode_worker_id, prefill_worker_id, num_uncached_tokens)
 
     def _detokenizers(self, request: GenerationRequest, output: RequestOutput) -> list[Detokenizer] | None:
         tokenizer = self.tokenizers.cached(request.fingerprint)

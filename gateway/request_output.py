@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from gateway.output_frames import DeltaFrame, Frame, accepted_frame, finished_frame, is_wanted, token_ids
+from gateway.turnstile import Turnstile
 from kvrelay.errors import KvrelayError
 from kvrelay.telemetry import Phases
 from kvrelay.work import FinishReason, Token
@@ -73,12 +74,15 @@ class RequestOutput:
         if self.ended:
             _wake(self._waiting_for_end)
 
-    async def read(self, from_index: int = 0, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
+    async def read(
+        self, from_index: int = 0, coalesce_s: float = 0.0, turnstile: Turnstile | None = None
+    ) -> AsyncIterator[list[Frame]]:
         """All frames but deltas before `from_index`, then those that come, until the end; each time all that there are by then.
 
         Args:
             from_index: first output index wanted.
             coalesce_s: least time between two batches of deltas. Neither the first nor the last waits for it.
+            turnstile: passed before each batch is gathered.
 
         Raises:
             KvrelayError: the request ended with it.
@@ -88,6 +92,8 @@ class RequestOutput:
         while position < len(self.frames) or not self.ended:
             if position == len(self.frames):
                 await self._wait(self._waiting_for_change)
+            if turnstile is not None:
+                await turnstile.pass_through()
             batch = self.frames[position : position + MAX_FRAMES_PER_BATCH]
             position += len(batch)
             due = loop.time() + coalesce_s if coalesce_s else 0.0

@@ -21,6 +21,7 @@ from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.router import RouteQuery
+from gateway.turnstile import Turnstile
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import RelaySettings
 from kvrelay.errors import InternalError, KvrelayError, UnavailableError
@@ -42,6 +43,7 @@ class RequestRunner:
         admitted: the request's share of the gateway's bounds.
         sessions: the workers.
         settings: waiting times.
+        turnstile: that readers pass.
         on_end: called once, after the terminal; must not raise.
     """
 
@@ -56,12 +58,14 @@ class RequestRunner:
         admitted: Admitted,
         sessions: WorkerSessions,
         settings: RelaySettings,
+        turnstile: Turnstile,
         on_end: Callable[["RequestRunner"], None],
     ) -> None:
         self.request = request
         self.lifecycle = lifecycle
         self.output = output
         self.journal = journal
+        self.turnstile = turnstile
         self._detokenizers = detokenizers
         self._admitted = admitted
         self._sessions = sessions
@@ -277,7 +281,7 @@ class OutputReader:
 
     def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
         """Frames until the end, as `RequestOutput.read` has them."""
-        return self._runner.output.read(self._from_index, coalesce_s)
+        return self._runner.output.read(self._from_index, coalesce_s, self._runner.turnstile)
 
     def close(self) -> None:
         """The client is gone, or has it all. Idempotent."""
