@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import xxhash
@@ -84,7 +85,7 @@ def _adjust(raw: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
         return raw
     adjusted = raw.clone()
     for row in rows:
-        _adjust_row(adjusted[row], inputs[row])
+        _adjust_row(adjusted[row], raw[row], inputs[row])
     return adjusted
 
 
@@ -93,16 +94,17 @@ def _is_adjusted(item: SamplingInput) -> bool:
     return sampling.penalised or bool(sampling.logit_bias) or item.index < sampling.min_tokens
 
 
-def _adjust_row(row: Tensor, item: SamplingInput) -> None:
-    """Changes one row [vocab_size] in place."""
+def _adjust_row(row: Tensor, raw: Tensor, item: SamplingInput) -> None:
+    """Changes one row [vocab_size] in place; `raw` is the same row and stays as it is."""
     sampling = item.sampling
     counts = item.output_counts or {}
     if sampling.repetition_penalty != 1.0:
         # Keskar et al. 2019, "CTRL", section 4.1; over prompt and output, and for negative logits a product, as is customary.
-        seen = _token_tensor({*item.prompt_token_ids, *counts}, row)
-        values = row[seen]
-        penalty = sampling.repetition_penalty
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        # Taken from the raw row, so that a token of both is penalised once.
+        for seen in (_prompt_tensor(tuple(item.prompt_token_ids), row.shape[0], row.device), _token_tensor(counts, row)):
+            values = raw[seen]
+            penalty = sampling.repetition_penalty
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if counts and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0):
         generated = {token_id: count for token_id, count in counts.items() if token_id < row.shape[0]}
         amounts = torch.tensor([float(count) for count in generated.values()], device=row.device)
@@ -112,6 +114,12 @@ def _adjust_row(row: Tensor, item: SamplingInput) -> None:
         row[_token_tensor(biases, row)] += torch.tensor(list(biases.values()), device=row.device)
     if item.index < sampling.min_tokens:
         row[_token_tensor(item.ending_token_ids, row)] = -math.inf
+
+
+@lru_cache(maxsize=64)
+def _prompt_tensor(token_ids: tuple[int, ...], vocab_size: int, device: torch.device) -> Tensor:
+    """The different tokens of a prompt: int64 [any]. Kept, for every step of its sequences asks again."""
+    return torch.tensor(sorted({token_id for token_id in token_ids if token_id < vocab_size}), dtype=torch.int64, device=device)
 
 
 def _token_tensor(token_ids: Mapping[int, object] | set[int] | frozenset[int], row: Tensor) -> Tensor:
