@@ -11,6 +11,8 @@ WORKDIR /src
 COPY constraints.txt ./
 
 FROM base AS worker-packages
+# Workers compile their kernels for the processor that they run on.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX_URL=""
 RUN pip install --quiet ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c constraints.txt torch transformers
 
