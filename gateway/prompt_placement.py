@@ -11,8 +11,9 @@ them back for a prompt of its own. So short prompts stay, long ones leave, and a
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from kvrelay.work import WorkerLoad
+from kvrelay.work import WorkerLoad, WorkId
 
 HANDOFF_TOKENS = 128
 IDLE_SLOWDOWN = 3
@@ -20,8 +21,40 @@ DECODING_SLOWDOWN = 5
 CHUNK_TOKENS = 256
 """For how much a prompt that overtakes the others waits: the step under way."""
 
-PlacePrompt = Callable[[str, str, int], bool]
-"""From decode worker, prefill worker and the prompt's tokens without KV on the decode worker: whether it stays there."""
+PlacePrompt = Callable[[WorkId, str, str, int], bool]
+"""From a work, its decode and prefill worker and its tokens without KV on the former: whether the prompt stays there."""
+
+
+class SentPrompts:
+    """Prompts that this gateway told one worker to compute and whose first token has not come.
+
+    A worker's load says what waits there, but late: it does not count a prompt that is on the way, or that came during a step.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: dict[WorkId, tuple[int, int]] = {}
+        """Tokens, and what the worker had computed in all when it was told, in order."""
+
+    def add(self, work_id: WorkId, num_tokens: int, load: WorkerLoad) -> None:
+        """The worker is told to compute a prompt; `load` is what it reported last."""
+        self._prompts[work_id] = (num_tokens, load.num_computed_prompt_tokens)
+
+    def remove(self, work_id: WorkId) -> None:
+        """Its first token is there, or nobody wants it any more. Others are ignored."""
+        self._prompts.pop(work_id, None)
+
+    def expected_load(self, load: WorkerLoad) -> WorkerLoad:
+        """The worker's load as it will be reported once all these prompts are counted."""
+        if not self._prompts:
+            return load
+        num_computed_before = next(num_computed for _, num_computed in self._prompts.values())
+        num_computed = max(0, load.num_computed_prompt_tokens - num_computed_before)  # of the oldest of them, and perhaps others
+        num_queued = sum(num_tokens for num_tokens, _ in self._prompts.values()) - num_computed
+        return replace(
+            load,
+            num_waiting=max(load.num_waiting, len(self._prompts) - load.num_running),
+            num_queued_prompt_tokens=max(load.num_queued_prompt_tokens, num_queued),
+        )
 
 
 def is_sooner_on_decode_worker(num_uncached_tokens: int, decode: WorkerLoad, prefill: WorkerLoad) -> bool:

@@ -178,7 +178,7 @@ class RequestLifecycle:
         self.report.num_cached_tokens = min(event.num_cached_tokens, len(self._request.prompt_token_ids))
         num_uncached = len(progress.work.token_ids) - event.num_cached_tokens
         prefill_worker_id = progress.prefill_worker_id
-        if prefill_worker_id is None or self._is_local_prompt(event.worker_id, prefill_worker_id, num_uncached):
+        if prefill_worker_id is None or self._is_local_prompt(event.work_id, event.worker_id, prefill_worker_id, num_uncached):
             progress.begin_local_prompt()
             self.report.prefilled_on_decode_worker = True
             self.report.prefill_worker_id = None

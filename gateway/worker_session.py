@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from gateway import session_messages
+from gateway.prompt_placement import SentPrompts
 from gateway.router import WorkerView
 from gateway.session_messages import SessionRequest, SessionResponse, WorkerIdentity
 from kvrelay.errors import UnavailableError
@@ -56,6 +57,7 @@ class WorkerSession:
         self.role = role
         self.address = address
         self.channel = channel
+        self.sent_prompts = SentPrompts()
         self._load: WorkerLoad | session_pb2.WorkerLoad = WorkerLoad()
         self._identity: WorkerIdentity | None = None
         self._settings = settings
@@ -64,8 +66,6 @@ class WorkerSession:
         self._liveness = Liveness(settings.liveness_window_ms, _now())
         self._num_assigned = 0
         self._num_assigned_tokens = 0
-        self._num_sent_prompts = 0
-        self._num_sent_prompt_tokens = 0
         self._overflown = asyncio.Event()
 
     @property
@@ -109,20 +109,6 @@ class WorkerSession:
         """A work goes to the worker; its next load report will count it."""
         self._num_assigned += 1
         self._num_assigned_tokens += num_tokens
-
-    def note_prompt(self, num_tokens: int) -> None:
-        """The worker is told to compute a prompt; its next load report will count it."""
-        self._num_sent_prompts += 1
-        self._num_sent_prompt_tokens += num_tokens
-
-    def expected_load(self) -> WorkerLoad:
-        """Its load with the prompts that it was told to compute since it reported."""
-        load = self.load
-        return replace(
-            load,
-            num_waiting=load.num_waiting + self._num_sent_prompts,
-            num_queued_prompt_tokens=load.num_queued_prompt_tokens + self._num_sent_prompt_tokens,
-        )
 
     def send(self, request: SessionRequest) -> None:
         """Queues a command. A worker that lets commands pile up is lost."""
@@ -202,7 +188,6 @@ class WorkerSession:
         if response.HasField("load"):
             self._load = response.load
             self._num_assigned = self._num_assigned_tokens = 0
-            self._num_sent_prompts = self._num_sent_prompt_tokens = 0
 
     def _answer_heartbeat(self, response: SessionResponse) -> None:
         if response.WhichOneof("message") == "heartbeat":

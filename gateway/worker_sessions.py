@@ -18,7 +18,7 @@ from gateway.worker_session import SessionSettings, WorkerSession
 from kvrelay.backoff import Backoff
 from kvrelay.errors import UnavailableError
 from kvrelay.rpc import create_channel
-from kvrelay.work import FailureKind
+from kvrelay.work import FailureKind, WorkId
 from kvrelay.worker_registry import Member, MemberRole
 
 FIRST_RECONNECT_S = 0.05
@@ -95,13 +95,16 @@ class WorkerSessions:
                 self._sessions[assignment.prefill_worker_id].note_assigned(query.num_tokens)
         return assignment
 
-    def is_local_prompt(self, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
-        """Whether a prompt stays on the decode worker that reserved blocks for it, by both workers' loads."""
+    def place_prompt(self, work_id: WorkId, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
+        """Whether a prompt stays on the decode worker that reserved blocks for it, by their loads; it counts from now on."""
         decode, prefill = self._sessions.get(decode_worker_id), self._sessions.get(prefill_worker_id)
         if decode is None or prefill is None:
             return False
-        is_local = is_sooner_on_decode_worker(num_uncached_tokens, decode.expected_load(), prefill.expected_load())
-        (decode if is_local else prefill).note_prompt(num_uncached_tokens)
+        is_local = is_sooner_on_decode_worker(
+            num_uncached_tokens, decode.sent_prompts.expected_load(decode.load), prefill.sent_prompts.expected_load(prefill.load)
+        )
+        session = decode if is_local else prefill
+        session.sent_prompts.add(work_id, num_uncached_tokens, session.load)
         return is_local
 
     def avoid_pair(self, pair: tuple[str, str]) -> None:
@@ -119,6 +122,8 @@ class WorkerSessions:
         session = self._sessions.get(action.worker_id)
         if session is None:
             return False
+        if isinstance(action, m.SendCancel):
+            session.sent_prompts.remove(action.work_id)
         session.send(session_messages.command(session.role, action, fingerprint))
         return True
 
@@ -179,4 +184,6 @@ class WorkerSessions:
         for request_id, event in session_messages.events(session.worker_id, response):
             if isinstance(event, m.WorkFailed) and event.kind is FailureKind.DRAINING:
                 session.mark_draining()
+            if isinstance(event, m.PrefillDone | m.DecodeStarted | m.WorkFailed):
+                session.sent_prompts.remove(event.work_id)
             self._on_event(request_id, event)

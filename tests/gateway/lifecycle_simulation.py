@@ -370,4 +370,4 @@ def make_lifecycle(
     request = m.LifecycleRequest(
         "a" * 32, PROMPT, SamplingParams(n=num_sequences, max_tokens=50, seed=1), "", attempt, emitted, finished
     )
-    return RequestLifecycle(request, lambda _decode, _prefill, num_uncached: num_uncached < local_prefill_tokens, max_attempts)
+    return RequestLifecycle(request, lambda *where: where[-1] < local_prefill_tokens, max_attempts)

@@ -163,10 +163,14 @@ async def test_a_failure_of_the_only_decode_worker_is_tried_again(bench: Bench, 
     prefill, decode = await bench.workers.add_prefill(), await bench.workers.add_decode()
     await bench.announce(prefill, decode)
     gateway = await bench.gateway()
+    decode.hold(step)
     decode.fail_at(step, kind)
+    reading = asyncio.create_task(read_all(gateway.stub.Generate(token_request(PROMPT, 8))))
+    await decode.wait_for(step)
     if kind is FailureKind.DRAINING:
         await bench.announce(await bench.workers.add_decode())
-    answer = await read_all(gateway.stub.Generate(token_request(PROMPT, 8)))
+    decode.release(step)
+    answer = await reading
     assert answer.token_ids == {0: expected_token_ids(PROMPT, 8)}
     assert answer.finished is not None
     assert answer.finished.phases.num_attempts == 2

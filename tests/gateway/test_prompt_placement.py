@@ -1,13 +1,14 @@
 """Which of two workers computes a prompt."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.prompt_placement import is_sooner_on_decode_worker
-from kvrelay.work import WorkerLoad
+from gateway.prompt_placement import SentPrompts, is_sooner_on_decode_worker
+from kvrelay.work import WorkerLoad, WorkId
 
 IDLE = WorkerLoad()
 DECODING = WorkerLoad(num_running=4)
@@ -41,6 +42,37 @@ def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
 def test_a_short_prompt_behind_a_long_one_leaves_for_it_overtakes_it() -> None:
     assert not is_sooner_on_decode_worker(128, DECODING, busy(2048))
     assert is_sooner_on_decode_worker(128, DECODING, busy(*[128] * 8))
+
+
+def test_prompts_that_were_sent_count_until_the_worker_has_computed_them() -> None:
+    sent = SentPrompts()
+    reported = WorkerLoad(num_computed_prompt_tokens=1000)
+    assert sent.expected_load(reported) is reported
+    sent.add(WorkId("a", 1), 50, reported)
+    sent.add(WorkId("b", 1), 60, reported)
+    assert sent.expected_load(reported) == replace(reported, num_waiting=2, num_queued_prompt_tokens=110)
+    later = WorkerLoad(num_running=1, num_computed_prompt_tokens=1030, num_queued_prompt_tokens=20)
+    assert sent.expected_load(later) == replace(later, num_waiting=1, num_queued_prompt_tokens=80)
+    sent.remove(WorkId("a", 1))
+    sent.remove(WorkId("b", 1))
+    sent.remove(WorkId("b", 1))
+    assert sent.expected_load(later) is later
+
+
+def test_what_other_gateways_sent_counts_as_the_worker_reports_it() -> None:
+    sent = SentPrompts()
+    reported = WorkerLoad(num_running=1, num_waiting=5, num_queued_prompt_tokens=9000)
+    sent.add(WorkId("a", 1), 50, reported)
+    assert sent.expected_load(reported) == reported
+
+
+def test_of_short_prompts_that_come_at_once_only_the_first_ones_stay() -> None:
+    decode, prefill = SentPrompts(), SentPrompts()
+    is_local = []
+    for number in range(6):
+        is_local.append(is_sooner_on_decode_worker(40, decode.expected_load(IDLE), prefill.expected_load(IDLE)))
+        (decode if is_local[-1] else prefill).add(WorkId(str(number), 1), 40, IDLE)
+    assert is_local == [True, False, False, True, False, False]
 
 
 @given(
