@@ -1,7 +1,9 @@
 import pytest
 
+from kvrelay.engine.native.library import GROUP
 from kvrelay.errors import ConfigError
 from kvrelay.kv_cache.memory_planning import (
+    INT8_GROUP,
     WeightCounts,
     attention_kind,
     blocks_for_budget,
@@ -95,3 +97,7 @@ def test_a_tied_head_is_kept_twice_where_kernels_have_a_form_of_their_own() -> N
     assert weight_bytes(counts, "float32") == 4 * (7400 + 640)
     assert weight_bytes(counts, "float16") == 2 * 7400
     assert weight_bytes(counts, "int8") == 7040 + 4 * 110 + 4 * 1000
+
+
+def test_scales_are_as_many_as_the_kernels_have() -> None:
+    assert INT8_GROUP == GROUP
