@@ -38,7 +38,7 @@ HEADER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
 """Answers are so small that one waits only behind thousands that were not read."""
 
-MAX_READ_AHEAD = 4
+MAX_READ_AHEAD = 3
 """Messages that are read while others are written."""
 MAX_WRITE_BYTES = 2 * 1024 * 1024
 """Written in one turn of a thread, and one chunk more."""

@@ -24,6 +24,8 @@ from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, 
 from kvrelay.model_spec import KVLayout
 from kvrelay.work import SequenceToken, WorkId
 
+MAX_COALESCED_BYTES = 1024 * 1024
+"""Layers wait for one another until they are so many bytes; chunks are larger only when more is ready than is sent."""
 ENCODE_AHEAD = 2
 """Chunks that are exported or wait to be sent, so that neither threads nor wire wait for the other."""
 
@@ -99,7 +101,8 @@ class KVSender:
         self._plan = plan
         self._block_ids = block_ids
         self._on_ended = on_ended
-        self._coalescer = SpanCoalescer(context.layout, context.max_message_bytes, plan.token_begin)
+        coalesced_bytes = min(context.max_message_bytes, MAX_COALESCED_BYTES)
+        self._coalescer = SpanCoalescer(context.layout, coalesced_bytes, plan.token_begin)
         self._spans: deque[KVSpan] = deque()
         self._unacknowledged: dict[tuple[int, int], KVSpan] = {}
         self._resent: set[tuple[int, int]] = set()

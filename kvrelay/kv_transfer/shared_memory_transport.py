@@ -25,8 +25,11 @@ from kvrelay.work import SequenceToken
 
 BYTES_PER_KIB = 1024
 BYTES_PER_MIB = 1024 * 1024
-MAX_SLOT_BYTES = 4 * 1024 * 1024
-MIN_SLOTS = 4
+MAX_SLOT_BYTES = 8 * 1024 * 1024
+"""What a chunk costs by itself, mostly in threads that wake one another, is as much as some MiB of copying."""
+MIN_SLOTS = 3
+"""One is written, one is read, and one is under way."""
+SLOT_ALIGNMENT = 4096
 RETRY_S = 60.0
 """How long a receiver that no memory is shared with is not asked again."""
 
@@ -142,7 +145,8 @@ class SharedMemoryPush:
         self._client = client
         self._region: SharedRegion | None = region
         self._buffer = region.buffer
-        self.max_payload_bytes = max(1, min(MAX_SLOT_BYTES, region.num_bytes // MIN_SLOTS))
+        slot_bytes = min(MAX_SLOT_BYTES, region.num_bytes // MIN_SLOTS)
+        self.max_payload_bytes = slot_bytes - slot_bytes % SLOT_ALIGNMENT if slot_bytes > SLOT_ALIGNMENT else slot_bytes
         num_slots = region.num_bytes // self.max_payload_bytes
         # The slot that was freed last is used next: its memory is in the caches of both processes.
         self._free_offsets = [slot * self.max_payload_bytes for slot in reversed(range(num_slots))]

@@ -133,7 +133,7 @@ class GrpcTransport:
         max_payload_bytes: largest payload of one message.
     """
 
-    def __init__(self, connect_timeout_ms: int, max_payload_bytes: int = 1 << 20) -> None:
+    def __init__(self, connect_timeout_ms: int, max_payload_bytes: int = 4 << 20) -> None:
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._max_payload_bytes = max_payload_bytes
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
