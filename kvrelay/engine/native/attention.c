@@ -135,11 +135,12 @@ static void multiply_tiles(
     int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
     int64_t k, int add) {
     const fetch nothing = {(const char *)b, 0};
-    for (int64_t row = 0; row < num_rows; row += 6) {
-        int64_t rows = num_rows - row < 6 ? num_rows - row : 6;
-        for (int64_t column = 0; column < num_columns; column += PANEL)
+    // A column of b stays in the first-level cache while the rows pass by.
+    for (int64_t column = 0; column < num_columns; column += PANEL)
+        for (int64_t row = 0; row < num_rows; row += 6) {
+            int64_t rows = num_rows - row < 6 ? num_rows - row : 6;
             tile_rows_f32(rows, a + row * lda, lda, b + column, ldb, c + row * ldc + column, ldc, k, add, nothing);
-    }
+        }
 }
 
 // Turns a row's scores of one tile into weights, and scales what it has summed so far.

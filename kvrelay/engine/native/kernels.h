@@ -45,14 +45,27 @@ ALWAYS_INLINE f32x8 max8(f32x8 a, f32x8 b) {
 #endif
 }
 
+ALWAYS_INLINE f32x8 swap_lanes(f32x8 v, const int distance) {
+#if HAVE_AVX2
+    if (distance == 4) return (f32x8)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+    return (f32x8)(distance == 2 ? _mm256_permute_ps((__m256)v, 0x4e) : _mm256_permute_ps((__m256)v, 0xb1));
+#else
+    f32x8 swapped;
+    for (int i = 0; i < 8; i++) swapped[i] = v[i ^ distance];
+    return swapped;
+#endif
+}
+
 ALWAYS_INLINE float sum_lanes(f32x8 v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    v += swap_lanes(v, 4);
+    v += swap_lanes(v, 2);
+    return v[0] + v[1];
 }
 
 ALWAYS_INLINE float max_lanes(f32x8 v) {
-    float a = v[0];
-    for (int i = 1; i < 8; i++) a = v[i] > a ? v[i] : a;
-    return a;
+    v = max8(v, swap_lanes(v, 4));
+    v = max8(v, swap_lanes(v, 2));
+    return v[0] > v[1] ? v[0] : v[1];
 }
 
 // 1.5 * 2^23: a float plus this is rounded to an integer, which then is the difference of the two bit patterns.
