@@ -73,7 +73,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_short_ones_share_a_step() -> No
     bench = Bench(chunk=8)
     for work in works(18, 3, 3):
         bench.scheduler.start(work)
-    assert [bench.step() for _ in range(4)] == [[3, 3, 2], [8], [8], []]
+    assert [bench.step() for _ in range(4)] == [[3, 3], [8], [8], [2]]
 
 
 def test_a_short_prompt_that_comes_during_a_long_one_is_computed_between_two_chunks() -> None:
@@ -82,9 +82,16 @@ def test_a_short_prompt_that_comes_during_a_long_one_is_computed_between_two_chu
     bench.scheduler.start(long)
     assert bench.step() == [8]
     bench.scheduler.start(short)
-    assert bench.step() == [5, 3]
+    assert bench.step() == [5]
     assert list(bench.computed) == [short.work_id]
-    assert [bench.step() for _ in range(3)] == [[8], [5], []]
+    assert [bench.step() for _ in range(3)] == [[8], [8], []]
+
+
+def test_a_step_of_few_tokens_is_filled_up_with_a_long_prompt_to_a_quarter() -> None:
+    bench = Bench(chunk=16)
+    for work in works(30, 1, 2):
+        bench.scheduler.start(work)
+    assert [bench.step() for _ in range(4)] == [[1, 2, 1], [16], [13], []]
 
 
 def test_what_counts_is_what_is_not_cached() -> None:
@@ -96,7 +103,7 @@ def test_what_counts_is_what_is_not_cached() -> None:
     bench.scheduler.start(shorter)
     bench.scheduler.start(cached)
     assert bench.scheduler.load().num_queued_prompt_tokens == 10 + 4
-    assert bench.step() == [4, 4]
+    assert bench.step() == [4]
     assert list(bench.computed) == [first.work_id, cached.work_id]
 
 
