@@ -15,6 +15,12 @@ from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager
 from kvrelay.step import StepEntry
 
+FULL_STEP_COST = 4
+"""A step of `max_rows` takes about so many times that of reading the weights; each row adds the same.
+
+SmolLM2-135M on one Zen 3 core, ms of 1, 4, 8 and 16 rows: 34, 35, 47, 64 in float32, 11, 16, 25, 43 in int8.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class SpeculationLimits:
@@ -56,12 +62,15 @@ class Speculation:
             Copies to be made before the step.
         """
         copies: list[BlockCopy] = []
-        num_rows_left = self._limits.max_rows - sum(entry.num_tokens for entry in entries)
+        num_rows = sum(entry.num_tokens for entry in entries)
+        num_rows_left = self._limits.max_rows - num_rows
+        # Of n rows a token costs (r + n) / n, r of them for reading the weights. A guess costs one, and is a token at times.
+        least_share = num_rows / (num_rows + self._limits.max_rows / (FULL_STEP_COST - 1))
         for place, (number, run) in enumerate(decoding):
             if num_rows_left <= 0:
                 break
             share = -(-num_rows_left // (len(decoding) - place))
-            drafts = self._draft(run, share)
+            drafts = self._draft(run, share, least_share)
             if drafts and may_take_blocks:
                 copies.extend(self._grow(run, len(drafts)))
             drafts = drafts[: len(run.table.blocks) * self._blocks.block_size - run.sequence.num_tokens]
@@ -78,14 +87,14 @@ class Speculation:
         run.drafter.note_verified(len(entry.drafts), num_accepted)
         self._blocks.shrink(run.table, run.sequence.num_computed_tokens)
 
-    def _draft(self, run: Run, max_tokens: int) -> tuple[int, ...]:
+    def _draft(self, run: Run, max_tokens: int, least_share: float) -> tuple[int, ...]:
         if run.drafter is None:
             run.drafter = Drafter(self._limits.max_draft_tokens)
         sequence, sampling = run.sequence, run.state.work.sampling
         assert sampling.max_tokens is not None, "checked"
         # Each draft comes with a further token: the last that is wanted needs no draft of its own.
         num_wanted = min(sampling.max_tokens - sequence.next_index, self._limits.max_sequence_tokens - sequence.num_tokens) - 1
-        return run.drafter.draft(sequence.token_ids, min(max_tokens, num_wanted))
+        return run.drafter.draft(sequence.token_ids, min(max_tokens, num_wanted), least_share)
 
     def _grow(self, run: Run, num_drafts: int) -> list[BlockCopy]:
         num_tokens = run.sequence.num_tokens + num_drafts

@@ -108,6 +108,14 @@ class TestDraftLength:
         length.note(2, 2)
         assert length.next_step() == 4
 
+    def test_only_tries_now_and_then_where_so_few_right_ones_do_not_pay(self) -> None:
+        length = DraftLength(8)
+        for _ in range(8):
+            length.note(length.next_step(), 1)
+        wanted = [length.next_step(least_share=0.9) for _ in range(2 * drafting.TRIAL_PAUSE_STEPS + 2)]
+        assert wanted == 2 * [1, *[0] * drafting.TRIAL_PAUSE_STEPS]
+        assert length.next_step(least_share=0.2) > 1
+
 
 def test_lookups_are_bounded() -> None:
     """However often the end stood before: a sequence of one token is the worst."""
