@@ -99,10 +99,12 @@ class Comparison:
                     self._take_turn(turn.peer, turn.workload, num_threads, turn.round_number)
 
     def _start(self, peer: Peer, workloads: Sequence[str], num_threads: int, stack: ExitStack) -> bool:
+        """Loads a peer, warms it up and stops it; whether it is ready."""
         if num_threads < peer.min_cores:
             self.output.note(f"{peer.name} takes no part with {num_threads} threads: it needs {peer.min_cores}")
             return False
         self.output.progress(f"loading {peer.name}, {num_threads} threads")
+        process = None
         try:
             if peer.conversion is not None:
                 ensure_converted(self.venvs, self.model_folder, peer.conversion)
@@ -113,6 +115,8 @@ class Comparison:
                     process.run(warm_up(workload))
         except (PeerError, StartupError) as error:
             self.output.note(f"{peer.name} takes no part with {num_threads} threads: {error}")
+            if process is not None:
+                process.close()
             return False
         self.versions[peer.name] = loaded["version"]
         self._record(peer, num_threads, "load", {"load_s": loaded["load_s"], "resident_mib": process.resident_bytes / 2**20})
