@@ -74,7 +74,7 @@ static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, ro
     r->qkv = (float *)reserve(&at, num_tokens * d->layers[0].qkv.n * 4);
     r->attended = (float *)reserve(&at, num_tokens * attention * 4);
     r->activated = (float *)reserve(&at, num_tokens * d->intermediate * 4);
-    r->quantized.values = (int16_t *)reserve(&at, num_tokens * widest * 2);
+    r->quantized.values = (uint8_t *)reserve(&at, num_tokens * widest);
     r->quantized.scales = (float *)reserve(&at, num_tokens * (widest / GROUP + 1) * 4);
     return at - memory;
 }

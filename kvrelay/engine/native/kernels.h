@@ -20,8 +20,6 @@
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x8_unaligned __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef int16_t i16x8 __attribute__((vector_size(16)));
-typedef int16_t i16x8_unaligned __attribute__((vector_size(16), aligned(2)));
 
 ALWAYS_INLINE f32x8 load8(const float *p) { return *(const f32x8_unaligned *)p; }
 ALWAYS_INLINE void store8(float *p, f32x8 v) { *(f32x8_unaligned *)p = v; }
@@ -112,18 +110,20 @@ enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
 
 // W of y = x W^T + bias, [n, k], packed.
 //   f32:   data = float [n / PANEL][k][PANEL]
-//   int8:  data = int8_t [n / PANEL][k / 2][PANEL][2], scales = float [n / PANEL][k / GROUP][PANEL]
+//   int8:  data = int8_t [n / PANEL][k / 4][PANEL][4], |w| <= 63
+//          scales = float [n / PANEL][k / GROUP][PANEL], sums = int16_t, the same shape: of each group's numbers
 // n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8.
 typedef struct {
     int64_t n, k, kind;
     const void *data;
     const float *scales;
+    const int16_t *sums;
     const float *bias;  // [n] or NULL
 } matrix;
 
-// Rows of int8 numbers with a scale for each GROUP of them; kept as int16, which the multiply instruction wants.
+// Rows of numbers x ~ scale * (value - 128), 1 <= value <= 255, with a scale for each GROUP of them.
 typedef struct {
-    int16_t *values;  // [num_rows][k]
+    uint8_t *values;  // [num_rows][k]
     float *scales;    // [num_rows][k / GROUP]
 } quantized_rows;
 

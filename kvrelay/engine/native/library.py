@@ -34,6 +34,7 @@ class Matrix(ctypes.Structure):
         ("kind", c_int64),
         ("data", c_void_p),
         ("scales", c_void_p),
+        ("sums", c_void_p),
         ("bias", c_void_p),
     ]
 

@@ -28,7 +28,7 @@ int64_t run_linear(const matrix *w, int64_t num_rows, const float *x, float *out
             free(quantized.values);
             free(quantized.scales);
             capacity = num_rows * w->k;
-            quantized.values = malloc(capacity * sizeof(int16_t));
+            quantized.values = malloc(capacity);
             quantized.scales = malloc(capacity / GROUP * sizeof(float));
             if (quantized.values == NULL || quantized.scales == NULL) {
                 capacity = 0;

@@ -1,7 +1,8 @@
 """Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
 
-int8 is symmetric and rounds to nearest: w ~ scale * q, |q| <= 127, with scale = max|w| / 127 over 64 consecutive inputs of one
-output. Rows of activations are treated alike, when they arrive. Both are the block scheme of GGUF's Q8_0 with blocks of 64.
+int8 is symmetric and rounds to nearest: w ~ scale * q with scale = max|w| / 63 over 64 consecutive inputs of one output. Seven bits, for
+processors without VNNI sum pairs of products in int16. Rows of activations are treated alike when they arrive, with eight bits.
+The scheme is that of GGUF's Q8_0, with longer blocks.
 """
 
 import mmap
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvrelay.engine.native.library import GROUP, MATRIX_F32, MATRIX_INT8, PANEL, Matrix
 
 _ALIGNMENT = 64
+MAX_WEIGHT = 63
 
 
 @dataclass(slots=True)
@@ -70,10 +72,9 @@ def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, *, int8
     n, k = weight.shape
     tensors: tuple[Tensor, ...]
     if int8 and k % GROUP == 0:
-        values, scales = _pack_int8(weight)
-        data, scale_data = arena.copy(values), arena.copy(scales)
+        data, scales, sums = map(arena.copy, _pack_int8(weight))
         kind = MATRIX_INT8
-        tensors = (data, scale_data)
+        tensors = (data, scales, sums)
     else:
         data = arena.copy(_pad_rows(weight).view(-1, PANEL, k).transpose(1, 2))  # [panels, k, PANEL]
         kind = MATRIX_F32
@@ -84,7 +85,8 @@ def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, *, int8
         k=k,
         kind=kind,
         data=data.data_ptr(),
-        scales=scale_data.data_ptr() if kind == MATRIX_INT8 else None,
+        scales=scales.data_ptr() if kind == MATRIX_INT8 else None,
+        sums=sums.data_ptr() if kind == MATRIX_INT8 else None,
         bias=None if padded_bias is None else padded_bias.data_ptr(),
     )
     return PackedMatrix(matrix, tensors if padded_bias is None else (*tensors, padded_bias))
@@ -93,8 +95,8 @@ def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, *, int8
 def packed_bytes(weight: Tensor, *, int8: bool) -> int:
     """Most bytes that `pack_matrix` takes for the weight, without its bias."""
     n, k = -(-weight.shape[0] // PANEL) * PANEL, weight.shape[1]
-    num_bytes = n * k + n * (k // GROUP) * 4 if int8 and k % GROUP == 0 else 4 * n * k
-    return num_bytes + 2 * _ALIGNMENT
+    num_bytes = n * k + n * (k // GROUP) * (4 + 2) if int8 and k % GROUP == 0 else 4 * n * k
+    return num_bytes + 3 * _ALIGNMENT
 
 
 def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
@@ -106,17 +108,19 @@ def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((gate.view(shape), up.view(shape)), dim=1).reshape(2 * gate.shape[0], *gate.shape[1:])
 
 
-def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [panels, k / 2, PANEL, 2] and float32 scales [panels, k / GROUP, PANEL]."""
+def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 [panels, k / 4, PANEL, 4]; float32 scales and int16 sums of each group, both [panels, k / GROUP, PANEL]."""
     padded = _pad_rows(weight)
     n, k = padded.shape
     groups = padded.view(n, k // GROUP, GROUP)
-    scales = groups.abs().amax(dim=-1) / 127  # [n, k / GROUP]
+    scales = groups.abs().amax(dim=-1) / MAX_WEIGHT  # [n, k / GROUP]
     inverse = torch.where(scales > 0, 1 / scales, 0)
     values = (groups * inverse.unsqueeze(-1)).round_().to(torch.int8)
+    by_panel = (n // PANEL, PANEL, k // GROUP)
     return (
-        values.view(n // PANEL, PANEL, k // 2, 2).transpose(1, 2),
-        scales.view(n // PANEL, PANEL, k // GROUP).transpose(1, 2),
+        values.view(n // PANEL, PANEL, k // 4, 4).transpose(1, 2),
+        scales.view(by_panel).transpose(1, 2),
+        values.sum(dim=-1, dtype=torch.int16).view(by_panel).transpose(1, 2),
     )
 
 
