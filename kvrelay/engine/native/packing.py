@@ -1,8 +1,8 @@
 """Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
 
-int8 is symmetric and rounds to nearest: w ~ scale * q with scale = max|w| / 63 over 64 consecutive inputs of one output. Seven bits, for
-processors without VNNI sum pairs of products in int16. Rows of activations are treated alike when they arrive, with eight bits.
-The scheme is that of GGUF's Q8_0, with longer blocks.
+int8 is symmetric and rounds to nearest: w ~ scale * q with scale = max|w| / 63 over 64 consecutive inputs of one output. Seven
+bits, for processors without VNNI sum pairs of products in int16. Rows of activations are treated alike when they arrive, with
+eight bits. The scheme is that of GGUF's Q8_0, with longer blocks.
 """
 
 import mmap
