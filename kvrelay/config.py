@@ -103,7 +103,7 @@ class TransferSettings(Settings):
         "(auto), always over gRPC, or through shared memory only, so that a transfer to another host fails.",
     )
     transfer_window_mib: int = Field(
-        default=16, ge=1, description="Most KV on the wire and not yet acknowledged, per request, in MiB."
+        default=32, ge=1, description="Most KV on the wire and not yet acknowledged, per request, in MiB."
     )
     transfer_message_kib: int = Field(default=4096, ge=16, le=7168, description="Largest KV payload of one message, in KiB.")
     transfer_connect_timeout_ms: int = Field(default=2000, ge=1, description="Most time to reach a decode worker.")

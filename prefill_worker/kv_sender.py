@@ -19,7 +19,7 @@ import structlog
 
 from kvrelay.errors import KvrelayError, TransferError
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
-from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_joined
+from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_chunk
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
 from kvrelay.model_spec import KVLayout
 from kvrelay.work import SequenceToken, WorkId
@@ -204,7 +204,7 @@ class KVSender:
         """Whether a chunk is ready and there is room for it. A chunk larger than the window goes alone."""
         if not self._spans or len(self._encoding) >= ENCODE_AHEAD or not push.has_room():
             return False
-        num_bytes = self._spans[0].num_bytes(self._context.layout)
+        num_bytes = min(self._spans[0].num_bytes(self._context.layout), push.max_payload_bytes)
         return self._window_bytes == 0 or self._window_bytes + num_bytes <= self._context.max_window_bytes
 
     def _start_encoding(self, push: KVPush) -> None:
@@ -215,7 +215,7 @@ class KVSender:
         if (self._spans[0].layer_begin, self._spans[0].token_begin) in self._resent:
             span = self._spans.popleft()  # as it was refused
         else:
-            span = take_joined(self._spans, self._context.layout, min(push.max_payload_bytes, window_bytes))
+            span = take_chunk(self._spans, self._context.layout, min(push.max_payload_bytes, window_bytes))
         num_bytes = span.num_bytes(self._context.layout)
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span

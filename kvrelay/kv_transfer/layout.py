@@ -69,13 +69,18 @@ def layers_that_fit(num_tokens: int, layout: KVLayout, max_bytes: int) -> int:
     return max_bytes // (num_tokens * layout.bytes_per_layer_token)
 
 
-def take_joined(spans: deque[KVSpan], layout: KVLayout, max_bytes: int) -> KVSpan:
-    """Takes the first span, together with those behind it as far as they make one rectangle of at most `max_bytes`."""
+def take_chunk(spans: deque[KVSpan], layout: KVLayout, max_bytes: int) -> KVSpan:
+    """Takes the first span, with those behind it that make one rectangle with it, or its first part where it is too large.
+
+    The chunk has at most `max_bytes`. One token of one layer is never cut, even where it alone is larger than `max_bytes`.
+    """
     taken = spans.popleft()
     while spans and (joined := _join(taken, spans[0])) is not None and joined.num_bytes(layout) <= max_bytes:
         spans.popleft()
         taken = joined
-    return taken
+    first, *rest = split_span(taken, layout, max_bytes)
+    spans.extendleft(reversed(rest))
+    return first
 
 
 def _join(first: KVSpan, second: KVSpan) -> KVSpan | None:
@@ -99,7 +104,7 @@ def _split_tokens(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan
 
 
 class SpanCoalescer:
-    """Turns "layer l of tokens [a, b) is written" into spans of about one message, in the order in which they become ready.
+    """Turns "layer l of tokens [a, b) is written" into spans of a message or more, in the order in which they become ready.
 
     A span is let go when no further layer would fit, or when its last layer is there, so that nothing waits for a later step.
     """
@@ -126,11 +131,11 @@ class SpanCoalescer:
         is_full = span.num_layers + 1 > layers_that_fit(span.num_tokens, self._layout, self._max_bytes)
         if is_full or layer + 1 == self._layout.num_layers:
             self._open = None
-            return split_span(span, self._layout, self._max_bytes)
+            return [span]
         self._open = span
         return []
 
     def add_all_layers(self, token_begin: int, token_end: int) -> list[KVSpan]:
         """Every layer of the tokens is there already: a prefix found in the cache."""
         span = KVSpan(0, self._layout.num_layers, max(token_begin, self._first_token), token_end)
-        return split_span(span, self._layout, self._max_bytes) if span.token_begin < span.token_end else []
+        return [span] if span.token_begin < span.token_end else []

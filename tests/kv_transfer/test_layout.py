@@ -1,11 +1,11 @@
 """Spans: every cell of the cache goes into exactly one message, and no message is too large."""
 
-from collections import Counter
+from collections import Counter, deque
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, split_span
+from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, split_span, take_chunk
 from kvrelay.model_spec import KVLayout
 
 layouts = st.builds(
@@ -36,18 +36,35 @@ def test_a_split_covers_the_span_once_and_no_part_is_larger_than_a_message(
 @given(
     layouts, st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 20), st.integers(1, 4096)
 )
-def test_coalesced_layers_cover_every_token_from_the_first_to_be_sent_once(
+def test_chunks_of_coalesced_layers_cover_every_token_from_the_first_to_be_sent_once(
     layout: KVLayout, chunks: list[int], num_cached: int, first_token: int, max_bytes: int
 ) -> None:
     coalescer = SpanCoalescer(layout, max_bytes, first_token)
-    spans = coalescer.add_all_layers(0, num_cached)
+    spans = deque(coalescer.add_all_layers(0, num_cached))
     token = num_cached
     for num_tokens in chunks:
         for layer in range(layout.num_layers):
             spans += coalescer.add_layer(layer, token, token + num_tokens)
         token += num_tokens
-    assert cells(spans) == cells([KVSpan(0, layout.num_layers, min(first_token, token), token)])
-    assert all(span.num_bytes(layout) <= max(max_bytes, layout.bytes_per_layer_token) for span in spans)
+    taken = []
+    while spans:
+        taken.append(take_chunk(spans, layout, max_bytes))
+    assert cells(taken) == cells([KVSpan(0, layout.num_layers, min(first_token, token), token)])
+    assert all(span.num_bytes(layout) <= max(max_bytes, layout.bytes_per_layer_token) for span in taken)
+
+
+def test_a_chunk_takes_what_waits_behind_it_as_far_as_it_fits() -> None:
+    layout = KVLayout(4, 1, 8, "float32")
+    spans = deque([KVSpan(0, 1, 0, 10), KVSpan(1, 2, 0, 10), KVSpan(2, 4, 0, 10), KVSpan(0, 1, 10, 20)])
+    assert take_chunk(spans, layout, 3 * 10 * layout.bytes_per_layer_token) == KVSpan(0, 2, 0, 10)
+    assert take_chunk(spans, layout, 10 * layout.bytes_per_layer_token) == KVSpan(2, 3, 0, 10)
+    assert list(spans) == [KVSpan(3, 4, 0, 10), KVSpan(0, 1, 10, 20)]
+
+
+def test_tokens_are_cut_at_whole_blocks() -> None:
+    layout = KVLayout(1, 1, 8, "float32")
+    parts = split_span(KVSpan(0, 1, 0, 300), layout, 100 * layout.bytes_per_layer_token)
+    assert [part.token_begin for part in parts] == [0, 64, 128, 192, 256]
 
 
 def test_layers_that_fit_one_message_go_together() -> None:
