@@ -68,7 +68,8 @@ def listening_ports(pid: int) -> set[int]:
 
 def assert_each_index_once(deltas: list[Delta], num_sequences: int, num_tokens: int) -> None:
     for sequence in range(num_sequences):
-        indices = [delta.index for delta in deltas if delta.sequence == sequence and delta.tokens]
+        of_sequence = [delta for delta in deltas if delta.sequence == sequence]
+        indices = [delta.index + place for delta in of_sequence for place in range(len(delta.tokens))]
         assert indices == list(range(num_tokens))
 
 
