@@ -82,7 +82,7 @@ class RequestOutput:
         Args:
             from_index: first output index wanted.
             coalesce_s: least time between two batches of deltas. Neither the first nor the last waits for it.
-            turnstile: passed before each batch is gathered.
+            turnstile: passed before each batch is gathered, where nothing is coalesced.
 
         Raises:
             KvrelayError: the request ended with it.
@@ -92,7 +92,7 @@ class RequestOutput:
         while position < len(self.frames) or not self.ended:
             if position == len(self.frames):
                 await self._wait(self._waiting_for_change)
-            if turnstile is not None:
+            if turnstile is not None and not coalesce_s:  # what is coalesced has gathered already
                 await turnstile.pass_through()
             batch = self.frames[position : position + MAX_FRAMES_PER_BATCH]
             position += len(batch)
