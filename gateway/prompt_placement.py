@@ -5,9 +5,10 @@ Both ways are compared by when the first token would be there, counted in prompt
     prefill worker   queue + prompt + handoff
     decode worker    (queue + prompt) x slowdown
 
-The handoff stands for what it takes to get the KV and the sequence across. The slowdown is what a prompt costs others: where
-sequences decode, a step takes a few tokens of a prompt only; an idle worker lends its cores to the prefill worker, and takes
-them back for a prompt of its own. So short prompts stay, long ones leave, and a long queue on one side goes to the other.
+The handoff stands for what it takes to get the KV and the sequence across. The slowdown stands for what a prompt costs on the decode
+worker: an idle one lends its cores to the prefill worker, and takes them back for a prompt of its own; where sequences decode, a step
+takes a few tokens of a prompt only, and a long prompt slows the sequences down for long. So short prompts stay, long ones leave, and
+a long queue on one side goes to the other.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from dataclasses import replace
 from kvrelay.work import WorkerLoad, WorkId
 
 HANDOFF_TOKENS = 128
-IDLE_SLOWDOWN = 3
-DECODING_SLOWDOWN = 5
+IDLE_SLOWDOWN = 2
+SHORT_PROMPT_SLOWDOWN = 2
+LONG_PROMPT_SLOWDOWN = 5
 CHUNK_TOKENS = 256
-"""For how much a prompt that overtakes the others waits: the step under way."""
+"""For how much a prompt that overtakes the others waits: the step under way. Prompts up to it are short."""
 
 PlacePrompt = Callable[[WorkId, str, str, int], bool]
 """From a work, its decode and prefill worker and its tokens without KV on the former: whether the prompt stays there."""
@@ -65,7 +67,9 @@ def is_sooner_on_decode_worker(num_uncached_tokens: int, decode: WorkerLoad, pre
         decode: load of the decode worker that has reserved blocks for it.
         prefill: load of the prefill worker that would compute it otherwise, without this prompt.
     """
-    slowdown = DECODING_SLOWDOWN if decode.num_running else IDLE_SLOWDOWN
+    slowdown = IDLE_SLOWDOWN
+    if decode.num_running:
+        slowdown = SHORT_PROMPT_SLOWDOWN if num_uncached_tokens <= CHUNK_TOKENS else LONG_PROMPT_SLOWDOWN
     on_decode_worker = (decode.num_queued_prompt_tokens + num_uncached_tokens) * slowdown
     on_prefill_worker = _tokens_before(num_uncached_tokens, prefill) + num_uncached_tokens + HANDOFF_TOKENS
     return on_decode_worker < on_prefill_worker

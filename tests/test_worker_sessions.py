@@ -229,7 +229,7 @@ async def test_the_tickets_of_a_cancelled_reservation_and_of_a_broken_push_are_v
         payload = bytes(span.num_bytes(engine.model.kv_layout))
         await push.send_chunk(encode_chunk(Chunk(span, payload, chunk_digest(reserved.ticket, 1, span, payload))))
         assert await anext(push.replies())
-        push.cancel()
+        push.close(is_complete=False)
         assert await expect_failure(session, work) == session_pb2.FAILURE_KIND_TRANSFER
         await worker.wait_until_idle()
         late = await transport.open(reserved.push_address, plan)
@@ -314,14 +314,14 @@ class HeldExports:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Event()
         self.released = threading.Event()
-        export_kv = PagedKVCache.export_kv
+        export_kv_into = PagedKVCache.export_kv_into
 
         def held(cache: PagedKVCache, *arguments: Any) -> Any:
             self.begun.set()
             assert self.released.wait(10), "released by the test"
-            return export_kv(cache, *arguments)
+            return export_kv_into(cache, *arguments)
 
-        monkeypatch.setattr(PagedKVCache, "export_kv", held)
+        monkeypatch.setattr(PagedKVCache, "export_kv_into", held)
 
     async def wait_until_begun(self) -> None:
         assert await asyncio.to_thread(self.begun.wait, 10)

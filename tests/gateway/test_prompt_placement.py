@@ -19,19 +19,24 @@ def busy(*prompts: int) -> WorkerLoad:
     return WorkerLoad(num_running=1, num_waiting=len(prompts) - 1, num_queued_prompt_tokens=sum(prompts))
 
 
-@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (63, True), (64, False), (2048, False)])
+@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (127, True), (128, False), (2048, False)])
 def test_between_idle_workers_short_prompts_stay_and_long_ones_leave(num_tokens: int, is_local: bool) -> None:
     assert is_sooner_on_decode_worker(num_tokens, IDLE, IDLE) is is_local
 
 
-@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (31, True), (32, False), (2048, False)])
-def test_where_sequences_decode_only_very_short_prompts_stay(num_tokens: int, is_local: bool) -> None:
+@pytest.mark.parametrize(("num_tokens", "is_local"), [(1, True), (127, True), (128, False), (2048, False)])
+def test_where_sequences_decode_only_short_prompts_stay(num_tokens: int, is_local: bool) -> None:
     assert is_sooner_on_decode_worker(num_tokens, DECODING, IDLE) is is_local
 
 
 def test_an_idle_decode_worker_takes_prompts_that_would_wait_long() -> None:
-    assert not is_sooner_on_decode_worker(2048, IDLE, busy(2048))
+    assert not is_sooner_on_decode_worker(2048, IDLE, busy(1024))
     assert is_sooner_on_decode_worker(2048, IDLE, busy(2048, 2048))
+
+
+def test_where_sequences_decode_a_long_prompt_stays_only_if_it_would_wait_very_long() -> None:
+    assert not is_sooner_on_decode_worker(2048, DECODING, busy(2048, 2048))
+    assert is_sooner_on_decode_worker(2048, DECODING, busy(*[2048] * 5))
 
 
 def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
@@ -40,8 +45,8 @@ def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
 
 
 def test_a_short_prompt_behind_a_long_one_leaves_for_it_overtakes_it() -> None:
-    assert not is_sooner_on_decode_worker(128, DECODING, busy(2048))
-    assert is_sooner_on_decode_worker(128, DECODING, busy(*[128] * 8))
+    assert not is_sooner_on_decode_worker(500, IDLE, busy(2048))
+    assert is_sooner_on_decode_worker(500, IDLE, busy(*[500] * 4))
 
 
 def test_prompts_that_were_sent_count_until_the_worker_has_computed_them() -> None:
@@ -70,8 +75,8 @@ def test_of_short_prompts_that_come_at_once_only_the_first_ones_stay() -> None:
     decode, prefill = SentPrompts(), SentPrompts()
     is_local = []
     for number in range(6):
-        is_local.append(is_sooner_on_decode_worker(40, decode.expected_load(IDLE), prefill.expected_load(IDLE)))
-        (decode if is_local[-1] else prefill).add(WorkId(str(number), 1), 40, IDLE)
+        is_local.append(is_sooner_on_decode_worker(100, decode.expected_load(IDLE), prefill.expected_load(IDLE)))
+        (decode if is_local[-1] else prefill).add(WorkId(str(number), 1), 100, IDLE)
     assert is_local == [True, False, False, True, False, False]
 
 
