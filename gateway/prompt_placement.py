@@ -5,10 +5,10 @@ Both ways are compared by when the first token would be there, counted in prompt
     prefill worker   queue + prompt + handoff
     decode worker    (queue + prompt) x slowdown
 
-The handoff stands for what it takes to get the KV and the sequence across. The slowdown stands for what a prompt costs on the decode
-worker: an idle one lends its cores to the prefill worker, and takes them back for a prompt of its own; where sequences decode, a step
-takes a few tokens of a prompt only, and a long prompt slows the sequences down for long. So short prompts stay, long ones leave, and
-a long queue on one side goes to the other.
+The handoff stands for what it takes to get the KV and the sequence across. The slowdown stands for what a prompt costs on the
+decode worker: an idle one lends its cores to the prefill worker, and takes them back for a prompt of its own; where sequences
+decode, a step takes a few tokens of a prompt only, and a long prompt slows the sequences down for long. So short prompts stay,
+long ones leave, and a long queue on one side goes to the other.
 """
 
 from collections.abc import Callable
