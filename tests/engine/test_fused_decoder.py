@@ -153,6 +153,13 @@ def test_other_models_have_their_linear_layers_and_attention_in_kernels(tiny_mod
     torch.testing.assert_close(run_in_chunks(model, tokens(1), [70, 1, 19]), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_step_in_which_nobody_samples_has_no_logits(tiny_models: Path, kind: str, int8: bool) -> None:
+    model = fuse_model(load(tiny_models, kind), int8=int8)
+    assert runner_of(model).run([StepInput(tokens(1), 0, blocks(0), num_logits=0)]).shape == (0, model.spec.vocab_size)
+
+
 def test_other_models_run_in_int8_too(tiny_models: Path) -> None:
     expected = run_in_chunks(load(tiny_models, "gpt2"), tokens(1), [70, 20])
     computed = run_in_chunks(fuse_model(load(tiny_models, "gpt2"), int8=True), tokens(1), [70, 20])

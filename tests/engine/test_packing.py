@@ -33,7 +33,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 16, 300])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 6, 7, 16, 300])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (40, 96), (130, 192)])
 def test_float32_products(num_rows: int, n: int, k: int) -> None:
     weight, bias, inputs = random(n, k), random(n), random(num_rows, k)
@@ -41,7 +41,7 @@ def test_float32_products(num_rows: int, n: int, k: int) -> None:
     torch.testing.assert_close(multiply(weight, bias, inputs, int8=False).double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 16, 300])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4, 5, 6, 7, 16, 300])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (40, 128), (130, 192)])
 def test_int8_products_are_those_of_the_quantized_numbers(num_rows: int, n: int, k: int) -> None:
     weight, bias, inputs = random(n, k), random(n), random(num_rows, k)

@@ -269,6 +269,7 @@ static void run_product_task(void *argument, int64_t task) {
 static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }
 
 void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode) {
+    if (num_rows == 0) return;  // a step in which nobody samples
     product p = {.w = w, .num_rows = num_rows, .x = x, .q = q, .out = out, .ldo = ldo, .mode = mode};
     p.num_panels = (w->n + PANEL - 1) / PANEL;
     p.rows_per_block = num_rows < ROWS_PER_BLOCK ? num_rows : ROWS_PER_BLOCK;
