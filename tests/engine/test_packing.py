@@ -24,7 +24,7 @@ def multiply(weight: Tensor, bias: Tensor | None, inputs: Tensor, *, int8: bool)
 
 def quantized(values: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Whole numbers float64 [rows, groups, GROUP] and scales float64 [rows, groups, 1]."""
-    groups = values.view(values.shape[0], -1, GROUP)
+    groups = values.view(values.shape[0], values.shape[1] // GROUP, GROUP)
     scales = groups.abs().amax(dim=-1, keepdim=True) / largest
     return (groups * (1 / scales)).round().double(), scales.double()
 
