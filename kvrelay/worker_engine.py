@@ -69,7 +69,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     model = _limit_context(model, settings.max_context_tokens)
     if model.kernels is not None:
         num_threads_in_all = model.kernels.use_threads(num_threads, cores, _open_board(settings, cores))
-        _log.info("kernels ready", num_threads=num_threads, num_guests=num_threads_in_all - num_threads)
+        _log.info("kernels loaded", num_threads=num_threads, num_guests=num_threads_in_all - num_threads)
         if model.decoder is not None:
             # What is left to torch is small, and its threads would spin on the kernels' cores.
             use_threads(1)
