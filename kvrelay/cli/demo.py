@@ -54,7 +54,10 @@ async def _run(sources: SettingsSources, prompt: str, max_tokens: int, json: boo
     assert task is not None
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     cluster = cluster_of(sources, lambda name, line: print(f"{name:<10}| {line}", file=log, flush=True))
-    cluster.gateway = cluster.gateway.model_copy(update={"server": cluster.gateway.server.model_copy(update={"port": 0})})
+    # A short prompt would stay on the decode worker, and there would be no handoff to see.
+    relay = cluster.gateway.relay.model_copy(update={"local_prefill_tokens": 0})
+    server = cluster.gateway.server.model_copy(update={"port": 0})
+    cluster.gateway = cluster.gateway.model_copy(update={"server": server, "relay": relay})
     cluster.restart = False
     terminal = console(stderr=True)
     num_workers = f"{len(cluster.prefill)} prefill and {len(cluster.decode)} decode workers"
