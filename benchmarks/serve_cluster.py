@@ -1,22 +1,17 @@
 """Clusters for `bench serve`: a running one by its address, one from settings, and the same cores as a colocated one."""
 
-import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from kvrelay.config import ClusterSettings, DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.settings_sources import SettingsSources
 
-WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
-
 
 @dataclass(frozen=True, slots=True)
 class ClusterPlan:
-    """What to start on this machine. Every worker has `num_threads` threads of its own."""
+    """What to start on this machine. Workers without a number of threads divide its cores, and lend each other idle ones."""
 
     name: str
     gateway: GatewaySettings
@@ -30,13 +25,14 @@ class ClusterPlan:
         return [worker.engine for worker in self.prefill] + [worker.engine for worker in self.decode]
 
     @property
-    def num_threads(self) -> int:
-        """Of all workers together."""
-        return sum(engine.num_threads or 0 for engine in self.engines)
+    def num_threads(self) -> int | None:
+        """Of all workers together; None where they divide the machine's cores."""
+        numbers = [engine.num_threads for engine in self.engines]
+        return None if None in numbers else sum(number or 0 for number in numbers)
 
 
 def plan_from(sources: SettingsSources) -> ClusterPlan:
-    """The cluster that the settings describe; threads that are not set are the machine's cores shared out.
+    """The cluster that the settings describe.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -44,21 +40,20 @@ def plan_from(sources: SettingsSources) -> ClusterPlan:
     cluster = sources.load("cluster", ClusterSettings)
     gateway = sources.load("gateway", GatewaySettings)
     gateway = gateway.model_copy(update={"server": gateway.server.model_copy(update={"port": 0})})
-    num_threads = max(1, _num_cores() // (cluster.num_prefill + cluster.num_decode))
-    prefill = with_threads(sources.load("prefill", PrefillSettings), num_threads)
-    decode = with_threads(sources.load("decode", DecodeSettings), num_threads)
+    prefill, decode = sources.load("prefill", PrefillSettings), sources.load("decode", DecodeSettings)
     name = f"{cluster.num_prefill} prefill + {cluster.num_decode} decode" if cluster.num_prefill else "colocated"
     return ClusterPlan(name, gateway, (prefill,) * cluster.num_prefill, (decode,) * cluster.num_decode, cluster.startup_timeout_s)
 
 
 def colocated_plans(plan: ClusterPlan, chunks: list[int]) -> list[ClusterPlan]:
-    """Clusters without prefill workers on as many threads: one worker with all of them, and as many workers as now, each with
+    """Clusters without prefill workers on the same cores: one worker with all of them, and as many workers as now, each with
     its share; with each of the chunk sizes for prompts among decoding sequences."""
     num_workers = len(plan.prefill) + len(plan.decode)
     plans = []
     for chunk in chunks:
         for count in sorted({1, num_workers}):
-            worker = with_chunk(_set_threads(plan.decode[0], max(1, plan.num_threads // count)), chunk)
+            num_threads = plan.num_threads and max(1, plan.num_threads // count)
+            worker = with_chunk(_with_threads(plan.decode[0], num_threads), chunk)
             name = f"{count} colocated, chunk {chunk}"
             plans.append(replace(plan, name=name, prefill=(), decode=(worker,) * count))
     return plans
@@ -71,12 +66,7 @@ def with_chunk(settings: DecodeSettings, chunk: int) -> DecodeSettings:
     return settings.model_copy(update={"decoding": decoding, "engine": engine})
 
 
-def with_threads(settings: WorkerSettingsT, num_threads: int) -> WorkerSettingsT:
-    """With so many threads, unless the settings say how many."""
-    return settings if settings.engine.num_threads is not None else _set_threads(settings, num_threads)
-
-
-def _set_threads(settings: WorkerSettingsT, num_threads: int) -> WorkerSettingsT:
+def _with_threads(settings: DecodeSettings, num_threads: int | None) -> DecodeSettings:
     return settings.model_copy(update={"engine": settings.engine.model_copy(update={"num_threads": num_threads})})
 
 
@@ -88,7 +78,3 @@ async def running(plan: ClusterPlan) -> AsyncIterator[str]:
     )
     async with cluster:
         yield cluster.gateway_address
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
