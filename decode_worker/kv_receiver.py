@@ -2,7 +2,7 @@
 
     header   ticket, attempt, fingerprint, wire version, range          before anything is written
     chunk    range within the reservation, size, digest                 before it is written; else it is refused
-    end      nothing missing, a first token for every sequence          before the sequences may run
+    end      digest, nothing missing, a first token for every sequence  before the sequences may run
 
 A payload is in its message, or in a region of shared memory that the push has for itself. Every size comes from the receiver's
 own model. Runs on the event loop; digests and writes run in threads, while the next messages are read.
@@ -25,7 +25,8 @@ from decode_worker.commands import PushEnded
 from decode_worker.push_permits import PushPermit, PushPermits
 from decode_worker.transfer_assembly import TransferAssembly
 from kvrelay.errors import CancelledRequestError, DeadlineError, FingerprintError, KvrelayError, TransferError
-from kvrelay.kv_transfer.codec import Chunk, SharedChunk, chunk_digest, decode_request
+from kvrelay.fault_points import fault_point
+from kvrelay.kv_transfer.codec import Chunk, SharedChunk, chunk_digest, decode_request, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.shared_memory import SharedRegion
@@ -127,6 +128,7 @@ class KVReceiver:
             loop.call_soon_threadsafe(inbox.close)
 
         permit = self._context.permits.begin(work_id_from_pb(header.work_id), header.ticket, on_close)
+        fault_point("decode.push_begun", permit.work)
         reading = loop.create_task(inbox.read(), name="push messages")
         try:
             await _IncomingPush(self._context, permit, inbox, context).receive(header)
@@ -224,6 +226,7 @@ class _IncomingPush:
                     await self._send_answers()
                 await self._take_messages(await self._inbox.take())
                 is_complete = self._is_complete()
+            fault_point("decode.push_complete", self._permit.work)
         except KvrelayError as error:
             failure = error
         finally:
@@ -280,9 +283,13 @@ class _IncomingPush:
         if request.WhichOneof("message") != "end" or self._first_tokens is not None:
             raise TransferError("the push has another message where a chunk or its end must come")
         tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
-        _check_first_tokens(tokens, self._permit.work, self._context.model)
+        permit, num_chunks = self._permit, request.end.num_chunks
+        expected = end_digest(permit.ticket, permit.work.work_id.attempt, num_chunks, tokens)
+        if not hmac.compare_digest(expected, request.end.digest):
+            raise TransferError("the digest of the push's end does not match")
+        _check_first_tokens(tokens, permit.work, self._context.model)
         self._first_tokens = tokens
-        self._num_sent_chunks = request.end.num_chunks
+        self._num_sent_chunks = num_chunks
 
     def _with_payload(self, chunk: Chunk | SharedChunk) -> Chunk:
         """A chunk in shared memory with a view of it; an empty one where the sender's range is not in the region."""
@@ -329,6 +336,7 @@ class _IncomingPush:
             self._assembly.refuse(span, problem)
             return
         self._assembly.add(span)
+        fault_point("decode.chunk_written", self._permit.work)
         if self._answers and self._answers[-1].WhichOneof("message") == "chunk_accepted":
             self._answers.pop()
         self._answers.append(_accepted(span))
@@ -339,6 +347,7 @@ class _IncomingPush:
 
     def _check_and_write_one(self, chunk: Chunk) -> str | None:
         span, permit = chunk.span, self._permit
+        fault_point("decode.chunk_write_begins", permit.work)
         expected = chunk_digest(permit.ticket, permit.work.work_id.attempt, span, chunk.payload)
         if not hmac.compare_digest(expected, chunk.digest):
             return "the digest does not match"

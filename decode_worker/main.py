@@ -16,6 +16,7 @@ from decode_worker.service import DecodeService
 from decode_worker.speculation import SpeculationLimits
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
+from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.message_memory import keep_message_memory
@@ -38,6 +39,7 @@ def run(settings: DecodeSettings) -> None:
         StartupError: the port is taken, a setting is wrong, or the model cannot be loaded.
     """
     configure_logging(settings.server.log_level, settings.server.log_format, role="decode")
+    enable_fault_points(settings.server.fault_points)
     check_redis_url(settings.server)
     engine = build_engine(settings.engine)
     keep_what_is_loaded()

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from decode_worker import commands, events
+from kvrelay.fault_points import fault_point
 from kvrelay.model_spec import ModelSpec
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
 from kvrelay.wire import sequence_token_to_pb, work_id_from_pb, work_id_to_pb
@@ -80,6 +81,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             self.sessions.refuse(session, work_id_from_pb(message.work_id), FailureKind.INVALID, problem)
             return
         work = self.sessions.admit(session, message)
+        fault_point("decode.work_received", work)
         if work is not None and not self._submit_work(commands.ReserveBlocks(work)):
             self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
 
@@ -119,6 +121,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 by_session.setdefault(session, []).append(sequence_token_to_pb(token))
         for session, messages in by_session.items():
             session.send(step_output=decode_pb2.StepOutput(tokens=messages))
+        fault_point("decode.tokens_reported", tokens)
 
 
 def _started_to_pb(event: events.SequencesStarted) -> decode_pb2.DecodeStarted:

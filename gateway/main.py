@@ -14,6 +14,7 @@ from gateway.relay import Relay
 from gateway.service import InferenceService
 from kvrelay.config import GatewaySettings
 from kvrelay.errors import ConfigError
+from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
@@ -38,6 +39,7 @@ def run(settings: GatewaySettings) -> None:
         StartupError: the port is taken, or a setting is missing.
     """
     configure_logging(settings.server.log_level, settings.server.log_format, role="gateway")
+    enable_fault_points(settings.server.fault_points)
     keep_what_is_loaded()
     asyncio.run(serve(settings))
 

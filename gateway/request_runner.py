@@ -25,8 +25,17 @@ from gateway.turnstile import Turnstile
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import RelaySettings
 from kvrelay.errors import InternalError, KvrelayError, UnavailableError
+from kvrelay.fault_points import fault_point
 from kvrelay.request_state import RequestState
 from kvrelay.work import FinishReason, SequenceToken
+
+_FAULT_POINTS = {
+    m.SendReserve: "gateway.reserve_sent",
+    m.SendStartPrefill: "gateway.start_prefill_sent",
+    m.SendRunPrompt: "gateway.run_prompt_sent",
+    m.SendCancel: "gateway.cancel_sent",
+    m.SendFinishSequence: "gateway.finish_sequence_sent",
+}
 
 _log = structlog.get_logger(__name__)
 
@@ -90,6 +99,7 @@ class RequestRunner:
     def start(self) -> None:
         """Begins the first attempt; the deadline runs from now on."""
         self._set_timer("deadline", max(self.request.deadline - self._loop.time(), 0.0), m.DeadlinePassed())
+        fault_point("gateway.admitted", self.request)
         self.post(m.Start())
 
     def cancel(self) -> None:
@@ -192,6 +202,7 @@ class RequestRunner:
             self._clock.note_prompt_sent(self._loop.time())
         if not self._sessions.send(action, self.request.fingerprint):
             self._events.append(m.WorkerLost(action.worker_id))
+        fault_point(_FAULT_POINTS[type(action)], action)
 
     def _emit(self, token: SequenceToken) -> None:
         sequence = token.sequence
@@ -204,6 +215,7 @@ class RequestRunner:
         self._clock.note_token(sequence, token.index, now)
         self._admitted.note_first_token(now)
         self.output.append_delta(sequence, token.index, token.token, text, reason)
+        fault_point("gateway.token_emitted", token)
 
     def _text_of(self, token: SequenceToken) -> tuple[str, FinishReason | None]:
         if self._detokenizers is None:
@@ -220,6 +232,7 @@ class RequestRunner:
     # --- the end --------------------------------------------------------------------------------------------------------------
 
     def _finish(self, state: RequestState, error: KvrelayError | None) -> None:
+        fault_point("gateway.request_ends", self.request)
         now = self._loop.time()
         if self.journal.released and error is not None:
             error = UnavailableError("this gateway does not run the request any more; resume it at another one")

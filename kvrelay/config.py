@@ -41,6 +41,10 @@ class ServerSettings(Settings):
         default="info", description="Least severe level that is logged."
     )
     log_format: Literal["console", "json"] = Field(default="console", description="console for people, json for programs.")
+    fault_points: str | None = Field(
+        default=None,
+        description="For tests only: the folder through which kvrelay.testing makes named steps of this process fail.",
+    )
 
 
 class EngineSettings(Settings):
@@ -65,8 +69,9 @@ class EngineSettings(Settings):
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 quantizes weights and activations; the same on all workers of a model."
     )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type that KV is kept and shipped in; auto is what the model computes in."
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        default="auto",
+        description="Type that KV is kept and shipped in; auto is what the model computes in, int8 needs the kernels.",
     )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
     kv_cache_mib: int = Field(default=1024, ge=1, description="Memory for KV blocks, in MiB.")

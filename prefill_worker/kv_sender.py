@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import structlog
 
 from kvrelay.errors import KvrelayError, TransferError
+from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
 from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_chunk
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
@@ -150,6 +151,7 @@ class KVSender:
         push: KVPush | None = None
         try:
             push = await self._context.transport.open(self._address, self._plan)
+            fault_point("prefill.push_opened", self._plan)
             self._outcome = await self._push(push)
         except KvrelayError as error:
             self._outcome = TransferError(error.message)
@@ -192,10 +194,12 @@ class KVSender:
                 encoded = await self._encoding[0]
                 self._encoding.popleft()
                 await push.send_chunk(encoded)
+                fault_point("prefill.chunk_sent", self._plan)
             elif self._tokens is not None and not self._spans and not end_is_sent:
                 # Not after the last answers: these may follow, and cost nothing then.
                 await push.send_end(self._num_chunks, self._tokens)
                 end_is_sent = True
+                fault_point("prefill.end_sent", self._plan)
             else:
                 self._changed.clear()
                 await self._changed.wait()

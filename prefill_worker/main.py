@@ -8,6 +8,7 @@ import grpc
 
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
+from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
@@ -36,6 +37,7 @@ def run(settings: PrefillSettings) -> None:
         StartupError: the port is taken, a setting is wrong, or the model cannot be loaded.
     """
     configure_logging(settings.server.log_level, settings.server.log_format, role="prefill")
+    enable_fault_points(settings.server.fault_points)
     check_redis_url(settings.server)
     engine = build_engine(settings.engine)
     keep_what_is_loaded()

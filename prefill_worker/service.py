@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from kvrelay.errors import TransferError
+from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import TICKET_BYTES
 from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.model_spec import ModelSpec
@@ -105,6 +106,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         work = self.sessions.admit(session, message)
         if work is None:
             return
+        fault_point("prefill.work_received", work)
         self._targets[work.work_id] = PushTarget(message.ticket, message.push_address, message.num_cached_tokens)
         if not self._submit_work(commands.StartPrompt(work, time.monotonic())):
             del self._targets[work.work_id]
@@ -162,6 +164,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             num_cached_tokens=event.num_cached_tokens,
         )
         self.sessions.send(event.work_id, prefill_done=done)
+        fault_point("prefill.first_token_reported", event)
         if not event.sends_kv:
             self._report_transferred(event.work_id, NOTHING_SENT)
         elif sender := self._senders.get(event.work_id):
@@ -170,6 +173,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def _on_sender_ended(self, work_id: WorkId, outcome: TransferResult | TransferError) -> None:
         del self._senders[work_id]
         if isinstance(outcome, TransferResult):
+            fault_point("prefill.transfer_acknowledged", work_id)
             self.sessions.add_kv_bytes(outcome.kv_bytes)
             self._report_transferred(work_id, outcome)
             self._submit(commands.SenderEnded(work_id, None))

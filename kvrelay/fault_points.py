@@ -1,0 +1,233 @@
+"""Named steps of the code at which a test can make its process fail. For tests only: off unless the setting `fault_points` says so.
+
+    fault_point("decode.step_begins", step)      one attribute test while they are off
+
+While they are on, a folder that the test shares with the process says what happens:
+
+    fault-points-on       must be there, or the process does not start: nobody switches this on by a stray variable
+    plan.json             what is armed; replaced as a whole, read again when it has changed
+    reached.jsonl         a line for every time that an armed point was reached, written before anything happens to the process
+    snapshot-N.json       answer to SIGUSR2: tasks and live objects of the process
+
+Knows no name of any point and nothing of what they stand for; docs/reliability.md lists them.
+"""
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from kvrelay.errors import ConfigError, KvrelayError
+
+MARKER_NAME = "fault-points-on"
+PLAN_NAME = "plan.json"
+REACHED_NAME = "reached.jsonl"
+SNAPSHOT_NAME = "snapshot-{number}.json"
+
+_POLL_INTERVAL_S = 0.0005
+_OWN_PACKAGES = ("kvrelay.", "gateway.", "prefill_worker.", "decode_worker.")
+
+_log = structlog.get_logger(__name__)
+
+
+class InjectedFaultError(KvrelayError):
+    """A test asked for it."""
+
+
+class FaultAction(Enum):
+    """What happens at an armed point."""
+
+    KILL = "kill"
+    """The process ends by SIGKILL, at once."""
+    STOP = "stop"
+    """The process stops itself by SIGSTOP, until somebody continues it."""
+    WAIT = "wait"
+    """The thread stands still until the point is disarmed, at most for its time."""
+    RAISE = "raise"
+    """InjectedFaultError is raised."""
+    COUNT = "count"
+    """Nothing but a line in reached.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmedPoint:
+    """What is to happen at a point.
+
+    `number` names it. It fires from the `at`-th time that it is reached by a subject whose repr has `match` in it, `times` times,
+    counted over restarts of the process; None: for ever. `wait_ms` bounds WAIT.
+    """
+
+    number: int
+    name: str
+    action: FaultAction
+    at: int = 1
+    times: int | None = 1
+    match: str = ""
+    wait_ms: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReachedPoint:
+    """A line of reached.jsonl. `time_s` is the machine's monotonic clock, the same in all processes."""
+
+    number: int
+    name: str
+    count: int
+    fired: bool
+    pid: int
+    time_s: float
+
+
+def encode_plan(points: Sequence[ArmedPoint]) -> str:
+    """The text of plan.json."""
+    return json.dumps([asdict(point) | {"action": point.action.value} for point in points])
+
+
+def decode_plan(text: str) -> list[ArmedPoint]:
+    """The other way round."""
+    return [ArmedPoint(**fields | {"action": FaultAction(fields["action"])}) for fields in json.loads(text)]
+
+
+def decode_reached(text: str) -> list[ReachedPoint]:
+    """Whole lines of reached.jsonl; what a killed process left of its last one is not."""
+    return [ReachedPoint(**json.loads(line)) for line in text.split("\n")[:-1]]
+
+
+class FaultBoard:
+    """What is armed in this process. Thread-safe: steps are reached by the event loop, the engine and the transfers' threads.
+
+    Args:
+        folder: shared with the test.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._plan_path = folder / PLAN_NAME
+        self._folder = folder
+        reached = folder / REACHED_NAME
+        known = decode_reached(reached.read_text()) if reached.exists() else []
+        self._counts = Counter(point.number for point in known)
+        self._descriptor = os.open(reached, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._lock = threading.Lock()
+        self._version: tuple[int, int] | None = None
+        self._points: list[ArmedPoint] = []
+        self._num_snapshots = 0
+
+    def reach(self, name: str, subjects: tuple[object, ...]) -> None:
+        """A step was reached: does what is armed for it."""
+        firing = []
+        with self._lock:
+            self._read_plan()
+            for point in self._points:
+                if point.name == name and (not point.match or any(point.match in repr(each) for each in subjects)):
+                    firing += [point] if self._note(point) else []
+        for point in firing:
+            self._fire(point)
+
+    def _note(self, point: ArmedPoint) -> bool:
+        self._counts[point.number] = count = self._counts[point.number] + 1
+        fires = count >= point.at and (point.times is None or count < point.at + point.times)
+        line = json.dumps(asdict(ReachedPoint(point.number, point.name, count, fires, os.getpid(), time.monotonic())))
+        os.write(self._descriptor, line.encode() + b"\n")
+        return fires
+
+    def _fire(self, point: ArmedPoint) -> None:
+        match point.action:
+            case FaultAction.KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # until the kernel gets to it
+            case FaultAction.STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case FaultAction.WAIT:
+                self._wait(point)
+            case FaultAction.RAISE:
+                raise InjectedFaultError(f"{point.name} was made to fail by a test")
+            case FaultAction.COUNT:
+                pass
+
+    def _wait(self, point: ArmedPoint) -> None:
+        give_up = time.monotonic() + point.wait_ms / 1000
+        while time.monotonic() < give_up:
+            with self._lock:
+                self._read_plan()
+                if point not in self._points:
+                    return
+            time.sleep(_POLL_INTERVAL_S)
+
+    def _read_plan(self) -> None:
+        try:
+            found = os.stat(self._plan_path)
+        except FileNotFoundError:
+            self._points = []
+            return
+        version = (found.st_mtime_ns, found.st_ino)
+        if version != self._version:
+            self._points = decode_plan(self._plan_path.read_text())
+            self._version = version
+
+    def write_snapshot(self) -> None:
+        """Writes what lives in this process. Runs in the main thread, between two steps of its event loop."""
+        self._num_snapshots += 1
+        path = self._folder / SNAPSHOT_NAME.format(number=self._num_snapshots)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps({"pid": os.getpid(), **_snapshot()}))
+        scratch.rename(path)
+
+
+_board: FaultBoard | None = None
+
+
+def fault_point(name: str, *subjects: object) -> None:
+    """A step by its name. `subjects` are what a test may want to recognize, by their repr.
+
+    Raises:
+        InjectedFaultError: a test asked for it.
+    """
+    if _board is not None:
+        _board.reach(name, subjects)
+
+
+def enable_fault_points(folder: str | None) -> None:
+    """At the start of a process; None leaves them off.
+
+    Raises:
+        ConfigError: the folder is not one that a test has made for this.
+    """
+    global _board
+    if folder is None:
+        return
+    if not (Path(folder) / MARKER_NAME).exists():
+        raise ConfigError(
+            f"fault_points is {folder}, which has no file {MARKER_NAME}: fault points are for tests only and let whoever can write "
+            "to that folder kill this process; unset KVRELAY_FAULT_POINTS"
+        )
+    _board = FaultBoard(Path(folder))
+    with contextlib.suppress(ValueError):  # not the main thread: then there are no snapshots
+        signal.signal(signal.SIGUSR2, lambda *_: _board.write_snapshot() if _board is not None else None)
+    _log.warning("FAULT POINTS ARE ON: this process can be killed and stopped by tests; never serve users with it", folder=folder)
+
+
+def _snapshot() -> Mapping[str, Any]:
+    gc.collect()
+    try:
+        tasks = sorted(task.get_name() for task in asyncio.all_tasks())
+    except RuntimeError:  # no loop runs
+        tasks = []
+    classes = (type(each) for each in gc.get_objects())
+    names = Counter(f"{each.__module__}.{each.__qualname__}" for each in classes if _is_own(each))
+    return {"tasks": tasks, "objects": dict(names), "threads": sorted(thread.name for thread in threading.enumerate())}
+
+
+def _is_own(kind: type) -> bool:
+    return str(getattr(kind, "__module__", "")).startswith(_OWN_PACKAGES)
