@@ -1,4 +1,4 @@
-"""Named steps of the code at which a test can make its process fail. For tests only: off unless the setting `fault_points` says so.
+"""Named steps of the code at which a test can make its process fail. For tests only: off unless a setting says so.
 
     fault_point("decode.step_begins", step)      one attribute test while they are off
 
@@ -209,8 +209,8 @@ def enable_fault_points(folder: str | None) -> None:
         return
     if not (Path(folder) / MARKER_NAME).exists():
         raise ConfigError(
-            f"fault_points is {folder}, which has no file {MARKER_NAME}: fault points are for tests only and let whoever can write "
-            "to that folder kill this process; unset KVRELAY_FAULT_POINTS"
+            f"fault_points is {folder}, which has no file {MARKER_NAME}: fault points are for tests only and let whoever can "
+            "write to that folder kill this process; unset KVRELAY_FAULT_POINTS"
         )
     _board = FaultBoard(Path(folder))
     with contextlib.suppress(ValueError):  # not the main thread: then there are no snapshots

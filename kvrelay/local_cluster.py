@@ -1,9 +1,10 @@
-"""A whole cluster on this machine: Valkey, a gateway and workers as processes of their own. For `serve all`, `demo` and tests.
+"""A whole cluster on this machine: Valkey, gateways and workers as processes of their own. For `serve all`, `demo` and tests.
 
-Owns the processes' lives and nothing of what they say to each other: it gives each its settings, waits until the gateway reports
-every worker as connected, starts what ends by itself again if asked to, and leaves no process behind.
+Owns the processes' lives and nothing of what they say to each other: it gives each its settings, waits until every gateway
+reports all workers as connected, starts what ends by itself again if asked to, and leaves no process behind.
 
-The gateway's port is chosen before it starts, since clients must know it; workers listen on any free port and register in Redis.
+The gateways' ports are chosen before they start, since clients must know them; workers listen on any free port and register
+in Redis.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ Role = Literal["gateway", "prefill", "decode"]
 WorkerRoleName = Literal["prefill", "decode"]
 SettingsT = TypeVar("SettingsT", GatewaySettings, PrefillSettings, DecodeSettings)
 WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
+AnySettings = GatewaySettings | PrefillSettings | DecodeSettings
 
 GATEWAY_NAME = "gateway"
 VALKEY_NAME = "valkey"
@@ -59,16 +61,19 @@ class LocalCluster:
     """`async with LocalCluster() as cluster: ... cluster.gateway_address`. Start it on the main thread (see `die_with_parent`).
 
     Args:
-        gateway: settings of the gateway; port 0 takes a free one.
+        gateway: settings of the gateways; port 0 takes a free one, and all but the first do anyway.
+        num_gateways: gateway processes.
         prefill, decode: settings of each worker, one process for each.
         redis_url: an existing Redis; None starts an embedded Valkey.
         restart: start a process again when it ends by itself, the embedded Valkey too: the gateway restores what that has lost.
         startup_timeout_s: most time until everything is connected.
         on_line: gets every line of every process.
         command: how a role is run; for tests with other programs.
+        adjust: gets each process's name and settings, has the last word on them; for tests that put something in front of it.
     """
 
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    num_gateways: int = 1
     prefill: Sequence[PrefillSettings] = (PrefillSettings(),)
     decode: Sequence[DecodeSettings] = (DecodeSettings(),)
     redis_url: str | None = None
@@ -76,8 +81,12 @@ class LocalCluster:
     startup_timeout_s: float = 180.0
     on_line: LineSink = lambda _name, _line: None
     command: Callable[[Role], Sequence[str]] = serve_command
+    adjust: Callable[[str, AnySettings], AnySettings] = lambda _name, settings: settings
     valkey: EmbeddedValkey | None = field(default=None, init=False)
     gateway_address: str = field(default="", init=False)
+    """host:port of the first gateway."""
+    gateway_addresses: tuple[str, ...] = field(default=(), init=False)
+    """host:port of every gateway."""
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _supervisors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
 
@@ -99,9 +108,8 @@ class LocalCluster:
                 self.valkey = EmbeddedValkey()
                 await self.valkey.start()
                 self.redis_url = self.valkey.url
-            self.gateway = _with_server(self.gateway, port=_choose_port(self.gateway))
-            self.gateway_address = _client_address(self.gateway)
-            await self._add(GATEWAY_NAME, "gateway", self.gateway)
+            for number in range(self.num_gateways):
+                await self._add_gateway(number)
             for prefill_settings in self.prefill:
                 await self._add_worker("prefill", prefill_settings)
             for decode_settings in self.decode:
@@ -133,6 +141,12 @@ class LocalCluster:
         self._supervise_member(member)
         return member.name
 
+    async def start_again(self, name: str) -> None:
+        """Starts a process anew that has ended, with the settings it had; without `restart`, which does so by itself."""
+        member = self._members[name]
+        member.process = await self._start_process(name, member.role, member.environment)
+        member.num_restarts += 1
+
     async def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to a process; after SIGKILL, waits for its end. With `restart` it comes back."""
         process = self._members[name].process
@@ -142,7 +156,7 @@ class LocalCluster:
 
     @property
     def names(self) -> list[str]:
-        """Names of all processes: gateway, prefill-0, prefill-1, decode-0, ..."""
+        """Names of all processes: gateway, gateway-1, ..., prefill-0, prefill-1, ..., decode-0, ..."""
         return list(self._members)
 
     def pid(self, name: str) -> int:
@@ -158,7 +172,7 @@ class LocalCluster:
         return "\n".join(self._members[name].process.tail)
 
     async def wait_until_ready(self) -> Cluster:
-        """Waits until the gateway serves and is connected to as many workers as were started; what it says then.
+        """Waits until every gateway serves and is connected to as many workers as were started; what the first says then.
 
         Raises:
             StartupError: as `start`.
@@ -166,18 +180,27 @@ class LocalCluster:
         expected = {role: sum(member.role == role for member in self._members.values()) for role in ("prefill", "decode")}
         seen = "its gateway did not answer"
         try:
-            async with asyncio.timeout(self.startup_timeout_s), AsyncClient(self.gateway_address) as client:
-                while True:
-                    self._raise_if_one_ended()
-                    cluster = await _ask(client)
-                    if cluster is not None:
-                        seen = _connected(cluster)
-                        if all(_num_connected(cluster, role) >= number for role, number in expected.items()):
-                            return cluster
-                    await asyncio.sleep(_POLL_INTERVAL_S)
+            async with asyncio.timeout(self.startup_timeout_s):
+                for address in reversed(self.gateway_addresses):
+                    async with AsyncClient(address) as client:
+                        while not _has_all(cluster := await _ask(client), expected):
+                            self._raise_if_one_ended()
+                            seen = seen if cluster is None else _connected(cluster)
+                            await asyncio.sleep(_POLL_INTERVAL_S)
         except TimeoutError:
             message = f"the cluster was not ready within {self.startup_timeout_s:g} s: {seen}"
             raise StartupError(f"{message}\n{self._tails()}") from None
+        assert cluster is not None, "all are there"
+        return cluster
+
+    async def _add_gateway(self, number: int) -> None:
+        settings = self.gateway if number == 0 else _with_server(self.gateway, port=0, advertise_address=None)
+        settings = _with_server(settings, port=_choose_port(settings))
+        if number == 0:
+            self.gateway = settings
+            self.gateway_address = _client_address(settings)
+        self.gateway_addresses += (_client_address(settings),)
+        await self._add(GATEWAY_NAME if number == 0 else f"{GATEWAY_NAME}-{number}", "gateway", settings)
 
     async def _add_worker(self, role: WorkerRoleName, settings: WorkerSettingsT) -> _Member:
         number = sum(member.role == role for member in self._members.values())
@@ -199,7 +222,7 @@ class LocalCluster:
     async def _add(self, name: str, role: Role, settings: SettingsT) -> _Member:
         drain_timeout_ms = min(settings.server.drain_timeout_ms, _DRAIN_TIMEOUT_MS)
         settings = _with_server(settings, redis_url=self.redis_url, drain_timeout_ms=drain_timeout_ms)
-        environment = {"PYTHONUNBUFFERED": "1", **environment_for(settings)}
+        environment = {"PYTHONUNBUFFERED": "1", **environment_for(self.adjust(name, settings))}
         process = await self._start_process(name, role, environment)
         self._members[name] = _Member(name, role, environment, process)
         return self._members[name]
@@ -211,8 +234,7 @@ class LocalCluster:
 
     def _supervise_member(self, member: _Member) -> None:
         async def start_again() -> None:
-            member.process = await self._start_process(member.name, member.role, member.environment)
-            member.num_restarts += 1
+            await self.start_again(member.name)
 
         self._supervise(member.name, lambda: member.process.wait(), start_again)
 
@@ -244,6 +266,10 @@ async def _ask(client: AsyncClient) -> Cluster | None:
 
 def _num_connected(cluster: Cluster, role: str) -> int:
     return sum(worker.connected and worker.role is WorkerRole(role) for worker in cluster.workers)
+
+
+def _has_all(cluster: Cluster | None, expected: Mapping[str, int]) -> bool:
+    return cluster is not None and all(_num_connected(cluster, role) >= number for role, number in expected.items())
 
 
 def _connected(cluster: Cluster) -> str:
