@@ -8,11 +8,12 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvrelay.error_status import DETAILS_METADATA_KEY, status_of
-from kvrelay.errors import InternalError, KvrelayError, StartupError
+from kvrelay.errors import InternalError, InvalidRequestError, KvrelayError, StartupError
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 
@@ -101,7 +102,10 @@ def create_sync_channel(address: str) -> grpc.Channel:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what handlers raise into rich statuses. Anything but a KvrelayError is a defect: logged, and hidden from clients."""
+    """Turns what handlers raise into rich statuses. Anything but a KvrelayError is a defect: logged, and hidden from clients.
+
+    Bytes that are no message are the client's mistake too: by itself, gRPC answers them with UNKNOWN and logs a traceback.
+    """
 
     async def intercept_service(
         self,
@@ -116,7 +120,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         guard = _guard_stream if handler.response_streaming else _guard_unary
         guarded: grpc.RpcMethodHandler[Any, Any] = make_handler(
             guard(behaviour, method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_typed_failure(handler.request_deserializer, raises=bool(handler.request_streaming)),
             response_serializer=_accept_bytes(handler.response_serializer)
             if handler.response_streaming
             else handler.response_serializer,
@@ -135,6 +139,32 @@ def _behaviour_of(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
     return grpc.unary_unary_rpc_method_handler, handler.unary_unary
 
 
+def _typed_failure(deserializer: Any, *, raises: bool) -> Any:
+    """A deserializer whose failure is a KvrelayError: raised out of a stream's read; else in the request's place, for nothing
+    guards what a single request's deserializer raises."""
+    if deserializer is None:
+        return None
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as failure:
+            problem = "cannot be read as a message of this call; send what the service's proto says, with strings in UTF-8"
+            unreadable = InvalidRequestError("request", problem)
+            if raises:
+                raise unreadable from failure
+            return unreadable
+
+    return deserialize
+
+
+def _checked(request: Any) -> Any:
+    """The request, if it could be read."""
+    if isinstance(request, InvalidRequestError):
+        raise request
+    return request
+
+
 def _accept_bytes(serializer: Any) -> Callable[[Any], bytes]:
     """A stream's handler may write what is serialized already: bytes that several streams share."""
 
@@ -147,7 +177,7 @@ def _accept_bytes(serializer: Any) -> Callable[[Any], bytes]:
 def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(_checked(request), context)
         except grpc.aio.AbortError:
             raise
         except Exception as failure:
@@ -160,7 +190,7 @@ def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> 
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         # HealthServicer.Watch and its like are coroutines that write to the context; ours are generators.
         try:
-            answer = behaviour(request, context)
+            answer = behaviour(_checked(request), context)
             if isinstance(answer, Awaitable):
                 await answer
                 return

@@ -60,6 +60,16 @@ async def fail_unary(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
     return failure.value
 
 
+@pytest.mark.parametrize("method", ["GetRequest", "Generate"])
+async def test_bytes_that_are_no_message_are_the_clients_mistake(channel: grpc.aio.Channel, method: str) -> None:
+    call = channel.stream_stream(f"/{SERVICE}/{method}")(iter([b"\x0a\x01\xff\xff"]), timeout=5)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.read()
+    error = error_of_rpc(failure.value)
+    assert isinstance(error, errors.InvalidRequestError)
+    assert "proto" in error.message
+
+
 def test_an_error_without_a_code_of_its_own_has_its_bases_code() -> None:
     assert code_of(errors.FrameGapError("gap", 3)) is grpc.StatusCode.UNAVAILABLE
     assert isinstance(error_of(status_of(errors.StateLostError("lost"))), errors.UnavailableError)

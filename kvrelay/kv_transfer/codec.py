@@ -1,10 +1,11 @@
-"""KV chunks as bytes on the wire: their digest, and their encoding and decoding without a copy of the payload.
+"""KV chunks as bytes on the wire: digests, also of a push's end, and encoding and decoding without a copy of the payload.
 
 Knows nothing of tensors: a payload is a buffer.
 """
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -13,6 +14,8 @@ from google.protobuf.message import DecodeError
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.v1 import kv_transfer_pb2
+from kvrelay.wire import finish_reason_to_pb
+from kvrelay.work import SequenceToken
 
 TICKET_BYTES = 16
 DIGEST_BYTES = 16
@@ -21,6 +24,11 @@ Buffer = bytes | bytearray | memoryview
 
 # ticket length, attempt, layers, tokens, payload length: fixed widths, so that no two different chunks give the same bytes.
 _FRAME = struct.Struct("<QQQQQQQ")
+# ticket length, attempt, number of chunks, number of tokens; then of each token: sequence, index, id, finish reason, whether it
+# has a log probability, which one, number of alternatives; then of each of these: id, log probability.
+_END_FRAME = struct.Struct("<QQQQ")
+_TOKEN_FRAME = struct.Struct("<QQQQ?fQ")
+_ALTERNATIVE_FRAME = struct.Struct("<Qf")
 _LENGTH_DELIMITED = 2
 _MAX_VARINT_BYTES = 10
 _CHUNK_TAG = kv_transfer_pb2.PushRequest.CHUNK_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
@@ -71,6 +79,20 @@ def chunk_digest(ticket: bytes, attempt: int, span: KVSpan, payload: Buffer) -> 
     )
     hasher.update(ticket)
     hasher.update(payload)
+    return hasher.digest()
+
+
+def end_digest(ticket: bytes, attempt: int, num_chunks: int, tokens: Sequence[SequenceToken]) -> bytes:
+    """xxh3-128 over ticket, attempt and all that a push's end says: 16 bytes, big endian."""
+    hasher = xxhash.xxh3_128(_END_FRAME.pack(len(ticket), attempt, num_chunks, len(tokens)))
+    hasher.update(ticket)
+    for each in tokens:
+        token, reason = each.token, finish_reason_to_pb(each.finish_reason)
+        has_logprob = token.logprob is not None
+        fields = (each.sequence, each.index, token.token_id, reason, has_logprob, token.logprob or 0.0, len(token.top_logprobs))
+        hasher.update(_TOKEN_FRAME.pack(*fields))
+        for top in token.top_logprobs:
+            hasher.update(_ALTERNATIVE_FRAME.pack(top.token_id, top.logprob))
     return hasher.digest()
 
 

@@ -17,7 +17,7 @@ from weakref import WeakSet
 import grpc
 
 from kvrelay.errors import TransferError
-from kvrelay.kv_transfer.codec import Chunk, ChunkMessage, encode_chunk
+from kvrelay.kv_transfer.codec import Chunk, ChunkMessage, encode_chunk, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverOffer
 from kvrelay.model_spec import WIRE_VERSION
@@ -238,6 +238,7 @@ class GrpcPush:
         )
         self._channel = channel  # lives as long as the push
         self.max_payload_bytes = max_payload_bytes
+        self._plan: PushPlan | None = None
         self._messages: dict[KVSpan, ChunkMessage] = {}
         """Whose payloads are being written."""
         # A receiver that is just starting is waited for, as long as the opener allows.
@@ -261,6 +262,7 @@ class GrpcPush:
 
     async def send_header(self, plan: PushPlan, region_id: bytes = b"") -> None:
         """The first message."""
+        self._plan = plan
         header = kv_transfer_pb2.PushHeader(
             work_id=work_id_to_pb(plan.work_id),
             ticket=plan.ticket,
@@ -276,7 +278,10 @@ class GrpcPush:
         await self._write(encoded)
 
     async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
-        end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=[sequence_token_to_pb(token) for token in tokens])
+        assert self._plan is not None, "the header goes first"
+        digest = end_digest(self._plan.ticket, self._plan.work_id.attempt, num_chunks, tokens)
+        messages = [sequence_token_to_pb(token) for token in tokens]
+        end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=messages, digest=digest)
         await self._write(kv_transfer_pb2.PushRequest(end=end).SerializeToString())
 
     async def replies(self) -> AsyncIterator[Reply]:

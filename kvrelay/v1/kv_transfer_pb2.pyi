@@ -280,8 +280,11 @@ class PushEnd(_message.Message):
 
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     num_chunks: _builtins.int
     """How many different chunks were sent."""
+    digest: _builtins.bytes
+    """xxh3-128 over ticket, attempt and the fields above; 16 bytes, big endian."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SequenceToken]:
         """The first token of each sequence, in order."""
@@ -291,10 +294,11 @@ class PushEnd(_message.Message):
         *,
         num_chunks: _builtins.int = ...,
         tokens: _abc.Iterable[_session_pb2.SequenceToken] | None = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_chunks", b"num_chunks", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_chunks", b"num_chunks", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,7 @@ from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
 from kvrelay.errors import DeadlineError, TransferError
 from kvrelay.kv_transfer import transports
-from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
+from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.shared_memory_transport import SharedMemoryTransport
@@ -201,8 +201,9 @@ async def push_raw(
 
 
 def end_message(bench: Bench, num_chunks: int, **changes: Any) -> bytes:
-    tokens = [sequence_token_to_pb(replace(token, **changes)) for token in bench.tokens()]
-    end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=tokens)
+    tokens = [replace(token, **changes) for token in bench.tokens()]
+    digest = end_digest(bench.ticket, bench.work.work_id.attempt, num_chunks, tokens)
+    end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=map(sequence_token_to_pb, tokens), digest=digest)
     return kv_transfer_pb2.PushRequest(end=end).SerializeToString()
 
 
