@@ -1,0 +1,57 @@
+"""A cluster of real processes that a test can break: for kvrelay's own tests and for those of whoever builds on it.
+
+    async with FaultCluster(num_decode=2) as cluster:
+        ...
+        await cluster["decode-0"].kill()
+
+As a pytest plugin it offers the fixture `kvrelay_cluster`. docs/reliability.md shows how to use either. Nothing of it is imported
+before it is used: the plugin is loaded by every run of pytest in an environment that has kvrelay.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvrelay.fault_points import FaultAction
+    from kvrelay.testing.fault_cluster import FaultCluster
+    from kvrelay.testing.faults import ArmedFault
+    from kvrelay.testing.load import LoadReport, Request, run_load
+    from kvrelay.testing.process import FaultProcess
+    from kvrelay.testing.proxy import FaultProxy, Link
+    from kvrelay.testing.tiny_model import make_tiny_llama
+    from kvrelay.testing.waiting import wait_until
+
+__all__ = [
+    "ArmedFault",
+    "FaultAction",
+    "FaultCluster",
+    "FaultProcess",
+    "FaultProxy",
+    "Link",
+    "LoadReport",
+    "Request",
+    "make_tiny_llama",
+    "run_load",
+    "wait_until",
+]
+
+_MODULES = {
+    "ArmedFault": "kvrelay.testing.faults",
+    "FaultAction": "kvrelay.fault_points",
+    "FaultCluster": "kvrelay.testing.fault_cluster",
+    "FaultProcess": "kvrelay.testing.process",
+    "FaultProxy": "kvrelay.testing.proxy",
+    "Link": "kvrelay.testing.proxy",
+    "LoadReport": "kvrelay.testing.load",
+    "Request": "kvrelay.testing.load",
+    "make_tiny_llama": "kvrelay.testing.tiny_model",
+    "run_load": "kvrelay.testing.load",
+    "wait_until": "kvrelay.testing.waiting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import importlib
+
+    return getattr(importlib.import_module(_MODULES[name]), name)

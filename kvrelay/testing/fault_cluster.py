@@ -1,0 +1,283 @@
+"""A cluster of real processes, each behind a proxy and with fault points: what tests of faults start.
+
+    client ──► proxy ──► gateway ──► proxy ──► decode-0        prefill-0 ──► proxy ──► decode-0
+                            └─────► proxy ──► valkey
+
+Workers and gateways are known to the others under their proxy's address, so that everything between two processes passes one.
+KV goes over gRPC unless the test says otherwise, so that it passes a proxy too.
+"""
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kvrelay.child_process import LineSink
+from kvrelay.client import AsyncClient, Cluster, WorkerInfo, WorkerRole
+from kvrelay.config import (
+    DecodeSettings,
+    EngineSettings,
+    GatewaySettings,
+    PrefillSettings,
+    RelaySettings,
+    ServerSettings,
+    TransferSettings,
+)
+from kvrelay.embedded_valkey import EmbeddedValkey
+from kvrelay.errors import KvrelayError
+from kvrelay.local_cluster import AnySettings, LocalCluster
+from kvrelay.testing.faults import FaultControl
+from kvrelay.testing.invariants import Baseline, check_at_rest, take_baseline
+from kvrelay.testing.process import FaultProcess
+from kvrelay.testing.process_files import owner_of_local_port
+from kvrelay.testing.proxy import FaultProxy
+from kvrelay.testing.tiny_model import make_tiny_llama
+from kvrelay.testing.waiting import wait_until
+
+CLIENT = "client"
+"""Source of connections to a gateway that no process of the cluster makes."""
+READY_TIMEOUT_S = 90.0
+
+
+@dataclass(slots=True)
+class FaultCluster:
+    """`async with FaultCluster() as cluster:` Start it on the main thread; Linux only.
+
+    Args:
+        num_gateways, num_prefill, num_decode: processes of each kind.
+        model: folder or name of a model; None makes a tiny one.
+        engine: settings of all workers' engines that differ from small ones.
+        relay: settings of the gateways that differ.
+        server: settings of every process that differ, such as liveness_window_ms.
+        transfer: settings of prefill workers that differ.
+        prefill_engines, decode_engines: settings of single workers' engines that differ from the others', by number.
+        restart: have a supervisor start again what ends; else the test does so.
+        valkey_mib: memory of the Valkey.
+        on_line: gets every line of every process.
+    """
+
+    num_gateways: int = 1
+    num_prefill: int = 1
+    num_decode: int = 1
+    model: Path | str | None = None
+    engine: Mapping[str, object] = field(default_factory=dict)
+    relay: Mapping[str, object] = field(default_factory=dict)
+    server: Mapping[str, object] = field(default_factory=dict)
+    transfer: Mapping[str, object] = field(default_factory=dict)
+    prefill_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    decode_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    restart: bool = False
+    valkey_mib: int = 256
+    on_line: LineSink = lambda _name, _line: None
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="kvrelay-faults-")), init=False)
+    valkey: EmbeddedValkey = field(init=False)
+    valkey_proxy: FaultProxy = field(init=False)
+    processes: dict[str, FaultProcess] = field(default_factory=dict, init=False)
+    """By name: gateway, gateway-1, ..., prefill-0, ..., decode-0, ..."""
+    baseline: Baseline | None = field(default=None, init=False)
+    _cluster: LocalCluster = field(init=False)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Starts everything and waits until it is connected.
+
+        Raises:
+            StartupError: something ended or did not get ready; has the end of its output.
+        """
+        self.valkey = EmbeddedValkey(self.valkey_mib)
+        try:
+            await self.valkey.start()
+            self.valkey_proxy = FaultProxy("127.0.0.1", _port_of(self.valkey.url), self._name_of_source)
+            await self.valkey_proxy.start()
+            self._cluster = self._build_cluster()
+            for name in self._names():
+                await self._add_process(name)
+            await self._cluster.start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Ends everything, stopped processes too. Idempotent."""
+        for process in self.processes.values():
+            process.control.disarm_all()
+            process.proxy.heal()
+        if hasattr(self, "_cluster"):
+            await self._cluster.stop()
+        for process in self.processes.values():
+            await process.proxy.stop()
+        if hasattr(self, "valkey_proxy"):
+            await self.valkey_proxy.stop()
+        await self.valkey.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # --- processes ------------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> FaultProcess:
+        """A process by its name."""
+        return self.processes[name]
+
+    def of_role(self, role: str) -> list[FaultProcess]:
+        """All of a role: gateway, prefill or decode."""
+        return [process for name, process in self.processes.items() if name.startswith(role)]
+
+    @property
+    def addresses(self) -> list[str]:
+        """host:port of every gateway, behind its proxy."""
+        return [process.proxy.address for process in self.of_role("gateway")]
+
+    def client(self, *gateways: str) -> AsyncClient:
+        """A client of the named gateways, by default of all."""
+        return AsyncClient([self[name].proxy.address for name in gateways] or self.addresses)
+
+    @property
+    def redis_url(self) -> str:
+        """The Valkey itself, not behind its proxy."""
+        return self.valkey.url
+
+    def name_of_worker(self, info: WorkerInfo) -> str:
+        """Name of the process that a gateway knows as this worker."""
+        return next(name for name, process in self.processes.items() if process.proxy.address == info.address)
+
+    async def worker_of(self, client: AsyncClient, request_id: str, role: WorkerRole = WorkerRole.DECODE) -> FaultProcess:
+        """The process that runs the request now."""
+        request = await client.get_request(request_id)
+        wanted = request.decode_worker_id if role is WorkerRole.DECODE else request.prefill_worker_id
+        workers = (await client.cluster()).workers
+        return self[next(self.name_of_worker(worker) for worker in workers if worker.worker_id == wanted)]
+
+    # --- states ---------------------------------------------------------------------------------------------------------------
+
+    async def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> Cluster:
+        """Waits until every gateway that runs is connected to every worker that runs; what one of them says then."""
+        seen: list[Cluster] = []
+        for gateway in self.of_role("gateway"):
+            if gateway.is_running:
+                async with self.client(gateway.name) as client:
+                    await wait_until(partial(self._is_ready, client, seen), f"{gateway.name} is ready", timeout_s)
+        assert seen, "a gateway runs"
+        return seen[-1]
+
+    async def _is_ready(self, client: AsyncClient, seen: list[Cluster]) -> bool:
+        try:
+            if not (await client.health(timeout_s=2.0)).serving:
+                return False
+            cluster = await client.cluster(timeout_s=2.0)
+        except KvrelayError:
+            return False
+        seen.append(cluster)
+        connected = {worker.address for worker in cluster.workers if worker.connected and not worker.load.draining}
+        workers = [process for process in self.processes.values() if not process.name.startswith("gateway")]
+        return all((process.proxy.address in connected) == process.is_running for process in workers)
+
+    async def restart_ended(self) -> None:
+        """Starts again every process that has ended, and waits until all are connected."""
+        for process in self.processes.values():
+            if not process.is_running:
+                await process.start_again()
+        await self.wait_until_ready()
+
+    def heal(self) -> None:
+        """Ends every fault of every link and disarms every point."""
+        self.valkey_proxy.heal()
+        for process in self.processes.values():
+            process.proxy.heal()
+            process.control.disarm_all()
+
+    async def take_baseline(self) -> None:
+        """Remembers what a cluster at rest holds, for `check`. Best after a few requests."""
+        self.baseline = await take_baseline(self)
+
+    async def check(self, timeout_s: float = 10.0) -> None:
+        """Checks the invariants of a cluster at rest: see `kvrelay.testing.invariants`.
+
+        Raises:
+            AssertionError: something of an ended request is left somewhere; says what.
+        """
+        await check_at_rest(self, timeout_s)
+
+    # --- below: how it is built -----------------------------------------------------------------------------------------------
+
+    def _names(self) -> list[str]:
+        gateways = ["gateway", *(f"gateway-{number}" for number in range(1, self.num_gateways))]
+        prefill = [f"prefill-{number}" for number in range(self.num_prefill)]
+        return [*gateways, *prefill, *(f"decode-{number}" for number in range(self.num_decode))]
+
+    async def _add_process(self, name: str) -> None:
+        proxy = FaultProxy("127.0.0.1", _free_port(), self._name_of_source)
+        await proxy.start()
+        control = FaultControl(name, self.folder / name)
+        self.processes[name] = FaultProcess(name, self._cluster, control, proxy)
+
+    def _build_cluster(self) -> LocalCluster:
+        return LocalCluster(
+            gateway=GatewaySettings(server=ServerSettings(port=0), relay=RelaySettings.model_validate(dict(self.relay))),
+            num_gateways=self.num_gateways,
+            prefill=[
+                PrefillSettings(
+                    engine=self._engine(self.prefill_engines.get(number, {})),
+                    transfer=TransferSettings.model_validate({"transfer_transport": "grpc", **self.transfer}),
+                )
+                for number in range(self.num_prefill)
+            ],
+            decode=[
+                DecodeSettings(engine=self._engine(self.decode_engines.get(number, {}))) for number in range(self.num_decode)
+            ],
+            redis_url=f"redis://{self.valkey_proxy.address}/0",
+            restart=self.restart,
+            startup_timeout_s=READY_TIMEOUT_S * 2,
+            on_line=self.on_line,
+            adjust=self._adjust,
+        )
+
+    def _engine(self, changes: Mapping[str, object]) -> EngineSettings:
+        values: dict[str, object] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "block_size": 8}
+        return EngineSettings.model_validate({**values, "model": self._model(), **self.engine, **changes})
+
+    def _model(self) -> str:
+        if self.model is None:
+            self.model = make_tiny_llama()
+        return str(self.model)
+
+    def _adjust(self, name: str, settings: AnySettings) -> AnySettings:
+        process = self.processes[name]
+        if settings.server.port:  # a gateway's, which the cluster has chosen
+            process.proxy.port_of_target = settings.server.port
+        changes: dict[str, Any] = {
+            **self.server,
+            "port": process.proxy.port_of_target,
+            "advertise_address": process.proxy.address,
+            "fault_points": str(process.control.folder),
+        }
+        return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+
+    def _name_of_source(self, port: int) -> str:
+        pids = {}
+        for name in self.processes:
+            try:
+                pids[self._cluster.pid(name)] = name
+            except KeyError:
+                continue  # not started yet
+        owner = owner_of_local_port(port, pids)
+        return CLIENT if owner is None else pids[owner]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _port_of(url: str) -> int:
+    return int(url.rsplit(":", 1)[1].split("/")[0])

@@ -1,0 +1,128 @@
+"""The test's side of fault points: arms them in a process, and reads whether they were reached. See `kvrelay.fault_points`."""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvrelay.fault_points import (
+    MARKER_NAME,
+    PLAN_NAME,
+    REACHED_NAME,
+    SNAPSHOT_NAME,
+    ArmedPoint,
+    FaultAction,
+    ReachedPoint,
+    decode_reached,
+    encode_plan,
+)
+from kvrelay.testing.waiting import wait_until
+
+FIRE_TIMEOUT_S = 30.0
+SNAPSHOT_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class ArmedFault:
+    """A point that was armed in one process."""
+
+    point: ArmedPoint
+    control: "FaultControl" = field(repr=False)
+
+    def reached(self) -> list[ReachedPoint]:
+        """Every time that it was reached so far."""
+        return [each for each in self.control.reached() if each.number == self.point.number]
+
+    @property
+    def num_fired(self) -> int:
+        """How often it did what it was armed for."""
+        return sum(each.fired for each in self.reached())
+
+    async def wait_until_fired(self, times: int = 1, timeout_s: float = FIRE_TIMEOUT_S) -> None:
+        """Waits for its fault; AssertionError when it does not come."""
+        where = f"{self.point.name} fires in {self.control.name}"
+        await wait_until(lambda: self.num_fired >= times, where, timeout_s)
+
+    def disarm(self) -> None:
+        """Nothing happens there any more; a thread that waits there goes on."""
+        self.control.disarm(self.point.number)
+
+    def __enter__(self) -> "ArmedFault":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.disarm()
+
+
+class FaultControl:
+    """The folder that one process of a cluster shares with the test.
+
+    Args:
+        name: of the process.
+        folder: empty; made when missing.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self._points: dict[int, ArmedPoint] = {}
+        self._next_number = 1
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER_NAME).touch()
+
+    def arm(
+        self,
+        point: str,
+        action: FaultAction = FaultAction.KILL,
+        *,
+        at: int = 1,
+        times: int | None = 1,
+        match: str = "",
+        wait_ms: int = 10_000,
+    ) -> ArmedFault:
+        """Arms a point; arguments as `ArmedPoint` has them."""
+        armed = ArmedPoint(self._next_number, point, action, at, times, match, wait_ms)
+        self._next_number += 1
+        self._points[armed.number] = armed
+        self._write()
+        return ArmedFault(armed, self)
+
+    def disarm(self, number: int) -> None:
+        if self._points.pop(number, None) is not None:
+            self._write()
+
+    def disarm_all(self) -> None:
+        self._points.clear()
+        self._write()
+
+    def reached(self) -> list[ReachedPoint]:
+        """All armed points that were reached, in order."""
+        path = self.folder / REACHED_NAME
+        return decode_reached(path.read_text()) if path.exists() else []
+
+    async def snapshot(self, pid: int) -> Mapping[str, Any]:
+        """What lives in the process now: `tasks` by name, number of `objects` by class, `threads` by name.
+
+        Raises:
+            AssertionError: it does not answer.
+        """
+        for old in self.folder.glob(SNAPSHOT_NAME.format(number="*")):
+            old.unlink()
+        os.kill(pid, signal.SIGUSR2)
+        found: list[Path] = []
+
+        def written() -> bool:
+            found[:] = self.folder.glob(SNAPSHOT_NAME.format(number="*"))
+            return bool(found)
+
+        await wait_until(written, f"{self.name} answers SIGUSR2", SNAPSHOT_TIMEOUT_S)
+        snapshot: Mapping[str, Any] = json.loads(found[0].read_text())
+        return snapshot
+
+    def _write(self) -> None:
+        scratch = self.folder / f"{PLAN_NAME}.part"
+        scratch.write_text(encode_plan(list(self._points.values())))
+        scratch.rename(self.folder / PLAN_NAME)

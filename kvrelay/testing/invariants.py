@@ -1,0 +1,152 @@
+"""What must hold when no request runs: nothing of those that ended is left anywhere (I3), and every one has an end (I6).
+
+Blocks and queues are read from the gateways' view of the workers, objects and tasks from the processes, keys from Redis.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio
+
+from kvrelay.client import AsyncClient
+from kvrelay.errors import KvrelayError
+from kvrelay.request_state import RequestState, is_terminal
+from kvrelay.testing.waiting import wait_until
+
+if TYPE_CHECKING:
+    from kvrelay.testing.fault_cluster import FaultCluster
+
+REQUEST_CLASSES = (
+    "gateway.request_runner.OutputReader",
+    "prefill_worker.kv_sender.KVSender",
+    "prefill_worker.service.PushTarget",
+    "decode_worker.kv_receiver._IncomingPush",
+    "decode_worker.push_permits.PushPermit",
+    "decode_worker.transfer_assembly.TransferAssembly",
+    "kvrelay.kv_cache.block_manager.BlockTable",
+    "kvrelay.sequence.Sequence",
+)
+"""Of none of these may there be one when no request runs. (A gateway keeps its last ended requests, bounded, to show them.)"""
+REQUEST_TASKS = ("push", "takeover", "request")
+"""Beginnings of the names of tasks that live no longer than a request."""
+MAX_MORE_DESCRIPTORS = 8
+"""Sessions that were made again, and sockets that the kernel has not let go of yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What each process holds at rest, by the process id of the run that it was."""
+
+    descriptors: Mapping[int, int]
+    resident_bytes: Mapping[int, int]
+
+
+async def take_baseline(cluster: "FaultCluster") -> Baseline:
+    """Of all processes that run."""
+    running = [process for process in cluster.processes.values() if process.is_running]
+    return Baseline(
+        {process.pid: process.num_descriptors() for process in running},
+        {process.pid: process.resident_bytes() for process in running},
+    )
+
+
+async def check_at_rest(cluster: "FaultCluster", timeout_s: float) -> None:
+    """Waits until everything is as it must be at rest.
+
+    Raises:
+        AssertionError: says what is not.
+    """
+    for gateway in cluster.of_role("gateway"):
+        if gateway.is_running:
+            async with cluster.client(gateway.name) as client:
+                await _check_workers(client, timeout_s)
+    for process in cluster.processes.values():
+        if process.is_running:
+            await _check_process(cluster, process.name, timeout_s)
+    await _check_redis(cluster, timeout_s)
+
+
+async def _check_workers(client: AsyncClient, timeout_s: float) -> None:
+    problems = ["no gateway answered"]
+
+    async def at_rest() -> bool:
+        problems[:] = await _problems_of_workers(client)
+        return not problems
+
+    await _wait(at_rest, problems, timeout_s)
+
+
+async def _problems_of_workers(client: AsyncClient) -> list[str]:
+    try:
+        cluster = await client.cluster(timeout_s=2.0)
+    except KvrelayError as error:
+        return [error.message]
+    problems = [f"{request.request_id} is {request.state.value}" for request in cluster.running_requests]
+    for worker in cluster.workers:
+        load = worker.load
+        if not worker.connected:
+            continue
+        if load.num_running or load.num_waiting or load.num_used_blocks:
+            problems.append(
+                f"{worker.worker_id}: {load.num_running} running, {load.num_waiting} waiting, {load.num_used_blocks} used blocks"
+            )
+        if load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks != load.num_blocks:
+            problems.append(f"{worker.worker_id}: free + cached + used is not total: {load}")
+    return problems
+
+
+async def _check_process(cluster: "FaultCluster", name: str, timeout_s: float) -> None:
+    problems: list[str] = []
+
+    async def at_rest() -> bool:
+        problems[:] = _problems_of_snapshot(name, await cluster[name].snapshot()) + _problems_of_descriptors(cluster, name)
+        return not problems
+
+    await _wait(at_rest, problems, timeout_s)
+
+
+def _problems_of_snapshot(name: str, snapshot: Mapping[str, Any]) -> list[str]:
+    objects = snapshot["objects"]
+    problems = [f"{name}: {objects[each]} {each} are left" for each in REQUEST_CLASSES if objects.get(each)]
+    return problems + [f"{name}: the task {task!r} is left" for task in snapshot["tasks"] if task.startswith(REQUEST_TASKS)]
+
+
+def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
+    process, baseline = cluster[name], cluster.baseline
+    before = baseline.descriptors.get(process.pid) if baseline is not None else None
+    now = process.num_descriptors()
+    if before is None or now <= before + MAX_MORE_DESCRIPTORS:
+        return []
+    return [f"{name}: {now} descriptors, {before} at the beginning"]
+
+
+async def _check_redis(cluster: "FaultCluster", timeout_s: float) -> None:
+    problems: list[str] = []
+
+    async def at_rest() -> bool:
+        problems[:] = await problems_of_redis(cluster.redis_url)
+        return not problems
+
+    await _wait(at_rest, problems, timeout_s)
+
+
+async def problems_of_redis(url: str) -> list[str]:
+    """Keys without an end, and requests without a final state."""
+    problems = []
+    async with redis.asyncio.Redis.from_url(url, protocol=2, decode_responses=True, encoding_errors="replace") as client:
+        async for key in client.scan_iter(match="kvrelay:*", count=1000):
+            if await client.pttl(key) == -1:
+                problems.append(f"the key {key} has no TTL")
+            if await client.type(key) == "hash":
+                state = await client.hget(key, "state")
+                if state is not None and not is_terminal(RequestState(str(state))):
+                    problems.append(f"{key} is {state!s}")
+    return problems
+
+
+async def _wait(condition: Any, problems: list[str], timeout_s: float) -> None:
+    try:
+        await wait_until(condition, "rest", timeout_s)
+    except AssertionError:
+        raise AssertionError(f"not at rest within {timeout_s:g} s: {'; '.join(problems[:10])}") from None

@@ -1,0 +1,187 @@
+"""Requests for a cluster that is being broken, and whether each got what it would have got from a whole one (I1, I2).
+
+The tokens of a run without faults are asked for first, from the same cluster, and kept: the same request has the same tokens
+wherever and however often it runs.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvrelay.client import AsyncClient, Delta
+from kvrelay.errors import KvrelayError
+from kvrelay.testing.tiny_model import SPECIAL_TOKENS, VOCAB_SIZE
+
+Tokens = tuple[tuple[int, ...], ...]
+"""Token ids of each sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of known output length. `seed` None is greedy."""
+
+    prompt: tuple[int, ...]
+    num_tokens: int = 24
+    seed: int | None = None
+    num_sequences: int = 1
+    tenant: str = ""
+    resumable: bool = False
+    timeout_s: float = 60.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `AsyncClient.generate`."""
+        sampling: dict[str, Any] = {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
+        sampling |= {"max_tokens": self.num_tokens, "ignore_eos": True, "n": self.num_sequences}
+        ways = {"tenant": self.tenant, "resumable": self.resumable, "timeout_s": self.timeout_s}
+        return {"token_ids": list(self.prompt), **ways, **sampling}
+
+
+def make_request(number: int, prompt_tokens: int = 40, **changes: Any) -> Request:
+    """The `number`-th of an endless list of different requests: every second one greedy, the others seeded."""
+    generator = random.Random(number)
+    prompt = tuple(generator.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(prompt_tokens))
+    return Request(prompt, **{"seed": number if number % 2 else None, "tenant": f"tenant-{number}", **changes})
+
+
+class TokenCheck:
+    """Deltas of one stream: each index of each sequence once and in order (I1)."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(num_sequences)]
+
+    def take(self, delta: Delta) -> None:
+        """Raises AssertionError when tokens are left out or repeated."""
+        known = self.tokens[delta.sequence]
+        if delta.tokens:
+            assert delta.index == len(known), f"index {delta.index} of sequence {delta.sequence} came after {len(known)} tokens"
+        known += [token.token_id for token in delta.tokens]
+
+    @property
+    def result(self) -> Tokens:
+        return tuple(tuple(tokens) for tokens in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended: with its tokens, or with an error."""
+
+    request: Request
+    tokens: Tokens
+    error: KvrelayError | AssertionError | None
+    num_attempts: int
+    duration_s: float
+    longest_pause_s: float
+
+
+async def run_request(client: AsyncClient, request: Request) -> Outcome:
+    """Runs a request to its end."""
+    check = TokenCheck(request.num_sequences)
+    begin = last = time.monotonic()
+    pause_s = 0.0
+    error: KvrelayError | AssertionError | None = None
+    stream = client.generate(**request.options)
+    try:
+        async for delta in stream:
+            check.take(delta)
+            now = time.monotonic()
+            pause_s, last = max(pause_s, now - last), now
+    except (KvrelayError, AssertionError) as failure:
+        error = failure
+    num_attempts = stream.finished.phases.num_attempts if stream.finished is not None else 0
+    return Outcome(request, check.result, error, num_attempts, time.monotonic() - begin, pause_s)
+
+
+async def fault_free_tokens(client: AsyncClient, requests: Iterable[Request], concurrency: int = 4) -> dict[Request, Tokens]:
+    """What each request gives when nothing fails.
+
+    Raises:
+        AssertionError: something fails.
+    """
+    tokens: dict[Request, Tokens] = {}
+    waiting = list(dict.fromkeys(requests))
+
+    async def work() -> None:
+        while waiting:
+            outcome = await run_request(client, waiting.pop())
+            assert outcome.error is None, f"without a fault: {outcome.error!r}"
+            tokens[outcome.request] = outcome.tokens
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return tokens
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What came of a load."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    wrong: list[Outcome] = field(default_factory=list)
+    """Succeeded with other tokens than without a fault."""
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def num_retried(self) -> int:
+        """Requests that took more than one attempt."""
+        return sum(outcome.num_attempts > 1 for outcome in self.outcomes)
+
+    @property
+    def num_attempts(self) -> int:
+        return sum(outcome.num_attempts for outcome in self.outcomes)
+
+    @property
+    def longest_pause_s(self) -> float:
+        """Longest time between two deltas of a stream, or before its first."""
+        return max((outcome.longest_pause_s for outcome in self.outcomes), default=0.0)
+
+    def figures(self) -> dict[str, Any]:
+        """For people and JSON."""
+        errors = Counter(type(outcome.error).__name__ for outcome in self.failed)
+        return {
+            "requests": len(self.outcomes),
+            "failed": len(self.failed),
+            "wrong": len(self.wrong),
+            "retried": self.num_retried,
+            "attempts": self.num_attempts,
+            "longest_pause_s": round(self.longest_pause_s, 2),
+            "errors": dict(errors),
+        }
+
+    def check(self) -> None:
+        """AssertionError unless all succeeded with the right tokens."""
+        assert not self.failed, f"{self.figures()}: {self.failed[0].error!r}"
+        assert not self.wrong, f"{self.figures()}"
+
+
+async def run_load(
+    addresses: Sequence[str], requests: Sequence[Request], expected: Mapping[Request, Tokens], num_clients: int
+) -> LoadReport:
+    """So many clients share the requests, each running one after the other; every output is compared.
+
+    Args:
+        addresses: of the gateways; each client begins with another one.
+        requests: to run, once each.
+        expected: tokens of each, from `fault_free_tokens`.
+        num_clients: at once.
+    """
+    report = LoadReport()
+    waiting = list(reversed(requests))
+
+    async def run_client(number: int) -> None:
+        own = list(addresses[number % len(addresses) :]) + list(addresses[: number % len(addresses)])
+        async with AsyncClient(own) as client:
+            while waiting:
+                outcome = await run_request(client, waiting.pop())
+                report.outcomes.append(outcome)
+                if outcome.error is None and outcome.tokens != expected[outcome.request]:
+                    report.wrong.append(outcome)
+
+    await asyncio.gather(*(run_client(number) for number in range(num_clients)))
+    return report

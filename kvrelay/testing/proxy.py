@@ -1,0 +1,271 @@
+"""A TCP proxy in front of a process, and what it does to each link: delay, slow down, hold back, cut, flip a bit, close.
+
+    gateway ---+                                 links are told apart by who connects:
+    prefill-0 -+--> proxy of decode-0 --> decode-0      proxy.link("prefill-0").to_target.cut_at(1000)
+
+What is held back is not lost: as when a network comes back, it arrives when the link is healed. Knows no protocol.
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+READ_BYTES = 64 * 1024
+CONNECT_TIMEOUT_S = 5.0
+
+FindSource = Callable[[int], str]
+"""Name of the process that connects from this local port."""
+
+
+@dataclass(slots=True)
+class CutRecord:
+    """What a direction did once."""
+
+    kind: str
+    """cut, flip, hold or close."""
+    at_byte: int
+    """Bytes of the direction that had passed since it was told to."""
+    time_s: float
+
+
+class Direction:
+    """One direction of a link: all its connections together. Counts bytes since it was last told something."""
+
+    def __init__(self) -> None:
+        self.latency_s = 0.0
+        self.bytes_per_s: float | None = None
+        self.num_bytes = 0
+        """Passed since the start, or since the last cut_at or flip_at."""
+        self.records: list[CutRecord] = []
+        self._cut_at: int | None = None
+        self._flip_at: int | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+        self._trace: bytearray | None = None
+
+    def cut_at(self, byte: int) -> None:
+        """Passes so many bytes from now on and then resets the connection that wants to send more."""
+        self.num_bytes, self._cut_at = 0, byte
+
+    def flip_at(self, byte: int) -> None:
+        """Flips the lowest bit of that byte, counted from now on, once."""
+        self.num_bytes, self._flip_at = 0, byte
+
+    def hold(self) -> None:
+        """Passes nothing until `release`, neither bytes nor the end of a connection."""
+        self._open.clear()
+
+    def release(self) -> None:
+        """Everything that was held back goes on."""
+        self._open.set()
+
+    @property
+    def is_held(self) -> bool:
+        return not self._open.is_set()
+
+    def start_trace(self) -> None:
+        """Keeps what passes from now on."""
+        self._trace, self.num_bytes = bytearray(), 0
+
+    def stop_trace(self) -> bytes:
+        """What passed since `start_trace`."""
+        trace, self._trace = bytes(self._trace or b""), None
+        return trace
+
+    def heal(self) -> None:
+        """Passes everything again, unchanged and at once."""
+        self.latency_s, self.bytes_per_s, self._cut_at, self._flip_at = 0.0, None, None, None
+        self.release()
+
+    async def wait_open(self) -> None:
+        """Until nothing is held back."""
+        if self.is_held:
+            self._record("hold")
+            await self._open.wait()
+
+    async def take(self, data: bytes) -> tuple[bytes, bool]:
+        """What is to be sent on of the data, and whether the connection is to be cut behind it."""
+        await self.wait_open()
+        if self.latency_s:
+            await asyncio.sleep(self.latency_s)
+        if self.bytes_per_s:
+            await asyncio.sleep(len(data) / self.bytes_per_s)
+        begin, end = self.num_bytes, self.num_bytes + len(data)
+        cut = self._cut_at is not None and end > self._cut_at
+        if cut:
+            assert self._cut_at is not None
+            data, end, self._cut_at = data[: self._cut_at - begin], self._cut_at, None
+        if self._flip_at is not None and begin <= self._flip_at < end:
+            place, self._flip_at = self._flip_at - begin, None
+            data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            self._record("flip", begin + place)
+        self.num_bytes = end
+        if self._trace is not None:
+            self._trace += data
+        if cut:
+            self._record("cut")
+        return data, cut
+
+    def _record(self, kind: str, at_byte: int | None = None) -> None:
+        self.records.append(CutRecord(kind, self.num_bytes if at_byte is None else at_byte, time.monotonic()))
+
+    def count(self, kind: str) -> int:
+        """How often that happened."""
+        return sum(record.kind == kind for record in self.records)
+
+
+@dataclass(slots=True)
+class Link:
+    """Everything between one process and the one behind the proxy."""
+
+    source: str
+    to_target: Direction = field(default_factory=Direction)
+    to_source: Direction = field(default_factory=Direction)
+    num_connections: int = 0
+    _transports: set[asyncio.WriteTransport] = field(default_factory=set)
+
+    def blackhole(self) -> None:
+        """Neither side hears of the other any more, new connections included."""
+        self.to_target.hold()
+        self.to_source.hold()
+
+    def heal(self) -> None:
+        """Ends every fault of the link."""
+        self.to_target.heal()
+        self.to_source.heal()
+
+    def close(self) -> int:
+        """Resets all connections; how many there were."""
+        transports = list(self._transports)
+        for transport in transports:
+            transport.abort()
+        if transports:
+            self.to_target._record("close")
+        return len(transports)
+
+
+class FaultProxy:
+    """Listens in front of a target. `async with FaultProxy("127.0.0.1", 6379) as proxy: proxy.address`
+
+    Args:
+        host, port: of the target; it need not be there yet.
+        find_source: tells connections apart; by default all are of one source named "".
+    """
+
+    def __init__(self, host: str, port: int, find_source: FindSource = lambda _port: "") -> None:
+        self._host = host
+        self.port_of_target = port
+        self._find_source = find_source
+        self._links: dict[str, Link] = {}
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def port(self) -> int:
+        """Where it listens; only after `start`."""
+        assert self._server is not None, "not started"
+        return int(self._server.sockets[0].getsockname()[1])
+
+    @property
+    def address(self) -> str:
+        """host:port where it listens; only after `start`."""
+        return f"127.0.0.1:{self.port}"
+
+    def link(self, source: str = "") -> Link:
+        """The link from that source, which need not have connected yet."""
+        if source not in self._links:
+            self._links[source] = Link(source)
+        return self._links[source]
+
+    def links(self) -> list[Link]:
+        """All so far."""
+        return list(self._links.values())
+
+    def heal(self) -> None:
+        """Ends every fault of all links."""
+        for link in self._links.values():
+            link.heal()
+
+    async def start(self) -> None:
+        """Listens on a free port of the loopback interface."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+
+    async def stop(self) -> None:
+        """Closes everything. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._connect(reader, writer)
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        source_port = int(writer.get_extra_info("peername")[1])
+        link = self.link(self._find_source(source_port))
+        link.num_connections += 1
+        await link.to_target.wait_open()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            target_reader, target_writer = await asyncio.open_connection(self._host, self.port_of_target)
+        for each in (writer, target_writer):
+            each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transports = {writer.transport, target_writer.transport}
+        link._transports |= transports
+        pumps = [
+            asyncio.create_task(_pump(reader, target_writer, link.to_target), name=f"proxy from {link.source}"),
+            asyncio.create_task(_pump(target_reader, writer, link.to_source), name=f"proxy to {link.source}"),
+        ]
+        try:
+            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if not any(pump.result() for pump in done):  # one side ended in order: what the other still says is passed on
+                await asyncio.wait(pumps, timeout=CONNECT_TIMEOUT_S)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.wait(pumps)
+            link._transports -= transports
+            target_writer.transport.abort()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> bool:
+    """Passes one direction of one connection on until it ends; True when it is to be reset."""
+    try:
+        while data := await reader.read(READ_BYTES):
+            passed, cut = await direction.take(data)
+            writer.write(passed)
+            if cut:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await writer.drain()
+                return True
+            await writer.drain()
+        await direction.wait_open()
+        if writer.can_write_eof():
+            writer.write_eof()
+    except ConnectionError:
+        await direction.wait_open()
+        return True
+    return False
