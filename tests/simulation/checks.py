@@ -1,0 +1,127 @@
+"""What must hold: of every request's lifecycle at every step, and of the whole cluster at rest.
+
+    client    I1, I2, I6    toy_model    I4    here    I3, I5, I7, and which errors a client may get for which faults
+"""
+
+from collections.abc import Iterable, Sequence
+
+from gateway import lifecycle_messages as m
+from gateway.request_lifecycle import RequestLifecycle
+from kvrelay import errors
+from kvrelay.request_state import RequestState, check_edge, is_terminal
+from tests.simulation.client import SimulatedClient, ViolationError
+from tests.simulation.plan import Fault, Plan
+from tests.simulation.processes import SimulatedProcess
+from tests.simulation.redis_model import RedisModel
+
+_GATEWAY_FAULTS = frozenset({Fault.GATEWAY_KILLED, Fault.GATEWAY_DRAINED, Fault.ZOMBIE, Fault.STALL})
+_REDIS_FAULTS = frozenset({Fault.REDIS_AWAY, Fault.REDIS_LOST_WRITES, Fault.REDIS_FULL})
+_WORKER_DEATHS = frozenset({Fault.PREFILL_KILLED, Fault.DECODE_KILLED, Fault.WORKER_DRAINED})
+
+
+class CheckedLifecycle(RequestLifecycle):
+    """A lifecycle whose every action is checked."""
+
+    num_attempts = 0
+    """Attempts of all lifecycles since it was set to 0."""
+
+    def handle(self, event: m.Event) -> list[m.Action]:
+        was_finished = self.finished
+        actions = super().handle(event)
+        if was_finished and actions:
+            raise ViolationError(f"I1: {actions[0]} after the end")
+        for action in actions:
+            self._check(action)
+        return actions
+
+    def _check(self, action: m.Action) -> None:
+        before = self.__dict__.setdefault("_checked_state", (RequestState.QUEUED, self.attempt))
+        match action:
+            case m.Emit(token):
+                counts = self.__dict__.setdefault("_num_emitted", {})
+                if token.work_id.attempt != self.attempt:
+                    raise ViolationError(f"I5: attempt {token.work_id.attempt} emits while {self.attempt} runs")
+                expected = counts.setdefault(token.sequence, token.index)
+                if token.index != expected:
+                    raise ViolationError(f"I1: index {token.index} is emitted instead of {expected}")
+                counts[token.sequence] = token.index + 1
+            case m.SetState(state, attempt):
+                self._check_move(before, (state, attempt))
+            case m.Finish(state):
+                self._check_move(before, (state, before[1]))
+
+    def _check_move(self, before: tuple[RequestState, int], after: tuple[RequestState, int]) -> None:
+        if not check_edge(*before, *after):
+            raise ViolationError(f"I7: from {before} to {after}")
+        CheckedLifecycle.num_attempts += after[1] != before[1]
+        self.__dict__["_checked_state"] = after
+
+
+def check_end_of(client: SimulatedClient, clients: Sequence[SimulatedClient], plan: Plan) -> None:
+    """Whether the client's end is one that the plan allows."""
+    group = [other for other in clients if other is client or (client.plan.key and _same_key(client, other))]
+    if client.cancelled:
+        return
+    if client.succeeded:
+        if client.plan.is_poison or client.plan.is_killer:
+            raise ViolationError("I2: a poisoned prompt succeeded")
+        return
+    problem = why_not_allowed(client, group, plan)
+    if problem is not None:
+        raise ViolationError(f"{problem}: client {client.plan.number} got {client.error!r}")
+
+
+def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], plan: Plan) -> str | None:
+    """Why the client's error is wrong, or None."""
+    faults = {fault.fault for fault in plan.faults}
+    gateway_faults, redis_faults = faults & _GATEWAY_FAULTS, faults & _REDIS_FAULTS
+    match client.error:
+        case errors.DeadlineError():
+            soonest = min(other.deadline for other in group if other.deadline)
+            return None if client.loop.world.now >= soonest - 0.1 else "I6: too early"
+        case errors.CancelledRequestError():
+            return None if any(other.cancelled for other in group) else "nobody cancelled it"
+        case errors.InternalError() if client.plan.is_poison or client.plan.is_killer:
+            return None
+        case errors.StoreFullError():
+            return None if Fault.REDIS_FULL in faults else "redis was not full"
+        case errors.IdempotencyConflictError():
+            bodies = {(other.plan.token_ids, other.plan.seed) for other in group}
+            return None if len(bodies) > 1 else "the bodies are the same"
+        case errors.RequestNotFoundError():
+            return None if gateway_faults or redis_faults else "its record cannot be lost"
+        case errors.ModelNotFoundError():
+            return None if gateway_faults and redis_faults else "its workers are known"
+        case errors.UnavailableError():
+            lost_for_good = any(fault.fault in _WORKER_DEATHS and not fault.restarts for fault in plan.faults)
+            is_killing = any(request.is_killer for request in plan.requests)
+            excused = gateway_faults or redis_faults or lost_for_good or is_killing
+            return None if excused else "every fault of this seed can be survived"
+    return "no fault of this seed explains it"
+
+
+def _same_key(client: SimulatedClient, other: SimulatedClient) -> bool:
+    return (client.plan.key, client.plan.tenant) == (other.plan.key, other.plan.tenant)
+
+
+def check_store(redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[SimulatedClient], loses_writes: bool) -> None:
+    """At rest the store knows of every request of a living gateway how it ended."""
+    alive = set(alive_ids)
+    states: dict[str, RequestState] = {}
+    """Of living gateways' requests."""
+    for key, stored in redis.data.hashes.items():
+        if not key.endswith(":request"):
+            continue
+        if stored["gateway_id"].decode() not in alive:
+            continue
+        state = states[stored["request_id"].decode()] = RequestState(stored["state"].decode())
+        if not is_terminal(state) and not loses_writes:
+            raise ViolationError(f"I6: {key} stays {state.name} though its gateway lives")
+    for client in clients:
+        if client.succeeded and states.get(client.request_id) not in (RequestState.SUCCEEDED, None) and not loses_writes:
+            raise ViolationError(f"I7: {client.request_id} succeeded and is {states[client.request_id].name}")
+
+
+def leftovers_of(processes: Iterable[SimulatedProcess]) -> list[str]:
+    """I3: what is still held."""
+    return [leftover for process in processes if process.is_alive for leftover in process.leftovers()]

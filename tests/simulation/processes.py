@@ -1,0 +1,411 @@
+"""The processes of a simulated cluster, each put together from production code as its `main` does it.
+
+A process is started, killed, stopped, continued and drained from outside, like a real one. After a restart it is another instance
+under the same address.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from decode_worker.commands import Command as DecodeCommand
+from decode_worker.engine_loop import DecodeEngineLoop
+from decode_worker.events import StepReport
+from decode_worker.kv_receiver import KVReceiver, ReceiverContext
+from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.service import DecodeService
+from decode_worker.speculation import SpeculationLimits
+from gateway.relay import Relay
+from gateway.service import InferenceService
+from kvrelay.config import GatewaySettings
+from kvrelay.errors import PreconditionError
+from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.liveness import PROTOCOL_VERSION
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.state_store import StateStore
+from kvrelay.step import Step
+from kvrelay.step_runner import StepRunner
+from kvrelay.v1 import decode_pb2_grpc, inference_pb2_grpc, prefill_pb2_grpc, session_pb2
+from kvrelay.wire import model_to_pb
+from kvrelay.work import Work, WorkId
+from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegistry
+from prefill_worker.commands import Command as PrefillCommand
+from prefill_worker.engine_loop import PrefillEngineLoop
+from prefill_worker.kv_sender import SenderContext
+from prefill_worker.scheduler import PrefillLimits, PrefillScheduler
+from prefill_worker.service import PrefillService
+from tests.simulation.network import Network, Place
+from tests.simulation.redis_model import RedisModel, SimulatedRedisConnection
+from tests.simulation.threads import SimulatedEngineThread, SimulatedThreads
+from tests.simulation.toy_model import MODEL, NUM_LAYERS, VOCAB_SIZE, ToyPool, ToyStepRunner
+from tests.simulation.virtual_time import ProcessDiedError, World
+
+DRAIN_TIMEOUT_MS = 1500
+LEASE_MS = 1500
+MAX_INBOX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShape:
+    """What a seed draws for a worker."""
+
+    num_blocks: int
+    block_size: int
+    chunk_tokens: int
+    max_sequences: int
+    max_waiting_works: int
+    caches_prefixes: bool
+    max_draft_tokens: int
+    shared_chunk_tokens: int | None
+    step_s: float
+    """How long a step takes, about."""
+    message_bytes: int
+    """Largest payload of a chunk on the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all processes of a cluster share."""
+
+    world: World
+    network: Network
+    redis: RedisModel
+
+    def connection(self) -> RedisConnection:
+        return cast(RedisConnection, SimulatedRedisConnection(self.redis, self.world))
+
+
+class SimulatedProcess:
+    """One process at an address.
+
+    Args:
+        surroundings: of the cluster.
+        role: what it does.
+        address: host:port.
+    """
+
+    def __init__(self, surroundings: Surroundings, role: MemberRole, address: str) -> None:
+        self.surroundings = surroundings
+        self.role = role
+        self.address = address
+        self.instance_id = f"{role.value}-{secrets.token_hex(4)}"
+        self.loop = surroundings.world.new_loop(f"{address} {self.instance_id}")
+        self.place = Place(self.loop, address)
+        self.stop = asyncio.Event()
+        self.is_draining = False
+        self.has_ended = False
+        self.died_of_step = False
+        """A prompt has killed it."""
+        self.loop.place = self.place  # type: ignore[attr-defined]
+
+    def start(self) -> None:
+        self.loop.spawn(self._main(), f"main of {self.address}")
+
+    async def _main(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.loop.is_dead and not self.has_ended
+
+    def kill(self) -> None:
+        """As SIGKILL does."""
+        if not self.is_alive:
+            return
+        self.loop.kill()
+        self.surroundings.network.process_died(self.place)
+
+    def drain(self) -> None:
+        """As SIGTERM does."""
+        self.is_draining = True
+        self.loop.call_soon(self.stop.set)
+
+    def leftovers(self) -> list[str]:
+        """What the process still holds of requests; nothing when it is at rest."""
+        raise NotImplementedError
+
+    async def _end(self) -> None:
+        """Streams get a moment for their last messages, then the process is gone."""
+        self.surroundings.network.stop_listening(self.place)
+        await asyncio.sleep(0.1)
+        self.has_ended = True
+        self.loop.kill()
+        self.surroundings.network.process_died(self.place)
+
+
+class WorkerProcess(SimulatedProcess):
+    """What both kinds of worker have in common.
+
+    Args:
+        surroundings, address: as any process.
+        role: which kind.
+        shape: of its engine.
+    """
+
+    def __init__(self, surroundings: Surroundings, role: MemberRole, address: str, shape: WorkerShape) -> None:
+        super().__init__(surroundings, role, address)
+        self.shape = shape
+        self.blocks = BlockManager(shape.num_blocks, shape.block_size, shape.caches_prefixes)
+        self.pool = ToyPool(shape.num_blocks, shape.block_size)
+        self.threads = SimulatedThreads(self.loop)
+        self.step_runner = cast(StepRunner, ToyStepRunner(self.pool, self._compute_layer, self._die))
+        self.max_sequence_tokens = min(MODEL.max_context_tokens, shape.num_blocks * shape.block_size)
+        self.service: DecodeService | PrefillService
+        self.thread: SimulatedEngineThread[Any]
+
+    async def _main(self) -> None:
+        member = Member(self.instance_id, self.role, self.address, MODEL.name, MODEL.fingerprint)
+        self.thread.start()
+        self.surroundings.network.listen(self.place)
+        async with WorkerRegistry(self.surroundings.connection(), LEASE_MS).lease(member):
+            await self.stop.wait()
+            await self.service.sessions.drain(DRAIN_TIMEOUT_MS)
+        await self._end()
+
+    def hello(self) -> session_pb2.WorkerHello:
+        return session_pb2.WorkerHello(
+            worker_id=self.instance_id,
+            protocol_version=PROTOCOL_VERSION,
+            model=model_to_pb(MODEL),
+            block_size=self.shape.block_size,
+            max_sequence_tokens=self.max_sequence_tokens,
+        )
+
+    def leftovers(self) -> list[str]:
+        """Also checks the block manager."""
+        self.blocks.check_integrity()
+        held = {
+            "used blocks": self.blocks.num_used_blocks,
+            "leases": len(self.service.sessions.leases),
+            "engine works": len(self._work_ids()),
+            "waiting commands": 0 if self.thread.is_idle else 1,
+        }
+        return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
+
+    def _work_ids(self) -> list[WorkId]:
+        raise NotImplementedError
+
+    def _die(self) -> None:
+        self.died_of_step = True
+        self.kill()
+        raise ProcessDiedError
+
+    def _compute_layer(self, step: Step) -> None:
+        """The others go on meanwhile."""
+        world = self.surroundings.world
+        num_tokens = sum(entry.num_tokens for entry in step.entries)
+        seconds = self.shape.step_s * (1 + num_tokens / 16) * world.random.uniform(0.5, 1.5) / NUM_LAYERS
+        world.run_until(world.now + seconds)
+        while self.loop.is_stopped and not self.loop.is_dead:
+            world.run_until(world.now + 0.02)
+        if self.loop.is_dead:
+            raise ProcessDiedError
+
+
+class RecordingPermits(PushPermits):
+    """Tells the pool whose the blocks of a reservation are."""
+
+    def __init__(self, pool: ToyPool) -> None:
+        super().__init__()
+        self._pool = pool
+
+    def open(self, work: Work, block_ids: tuple[int, ...], token_begin: int) -> bytes:
+        self._pool.note_reserved(work.work_id, block_ids)
+        return super().open(work, block_ids, token_begin)
+
+
+class DecodeProcess(WorkerProcess):
+    """A decode worker."""
+
+    def __init__(self, surroundings: Surroundings, address: str, shape: WorkerShape) -> None:
+        super().__init__(surroundings, MemberRole.DECODE, address, shape)
+        self.permits = RecordingPermits(self.pool)
+        limits = DecodeLimits(shape.chunk_tokens, shape.max_sequences, shape.max_waiting_works, shape.shared_chunk_tokens)
+        speculation = None
+        if shape.max_draft_tokens:
+            speculation = SpeculationLimits(shape.max_draft_tokens, 16, self.max_sequence_tokens)
+        self.scheduler = DecodeScheduler(self.blocks, limits, self.permits, speculation)
+        engine_loop = DecodeEngineLoop(self.scheduler, self.step_runner, self.permits, self._publish, now=self.loop.time)
+        self.thread: SimulatedEngineThread[DecodeCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
+        pool = self.pool
+        receiver = KVReceiver(ReceiverContext(pool, MODEL, self.permits, self.threads, self.thread.submit))
+        self.service: DecodeService = DecodeService(
+            self.hello(), MODEL, address, self.thread.submit, self.thread.submit_work
+        )
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, self.place)  # type: ignore[no-untyped-call]
+        receiver.add_to(cast(Any, self.place))
+
+    def leftovers(self) -> list[str]:
+        permits = [f"{self.loop.name}: {len(self.permits)} permits"] if len(self.permits) else []
+        return super().leftovers() + permits
+
+    def _publish(self, report: StepReport) -> None:
+        self.loop.call_soon(self.service.report, report)
+
+    def _work_ids(self) -> list[WorkId]:
+        return self.scheduler.work_ids()
+
+
+class PrefillProcess(WorkerProcess):
+    """A prefill worker."""
+
+    def __init__(self, surroundings: Surroundings, address: str, shape: WorkerShape) -> None:
+        super().__init__(surroundings, MemberRole.PREFILL, address, shape)
+        limits = PrefillLimits(shape.chunk_tokens, shape.max_waiting_works)
+        self.scheduler = PrefillScheduler(self.blocks, MODEL, limits)
+        engine_loop = PrefillEngineLoop(
+            self.scheduler, self.step_runner, self._publish, self._announce, now=self.loop.time
+        )
+        self.thread: SimulatedEngineThread[PrefillCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
+        context = SenderContext(
+            exporter=self.pool,
+            layout=MODEL.kv_layout,
+            transport=GrpcTransport(connect_timeout_ms=500, max_payload_bytes=shape.message_bytes),
+            threads=self.threads,
+            max_message_bytes=shape.message_bytes,
+            max_window_bytes=3 * shape.message_bytes,
+            now=self.loop.time,
+        )
+        self.service: PrefillService = PrefillService(
+            self.hello(), MODEL, context, self.thread.submit, self.thread.submit_work
+        )
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, self.place)  # type: ignore[no-untyped-call]
+
+    def leftovers(self) -> list[str]:
+        num_senders = self.service.num_senders
+        return super().leftovers() + ([f"{self.loop.name}: {num_senders} senders"] if num_senders else [])
+
+    def _publish(self, report: Any) -> None:
+        self.loop.call_soon(self.service.report, report)
+
+    def _announce(self, layer: int, written: Any) -> None:
+        self.loop.call_soon(self.service.announce, layer, written)
+
+    def _work_ids(self) -> list[WorkId]:
+        return self.scheduler.work_ids()
+
+
+class GatewayProcess(SimulatedProcess):
+    """A gateway.
+
+    Args:
+        surroundings, address: as any process.
+        settings: of the gateway.
+    """
+
+    def __init__(self, surroundings: Surroundings, address: str, settings: GatewaySettings) -> None:
+        super().__init__(surroundings, MemberRole.GATEWAY, address)
+        self._settings = settings
+        self.relay: Relay | None = None
+        """None until it runs."""
+
+    async def _main(self) -> None:
+        connection = self.surroundings.connection()
+        store = StateStore(connection, self.instance_id, self._settings.relay.retention_ms)
+        self.relay = relay = Relay(self.instance_id, self._settings, store, LeisurelyRegistry(connection, LEASE_MS))
+        relay.tokenizers = cast(Any, ToyTokenizers())
+        relay.address = self.address
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), self.place)  # type: ignore[no-untyped-call]
+        member = Member(self.instance_id, MemberRole.GATEWAY, self.address)
+        async with relay.running(), relay.registry.lease(member):
+            self.surroundings.network.listen(self.place)
+            await self.stop.wait()
+            relay.draining = True
+            await relay.requests.wait_until_idle(DRAIN_TIMEOUT_MS / 1000)
+        await self._end()
+
+    def leftovers(self) -> list[str]:
+        if self.relay is None:
+            return []
+        held = {
+            "running requests": len(self.relay.requests.running()),
+            "admitted requests": self.relay.admission.num_running_requests,
+            "queued prompt tokens": self.relay.admission.num_queued_prompt_tokens,
+        }
+        return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
+
+
+class LeisurelyRegistry(WorkerRegistry):
+    """Looks less often: each look is dear where seconds are nothing."""
+
+    def watch(  # type: ignore[override]
+        self, interval_ms: int = 250, on_change: Callable[[tuple[Member, ...]], None] | None = None
+    ) -> contextlib.AbstractAsyncContextManager[MemberView]:
+        return super().watch(interval_ms, on_change)
+
+
+class ToyTokenizers:
+    """A tokenizer whose every token is a word."""
+
+    def __init__(self) -> None:
+        tokenizer = Tokenizer(models.WordLevel({word_of(token_id): token_id for token_id in range(VOCAB_SIZE)}, unk_token="w00"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        self._tokenizer = SimpleNamespace(tokenizer=tokenizer, has_chat_template=False)
+
+    def cached(self, fingerprint: str) -> Any:
+        return self._tokenizer if fingerprint == MODEL.fingerprint else None
+
+    async def get(self, fingerprint: str) -> Any:
+        if fingerprint != MODEL.fingerprint:
+            raise PreconditionError("an unknown model")
+        return self._tokenizer
+
+
+def word_of(token_id: int) -> str:
+    """The text of a token."""
+    return f"w{token_id:02}"
+
+
+Factory = Callable[[], SimulatedProcess]
+
+
+class Slot:
+    """An address at which processes follow one another.
+
+    Args:
+        make: a new process for the address.
+    """
+
+    def __init__(self, make: Factory) -> None:
+        self._make = make
+        self.process = make()
+        self.past: list[SimulatedProcess] = []
+        self.is_gone = False
+        """No process follows any more."""
+
+    def start(self) -> None:
+        self.process.start()
+
+    def restart_after(self, world: World, seconds: float) -> None:
+        """Another process comes in so many seconds."""
+        world.schedule(world.new_loop("supervisor"), world.now + seconds, self._restart, ())
+
+    def _restart(self) -> None:
+        if self.process.is_alive:  # still draining: it is given up
+            self.process.kill()
+        self.past.append(self.process)
+        self.process = self._make()
+        self.process.start()
+
+
+def slots_of(
+    surroundings: Surroundings, settings: GatewaySettings, num_gateways: int, prefill: list[WorkerShape], decode: list[WorkerShape]
+) -> dict[str, Slot]:
+    """All slots of a cluster, by address."""
+    makers: dict[str, Factory] = {}
+    for number in range(num_gateways):
+        makers[f"g{number}:1"] = partial(GatewayProcess, surroundings, f"g{number}:1", settings)
+    for number, shape in enumerate(prefill):
+        makers[f"p{number}:1"] = partial(PrefillProcess, surroundings, f"p{number}:1", shape)
+    for number, shape in enumerate(decode):
+        makers[f"d{number}:1"] = partial(DecodeProcess, surroundings, f"d{number}:1", shape)
+    return {address: Slot(make) for address, make in makers.items()}
