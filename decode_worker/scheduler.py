@@ -44,7 +44,8 @@ class DecodeLimits:
     max_running_sequences: int
     max_waiting_works: int
     shared_prefill_chunk_tokens: int | None = None
-    """Most prompt tokens of a step in which sequences decode; None makes no difference between steps."""
+    """Most prompt tokens of a step in which sequences decode, or into which they may come by a push; None makes no difference
+    between steps."""
 
 
 class DecodeScheduler:
@@ -289,11 +290,12 @@ class DecodeScheduler:
         return Step(tuple(remaining), tuple(copies)) if remaining else None
 
     def _prompt_budget(self) -> int:
-        """Most prompt tokens of the next step: few when somebody's next token waits for the step's end."""
+        """Most prompt tokens of the next step: few when somebody's next token waits, or may soon wait, for the step's end."""
         full, shared = self._limits.prefill_chunk_tokens, self._limits.shared_prefill_chunk_tokens
         if shared is None or shared >= full:
             return full
-        return shared if any(run.sequence.num_uncomputed_tokens == 1 for run in self._batch.runs) else full
+        is_decoding = any(run.sequence.num_uncomputed_tokens == 1 for run in self._batch.runs)
+        return shared if is_decoding or any(state.awaits_push for state in self._states.values()) else full
 
     def _add_drafts(self, speculation: Speculation, entries: list[StepEntry]) -> list[BlockCopy]:
         decoding = [

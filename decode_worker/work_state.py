@@ -35,6 +35,11 @@ class WorkState:
     """What to report when the writer has ended, while CLOSING."""
 
     @property
+    def awaits_push(self) -> bool:
+        """Its prompt's KV comes from a prefill worker, and then its next token is waited for."""
+        return self.phase is Phase.RESERVED and not self.runs_prompt
+
+    @property
     def num_slots(self) -> int:
         """Places in the batch that are set aside for the work."""
         if self.phase is Phase.WAITING:

@@ -19,7 +19,7 @@ from kvrelay.work import WorkerLoad, WorkId
 HANDOFF_TOKENS = 128
 IDLE_SLOWDOWN = 2
 SHORT_PROMPT_SLOWDOWN = 2
-LONG_PROMPT_SLOWDOWN = 5
+LONG_PROMPT_SLOWDOWN = 3
 CHUNK_TOKENS = 256
 """For how much a prompt that overtakes the others waits: the step under way. Prompts up to it are short."""
 

@@ -143,6 +143,18 @@ def test_prompts_take_small_chunks_while_others_decode_and_large_ones_when_alone
     assert sizes == [{"a": 1, "b": 3}, {"a": 1, "b": 3}, {"a": 1, "b": 3}, {"b": 8}, {"b": 3, "c": 5}, {"b": 1, "c": 3}]
 
 
+def test_prompts_take_small_chunks_while_the_kv_of_another_is_on_its_way() -> None:
+    bench = Bench(num_blocks=32, chunk=8, shared_chunk=3)
+    pushed, local = make_work(prompt(4), 1, request_id="a" * 32), make_work(prompt(20, 9), 1, request_id="b" * 32)
+    bench.scheduler.reserve(pushed)
+    bench.scheduler.reserve(local)
+    bench.scheduler.run_prompt(local.work_id)
+    steps = [bench.step(), bench.step()]
+    bench.scheduler.cancel(pushed.work_id)
+    steps.append(bench.step())
+    assert [step.entries[0].num_tokens for step in steps if step] == [3, 3, 8]
+
+
 def test_a_conversation_s_next_turn_finds_its_prompt_and_its_answer_in_the_cache() -> None:
     bench = Bench(block_size=4)
     work = make_work(prompt(6), 7)
