@@ -100,8 +100,27 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
     return "no fault of this seed explains it"
 
 
+def check_keys(clients: Sequence[SimulatedClient], plan: Plan) -> None:
+    """Calls with the same key and body are one request, as long as nobody forgets the key."""
+    if {fault.fault for fault in plan.faults} & (_GATEWAY_FAULTS | _REDIS_FAULTS):
+        return
+    ids: dict[object, str] = {}
+    for client in clients:
+        request = client.plan
+        if request.key and client.succeeded:
+            body = (request.key, request.tenant, request.token_ids, request.seed)
+            if ids.setdefault(body, client.request_id) != client.request_id:
+                raise ViolationError(f"KEY: client {request.number} got another request than one with the same key")
+
+
 def _same_key(client: SimulatedClient, other: SimulatedClient) -> bool:
     return (client.plan.key, client.plan.tenant) == (other.plan.key, other.plan.tenant)
+
+
+def may_lose_writes(plan: Plan) -> bool:
+    """Whether Redis may know less than what clients were told: it forgot, or was away when a gateway ended."""
+    faults = {fault.fault for fault in plan.faults}
+    return Fault.REDIS_LOST_WRITES in faults or bool(faults & _REDIS_FAULTS and faults & _GATEWAY_FAULTS)
 
 
 def check_store(redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[SimulatedClient], loses_writes: bool) -> None:

@@ -9,7 +9,7 @@ from random import Random
 
 from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
 from kvrelay.worker_registry import MemberRole
-from tests.simulation.checks import CheckedLifecycle, check_end_of, check_store, leftovers_of
+from tests.simulation.checks import CheckedLifecycle, check_end_of, check_keys, check_store, leftovers_of, may_lose_writes
 from tests.simulation.client import SimulatedClient, ViolationError
 from tests.simulation.environment import START_OF_WALL_CLOCK, simulated_environment
 from tests.simulation.faults import Faults
@@ -84,7 +84,7 @@ def run_seed(seed: int, trace: Callable[[str], None] | None = None) -> Outcome:
         try:
             run.run()
         except (ViolationError, ForeignKVError, SimulationError, AssertionError) as violation:
-            outcome.problems.append(f"{type(violation).__name__}: {violation}")
+            outcome.problems.append(str(violation) or repr(violation))
         finally:
             outcome.problems += world.problems
             run.fill(outcome)
@@ -134,6 +134,7 @@ class _Run:
                 raise SimulationError(f"clients have no end after {MAX_S} s")
         for client in self._clients:
             check_end_of(client, self._clients, self._plan)
+        check_keys(self._clients, self._plan)
         self._come_to_rest()
 
     def fill(self, outcome: Outcome) -> None:
@@ -174,8 +175,7 @@ class _Run:
     def _unwritten(self) -> list[str]:
         try:
             alive_ids = [process.instance_id for process in self._processes() if process.is_alive]
-            loses_writes = any(fault.fault is Fault.REDIS_LOST_WRITES for fault in self._plan.faults)
-            check_store(self._redis, alive_ids, self._clients, loses_writes)
+            check_store(self._redis, alive_ids, self._clients, may_lose_writes(self._plan))
         except ViolationError as violation:
             return [str(violation)]
         return []
