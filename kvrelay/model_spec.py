@@ -6,7 +6,9 @@ import xxhash
 
 WIRE_VERSION = 1
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+KV_SCALE_BYTES = 4
+"""int8: a float32 that a head's numbers are multiplied by, of each token, K and V apart; it lies behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,15 @@ class KVLayout:
     dtype: str
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of K, or of V, of one token in one head."""
+        scale_bytes = KV_SCALE_BYTES if self.dtype == "int8" else 0
+        return self.head_dim * DTYPE_BYTES[self.dtype] + scale_bytes
+
+    @property
     def bytes_per_layer_token(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_kv_heads * self.row_bytes
 
     @property
     def bytes_per_token(self) -> int:

@@ -114,6 +114,8 @@ def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel
         return fuse_model(model, int8=settings.quantize == "int8")
     if settings.quantize != "none":
         raise ConfigError("int8 needs compiled kernels: leave --kernels at auto, or --quantize at none")
+    if settings.kv_dtype == "int8":
+        raise ConfigError("KV in int8 needs compiled kernels: leave --kernels at auto, or --kv-dtype at auto")
     return model
 
 

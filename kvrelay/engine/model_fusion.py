@@ -16,6 +16,7 @@ from kvrelay.engine.model_runner import ModelRunner
 from kvrelay.engine.native import load_library
 from kvrelay.engine.native.library import KV_DTYPES
 from kvrelay.engine.packed_linear import pack_linears
+from kvrelay.engine.paged_attention import NotInKernelsError
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.engine.step_input import StepInput
 from kvrelay.errors import ModelLoadError
@@ -23,6 +24,9 @@ from kvrelay.model_spec import derive_fingerprint
 
 MIN_COSINE = {False: 0.99999, True: 0.95}
 """How alike the logits of kernels and torch must be, in float32 and in int8."""
+
+MIN_KV_COSINE = 0.95
+"""How alike the logits must be with KV in int8 and in what the model computes in."""
 
 _log = structlog.get_logger(__name__)
 
@@ -71,23 +75,47 @@ def with_kv_dtype(model: LoadedModel, kv_dtype: str) -> LoadedModel:
 
     Args:
         model: as loaded.
-        kv_dtype: float32, bfloat16, float16, or auto: what the model computes in.
+        kv_dtype: float32, bfloat16, float16, int8, or auto: what the model computes in.
 
     Raises:
-        ModelLoadError: the model's kernels do not read that type.
+        ModelLoadError: the model's kernels do not read that type, or it is int8, and the model is not on kernels.
     """
     layout = model.spec.kv_layout
     if kv_dtype in ("auto", layout.dtype):
         return model
     if model.kernels is not None and kv_dtype not in KV_DTYPES:
-        known = " or ".join(KV_DTYPES)
+        known = ", ".join(KV_DTYPES)
         raise ModelLoadError(f"the kernels on this machine keep KV in {known}, not in {kv_dtype}; choose another --kv-dtype")
     spec = replace(
         model.spec,
         kv_layout=replace(layout, dtype=kv_dtype),
         fingerprint=derive_fingerprint(model.spec.fingerprint, f"KV in {kv_dtype}"),
     )
-    return replace(model, spec=spec)
+    changed = replace(model, spec=spec)
+    if kv_dtype == "int8":
+        _check_int8_kv(model, changed)
+    return changed
+
+
+def _check_int8_kv(model: LoadedModel, changed: LoadedModel) -> None:
+    """Tries the model out with KV in int8.
+
+    Raises:
+        ModelLoadError: it does not work.
+    """
+    refusal = f"{model.spec.name} cannot keep KV in int8"
+    remedy = "Serve it with --kv-dtype auto"
+    if model.kernels is None:
+        why = _why_not(model) or "it is not on compiled kernels: --kernels is off, or there is no C compiler"
+        raise ModelLoadError(f"{refusal}: {why}. {remedy}")
+    try:
+        computed = _probe(changed)
+    except NotInKernelsError as error:
+        why = "its attention has a soft cap, sinks, or heads whose size is no multiple of 16, which the kernels do not compute"
+        raise ModelLoadError(f"{refusal}: {why}. {remedy}") from error
+    cosine = float(torch.cosine_similarity(_centred(computed), _centred(_probe(model)), dim=-1).min())
+    if not cosine >= MIN_KV_COSINE:
+        raise ModelLoadError(f"{refusal}: it computes something else then (cosine {cosine:.6f}). {remedy}")
 
 
 def _why_not(model: LoadedModel) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvrelay.engine.attention_context import AttentionContext, DecodeGroup, PrefillSegment
 from kvrelay.engine.light_import import transformers
 from kvrelay.engine.native.library import KV_DTYPES, PANEL, AttentionCall, KVLayer, NativeLibrary
+from kvrelay.engine.paged_kv_cache import PagedKVCache
 
 ATTENTION_NAME = "kvrelay_paged"
 CONTEXT_ARGUMENT = "kvrelay_context"
@@ -27,6 +28,10 @@ MAX_SCORE_ELEMENTS = 16 * 1024 * 1024
 
 class AttentionContextMissingError(Exception):
     """A model reached the attention function without passing the context on."""
+
+
+class NotInKernelsError(Exception):
+    """KV is in int8, which only the kernels read, and they do not compute this layer's attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ def paged_attention(
 
     Raises:
         AttentionContextMissingError: the model did not pass the context on.
+        NotInKernelsError: KV is in int8 and the kernels cannot compute this; at load already, when the model is tried out.
     """
     context = arguments.get(CONTEXT_ARGUMENT)
     if not isinstance(context, AttentionContext):
@@ -81,17 +87,19 @@ def paged_attention(
         context.observe(module, query, key, value, arguments)
         return torch.zeros_like(query).transpose(1, 2), None
     layer: int = module.layer_idx
-    context.cache.write(layer, context.slot_mapping, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    if context.on_layer_written is not None:
-        context.on_layer_written(layer)
     scoring = Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=arguments.get("softcap"),
         sinks=arguments.get("s_aux"),
         window=arguments["sliding_window"] if "sliding_window" in arguments else getattr(module, "sliding_window", None),
     )
-    if context.kernels is not None and scoring.softcap is None and scoring.sinks is None and query.shape[3] % PANEL == 0:
-        return _attend_in_kernels(context, context.kernels, layer, query[0].transpose(0, 1), scoring).unsqueeze(0), None
+    is_plain = scoring.softcap is None and scoring.sinks is None and query.shape[3] % PANEL == 0
+    kernels = context.kernels if is_plain else None
+    _write(context, kernels, layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if context.on_layer_written is not None:
+        context.on_layer_written(layer)
+    if kernels is not None:
+        return _attend_in_kernels(context, kernels, layer, query[0].transpose(0, 1), scoring).unsqueeze(0), None
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [num_tokens, num_heads, head_dim]
     for segment in context.prefill:
         rows = slice(segment.token_begin, segment.token_end)
@@ -102,6 +110,31 @@ def paged_attention(
 
 
 transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def _write(context: AttentionContext, kernels: NativeLibrary | None, layer: int, key: Tensor, value: Tensor) -> None:
+    """Writes K and V of all tokens of the step, each [num_tokens, num_kv_heads, head_dim]."""
+    cache = context.cache
+    if cache.layout.dtype != "int8":
+        cache.write(layer, context.slot_mapping, key, value)
+        return
+    if kernels is None:
+        raise NotInKernelsError
+    key, value = key.contiguous(), value.contiguous()
+    slots = context.slot_mapping
+    kernels.write_kv(_kv_layer(cache, layer), len(slots), slots.data_ptr(), key.data_ptr(), value.data_ptr())
+
+
+def _kv_layer(cache: PagedKVCache, layer: int) -> KVLayer:
+    keys_address, values_address = cache.layer_addresses(layer)
+    return KVLayer(
+        keys=keys_address,
+        values=values_address,
+        dtype=KV_DTYPES[cache.layout.dtype],
+        block_size=cache.block_size,
+        num_kv_heads=cache.layout.num_kv_heads,
+        head_dim=cache.layout.head_dim,
+    )
 
 
 def _attend_in_kernels(context: AttentionContext, kernels: NativeLibrary, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
@@ -122,16 +155,7 @@ def _attend_in_kernels(context: AttentionContext, kernels: NativeLibrary, layer:
         window=scoring.window or 0,
         out=output.data_ptr(),
     )
-    keys_address, values_address = cache.layer_addresses(layer)
-    kv = KVLayer(
-        keys=keys_address,
-        values=values_address,
-        dtype=KV_DTYPES[cache.layout.dtype],
-        block_size=cache.block_size,
-        num_kv_heads=cache.layout.num_kv_heads,
-        head_dim=head_dim,
-    )
-    kernels.attend(call, kv)
+    kernels.attend(call, _kv_layer(cache, layer))
     return output
 
 

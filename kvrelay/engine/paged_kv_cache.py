@@ -3,6 +3,7 @@
 Knows nothing of who holds which block (`kvrelay.kv_cache.block_manager` does) and of how attention reads them.
 
 On the wire and in `export_kv` a range of tokens is, per layer, K then V, [tokens, kv_heads, head_dim]: no block size in it.
+In int8 a head's row is head_dim numbers and the scale behind them (`KV_SCALE_BYTES`); the pool has bytes, copied like any others.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kvrelay.errors import TransferError
 from kvrelay.kv_cache.block_manager import BlockCopy
-from kvrelay.model_spec import DTYPE_BYTES, KVLayout
+from kvrelay.model_spec import KVLayout
 
 _WORD_TYPES = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,15 +40,15 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        # [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]: a block is one contiguous row per layer and
+        dtype = TORCH_DTYPES.get(layout.dtype, torch.uint8)
+        row_items = layout.row_bytes // dtype.itemsize  # head_dim; in int8, bytes of numbers and scale
+        # [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, row_items]: a block is one contiguous row per layer and
         # side, so gathering a sequence copies few long rows. Zeros, for a masked NaN would still spoil a softmax's sum.
-        shape = (layout.num_layers, 2, num_blocks, block_size, layout.num_kv_heads, layout.head_dim)
-        self._pool = _zeros(shape, TORCH_DTYPES[layout.dtype], self.device)
+        shape = (layout.num_layers, 2, num_blocks, block_size, layout.num_kv_heads, row_items)
+        self._pool = _zeros(shape, dtype, self.device)
         self._gathered = self._pool.new_empty((2, 0, *self._pool.shape[3:]))
         # The same memory by slots: slot = block * block_size + offset.
-        self._slots = self._pool.view(
-            layout.num_layers, 2, num_blocks * block_size, layout.num_kv_heads, layout.head_dim
-        )  # [num_layers, 2, num_slots, num_kv_heads, head_dim]
+        self._slots = self._pool.flatten(2, 3)  # [num_layers, 2, num_slots, num_kv_heads, row_items]
 
     @property
     def pool_bytes(self) -> int:
@@ -56,11 +57,11 @@ class PagedKVCache:
 
     @property
     def pool_address(self) -> int:
-        """Where the pool begins: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
+        """Where the pool begins: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, a head's row]."""
         return self._pool.data_ptr()
 
     def layer_addresses(self, layer: int) -> tuple[int, int]:
-        """Where K and V of a layer begin: each [num_blocks, block_size, num_kv_heads, head_dim]."""
+        """Where K and V of a layer begin: each [num_blocks, block_size, num_kv_heads, a head's row]."""
         return self._pool[layer, 0].data_ptr(), self._pool[layer, 1].data_ptr()
 
     def slots_for(self, block_ids: Sequence[int], token_begin: int, token_end: int) -> Tensor:
@@ -74,7 +75,7 @@ class PagedKVCache:
         return torch.from_numpy(slots)
 
     def write(self, layer: int, slot_mapping: Tensor, key: Tensor, value: Tensor) -> None:
-        """Writes one layer's K and V of a step.
+        """Writes one layer's K and V of a step. Not in int8, which only the kernels write and read.
 
         Args:
             layer: from 0.
@@ -82,6 +83,7 @@ class PagedKVCache:
             key: [num_tokens, num_kv_heads, head_dim].
             value: same shape.
         """
+        assert self.layout.dtype in TORCH_DTYPES, "the kernels write int8"
         self._slots[layer, 0].index_copy_(0, slot_mapping, key.to(self._pool.dtype))
         self._slots[layer, 1].index_copy_(0, slot_mapping, value.to(self._pool.dtype))
 
@@ -118,12 +120,10 @@ class PagedKVCache:
             token_begin, token_end: half-open range of the sequence's tokens.
 
         Returns:
-            Contiguous uint8 CPU tensor [layers, 2, tokens, num_kv_heads, head_dim * bytes per element]; `.numpy()` gives its
-            bytes without a copy.
+            Contiguous uint8 CPU tensor [layers, 2, tokens, num_kv_heads, row bytes]; `.numpy()` gives its bytes without a copy.
         """
         self._check_range(layer_begin, layer_end, block_ids, token_begin, token_end)
-        row_bytes = self.layout.head_dim * DTYPE_BYTES[self.layout.dtype]
-        shape = (layer_end - layer_begin, 2, token_end - token_begin, self.layout.num_kv_heads, row_bytes)
+        shape = (layer_end - layer_begin, 2, token_end - token_begin, self.layout.num_kv_heads, self.layout.row_bytes)
         exported = torch.empty(self.export_bytes(layer_end - layer_begin, token_end - token_begin), dtype=torch.uint8)
         self.export_kv_into(exported.numpy().data, layer_begin, layer_end, block_ids, token_begin, token_end)
         return exported.view(shape)
@@ -208,8 +208,7 @@ class PagedKVCache:
 
     def export_bytes(self, num_layers: int, num_tokens: int) -> int:
         """Bytes of so many tokens in so many layers."""
-        layout = self.layout
-        return num_layers * 2 * num_tokens * layout.num_kv_heads * layout.head_dim * DTYPE_BYTES[layout.dtype]
+        return num_layers * num_tokens * self.layout.bytes_per_layer_token
 
     def _check_range(self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int) -> None:
         assert 0 <= layer_begin <= layer_end <= self.layout.num_layers, "the layers lie outside of the model"

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TILE_KEYS = 64, FEW_ROWS = 12 };
+enum { FEW_ROWS = 12 };
 
 // What one tile of rows needs while its keys pass by; one per thread, kept.
 typedef struct {
@@ -17,6 +17,8 @@ typedef struct {
     float *out;            // [TILE_ROWS][head_dim]
     float *keys;           // [head_dim][TILE_KEYS]
     float *values;         // [TILE_KEYS][head_dim]
+    int16_t *integers;     // [TILE_ROWS][head_dim], queries for keys in int8
+    float integer_scales[TILE_ROWS];
     float highest[TILE_ROWS], total[TILE_ROWS];
 } workspace;
 
@@ -24,13 +26,14 @@ static workspace *get_workspace(int64_t head_dim) {
     static _Thread_local workspace space;
     if (space.head_dim < head_dim) {
         free(space.queries);
-        int64_t num_floats = 2 * TILE_ROWS * head_dim + TILE_ROWS * TILE_KEYS + 2 * TILE_KEYS * head_dim;
+        int64_t num_floats = 3 * TILE_ROWS * head_dim + TILE_ROWS * TILE_KEYS + 2 * TILE_KEYS * head_dim;
         space.queries = aligned_alloc(64, num_floats * sizeof(float));
         if (space.queries == NULL) abort();
         space.out = space.queries + TILE_ROWS * head_dim;
         space.scores = space.out + TILE_ROWS * head_dim;
         space.keys = space.scores + TILE_ROWS * TILE_KEYS;
         space.values = space.keys + TILE_KEYS * head_dim;
+        space.integers = (int16_t *)(space.values + TILE_KEYS * head_dim);
         space.head_dim = head_dim;
     }
     return &space;
@@ -50,19 +53,13 @@ static inline uint16_t f32_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Where the keys of a tile lie in either side of the pool, for one KV head: element offsets.
-typedef struct {
-    int64_t num_keys;
-    int64_t offsets[TILE_KEYS];
-} key_tile;
-
 // Finds up to TILE_KEYS keys from key_begin on, those up to `last`.
 static void find_keys(const kv_layer *kv, const segment *s, int64_t head, int64_t key_begin, int64_t last, key_tile *tile) {
-    int64_t row = kv->num_kv_heads * kv->head_dim;
+    int64_t head_items = kv_row_items(kv->dtype, kv->head_dim), row = kv->num_kv_heads * head_items;
     int64_t block = key_begin / kv->block_size, within = key_begin % kv->block_size;
     tile->num_keys = last + 1 - key_begin < TILE_KEYS ? last + 1 - key_begin : TILE_KEYS;
     for (int64_t key = 0; key < tile->num_keys; block++, within = 0) {
-        int64_t offset = (s->block_ids[block] * kv->block_size + within) * row + head * kv->head_dim;
+        int64_t offset = (s->block_ids[block] * kv->block_size + within) * row + head * head_items;
         for (; within < kv->block_size && key < tile->num_keys; within++, key++, offset += row) tile->offsets[key] = offset;
     }
 }
@@ -106,7 +103,7 @@ ALWAYS_INLINE void transpose8(f32x8 r[8], float *to, int64_t stride) {
 
 // Brings a tile's rows into the cache: a head's rows lie apart, which hides them from the processor's own prefetching.
 static void fetch_rows(const kv_layer *kv, const void *side, const key_tile *tile) {
-    int64_t item = kv->dtype == KV_F32 ? 4 : 2, row_bytes = kv->head_dim * item;
+    int64_t item = kv_item_bytes(kv->dtype), row_bytes = kv_row_bytes(kv->dtype, kv->head_dim);
     for (int64_t key = 0; key < tile->num_keys; key++)
         for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch((const char *)side + tile->offsets[key] * item + i);
 }
@@ -125,6 +122,10 @@ static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
 }
 
 static void load_values(const kv_layer *kv, const key_tile *tile, float *to) {
+    if (kv->dtype == KV_INT8) {
+        load_values_int8(kv, tile, to);
+        return;
+    }
     for (int64_t key = 0; key < tile->num_keys; key++)
         for (int64_t d = 0; d < kv->head_dim; d += 8)
             store8(to + key * kv->head_dim + d, load_kv8(kv->values, kv->dtype, tile->offsets[key] + d));
@@ -173,8 +174,23 @@ static void renew_softmax(workspace *w, int64_t row, int64_t first_visible, int6
     w->highest[row] = renewed;
 }
 
+// The rows' scores with a tile's keys, of which those behind num_keys may be anything.
+static void score_keys(workspace *w, const kv_layer *kv, const key_tile *tile, int64_t num_rows) {
+    if (kv->dtype == KV_INT8) {
+        score_keys_int8(kv, tile, num_rows, w->integers, w->integer_scales, w->scores);
+        return;
+    }
+    load_keys(kv, tile, w->keys);
+    int64_t num_columns = (tile->num_keys + PANEL - 1) / PANEL * PANEL;
+    multiply_tiles(num_rows, num_columns, w->queries, kv->head_dim, w->keys, TILE_KEYS, w->scores, TILE_KEYS, kv->head_dim, 0);
+}
+
 static void add_weighted_values(workspace *w, const kv_layer *kv, const key_tile *tile, int64_t key_begin, int64_t num_rows) {
     int64_t head_dim = kv->head_dim;
+    if (kv->dtype == KV_INT8) {
+        scale_weights_int8(kv, tile, num_rows, w->scores);
+        if (add_values_int8(kv, tile, num_rows, w->scores, w->out)) return;
+    }
     if (kv->dtype != KV_F32 || num_rows >= FEW_ROWS) {
         load_values(kv, tile, w->values);
         multiply_tiles(num_rows, head_dim, w->scores, TILE_KEYS, w->values, head_dim, w->out, w->head_dim, tile->num_keys, 1);
@@ -227,6 +243,7 @@ static void attend_tile(void *argument, int64_t task) {
     int64_t num_rows = tile->num_tokens * group;
     int64_t first = s->position + tile->token_begin, last = first + tile->num_tokens - 1;
     load_queries(c, s, tile, head, group, w);
+    if (kv->dtype == KV_INT8) quantize_queries(num_rows, kv->head_dim, w->queries, w->integers, w->integer_scales);
     memset(w->out, 0, num_rows * kv->head_dim * sizeof(float));
     for (int64_t r = 0; r < num_rows; r++) {
         w->highest[r] = -INFINITY;
@@ -238,9 +255,7 @@ static void attend_tile(void *argument, int64_t task) {
     for (int64_t key = first_key / TILE_KEYS * TILE_KEYS; key <= last; key += TILE_KEYS) {
         keys = next_keys;
         fetch_rows(kv, kv->values, &keys);
-        load_keys(kv, &keys, w->keys);
-        int64_t num_columns = (keys.num_keys + PANEL - 1) / PANEL * PANEL;
-        multiply_tiles(num_rows, num_columns, w->queries, kv->head_dim, w->keys, TILE_KEYS, w->scores, TILE_KEYS, kv->head_dim, 0);
+        score_keys(w, kv, &keys, num_rows);
         for (int64_t r = 0; r < num_rows; r++) {
             int64_t position = first + r / group;
             int64_t visible = c->window > 0 ? position - c->window + 1 - key : 0;
@@ -261,6 +276,10 @@ void attend(const attention_call *call, const kv_layer *kv) {
 }
 
 void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {
+    if (kv->dtype == KV_INT8) {
+        write_kv_int8(kv, num_tokens, slots, keys, values, stride);
+        return;
+    }
     int64_t row = kv->num_kv_heads * kv->head_dim;
     for (int64_t t = 0; t < num_tokens; t++) {
         if (kv->dtype == KV_F32) {

@@ -13,7 +13,7 @@ import structlog
 import xxhash
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("threads.c", "matrices.c", "attention.c", "decoder.c", "linear.c")
+SOURCES = ("threads.c", "matrices.c", "attention.c", "attention_int8.c", "decoder.c", "linear.c")
 HEADERS = ("kernels.h", "attention.h")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 FOR_THIS_PROCESSOR: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())

@@ -33,7 +33,7 @@ typedef struct {
     const segment *segments;
     const attention_tile *tiles;
     const int64_t *logit_rows;  // [num_logits]
-    void *pool;                 // [num_layers][2][num_blocks][block_size][num_kv_heads][head_dim]
+    void *pool;                 // [num_layers][2][num_blocks][block_size][num_kv_heads][a head's row]
     int64_t kv_dtype, num_blocks, block_size;
     float *logits;  // [num_logits][vocab_size]
 } decoder_step;
@@ -181,7 +181,7 @@ static void rope_task(void *argument, int64_t task) {
 // ---------------------------------------------------------------- the pass
 
 static kv_layer kv_of(const decoder *d, const decoder_step *s, int64_t layer) {
-    int64_t side = s->num_blocks * s->block_size * d->num_kv_heads * d->head_dim * (s->kv_dtype == KV_F32 ? 4 : 2);
+    int64_t side = s->num_blocks * s->block_size * d->num_kv_heads * kv_row_bytes(s->kv_dtype, d->head_dim);
     char *pool = s->pool;
     return (kv_layer){pool + 2 * layer * side, pool + (2 * layer + 1) * side, s->kv_dtype, s->block_size, d->num_kv_heads, d->head_dim};
 }

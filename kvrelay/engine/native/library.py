@@ -20,7 +20,7 @@ GROUP = 64
 TILE_ROWS = 48
 """Most rows of an attention tile: tokens times the query heads that share a key."""
 MATRIX_F32, MATRIX_INT8 = 0, 1
-KV_DTYPES = {"float32": 0, "bfloat16": 1}
+KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _log = structlog.get_logger(__name__)
 
@@ -158,6 +158,8 @@ class NativeLibrary:
         library.run_linear.restype = c_int64
         library.attend.argtypes = [POINTER(AttentionCall), POINTER(KVLayer)]
         library.attend.restype = None
+        library.write_kv.argtypes = [POINTER(KVLayer), c_int64, c_void_p, c_void_p, c_void_p, c_int64]
+        library.write_kv.restype = None
         library.nanoseconds_spent.argtypes = []
         library.nanoseconds_spent.restype = c_int64
 
@@ -201,6 +203,18 @@ class NativeLibrary:
     def attend(self, call: AttentionCall, kv: KVLayer) -> None:
         """Attention of all tokens of a step in one layer, whose K and V are in the pool."""
         self._library.attend(call, kv)
+
+    def write_kv(self, kv: KVLayer, num_tokens: int, slots_address: int, keys_address: int, values_address: int) -> None:
+        """Writes K and V of one layer into the pool, in its dtype.
+
+        Args:
+            kv: the layer's part of the pool.
+            num_tokens: rows of K and of V.
+            slots_address: int64 [num_tokens].
+            keys_address, values_address: float32 [num_tokens, num_kv_heads, head_dim].
+        """
+        stride = kv.num_kv_heads * kv.head_dim
+        self._library.write_kv(kv, num_tokens, slots_address, keys_address, values_address, stride)
 
     def seconds_spent(self) -> float:
         """Time in `run_decoder` since the process began."""
