@@ -12,6 +12,7 @@ from benchmarks.engine_cases import (
     Sample,
     case_cost,
     decode_cases,
+    dtype_name,
     fill_pool,
     model_cost,
     pool_tokens,
@@ -92,7 +93,8 @@ def command(
     cost = model_cost(ours, quantize)
     is_compiled = ours.engine.model_runner.model.decoder is not None
     results = [summarize(case, samples[case], case_cost(cost, case), is_compiled=is_compiled) for case in cases]
-    title = f"{ours.engine.model.name}, {quantize or ours.engine.model.kv_layout.dtype}, {num_threads} threads"
+    kv_text = f", KV in {kv_dtype}" if kv_dtype else ""
+    title = f"{ours.engine.model.name}, {quantize or dtype_name(ours)}{kv_text}, {num_threads} threads"
     _show(report, title, results, meter, is_compiled)
     report.add({"num_threads": num_threads, "is_compiled": is_compiled} | settings)
     report.finish()

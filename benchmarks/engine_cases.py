@@ -14,7 +14,7 @@ from kvrelay.engine.native import kernel_seconds
 from kvrelay.engine.paged_kv_cache import TORCH_DTYPES
 from kvrelay.kv_cache.memory_planning import INT8_GROUP
 from kvrelay.model_shape import read_model_shape
-from kvrelay.model_spec import DTYPE_BYTES
+from kvrelay.model_spec import DTYPE_BYTES, KVLayout
 from kvrelay.sequence import Sequence as EngineSequence
 
 FIRST_TOKEN = 300
@@ -80,18 +80,28 @@ def fill_pool(ours: EngineSteps) -> None:
     blocks = range(cache.num_blocks)
     num_tokens = cache.num_blocks * cache.block_size
     for layer in range(cache.layout.num_layers):
-        shape = (2, num_tokens, cache.layout.num_kv_heads, cache.layout.head_dim)
-        content = torch.randn(shape, dtype=torch.float32).to(TORCH_DTYPES[cache.layout.dtype])
-        cache.import_kv(content.view(torch.uint8).numpy().data, layer, layer + 1, blocks, 0, num_tokens)
+        content = _random_rows(cache.layout, num_tokens)
+        cache.import_kv(content.numpy().data, layer, layer + 1, blocks, 0, num_tokens)
+
+
+def _random_rows(layout: KVLayout, num_tokens: int) -> torch.Tensor:
+    """K and V of one layer as a transfer has them: uint8 [2, num_tokens, num_kv_heads, row bytes]."""
+    rows = (2, num_tokens, layout.num_kv_heads)
+    if layout.dtype != "int8":
+        return torch.randn(*rows, layout.head_dim).to(TORCH_DTYPES[layout.dtype]).view(torch.uint8)
+    numbers = torch.randint(-127, 128, (*rows, layout.head_dim), dtype=torch.int8)
+    scales = torch.full((*rows, 1), 3 / 127)  # three standard deviations, about the largest of a head's numbers
+    return torch.cat((numbers.view(torch.uint8), scales.view(torch.uint8)), dim=-1)
 
 
 def model_cost(ours: EngineSteps, quantize: str | None) -> ModelCost:
     """What steps of the loaded model cost at least."""
-    weight_bytes = 1 + 4 / INT8_GROUP if quantize == "int8" else DTYPE_BYTES[_dtype_name(ours)]
+    weight_bytes = 1 + 4 / INT8_GROUP if quantize == "int8" else DTYPE_BYTES[dtype_name(ours)]
     return ModelCost(read_model_shape(ours.engine.folder), weight_bytes, ours.engine.model.kv_layout.dtype)
 
 
-def _dtype_name(ours: EngineSteps) -> str:
+def dtype_name(ours: EngineSteps) -> str:
+    """What the model computes in."""
     return str(ours.engine.model_runner.model.dtype).removeprefix("torch.")
 
 

@@ -26,6 +26,8 @@ class KVBytes:
     num_heads: int
     num_kv_heads: int
     dtype: str
+    """Of weights, and of KV in transformers."""
+    kv_dtype: str
     batch_size: int
     num_prompt_tokens: int
     num_new_tokens: int
@@ -44,18 +46,26 @@ class KVBytes:
 
 
 def measure_kv_bytes(
-    name: str, model: str, dtype: str, batch_size: int, num_prompt_tokens: int, num_new_tokens: int, num_threads: int
+    name: str,
+    model: str,
+    dtype: str,
+    batch_size: int,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    num_threads: int,
+    kv_dtype: str = "auto",
 ) -> KVBytes:
     """Generates with our engine and with transformers, and counts.
 
     Args:
         name: to show.
         model: as in the setting.
-        dtype: of weights and KV.
+        dtype: of weights, and of KV in transformers.
         batch_size, num_prompt_tokens, num_new_tokens: what is generated.
         num_threads: CPU threads.
+        kv_dtype: of our KV, as in the setting.
     """
-    ours = load_engine(model, num_threads, batch_size * (num_prompt_tokens + num_new_tokens + 64), dtype=dtype)
+    ours = load_engine(model, num_threads, batch_size * (num_prompt_tokens + num_new_tokens + 64), dtype=dtype, kv_dtype=kv_dtype)
     engine = ours.engine
     prompts = [[FIRST_TOKEN + number] * num_prompt_tokens for number in range(batch_size)]
     sequences = [ours.start(prompt) for prompt in prompts]
@@ -70,13 +80,14 @@ def measure_kv_bytes(
     shape = read_model_shape(engine.folder)
     kind = attention_kind(shape.num_heads, shape.num_kv_heads)
     lengths = (num_prompt_tokens, num_new_tokens)
-    has_formula = kind == "MHA" and dtype != "float32"
+    has_formula = kind == "MHA" and layout.dtype in ("bfloat16", "float16")
     return KVBytes(
         model=name,
         attention=kind,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         dtype=dtype,
+        kv_dtype=layout.dtype,
         batch_size=batch_size,
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,

@@ -28,6 +28,8 @@ from benchmarks.report import Json, Plots, Report
 from kvrelay.model_spec import KVLayout
 from kvrelay.model_store import DEMO_MODEL
 
+TYPES = (("bfloat16", "auto"), ("float32", "auto"), ("float32", "int8"))
+"""Of weights and of KV."""
 TINY_KINDS = {"tiny MHA": (8, 8), "tiny GQA": (8, 2), "tiny MQA": (8, 1)}
 """Heads and KV heads of random models."""
 BLOCK_SIZES = (8, 16, 32, 64, 256)
@@ -38,8 +40,8 @@ MIB = 1024 * 1024
 
 FORMULAS = (
     "m prompt tokens, n new ones, b sequences, l layers, h hidden size. MHA in 16 bit: 4·b·l·h·(m+n) (Sheng et al. 2023)."
-    " In general: 2·bytes·b·l·kv_heads·head_dim·(m+n). The last new token has no KV unless generation goes on, so what is"
-    " measured is that of m+n-1 tokens."
+    " In general: 2·bytes·b·l·kv_heads·head_dim·(m+n); in int8 a head's scale is 4 bytes more. The last new token has"
+    " no KV unless generation goes on, so what is measured is that of m+n-1 tokens. transformers' cache has the weights' type."
 )
 PUBLISHED = (
     "Published (Kwon et al. 2023, figure 2): of the KV memory of earlier servers 20.4 % to 38.2 % held KV, of vLLM's 96.3 %."
@@ -99,13 +101,13 @@ def _tiny_models() -> Iterator[dict[str, str]]:
 def _measure_bytes(report: Report, quick: bool, num_threads: int) -> Iterator[KVBytes]:
     with _tiny_models() as folders:
         for name, folder in folders.items():
-            for dtype in ("bfloat16", "float32"):
-                report.progress(f"{name} in {dtype}")
-                yield measure_kv_bytes(name, folder, dtype, 3, 50, 10, num_threads)
+            for dtype, kv_dtype in TYPES:
+                report.progress(f"{name} in {dtype}, KV {kv_dtype}")
+                yield measure_kv_bytes(name, folder, dtype, 3, 50, 10, num_threads, kv_dtype)
     if not quick:
-        for dtype in ("bfloat16", "float32"):
-            report.progress(f"{DEMO_MODEL} in {dtype}")
-            yield measure_kv_bytes(DEMO_MODEL, DEMO_MODEL, dtype, 2, 200, 20, num_threads)
+        for dtype, kv_dtype in TYPES:
+            report.progress(f"{DEMO_MODEL} in {dtype}, KV {kv_dtype}")
+            yield measure_kv_bytes(DEMO_MODEL, DEMO_MODEL, dtype, 2, 200, 20, num_threads, kv_dtype)
 
 
 def _show_bytes(report: Report, measured: Sequence[KVBytes]) -> None:
@@ -115,7 +117,7 @@ def _show_bytes(report: Report, measured: Sequence[KVBytes]) -> None:
         (
             "model",
             "attention",
-            "type",
+            "KV type",
             "b x (m+n)",
             "4blh(m+n)",
             "general (m+n)",
@@ -134,7 +136,7 @@ def _bytes_row(each: KVBytes) -> list[object]:
     return [
         each.model,
         f"{each.attention} {each.num_heads}/{each.num_kv_heads}",
-        each.dtype,
+        each.kv_dtype,
         f"{each.batch_size} x ({each.num_prompt_tokens}+{each.num_new_tokens})",
         each.mha_formula,
         each.general_formula,

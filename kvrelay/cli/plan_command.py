@@ -23,14 +23,17 @@ from kvrelay.kv_cache.memory_planning import (
     weight_bytes,
 )
 from kvrelay.model_shape import ModelShape, read_model_shape
+from kvrelay.model_spec import KV_SCALE_BYTES
 from kvrelay.settings_sources import SettingsSources
 
 COMBINATIONS = (
     ("float32", "float32"),
     ("bfloat16", "bfloat16"),
     ("float16", "float16"),
+    ("float32", "int8"),
     ("int8", "float32"),
     ("int8", "bfloat16"),
+    ("int8", "int8"),
 )
 """Types of weights and of KV that are planned for."""
 
@@ -162,6 +165,7 @@ def _describe(name: str, shape: ModelShape, demand: Demand) -> list[str]:
     lines = [
         f"{name} ({shape.architecture}): {size}, {shape.num_layers} layers, {heads}",
         "KV bytes = 2 x bytes x batch x layers x KV heads x head size x (prompt + new tokens)",
+        f"KV in int8: 1 byte, and {KV_SCALE_BYTES} for the scale of each KV head and token, of K and of V",
     ]
     if kind == "MHA":
         total = mha_kv_cache_bytes_16_bit(
