@@ -6,7 +6,7 @@ from gateway.relay import Relay
 from gateway.router import WorkerView
 from gateway.worker_session import WorkerSession
 from kvrelay import wire
-from kvrelay.errors import KvrelayError, UnavailableError
+from kvrelay.errors import KvrelayError, UnavailableError, UnreadableStateError
 from kvrelay.request_list import RequestPage
 from kvrelay.request_record import RequestSummary
 from kvrelay.request_state import RequestState, is_terminal
@@ -44,14 +44,14 @@ def request_info(record: RequestSummary) -> inference_pb2.RequestInfo:
 
 
 async def list_requests(relay: Relay, page_size: int, page_token: str, active_only: bool) -> RequestPage:
-    """One page of all gateways' requests; while the store is away, those that this gateway knows.
+    """One page of all gateways' requests; while the store is away or its list is unreadable, those that this gateway knows.
 
     Raises:
         InvalidRequestError: the page token is none of ours.
     """
     try:
         return await relay.store.list_requests(page_size, page_token, active_only)
-    except UnavailableError:
+    except (UnavailableError, UnreadableStateError):
         known: list[RequestSummary] = [runner.journal.record for runner in relay.requests.known()]
         wanted = [record for record in known if not (active_only and is_terminal(record.state))]
         return RequestPage(wanted[:page_size], "")

@@ -6,6 +6,9 @@ A frame is made into bytes once, for all readers and for the log. Knows no reade
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
+from google.protobuf.message import DecodeError
+
+from kvrelay.errors import UnreadableStateError
 from kvrelay.telemetry import Phases
 from kvrelay.v1 import inference_pb2
 from kvrelay.wire import finish_reason_from_pb, finish_reason_to_pb, token_from_pb, token_to_pb
@@ -75,8 +78,16 @@ def finished_frame(
 
 
 def decode_frame(data: bytes) -> Frame:
-    """A frame from the log."""
-    message = inference_pb2.GenerateResponse.FromString(data)
+    """A frame from the log.
+
+    Raises:
+        UnreadableStateError: it is none.
+    """
+    try:
+        message = inference_pb2.GenerateResponse.FromString(data)
+    except DecodeError as failure:
+        problem = "what the state store holds of the request's output cannot be read; send the request again as a new one"
+        raise UnreadableStateError(problem) from failure
     if not message.HasField("delta"):
         return EventFrame(message)
     delta = message.delta
@@ -117,9 +128,15 @@ def _merge(deltas: Sequence[DeltaFrame]) -> bytes:
 
 
 def token_ids(frames: Iterable[Frame], num_sequences: int) -> list[list[int]]:
-    """Token ids of each sequence."""
+    """Token ids of each sequence.
+
+    Raises:
+        UnreadableStateError: there is output of a sequence that the request does not have.
+    """
     ids: list[list[int]] = [[] for _ in range(num_sequences)]
     for frame in frames:
         if isinstance(frame, DeltaFrame):
+            if frame.sequence >= num_sequences:
+                raise UnreadableStateError("the output that the state store holds is not this request's; send it again")
             ids[frame.sequence].extend(token.token_id for token in frame.tokens)
     return ids

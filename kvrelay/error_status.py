@@ -25,6 +25,7 @@ _CODES: dict[type[KvrelayError], grpc.StatusCode] = {
     errors.SupersededError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TicketError: grpc.StatusCode.PERMISSION_DENIED,
     errors.TransferError: grpc.StatusCode.DATA_LOSS,
+    errors.UnreadableStateError: grpc.StatusCode.DATA_LOSS,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StoreFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.OutOfBlocksError: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -11,6 +11,7 @@
     │   └── SupersededError        another attempt or owner has the request
     ├── TicketError                the ticket gives no right to this        PERMISSION_DENIED
     ├── TransferError              a KV push broke its contract             DATA_LOSS
+    ├── UnreadableStateError       Redis holds something else than state    DATA_LOSS
     ├── OverloadedError            refused for load; come again later       RESOURCE_EXHAUSTED
     │   └── StoreFullError         Redis is out of memory
     ├── OutOfBlocksError           the pool has too few free blocks         RESOURCE_EXHAUSTED
@@ -105,6 +106,12 @@ class TransferError(KvrelayError):
     """A KV push broke its contract: a chunk out of range, twice corrupt, missing or too many."""
 
     reason = "TRANSFER_FAILED"
+
+
+class UnreadableStateError(KvrelayError):
+    """What Redis holds where a request's state should be is something else: somebody else wrote there, or a newer version did."""
+
+    reason = "STATE_UNREADABLE"
 
 
 class OverloadedError(KvrelayError):

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from kvrelay.backoff import Backoff
-from kvrelay.errors import ConfigError, StoreFullError, UnavailableError
+from kvrelay.errors import ConfigError, StoreFullError, UnavailableError, UnreadableStateError
 
 MAX_CONNECTIONS = 16
 MAX_FOLLOWERS = 256
@@ -40,6 +40,16 @@ _AWAY = (
 
 _REFUSALS = ("MISCONF", "BUSY ")
 """Beginnings of answers that redis-py has no error of its own for: it cannot save to its disk, or a script hangs in it."""
+
+_GARBAGE = (
+    "WRONGTYPE",
+    "attempt to compare",
+    "attempt to perform arithmetic",
+    "attempt to concatenate",
+    "Invalid stream ID",
+    "specified in XADD",
+)
+"""What is in answers when a key, or a field that a script computes with, holds what kvrelay never writes."""
 
 
 class StoreHealth:
@@ -116,6 +126,7 @@ class RedisConnection:
         Raises:
             UnavailableError: Redis does not answer, or all connections are busy.
             StoreFullError: Redis is out of memory.
+            UnreadableStateError: a key holds something else than what kvrelay writes.
         """
         return await self._run(operation, self._client, self._slots, self._timeout_s)
 
@@ -189,6 +200,9 @@ class RedisConnection:
                 "The state store is out of memory; new work is taken when old requests are forgotten."
             ) from error
         except redis.exceptions.ResponseError as error:
+            if any(sign in str(error) for sign in _GARBAGE):
+                problem = "The state store holds what kvrelay did not write; give it a database of its own with --redis-url."
+                raise UnreadableStateError(problem) from error
             if not str(error).startswith(_REFUSALS):
                 raise
             self._fail(error)

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from kvrelay.errors import InvalidRequestError
+from kvrelay.errors import InvalidRequestError, UnreadableStateError
 from kvrelay.redis_connection import RedisConnection, execute
 from kvrelay.request_record import SUMMARY_FIELDS, RequestSummary, decode_summary
 from kvrelay.request_state import is_terminal
@@ -19,6 +21,10 @@ LIST_KEY = "kvrelay:{requests}:by_create_time"
 ADDS_PER_CLEANING = 32
 MAX_CLEANED = 2 * ADDS_PER_CLEANING
 MAX_LOOKS_PER_PAGE = 4
+MAX_LISTED_MS = 10**15 - 1
+"""Largest time of a page token."""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ async def _read_entries(client: Redis, position: _Position | None, count: int) -
         # Starts with the whole millisecond of the position, of which some were on the page before.
         arguments = (LIST_KEY, newest, "-inf", "BYSCORE", "REV", "LIMIT", offset, count, "WITHSCORES")
         answer = await execute(client, "ZRANGE", *arguments)
-        listed = [_Position(int(float(score)), _text(request_id)) for request_id, score in _pairs(answer)]
+        listed = [_Position(_milliseconds(score), _text(request_id)) for request_id, score in _pairs(answer)]
         entries += [entry for entry in listed if position is None or position.precedes(entry)]
         if len(listed) < count:
             break
@@ -101,10 +107,21 @@ async def _read_summaries(client: Redis, request_ids: Sequence[str]) -> list[Req
     pipeline.time()
     for request_id in request_ids:
         pipeline.hmget(f"kvrelay:{{{request_id}}}:request", SUMMARY_FIELDS)
-    (seconds, microseconds), *answers = await pipeline.execute()
+    # Errors of single keys are among the answers: one that holds something else must not hide all other requests.
+    (seconds, microseconds), *answers = await pipeline.execute(raise_on_error=False)
     now_ms = seconds * 1000 + microseconds // 1000
-    summaries = [decode_summary(values, now_ms) for values in answers]
-    expired = [request_id for request_id, summary in zip(request_ids, summaries, strict=True) if summary is None]
+    summaries: list[RequestSummary | None] = []
+    expired: list[str] = []
+    for request_id, values in zip(request_ids, answers, strict=True):
+        try:
+            if isinstance(values, ResponseError):
+                raise UnreadableStateError(str(values))
+            summaries.append(decode_summary(values, now_ms))
+        except UnreadableStateError as error:
+            _log.warning("unreadable request in the state store", request_id=request_id, problem=repr(error.__cause__ or error))
+            summaries.append(None)
+        else:
+            expired += [request_id] if summaries[-1] is None else []
     if expired:
         await execute(client, "ZREM", LIST_KEY, *expired)
     return summaries
@@ -122,8 +139,14 @@ def _pairs(answer: Sequence[object]) -> list[tuple[object, str]]:
     return [(answer[index], _text(answer[index + 1])) for index in range(0, len(answer), 2)]
 
 
+def _milliseconds(score: str) -> int:
+    """A score as a time that page tokens can hold."""
+    return int(min(max(float(score), 0.0), MAX_LISTED_MS))
+
+
 def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    # Bytes that are no text are no id of ours; what they are replaced by names no request either.
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _encode_token(position: _Position) -> str:

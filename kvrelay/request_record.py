@@ -1,13 +1,15 @@
 """What Redis knows of a request, as plain values, and how they lie in a Redis hash. Knows no connection and no clock."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvrelay.errors import InvalidRequestError, UnreadableStateError
 from kvrelay.request_state import RequestState
 from kvrelay.sampling_params import SamplingParams
 
@@ -68,26 +70,56 @@ def encode_record(record: RequestRecord) -> list[str | int | bytes]:
 
 
 def decode_record(stored: Mapping[bytes, bytes], now_ms: int) -> RequestRecord:
-    """A whole hash as a record; `now_ms` is Redis's clock."""
-    return RequestRecord(
-        **_decode_summary(stored, now_ms),
-        prompt_token_ids=_decode_token_ids(stored[b"prompt_token_ids"]),
-        sampling=_decode_sampling(stored[b"sampling"]),
-        cache_salt=stored[b"cache_salt"].decode(),
-        resumable=stored[b"resumable"] == b"1",
-    )
+    """A whole hash as a record; `now_ms` is Redis's clock.
+
+    Raises:
+        UnreadableStateError: it is none.
+    """
+    with _reading():
+        return RequestRecord(
+            **_decode_summary(stored, now_ms),
+            prompt_token_ids=_decode_token_ids(stored[b"prompt_token_ids"]),
+            sampling=_decode_sampling(stored[b"sampling"]),
+            cache_salt=stored[b"cache_salt"].decode(),
+            resumable=stored[b"resumable"] == b"1",
+        )
 
 
 def decode_summary(values: Sequence[bytes | None], now_ms: int) -> RequestSummary | None:
-    """The values of `SUMMARY_FIELDS` as a summary, or None when the hash is gone; `now_ms` is Redis's clock."""
+    """The values of `SUMMARY_FIELDS` as a summary, or None when the hash is gone; `now_ms` is Redis's clock.
+
+    Raises:
+        UnreadableStateError: the hash is no request's.
+    """
     stored = {name.encode(): value for name, value in zip(SUMMARY_FIELDS, values, strict=True) if value is not None}
-    return RequestSummary(**_decode_summary(stored, now_ms)) if stored else None
+    with _reading():
+        return RequestSummary(**_decode_summary(stored, now_ms)) if stored else None
+
+
+def decode_state(stored: bytes) -> RequestState:
+    """A state alone.
+
+    Raises:
+        UnreadableStateError: it is none.
+    """
+    with _reading():
+        return RequestState(stored.decode())
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """What cannot be read may be of any shape, and what reads it raises what Python raises then."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, InvalidRequestError) as error:
+        problem = "what the state store holds of the request is not what kvrelay writes; send the request again as a new one"
+        raise UnreadableStateError(problem) from error
 
 
 def _decode_summary(stored: Mapping[bytes, bytes], now_ms: int) -> dict[str, Any]:
     texts = {name: stored[name.encode()].decode() for name in _TEXT_FIELDS}
-    numbers = {name: int(stored[name.encode()]) for name in _NUMBER_FIELDS}
-    remaining_ms = max(0, int(stored[b"redis_deadline_ms"]) - now_ms)
+    numbers = {name: _decode_number(stored[name.encode()], _MAX_NUMBERS[name]) for name in _NUMBER_FIELDS}
+    remaining_ms = max(0, _decode_number(stored[b"redis_deadline_ms"], MAX_TIME_MS) - now_ms)
     return {**texts, **numbers, "state": RequestState(stored[b"state"].decode()), "remaining_ms": remaining_ms}
 
 
@@ -106,8 +138,18 @@ def _encode(value: object) -> str | int | bytes:
     raise TypeError(f"no way to store a {type(value).__name__}")
 
 
+def _decode_number(stored: bytes, maximum: int) -> int:
+    number = int(stored)
+    if not 0 <= number <= maximum:
+        raise ValueError(f"{number} is not between 0 and {maximum}")
+    return number
+
+
 def _decode_token_ids(stored: bytes) -> tuple[int, ...]:
-    return tuple(_little_endian(array("I", stored)))
+    token_ids = tuple(_little_endian(array("I", stored)))
+    if not token_ids:
+        raise ValueError("a prompt has at least one token")
+    return token_ids
 
 
 def _little_endian(numbers: "array[int]") -> "array[int]":
@@ -122,7 +164,22 @@ def _decode_sampling(stored: bytes) -> SamplingParams:
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
     values["stop"] = tuple(values["stop"])
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    return SamplingParams(**values)
+    sampling = SamplingParams(**values)
+    _check_types(sampling)
+    sampling.validate()
+    return sampling
+
+
+def _check_types(sampling: SamplingParams) -> None:
+    """Raises TypeError for what JSON can say and no sampling has."""
+    whole = (sampling.top_k, sampling.seed, sampling.min_tokens, sampling.max_tokens, sampling.n, *sampling.stop_token_ids)
+    optional = () if sampling.logprobs is None else (sampling.logprobs,)
+    if any(type(number) is not int for number in (*whole, *optional)):
+        raise TypeError("a count, seed or token id is no whole number")
+    if any(not 0 <= token_id < 2**32 for token_id in (*sampling.logit_bias, *sampling.stop_token_ids)):
+        raise ValueError("a token id is none")
+    if any(type(stop) is not str for stop in sampling.stop) or type(sampling.ignore_eos) is not bool:
+        raise TypeError("a stop string is no text, or a choice is none")
 
 
 _TEXT_FIELDS = (
@@ -136,6 +193,9 @@ _TEXT_FIELDS = (
     "error_reason",
 )
 _NUMBER_FIELDS = ("attempt", "num_prompt_tokens", "num_output_tokens", "create_time_ms", "update_time_ms", "deadline_time_ms")
+MAX_TIME_MS = 253_402_300_799_999
+"""The last millisecond of the year 9999, where timestamps end."""
+_MAX_NUMBERS = {name: MAX_TIME_MS if name.endswith("_ms") else 2**32 - 1 for name in _NUMBER_FIELDS}
 SUMMARY_FIELDS = (*_TEXT_FIELDS, *_NUMBER_FIELDS, "state", "redis_deadline_ms")
 """Names of the hash's fields that a summary is made of."""
 _STORED_FIELDS = tuple(

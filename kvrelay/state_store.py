@@ -3,6 +3,7 @@
 Every operation is bounded by the timeout and raises:
     UnavailableError   Redis does not answer, or did not a moment ago: the breaker fails fast until a ping succeeds
     StoreFullError     Redis is out of memory and evicts nothing
+    UnreadableStateError   a key holds what kvrelay did not write
 """
 
 import hashlib
@@ -10,15 +11,25 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import structlog
 from redis.asyncio import Redis
 
-from kvrelay.errors import FrameGapError, IdempotencyConflictError, RequestNotFoundError, StateLostError, SupersededError
+from kvrelay.errors import (
+    FrameGapError,
+    IdempotencyConflictError,
+    RequestNotFoundError,
+    StateLostError,
+    SupersededError,
+    UnreadableStateError,
+)
 from kvrelay.redis_connection import RedisConnection, StoreHealth
 from kvrelay.request_list import RequestList, RequestPage
-from kvrelay.request_record import CHANGEABLE_FIELDS, RequestRecord, decode_record, encode_record
+from kvrelay.request_record import CHANGEABLE_FIELDS, RequestRecord, decode_record, decode_state, encode_record
 from kvrelay.request_state import TERMINAL_STATES, RequestState, edges_argument, paths_argument, terminal_argument
 
 RESTORED_FRAMES_PER_OPERATION = 1000
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +198,13 @@ class StateStore:
         """
         arguments = (position, max_count, terminal_argument())
         answer = await self._connection.run_script("read", _keys(request_id), arguments)
-        if len(answer) == 1 and wait_ms > 0 and RequestState(answer[0].decode()) not in TERMINAL_STATES:
+        if len(answer) == 1 and wait_ms > 0 and decode_state(answer[0]) not in TERMINAL_STATES:
             # Frame p has the stream id (p + 1)-0: this waits for frame `position`, or for the end that may be there instead.
             await self._connection.wait_for_entry(_log_key(request_id), f"{position}-0", wait_ms)
             answer = await self._connection.run_script("read", _keys(request_id), arguments)
         if not answer:
             raise RequestNotFoundError(f"Request {request_id} is not known, or was forgotten.")
-        return answer[1:], RequestState(answer[0].decode())
+        return answer[1:], decode_state(answer[0])
 
     async def get(self, request_id: str) -> RequestRecord | None:
         """One request, or None."""
@@ -244,7 +255,8 @@ class StateStore:
             IdempotencyConflictError: the key was used with another body.
         """
         answer = await self._connection.run_script("claim", [_idempotency_key(tenant, key)], (body_digest, request_id, ttl_ms))
-        stored_digest, owner = (value.decode() for value in answer)
+        # A key that lacks one of them stands for no request: it reads as another body's.
+        stored_digest, owner = ((value or b"").decode(errors="replace") for value in answer)
         if stored_digest != body_digest:
             raise IdempotencyConflictError("The idempotency key was used before with another request; use a new key.")
         return IdempotencyClaim(owner, mine=owner == request_id)
@@ -255,7 +267,10 @@ class StateStore:
 
     async def _list(self, record: RequestRecord) -> None:
         time_to_live_ms = record.remaining_ms + self._retention_ms
-        await self._request_list.add(record.request_id, record.create_time_ms, time_to_live_ms)
+        try:
+            await self._request_list.add(record.request_id, record.create_time_ms, time_to_live_ms)
+        except UnreadableStateError as error:
+            _log.error("a request is not in the list of requests", request_id=record.request_id, problem=repr(error.__cause__))
 
 
 def _request_key(request_id: str) -> str:

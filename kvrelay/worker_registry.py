@@ -16,7 +16,7 @@ from enum import Enum
 
 import structlog
 
-from kvrelay.errors import StoreFullError, UnavailableError
+from kvrelay.errors import StoreFullError, UnavailableError, UnreadableStateError
 from kvrelay.redis_connection import RedisConnection
 
 # One hash tag: all keys lie in one slot of a cluster.
@@ -73,7 +73,7 @@ class WorkerRegistry:
         finally:
             # Awaited, so that no renewal is under way when the lease is withdrawn.
             await _end(renewal)
-            with contextlib.suppress(UnavailableError):  # then it runs out on its own
+            with contextlib.suppress(UnavailableError, UnreadableStateError):  # then it runs out on its own
                 await self._connection.run_script("withdraw", _KEYS, (member.instance_id, 10 * self._lease_ms))
 
     @asynccontextmanager
@@ -107,14 +107,16 @@ class WorkerRegistry:
         payloads, withdrawn = await self._connection.run_script("members", _KEYS, ())
         members = (_decode(payload) for payload in payloads)
         alive = sorted((member for member in members if member is not None), key=_order)
-        return tuple(alive), frozenset(instance_id.decode() for instance_id in withdrawn)
+        return tuple(alive), frozenset(instance_id.decode(errors="replace") for instance_id in withdrawn)
 
     async def _renew(self, member: Member) -> bool:
         try:
             await self._connection.run_script("lease", _KEYS, (member.instance_id, _encode(member), self._lease_ms))
         except (UnavailableError, StoreFullError):
             return False
-        return True
+        except UnreadableStateError as failure:
+            _log.error("the lease cannot be renewed", instance_id=member.instance_id, reason=repr(failure.__cause__))
+        return True  # what is wrong with the registry's keys does not go away at once: again after the usual time
 
     async def _keep_renewing(self, member: Member, renewed: bool) -> None:
         while True:
@@ -131,8 +133,12 @@ class WorkerRegistry:
                 renewed = True  # after the usual time: what is wrong here does not go away at once
 
     async def _look(self, view: "MemberView") -> None:
-        with contextlib.suppress(UnavailableError):  # the last known members stay
+        try:
             view.update(*await self._read(), now=asyncio.get_running_loop().time())
+        except UnavailableError:
+            pass  # the last known members stay
+        except UnreadableStateError as failure:
+            _log.error("the registry cannot be read", reason=repr(failure.__cause__))
 
     async def _keep_looking(self, view: "MemberView", interval_s: float) -> None:
         while True:
@@ -223,6 +229,6 @@ def _decode(payload: bytes) -> Member | None:
         names = [field.name for field in dataclasses.fields(Member)]
         known = {name: str(values[name]) for name in names if name in values}
         return Member(**{**known, "role": MemberRole(known["role"])})  # type: ignore[arg-type]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         _log.warning("unreadable member in the registry", payload=payload[:200])
         return None

@@ -17,7 +17,7 @@ SAMPLING = st.builds(
     temperature=st.floats(0, 100),
     logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100)),
     seed=st.integers(0, 2**64 - 1),
-    stop=st.lists(TEXTS, max_size=3).map(tuple),
+    stop=st.lists(TEXTS.filter(bool), max_size=3).map(tuple),
     stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=3).map(tuple),
     max_tokens=st.integers(1, 2**31),
     logprobs=st.none() | st.integers(0, 20),

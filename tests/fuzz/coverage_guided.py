@@ -1,0 +1,83 @@
+"""Fuzzing that is led by which branches were reached, with atheris where it is installed.
+
+    python -m tests.fuzz.coverage_guided TARGET [-runs=N | -max_total_time=SECONDS] [FOLDER ...]
+
+TARGET is one of `TARGETS`; the rest are libFuzzer's own arguments: the first folder takes new inputs, and all are begun with.
+A target raises for what must not be; libFuzzer writes the input that did it to a file `crash-...` in the working folder.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+
+import atheris
+import structlog
+
+with atheris.instrument_imports(
+    include=["kvrelay.kv_transfer.codec", "kvrelay.request_record", "kvrelay.worker_registry", "kvrelay.request_list", "gateway"]
+):
+    from gateway.output_frames import decode_frame
+    from gateway.request_validation import parse_messages, parse_sampling
+    from kvrelay import request_record, worker_registry
+    from kvrelay.errors import InvalidRequestError, TransferError, UnreadableStateError
+    from kvrelay.kv_transfer.codec import decode_request
+    from kvrelay.v1 import inference_pb2
+
+
+def decode_push(data: bytes) -> None:
+    """A message of a KV push."""
+    with contextlib.suppress(TransferError):
+        decode_request(data)
+
+
+def validate_request(data: bytes) -> None:
+    """A client's Generate request, as far as it is checked before a model is asked for."""
+    try:
+        request = inference_pb2.GenerateRequest.FromString(data)
+    except Exception:  # protobuf's; the interceptor answers it
+        return
+    with contextlib.suppress(InvalidRequestError):
+        parse_sampling(request.sampling)
+        parse_messages(request.chat.messages, "messages")
+
+
+def read_record(data: bytes) -> None:
+    """A hash of Redis: fields and values by turns, with NUL between."""
+    parts = data.split(b"\0")
+    stored = dict(zip(parts[::2], parts[1::2], strict=False))
+    with contextlib.suppress(UnreadableStateError):
+        request_record.decode_record(stored, 0)
+
+
+def read_member(data: bytes) -> None:
+    """A member of the registry."""
+    worker_registry._decode(data)
+
+
+def read_frame(data: bytes) -> None:
+    """A frame of a request's log."""
+    with contextlib.suppress(UnreadableStateError):
+        decode_frame(data)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "push": decode_push,
+    "request": validate_request,
+    "record": read_record,
+    "member": read_member,
+    "frame": read_frame,
+}
+
+
+def main() -> None:
+    target = TARGETS.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if target is None:
+        raise SystemExit(f"name a target: {', '.join(TARGETS)}")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
