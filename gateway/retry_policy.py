@@ -45,7 +45,7 @@ class RetryPolicy:
         self._last_kind = kind
         if kind is FailureKind.TRANSFER and pair is not None:
             self._avoided_pairs.add(pair)
-        else:
+        elif kind is not FailureKind.SUPERSEDED:  # the same worker takes the next attempt, or one of those after it
             self._excluded_worker_ids.add(worker_id)
         if kind in (FailureKind.OUT_OF_CAPACITY, FailureKind.DRAINING):
             return None

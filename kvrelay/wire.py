@@ -18,6 +18,7 @@ _FAILURE_KINDS = {
     FailureKind.INVALID: session_pb2.FAILURE_KIND_INVALID,
     FailureKind.DEADLINE: session_pb2.FAILURE_KIND_DEADLINE,
     FailureKind.INTERNAL: session_pb2.FAILURE_KIND_INTERNAL,
+    FailureKind.SUPERSEDED: session_pb2.FAILURE_KIND_SUPERSEDED,
 }
 _FAILURE_KINDS_BY_NUMBER = {number: kind for kind, number in _FAILURE_KINDS.items()}
 
@@ -27,7 +28,12 @@ def work_id_to_pb(work_id: WorkId) -> session_pb2.WorkId:
 
 
 def work_id_from_pb(message: session_pb2.WorkId) -> WorkId:
-    return WorkId(message.request_id, message.attempt, message.first_sequence)
+    return _work_id(message.request_id, message.attempt, message.first_sequence)
+
+
+# The same few come with every token, and to make a frozen value takes longer than to find it.
+_work_id = lru_cache(maxsize=4096)(WorkId)
+_plain_token = lru_cache(maxsize=65_536)(Token)
 
 
 def sampling_to_pb(sampling: SamplingParams) -> session_pb2.SamplingParams:
@@ -90,7 +96,7 @@ def token_to_pb(token: Token) -> session_pb2.Token:
 
 def token_from_pb(message: session_pb2.Token) -> Token:
     if not message.HasField("logprob"):  # nor alternatives: so it is with most tokens, and this runs for each of them
-        return Token(message.token_id)
+        return _plain_token(message.token_id)
     return Token(
         token_id=message.token_id,
         logprob=message.logprob,

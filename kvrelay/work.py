@@ -26,6 +26,8 @@ class FailureKind(Enum):
     INVALID = "invalid"
     DEADLINE = "deadline"
     INTERNAL = "internal"
+    SUPERSEDED = "superseded"
+    """This attempt or a newer one was here before: a higher one is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

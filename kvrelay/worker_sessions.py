@@ -106,7 +106,7 @@ class WorkerSessions:
         elif work.deadline_ms == 0:
             self.refuse(session, work_id, FailureKind.DEADLINE, DEADLINE_MESSAGE)
         elif not self.leases.begin(work_id, session, work.deadline_ms):
-            self.refuse(session, work_id, FailureKind.INVALID, "this attempt, or a newer one, is known already")
+            self.refuse(session, work_id, FailureKind.SUPERSEDED, "this attempt, or a newer one, is known already")
         else:
             return work
         return None

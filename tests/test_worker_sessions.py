@@ -151,7 +151,7 @@ async def test_a_newer_attempt_ends_older_ones_and_older_ones_that_come_late_are
         tokens = await collect_of_attempt(session, second)
         assert len(tokens) == 6
         await session.send(reserve=reserve_to_pb(first, session.hello.model.fingerprint))
-        assert await expect_failure(session, first) == session_pb2.FAILURE_KIND_INVALID
+        assert await expect_failure(session, first) == session_pb2.FAILURE_KIND_SUPERSEDED
         await worker.wait_until_idle()
 
 

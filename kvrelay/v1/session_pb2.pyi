@@ -63,6 +63,10 @@ class _FailureKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureKi
     """The deadline passed."""
     FAILURE_KIND_INTERNAL: _FailureKind.ValueType  # 6
     """A defect of the worker; its log has the detail."""
+    FAILURE_KIND_SUPERSEDED: _FailureKind.ValueType  # 7
+    """The worker has seen this attempt or a newer one. A gateway that took the request over knows an older one than the gateway
+    that died had come to, for state is written behind; a higher attempt is taken.
+    """
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """Why a worker could not do its work."""
@@ -81,6 +85,10 @@ FAILURE_KIND_DEADLINE: FailureKind.ValueType  # 5
 """The deadline passed."""
 FAILURE_KIND_INTERNAL: FailureKind.ValueType  # 6
 """A defect of the worker; its log has the detail."""
+FAILURE_KIND_SUPERSEDED: FailureKind.ValueType  # 7
+"""The worker has seen this attempt or a newer one. A gateway that took the request over knows an older one than the gateway
+that died had come to, for state is written behind; a higher attempt is taken.
+"""
 Global___FailureKind: _TypeAlias = FailureKind  # noqa: Y015
 
 @_typing.final

@@ -249,6 +249,17 @@ def test_a_request_that_loses_every_attempt_fails_in_the_end() -> None:
     assert isinstance(finish_of(actions).error, errors.UnavailableError)
 
 
+def test_a_worker_that_knows_a_newer_attempt_gets_the_next_one() -> None:
+    """A gateway that took the request over counts on from what the store knows, and the dead one had come further."""
+    lifecycle = make_lifecycle(1, attempt=2)
+    lifecycle.handle(m.Start())
+    lifecycle.handle(m.Routed(WorkId("a" * 32, 2), "d1", None))
+    *_, route = lifecycle.handle(m.WorkFailed("d1", WorkId("a" * 32, 2), FailureKind.SUPERSEDED, "known already"))
+    assert isinstance(route, m.Route)
+    assert route.work.work_id.attempt == 3
+    assert route.excluded_worker_ids == frozenset()
+
+
 def test_the_end_waits_a_moment_for_the_report_on_the_transfer() -> None:
     lifecycle = make_lifecycle(1)
     reserved(lifecycle)
