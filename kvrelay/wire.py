@@ -1,5 +1,7 @@
 """Conversions between the values of `kvrelay.work` and the messages of the protocol. Pure; checks nothing but enum membership."""
 
+from functools import lru_cache
+
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
