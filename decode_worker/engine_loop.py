@@ -12,6 +12,7 @@ import structlog
 from decode_worker import commands, events
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeScheduler
+from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
 from kvrelay.work import FailureKind, SequenceToken, WorkerLoad, WorkId
@@ -65,6 +66,7 @@ class DecodeEngineLoop:
                 # The permit must be there before the next command can end the reservation: opened after that, it would
                 # let a writer into blocks that are others' by then.
                 self._publish_report(())
+                fault_point("decode.blocks_reserved", work)
             case commands.ComputePrompt(work_id):
                 if self._scheduler.run_prompt(work_id):
                     self._prompt_times[work_id] = _PromptTimes(self._now())
@@ -89,7 +91,9 @@ class DecodeEngineLoop:
         if step is None:
             return False
         self._note_begun(step)
+        fault_point("decode.step_begins", step)
         tokens = self._run(step)
+        fault_point("decode.step_computed", tokens)
         self._publish_report(tokens)
         return True
 
@@ -104,9 +108,28 @@ class DecodeEngineLoop:
             tokens = self._step_runner.run(step)
         except Exception:
             _log.exception("a step failed", num_sequences=len(step.entries))
+            return self._run_apart(step)
+        self._scheduler.complete(step, tokens)
+        return tuple(tokens)
+
+    def _run_apart(self, step: Step) -> tuple[SequenceToken, ...]:
+        """A step failed: only those of its sequences fail that cannot be computed by themselves either."""
+        parts = step.apart()
+        if len(parts) == 1:
             self._scheduler.fail_step(step, INTERNAL_MESSAGE)
             return ()
-        self._scheduler.complete(step, tokens)
+        tokens: list[SequenceToken] = []
+        for part in parts:
+            if part.entries[0].sequence.block_table is None:
+                continue  # of a work that has failed with an earlier part
+            try:
+                computed = self._step_runner.run(part)
+            except Exception:
+                _log.exception("a sequence fails its step", request_id=part.entries[0].work_id.request_id)
+                self._scheduler.fail_step(part, INTERNAL_MESSAGE)
+                continue
+            self._scheduler.complete(part, computed)
+            tokens.extend(computed)
         return tuple(tokens)
 
     def _note_begun(self, step: Step) -> None:

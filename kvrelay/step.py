@@ -55,3 +55,12 @@ class Step:
     @property
     def work_ids(self) -> frozenset[WorkId]:
         return frozenset(entry.work_id for entry in self.entries)
+
+    def apart(self) -> "list[Step]":
+        """The same in steps of one entry each, with the copies that each needs: to find out which of them cannot be computed."""
+        return [Step((entry,), self._copies_of(entry)) for entry in self.entries]
+
+    def _copies_of(self, entry: StepEntry) -> tuple[BlockCopy, ...]:
+        table = entry.sequence.block_table
+        held = frozenset(table.blocks) if table is not None else frozenset()
+        return tuple(copy for copy in self.copies if copy.target in held)

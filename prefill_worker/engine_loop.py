@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
 from kvrelay.work import FailureKind, WorkerLoad, WorkId
@@ -74,7 +75,9 @@ class PrefillEngineLoop:
         self._publish_report()
         if step is None:
             return False
+        fault_point("prefill.step_begins", step)
         self._run(step)
+        fault_point("prefill.step_computed", step)
         self._publish_report()
         return True
 
@@ -85,14 +88,46 @@ class PrefillEngineLoop:
         self._publish_report()
 
     def _run(self, step: Step) -> None:
-        written = tuple(events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries)
+        announced: set[int] = set()
         try:
-            tokens = self._step_runner.run(step, lambda layer: self._announce(layer, written))
+            tokens = self._step_runner.run(step, self._announcer(step, announced))
         except Exception:
             _log.exception("a step failed", num_prompts=len(step.entries))
-            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            self._run_apart(step, announced)
             return
         self._scheduler.complete(step, tokens)
+
+    def _run_apart(self, step: Step, announced: set[int]) -> None:
+        """A step failed: only those of its prompts fail that cannot be computed by themselves either.
+
+        Args:
+            step: that failed.
+            announced: layers that the senders know already; what is computed again is the same.
+        """
+        parts = step.apart()
+        if len(parts) == 1:
+            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            return
+        for part in parts:
+            try:
+                tokens = self._step_runner.run(part, self._announcer(part, set(announced)))
+            except Exception:
+                _log.exception("a prompt fails its step", request_id=part.entries[0].work_id.request_id)
+                self._scheduler.fail_step(part, INTERNAL_MESSAGE)
+                continue
+            self._scheduler.complete(part, tokens)
+
+    def _announcer(self, step: Step, announced: set[int]) -> Callable[[int], None]:
+        """Tells the senders of each layer that is not among those announced, and adds it to them."""
+        written = tuple(events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries)
+
+        def announce(layer: int) -> None:
+            if layer not in announced:
+                announced.add(layer)
+                self._announce(layer, written)
+                fault_point("prefill.layer_written", layer, written)
+
+        return announce
 
     def _publish_report(self) -> None:
         happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())

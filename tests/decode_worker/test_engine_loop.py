@@ -11,7 +11,7 @@ from decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.step import Step
 from kvrelay.work import FailureKind, SequenceToken, WorkId
-from tests.simulated_pool import SimulatedPool
+from tests.simulated_pool import SimulatedPool, expected_output
 from tests.works import make_work
 
 WORK = make_work(list(range(5, 15)), max_tokens=4)
@@ -22,9 +22,16 @@ class SimulatedRunner:
 
     def __init__(self, pool: SimulatedPool) -> None:
         self._pool = pool
+        self.poison: int | None = None
+        """A step with this token fails, when it is all computed."""
+        self.num_failures = 0
 
     def run(self, step: Step, on_layer_written: Callable[[int], None] | None = None) -> list[SequenceToken]:
-        return self._pool.run(step)
+        tokens = self._pool.run(step)
+        if any(self.poison in entry.sequence.token_ids for entry in step.entries):
+            self.num_failures += 1
+            raise ValueError("poison")
+        return tokens
 
 
 class Bench:
@@ -33,8 +40,8 @@ class Bench:
         self.permits = PushPermits()
         self.reports: list[events.StepReport] = []
         scheduler = DecodeScheduler(self.blocks, DecodeLimits(8, 8, 8), self.permits)
-        runner = SimulatedRunner(SimulatedPool(8, 4))
-        self.loop = DecodeEngineLoop(scheduler, runner, self.permits, self.reports.append)  # type: ignore[arg-type]
+        self.runner = SimulatedRunner(SimulatedPool(8, 4))
+        self.loop = DecodeEngineLoop(scheduler, self.runner, self.permits, self.reports.append)  # type: ignore[arg-type]
 
     def events(self) -> list[events.Event]:
         return [event for report in self.reports for event in report.events]
@@ -75,3 +82,24 @@ def test_a_prompt_that_is_computed_here_is_timed() -> None:
     assert started.prefill_ms >= started.queue_ms > 0
     assert isinstance(bench.events()[-1], events.WorkEnded)
     assert not bench.loop._prompt_times
+
+
+def test_only_the_sequence_fails_that_cannot_be_computed() -> None:
+    bench = Bench()
+    poisoned, innocent = (make_work([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((99, "a"), (5, "b")))
+    forked = make_work([8, 9, 10], max_tokens=4, request_id="c" * 32, num_sequences=2)
+    bench.runner.poison = 99
+    for work in (poisoned, innocent, forked):
+        bench.loop.handle(commands.ReserveBlocks(work))
+        bench.loop.handle(commands.ComputePrompt(work.work_id))
+    while bench.loop.step():
+        pass
+    assert bench.runner.num_failures == 2, "together with the others, then apart"
+    [failed] = [event for event in bench.events() if isinstance(event, events.WorkFailed)]
+    assert (failed.work_id, failed.kind) == (poisoned.work_id, FailureKind.INTERNAL)
+    tokens: dict[tuple[WorkId, int], list[int]] = {}
+    for token in (token for report in bench.reports for token in report.tokens):
+        tokens.setdefault((token.work_id, token.sequence), []).append(token.token.token_id)
+    expected = {(work.work_id, number): expected_output(work, number) for work in (innocent, forked) for number in work.sequences}
+    assert tokens == expected
+    assert bench.blocks.num_used_blocks == 0
