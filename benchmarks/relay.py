@@ -1,13 +1,14 @@
 """`kvrelay bench relay`: how many tokens one gateway process relays, at what cost, and how much later they arrive for it.
 
 For each number of streams: a flood, as fast as the gateway reads; the highest paced rate that it keeps up with, searched
-downwards from there; and half of that, for the latency that the gateway adds. Workers are simulated, and share the cores with
-the gateway and the clients: tokens per second of the gateway's own processor time say what it would do with a core of its own.
+downwards from there; and half of that, for the latency that the gateway adds. The gateway has a core to itself, simulated workers
+and clients have the others. Without coalescing the same loads are written once more by a server that has nothing to do but that:
+the floor, below which no gateway on grpc.aio can come.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,8 @@ from kvrelay.telemetry import configure_logging
 FLOOD_TOKENS_PER_S = 4000
 """The flood is as long as this would take for a paced load's time."""
 SEARCH_FACTOR = 0.8
-MAX_SEARCHES = 8
+MAX_SEARCHES = 12
+NUM_REFINEMENTS = 2
 MIN_KEPT_SHARE = 0.97
 MAX_LAG_MS = 250.0
 MAX_TOKENS_PER_MESSAGE = 1.1
@@ -49,6 +51,7 @@ def command(
     streams: Annotated[str, typer.Option(help="Numbers of streams, separated by commas.")] = "1,64,256",
     coalesce_ms: Annotated[str, typer.Option(help="For how long tokens may be gathered: several, separated by commas.")] = "0,50",
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each paced load.")] = 4.0,
+    tokens_per_s: Annotated[float | None, typer.Option(min=1.0, help="This rate and half of it, instead of the highest.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Simulated workers among which the streams are spread.")] = 4,
     clients: Annotated[int, typer.Option(min=1, help="Processes of clients.")] = 1,
     json: report.Json = None,
@@ -57,12 +60,18 @@ def command(
     """Tokens per second through one gateway, with a simulated engine."""
     output = Report("relay", json, plots)
     configure_logging("warning", "console")  # of the simulated workers, which live in this process
-    asyncio.run(_run(output, _numbers(streams), _numbers(coalesce_ms), seconds, workers, clients))
+    asyncio.run(_run(output, _numbers(streams), _numbers(coalesce_ms), seconds, tokens_per_s, workers, clients))
     output.finish()
 
 
 async def _run(
-    output: Report, streams: list[int], coalesce_ms: list[int], seconds: float, num_workers: int, num_clients: int
+    output: Report,
+    streams: list[int],
+    coalesce_ms: list[int],
+    seconds: float,
+    tokens_per_s: float | None,
+    num_workers: int,
+    num_clients: int,
 ) -> None:
     folder = Path(ModelStore(default_model_dir(os.environ)).ensure_demo_model())
     rows = []
@@ -70,32 +79,62 @@ async def _run(
         await bench.measure(RelayLoad(8, 400.0, 400))  # not counted: imports and connections
         for milliseconds in coalesce_ms:
             for num_streams in streams:
-                async for name, result in _loads(output, bench, num_streams, milliseconds, seconds):
+                output.progress(f"{num_streams} streams, coalescing {milliseconds} ms")
+                async for name, result in _loads(bench, num_streams, milliseconds, seconds, tokens_per_s):
                     output.add({"load": name, "result": result})
                     rows.append(_row(name, result))
     output.note(
-        "tok/s are those of gateway, workers and clients on the same cores; tok per gateway CPU s are those of a gateway with a"
-        " core of its own. Added: from the worker's sending a step to the client's receipt of each token."
+        "The gateway has one core; workers, Valkey and clients have the others. Added: from the worker's sending a step to the"
+        " client's receipt of each token. Floor: the same messages from a bare grpc.aio server on the gateway's core."
     )
     output.print_table(f"One gateway process, {num_workers} simulated workers, {num_clients} processes of clients", COLUMNS, rows)
 
 
 async def _loads(
-    output: Report, bench: RelayBench, num_streams: int, coalesce_ms: int, seconds: float
+    bench: RelayBench, num_streams: int, coalesce_ms: int, seconds: float, tokens_per_s: float | None
 ) -> AsyncIterator[tuple[str, RelayResult]]:
-    """Flood, highest rate that is kept up with, and half of it."""
-    output.progress(f"{num_streams} streams, coalescing {coalesce_ms} ms")
+    """Flood, highest rate that is kept up with or the one that is given, half of it, and the floors of both."""
+
+    def load(rate: float) -> RelayLoad:
+        return RelayLoad(num_streams, rate, int(rate * seconds), coalesce_ms)
+
     flood = await bench.measure(RelayLoad(num_streams, None, int(FLOOD_TOKENS_PER_S * seconds), coalesce_ms))
     yield "flood", flood
-    rate = flood.tokens_per_s
+    if tokens_per_s is not None:
+        highest: RelayResult | None = await bench.measure(load(tokens_per_s))
+    else:
+        highest = await _highest(lambda rate: bench.measure(load(rate)), flood.tokens_per_s)
+    if highest is None:
+        return
+    yield "highest" if tokens_per_s is None else "given", highest
+    assert highest.offered_tokens_per_s is not None, "a paced load"
+    rates = {
+        "highest" if tokens_per_s is None else "given": highest.offered_tokens_per_s,
+        "half": highest.offered_tokens_per_s / 2,
+    }
+    yield "half", await bench.measure(load(rates["half"]))
+    if coalesce_ms == 0:
+        for name, rate in rates.items():
+            yield f"floor of {name}", await bench.measure_floor(load(rate))
+
+
+async def _highest(measure: Callable[[float], Awaitable[RelayResult]], tokens_per_s: float) -> RelayResult | None:
+    """The highest rate that is kept up with: searched downwards, then between the last that was not and the first that was."""
+    best = None
     for _ in range(MAX_SEARCHES):
-        paced = await bench.measure(RelayLoad(num_streams, rate, int(rate * seconds), coalesce_ms))
-        if _is_kept_up_with(paced):
-            yield "highest", paced
+        result = await measure(tokens_per_s)
+        if _is_kept_up_with(result):
+            best = result
             break
-        rate *= SEARCH_FACTOR
-    half = await bench.measure(RelayLoad(num_streams, rate / 2, int(rate / 2 * seconds), coalesce_ms))
-    yield "half", half
+        tokens_per_s *= SEARCH_FACTOR
+    factor = SEARCH_FACTOR**-0.5
+    for _ in range(NUM_REFINEMENTS if best is not None else 0):
+        result = await measure(tokens_per_s * factor)
+        if _is_kept_up_with(result):
+            best = result
+            tokens_per_s *= factor
+        factor **= 0.5
+    return best
 
 
 def _is_kept_up_with(result: RelayResult) -> bool:

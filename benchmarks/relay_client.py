@@ -1,30 +1,30 @@
 """A process of clients for `bench relay`: opens streams and notes when each message came. Parses nothing until all is over."""
 
-from __future__ import annotations  # gRPC's classes are generic for type checkers only
-
-import asyncio
+import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
-
-from kvrelay.rpc import create_channel
+from benchmarks.http2_streams import Message, read_streams
 from kvrelay.v1 import inference_pb2, session_pb2
 
 GENERATE = "/kvrelay.v1.InferenceService/Generate"
 PROMPT_TOKENS = 64
 
 
+class IncompleteStreamError(Exception):
+    """A stream ended without its last message."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """What one process of clients is to do."""
+    """What one process of clients is to do. `cores`: where it may run."""
 
     address: str
     num_streams: int
     max_tokens: int
     coalesce_ms: int
     timeout_s: float
+    cores: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +54,12 @@ class ClientRecord:
 
 def run_streams(plan: StreamPlan) -> ClientRecord:
     """Opens all streams at once, over one connection, and reads them to their ends. For a process of its own."""
-    return asyncio.run(_run_streams(plan))
-
-
-async def _run_streams(plan: StreamPlan) -> ClientRecord:
+    os.sched_setaffinity(0, plan.cores)
+    requests = [_request(plan, number).SerializeToString() for number in range(plan.num_streams)]
     begin_cpu_s = time.process_time()
-    async with create_channel(plan.address) as channel:
-        raw = await asyncio.gather(*(_read(channel, plan, number) for number in range(plan.num_streams)))
+    streams = read_streams(plan.address, GENERATE, requests, plan.timeout_s)
     cpu_s = time.process_time() - begin_cpu_s
-    return ClientRecord(tuple(map(_parse, raw)), cpu_s)
-
-
-async def _read(channel: grpc.aio.Channel, plan: StreamPlan, number: int) -> list[tuple[float, bytes]]:
-    method: Any = channel.unary_stream(
-        GENERATE, request_serializer=inference_pb2.GenerateRequest.SerializeToString, response_deserializer=None
-    )
-    call = method(_request(plan, number), timeout=plan.timeout_s)
-    received: list[tuple[float, bytes]] = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        received.append((time.monotonic(), message))
-    return received
+    return ClientRecord(tuple(map(_parse, streams)), cpu_s)
 
 
 def _request(plan: StreamPlan, number: int) -> inference_pb2.GenerateRequest:
@@ -83,13 +69,18 @@ def _request(plan: StreamPlan, number: int) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(token_ids=token_ids, sampling=sampling, coalesce_ms=plan.coalesce_ms)
 
 
-def _parse(received: list[tuple[float, bytes]]) -> StreamRecord:
+def _parse(received: list[Message]) -> StreamRecord:
     request_id = ""
     messages = []
+    finished = False
     for time_s, data in received:
         frame = inference_pb2.GenerateResponse.FromString(data)
         if frame.HasField("accepted"):
             request_id = frame.accepted.request_id
         elif frame.HasField("delta"):
             messages.append(ReceivedMessage(time_s, frame.delta.index, len(frame.delta.tokens)))
+        else:
+            finished = True
+    if not finished:
+        raise IncompleteStreamError(f"stream {request_id!r} ended after {len(messages)} deltas without its last message")
     return StreamRecord(request_id, tuple(messages))

@@ -1,11 +1,15 @@
-"""One load on one gateway process between simulated workers and clients in processes of their own, and what came of it."""
+"""One load on one gateway process between simulated workers and clients in processes of their own, and what came of it.
+
+The gateway has a core to itself; workers, Valkey and clients have the others.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.relay_client import ClientRecord, StreamPlan, run_streams
+from benchmarks.relay_floor import FloorPlan, FloorRecord, run_floor
 from benchmarks.simulated_worker import SimulatedWorker
 from benchmarks.statistics import percentile
 from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
@@ -22,6 +27,20 @@ from kvrelay.local_cluster import GATEWAY_NAME, LocalCluster
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCores:
+    """Who runs where. On a machine with one core, all on that."""
+
+    gateway: frozenset[int]
+    others: frozenset[int]
+
+    @staticmethod
+    def divided(available: frozenset[int]) -> BenchCores:
+        """One for the gateway, the rest for those around it."""
+        first = min(available)
+        return BenchCores(frozenset({first}), available - {first} or available)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +87,28 @@ class RelayBench:
         started: asyncio.Semaphore,
         pool: ProcessPoolExecutor,
         num_clients: int,
+        cores: BenchCores,
     ) -> None:
         self._cluster = cluster
         self._workers = workers
         self._started = started
         self._pool = pool
         self._num_clients = num_clients
+        self._cores = cores
 
     @staticmethod
     @asynccontextmanager
     async def running(tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1) -> AsyncIterator[RelayBench]:
-        """Starts everything; nothing is left at the end."""
+        """Starts everything; nothing is left at the end, but that this process, which has the workers, keeps to its cores."""
+        cores = BenchCores.divided(frozenset(os.sched_getaffinity(0)))
         gateway = GatewaySettings(
             server=ServerSettings(log_level="warning"),
             relay=RelaySettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
         )
         async with AsyncExitStack() as stack:
+            pin_process(os.getpid(), cores.others)
             cluster = await stack.enter_async_context(LocalCluster(gateway=gateway, prefill=(), decode=()))
+            pin_process(cluster.pid(GATEWAY_NAME), cores.gateway)
             assert cluster.redis_url is not None, "started with one"
             started = asyncio.Semaphore(0)
             peers: dict[str, SimulatedWorker] = {}
@@ -92,24 +116,46 @@ class RelayBench:
             for worker in workers:
                 await stack.enter_async_context(worker.running())
             pool = stack.enter_context(ProcessPoolExecutor(num_clients, mp_context=get_context("spawn")))
-            yield RelayBench(cluster, workers, started, pool, num_clients)
+            yield RelayBench(cluster, workers, started, pool, num_clients, cores)
 
     async def measure(self, load: RelayLoad) -> RelayResult:
         """Opens the streams, waits until all are in the batch, and lets them run to their ends."""
         for worker in self._workers:
             worker.sent_times_s.clear()
-        loop = asyncio.get_running_loop()
-        max_tokens = max(load.num_tokens // load.num_streams, 2)
-        shares = _shares(load.num_streams, self._num_clients)
-        address = self._cluster.gateway_address
-        plans = [StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S) for share in shares if share]
-        clients = asyncio.gather(*(loop.run_in_executor(self._pool, run_streams, plan) for plan in plans))
+        clients = self._start_clients(load, self._cluster.gateway_address)
         await self._wait_until_started(load.num_streams, clients)
         await asyncio.sleep(0.2)  # what admission left to be written
         begin_s, begin_cpu_s = time.monotonic(), self._gateway_cpu_s()
         await self._run_steps(load)
         records = await clients
-        return self._result(load, records, begin_s, self._gateway_cpu_s() - begin_cpu_s)
+        sent = {request_id: times for worker in self._workers for request_id, times in worker.sent_times_s.items()}
+        return _result(load, records, sent, begin_s, self._gateway_cpu_s() - begin_cpu_s)
+
+    async def measure_floor(self, load: RelayLoad) -> RelayResult:
+        """The same messages, written by a server without a gateway on the gateway's core, which has nothing else to do then."""
+        interval_s = None if load.tokens_per_s is None else load.num_streams / load.tokens_per_s
+        num_groups = min(len(self._workers), load.num_streams)
+        plan = FloorPlan(load.num_streams, num_groups, _max_tokens(load), interval_s, self._cores.gateway)
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_floor, args=(plan, theirs), daemon=True)
+        process.start()
+        try:
+            port = await asyncio.to_thread(ours.recv)
+            records = await self._start_clients(load, f"127.0.0.1:{port}")
+            ours.send(None)
+            floor: FloorRecord = await asyncio.to_thread(ours.recv)
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.join)
+        return _result(load, records, floor.sent_times_s, floor.begin_s, floor.cpu_s)
+
+    def _start_clients(self, load: RelayLoad, address: str) -> asyncio.Future[list[ClientRecord]]:
+        loop = asyncio.get_running_loop()
+        max_tokens = _max_tokens(load)
+        shares = [share for share in _shares(load.num_streams, self._num_clients) if share]
+        plans = [StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S, self._cores.others) for share in shares]
+        return asyncio.gather(*(loop.run_in_executor(self._pool, run_streams, plan) for plan in plans))
 
     async def _wait_until_started(self, num_streams: int, clients: asyncio.Future[list[ClientRecord]]) -> None:
         async def all_started() -> None:
@@ -139,38 +185,55 @@ class RelayBench:
         fields = Path(f"/proc/{self._cluster.pid(GATEWAY_NAME)}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def _result(self, load: RelayLoad, records: Sequence[ClientRecord], begin_s: float, cpu_s: float) -> RelayResult:
-        sent = {request_id: times for worker in self._workers for request_id, times in worker.sent_times_s.items()}
-        latencies_ms: list[float] = []
-        last_ms = []
-        num_messages = num_tokens = 0
-        end_s = begin_s
-        for stream in (stream for record in records for stream in record.streams):
-            times = sent[stream.request_id]
-            for message in stream.messages:
-                if message.index == 0:
-                    continue  # of the prefill, before the load began
-                num_messages += 1
-                num_tokens += message.num_tokens
-                latencies_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
-            last_ms.append(latencies_ms[-1])
-            end_s = max(end_s, stream.messages[-1].time_s)
-        return RelayResult(
-            num_streams=load.num_streams,
-            offered_tokens_per_s=load.tokens_per_s,
-            coalesce_ms=load.coalesce_ms,
-            num_tokens=num_tokens,
-            tokens_per_s=num_tokens / (end_s - begin_s),
-            tokens_per_message=num_tokens / num_messages,
-            gateway_cpu_s_per_1000_tokens=cpu_s / num_tokens * 1000,
-            tokens_per_gateway_cpu_s=num_tokens / max(cpu_s, 0.01),
-            gateway_cores=cpu_s / (end_s - begin_s),
-            client_cpu_s_per_1000_tokens=sum(record.cpu_s for record in records) / num_tokens * 1000,
-            latency_ms_p50=percentile(latencies_ms, 50),
-            latency_ms_p99=percentile(latencies_ms, 99),
-            latency_ms_max=max(latencies_ms),
-            last_latency_ms=percentile(last_ms, 50),
-        )
+
+def pin_process(pid: int, cores: frozenset[int]) -> None:
+    """All threads of a process, and what they will start, run on those cores."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(task.name), cores)
+
+
+def _result(
+    load: RelayLoad,
+    records: Sequence[ClientRecord],
+    sent: Mapping[str, Sequence[float]],
+    begin_s: float,
+    cpu_s: float,
+) -> RelayResult:
+    latencies_ms: list[float] = []
+    last_ms = []
+    num_messages = num_tokens = 0
+    end_s = begin_s
+    for stream in (stream for record in records for stream in record.streams):
+        times = sent[stream.request_id]
+        for message in stream.messages:
+            if message.index == 0:
+                continue  # of the prefill, before the load began
+            num_messages += 1
+            num_tokens += message.num_tokens
+            latencies_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
+        last_ms.append(latencies_ms[-1])
+        end_s = max(end_s, stream.messages[-1].time_s)
+    return RelayResult(
+        num_streams=load.num_streams,
+        offered_tokens_per_s=load.tokens_per_s,
+        coalesce_ms=load.coalesce_ms,
+        num_tokens=num_tokens,
+        tokens_per_s=num_tokens / (end_s - begin_s),
+        tokens_per_message=num_tokens / num_messages,
+        gateway_cpu_s_per_1000_tokens=cpu_s / num_tokens * 1000,
+        tokens_per_gateway_cpu_s=num_tokens / max(cpu_s, 0.01),
+        gateway_cores=cpu_s / (end_s - begin_s),
+        client_cpu_s_per_1000_tokens=sum(record.cpu_s for record in records) / num_tokens * 1000,
+        latency_ms_p50=percentile(latencies_ms, 50),
+        latency_ms_p99=percentile(latencies_ms, 99),
+        latency_ms_max=max(latencies_ms),
+        last_latency_ms=percentile(last_ms, 50),
+    )
+
+
+def _max_tokens(load: RelayLoad) -> int:
+    return max(load.num_tokens // load.num_streams, 2)
 
 
 def _shares(total: int, num_parts: int) -> list[int]:
