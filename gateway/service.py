@@ -134,15 +134,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return asyncio.get_running_loop().time() + max(min(allowed_s), 0.0)
 
 
-async def _stream(
-    reader: FrameReader, context: Context, coalesce_s: float, note: Callable[[Frame], None] = lambda frame: None
-) -> None:
+async def _stream(reader: FrameReader, context: Context, coalesce_s: float, note: Callable[[Frame], None] | None = None) -> None:
     """Writes the reader's frames; it is closed when they end, and at once when the call does."""
     context.add_done_callback(lambda _: reader.close())  # type: ignore[arg-type]  # the stubs want a class of their own
     try:
         async for frames in reader.batches(coalesce_s):
-            for frame in frames:
-                note(frame)
+            if note is not None:
+                for frame in frames:
+                    note(frame)
             for message in messages(frames):
                 await context.write(message)
     finally:

@@ -16,11 +16,12 @@ from kvrelay.request_state import is_terminal
 from kvrelay.state_store import StateStore
 
 PASS_INTERVAL_S = 0.02
-REST_FACTOR = 9.0
-"""The writer rests so many times as long as a pass over all requests took: it has a tenth of the loop, streams have the rest."""
+REST_FACTOR = 19.0
+"""The writer rests so many times as long as a pass over all requests took: it has a twentieth of the loop, streams the rest."""
 MAX_PASS_INTERVAL_S = 1.0
 FULL_INTERVAL_S = 1.0
-MAX_PARALLEL_WRITES = 8
+MAX_PARALLEL_WRITES = 2
+"""Writes follow one another in the event loop's turns, and what they take of a turn is what tokens wait for."""
 MAX_ENDED_JOURNALS = 2048
 MAX_ENDED_FRAMES = 100_000
 

@@ -182,8 +182,13 @@ class WorkerSessions:
         if self._sessions.get(session.worker_id) is not session:
             return
         for request_id, event in session_messages.events(session.worker_id, response):
-            if isinstance(event, m.WorkFailed) and event.kind is FailureKind.DRAINING:
-                session.mark_draining()
-            if isinstance(event, m.PrefillDone | m.DecodeStarted | m.WorkFailed):
-                session.sent_prompts.remove(event.work_id)
+            if not isinstance(event, m.DecodeTokens):  # the most frequent by far say nothing about the worker
+                self._note(session, event)
             self._on_event(request_id, event)
+
+    def _note(self, session: WorkerSession, event: m.Event) -> None:
+        """What an event says about the worker that sent it."""
+        if isinstance(event, m.WorkFailed) and event.kind is FailureKind.DRAINING:
+            session.mark_draining()
+        if isinstance(event, m.PrefillDone | m.DecodeStarted | m.WorkFailed):
+            session.sent_prompts.remove(event.work_id)

@@ -7,6 +7,7 @@ from gateway.output_frames import DeltaFrame, EventFrame, Frame, accepted_frame,
 from kvrelay.telemetry import Phases
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
+from kvrelay.wire import finish_reason_to_pb, token_to_pb
 from kvrelay.work import FinishReason, Token, TopLogprob
 
 
@@ -33,6 +34,35 @@ def test_accepted_and_finished_stay_where_they_are() -> None:
     last = finished_frame([FinishReason.LENGTH], 3, 2, 0, Phases())
     frames: list[Frame] = [accepted_frame("id", "model", 3, 7), delta(0, 0, "a"), delta(0, 1, "b"), last]
     assert [message.WhichOneof("event") for message in parsed(frames)] == ["accepted", "delta", "finished"]
+
+
+tokens = st.builds(
+    Token,
+    st.integers(0, 2**32 - 1),
+    st.none() | st.floats(width=32, allow_nan=False),
+    st.just(()) | st.just((TopLogprob(3, -0.5), TopLogprob(70_000, -1.5))),
+)
+
+
+@given(
+    st.integers(0, 300),
+    st.integers(0, 2**32 - 1),
+    st.lists(tokens, max_size=4),
+    st.text(max_size=80),
+    st.none() | st.sampled_from(FinishReason),
+)
+def test_a_delta_has_the_bytes_that_protobuf_would_make(
+    sequence: int, index: int, tokens: list[Token], text: str, reason: FinishReason | None
+) -> None:
+    expected = pb.Delta(
+        sequence=sequence,
+        index=index,
+        tokens=[token_to_pb(token) for token in tokens],
+        text=text,
+        finish_reason=finish_reason_to_pb(reason),
+    )
+    data = DeltaFrame(sequence, index, tuple(tokens), text, reason).data
+    assert data == pb.GenerateResponse(delta=expected).SerializeToString(deterministic=True)
 
 
 def test_a_frame_is_the_same_after_the_log() -> None:
