@@ -21,6 +21,10 @@ from kvrelay.work import Token, TopLogprob
 
 MIN_TEMPERATURE = 1e-30
 """What is colder is greedy all the same, and this much float32 can divide by."""
+MIN_PENALTY = 1e-30
+MAX_LOGIT = 1e30
+"""Bounds of repetition penalties and of what they make: a penalty of almost nothing must not make an infinity of a logit, which
+would say that the model is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,8 @@ def _adjust_row(row: Tensor, raw: Tensor, item: SamplingInput) -> None:
         # Taken from the raw row, so that a token of both is penalised once.
         for seen in (_prompt_tensor(tuple(item.prompt_token_ids), row.shape[0], row.device), _token_tensor(counts, row)):
             values = raw[seen]
-            penalty = sampling.repetition_penalty
-            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            penalty = max(sampling.repetition_penalty, MIN_PENALTY)
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp_(-MAX_LOGIT, MAX_LOGIT)
     if counts and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0):
         generated = {token_id: count for token_id, count in counts.items() if token_id < row.shape[0]}
         amounts = torch.tensor([float(count) for count in generated.values()], device=row.device)

@@ -50,6 +50,13 @@ class TestGreedy:
         assert [token.token_id for token in tokens] == logits.argmax(dim=-1).tolist()
         assert all(token.logprob is None and token.top_logprobs == () for token in tokens)
 
+    @pytest.mark.parametrize("temperature", [0.0, 1e-30, 0.7])
+    def test_a_repetition_penalty_of_almost_nothing_is_no_defect_of_the_model(self, temperature: float) -> None:
+        logits = row(1.0, 0.0, -3.0)
+        for penalty in (1e-45, 1e-38, 1e-10):
+            one = item(prompt=[0, 1, 2], temperature=temperature, repetition_penalty=penalty, logprobs=2)
+            assert choose(logits, one) == 0
+
     def test_needs_no_seed(self) -> None:
         assert choose(row(1.0, 2.0), item(temperature=0.0, seed=None)) == 1
 
