@@ -66,7 +66,8 @@ class ArmedPoint:
     """What is to happen at a point.
 
     `number` names it. It fires from the `at`-th time that it is reached by a subject whose repr has `match` in it, `times` times,
-    counted over restarts of the process; None: for ever. `wait_ms` bounds WAIT.
+    counted over restarts of the process; None: for ever. `wait_ms` bounds WAIT. Of several processes that have the same `claim`,
+    the path of a file that is not there yet, only the one fires that makes it.
     """
 
     number: int
@@ -76,6 +77,7 @@ class ArmedPoint:
     times: int | None = 1
     match: str = ""
     wait_ms: int = 10_000
+    claim: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class FaultBoard:
 
     def _note(self, point: ArmedPoint) -> bool:
         self._counts[point.number] = count = self._counts[point.number] + 1
-        fires = count >= point.at and (point.times is None or count < point.at + point.times)
+        fires = count >= point.at and (point.times is None or count < point.at + point.times) and _has_claim(point)
         line = json.dumps(asdict(ReachedPoint(point.number, point.name, count, fires, os.getpid(), time.monotonic())))
         os.write(self._descriptor, line.encode() + b"\n")
         return fires
@@ -216,6 +218,16 @@ def enable_fault_points(folder: str | None) -> None:
     with contextlib.suppress(ValueError):  # not the main thread: then there are no snapshots
         signal.signal(signal.SIGUSR2, lambda *_: _board.write_snapshot() if _board is not None else None)
     _log.warning("FAULT POINTS ARE ON: this process can be killed and stopped by tests; never serve users with it", folder=folder)
+
+
+def _has_claim(point: ArmedPoint) -> bool:
+    if point.claim is None:
+        return True
+    try:
+        os.close(os.open(point.claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def _snapshot() -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ KV goes over gRPC unless the test says otherwise, so that it passes a proxy too.
 import shutil
 import socket
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,8 +31,9 @@ from kvrelay.config import (
 )
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import KvrelayError
+from kvrelay.fault_points import FaultAction
 from kvrelay.local_cluster import AnySettings, LocalCluster
-from kvrelay.testing.faults import FaultControl
+from kvrelay.testing.faults import FIRE_TIMEOUT_S, ArmedFault, FaultControl
 from kvrelay.testing.invariants import Baseline, check_at_rest, take_baseline
 from kvrelay.testing.process import FaultProcess
 from kvrelay.testing.process_files import owner_of_local_port
@@ -42,6 +44,8 @@ from kvrelay.testing.waiting import wait_until
 CLIENT = "client"
 """Source of connections to a gateway that no process of the cluster makes."""
 READY_TIMEOUT_S = 90.0
+REDIS_TIMEOUT_MS = 2000
+"""More than the default: a busy test machine is no fault."""
 
 
 @dataclass(slots=True)
@@ -132,6 +136,16 @@ class FaultCluster:
         """All of a role: gateway, prefill or decode."""
         return [process for name, process in self.processes.items() if name.startswith(role)]
 
+    def arm_one_of(self, role: str, point: str, action: FaultAction = FaultAction.KILL, **arguments: Any) -> "OneOfFault":
+        """Arms a point in all processes of a role; it happens in whichever gets there first, and only there.
+
+        Args:
+            role: prefill, decode or gateway.
+            point, action, **arguments: as `FaultProcess.arm` has them.
+        """
+        claim = str(self.folder / f"claim-{uuid.uuid4().hex}")
+        return OneOfFault({each: each.arm(point, action, claim=claim, **arguments) for each in self.of_role(role)})
+
     @property
     def addresses(self) -> list[str]:
         """host:port of every gateway, behind its proxy."""
@@ -149,6 +163,11 @@ class FaultCluster:
     def name_of_worker(self, info: WorkerInfo) -> str:
         """Name of the process that a gateway knows as this worker."""
         return next(name for name, process in self.processes.items() if process.proxy.address == info.address)
+
+    async def connected_workers(self, client: AsyncClient) -> set[str]:
+        """Names of the workers with which the asked gateway has a session, and that take work."""
+        workers = (await client.cluster(timeout_s=2.0)).workers
+        return {self.name_of_worker(worker) for worker in workers if worker.connected and not worker.load.draining}
 
     async def worker_of(self, client: AsyncClient, request_id: str, role: WorkerRole = WorkerRole.DECODE) -> FaultProcess:
         """The process that runs the request now."""
@@ -255,6 +274,7 @@ class FaultCluster:
         if settings.server.port:  # a gateway's, which the cluster has chosen
             process.proxy.port_of_target = settings.server.port
         changes: dict[str, Any] = {
+            "redis_timeout_ms": REDIS_TIMEOUT_MS,
             **self.server,
             "port": process.proxy.port_of_target,
             "advertise_address": process.proxy.address,
@@ -271,6 +291,28 @@ class FaultCluster:
                 continue  # not started yet
         owner = owner_of_local_port(port, pids)
         return CLIENT if owner is None else pids[owner]
+
+
+@dataclass(slots=True)
+class OneOfFault:
+    """A fault that is armed in several processes and happens in one of them."""
+
+    faults: Mapping[FaultProcess, ArmedFault]
+
+    @property
+    def num_fired(self) -> int:
+        return sum(fault.num_fired for fault in self.faults.values())
+
+    async def wait_until_fired(self, timeout_s: float = FIRE_TIMEOUT_S) -> FaultProcess:
+        """Waits for the fault; the process that it happened in."""
+        name = next(iter(self.faults.values())).point.name
+        await wait_until(lambda: self.num_fired > 0, f"{name} fires in one of {len(self.faults)} processes", timeout_s)
+        return next(process for process, fault in self.faults.items() if fault.num_fired)
+
+    def disarm(self) -> None:
+        """As `ArmedFault.disarm`, everywhere."""
+        for fault in self.faults.values():
+            fault.disarm()
 
 
 def _free_port() -> int:

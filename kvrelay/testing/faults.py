@@ -82,9 +82,10 @@ class FaultControl:
         times: int | None = 1,
         match: str = "",
         wait_ms: int = 10_000,
+        claim: str | None = None,
     ) -> ArmedFault:
         """Arms a point; arguments as `ArmedPoint` has them."""
-        armed = ArmedPoint(self._next_number, point, action, at, times, match, wait_ms)
+        armed = ArmedPoint(self._next_number, point, action, at, times, match, wait_ms, claim)
         self._next_number += 1
         self._points[armed.number] = armed
         self._write()

@@ -101,6 +101,7 @@ class FaultProcess:
         times: int | None = 1,
         match: str = "",
         wait_ms: int = 10_000,
+        claim: str | None = None,
     ) -> ArmedFault:
         """Makes the process fail when it reaches a step; docs/reliability.md names the steps.
 
@@ -111,8 +112,9 @@ class FaultProcess:
             times: how often it happens in a row, over restarts too; None: for ever.
             match: counts only where it is about something whose repr has this in it, such as a request's id or tenant.
             wait_ms: most time of FaultAction.WAIT.
+            claim: path of a file; of the processes that have the same, only the one fires that makes it.
         """
-        return self.control.arm(point, action, at=at, times=times, match=match, wait_ms=wait_ms)
+        return self.control.arm(point, action, at=at, times=times, match=match, wait_ms=wait_ms, claim=claim)
 
     def link_from(self, source: str) -> Link:
         """What passes between another process, by its name, and this one; "client" for clients of a gateway."""

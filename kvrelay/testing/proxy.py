@@ -3,20 +3,25 @@
     gateway ---+                                 links are told apart by who connects:
     prefill-0 -+--> proxy of decode-0 --> decode-0      proxy.link("prefill-0").to_target.cut_at(1000)
 
-What is held back is not lost: as when a network comes back, it arrives when the link is healed. Knows no protocol.
+What is held back is not lost: as when a network comes back, it arrives when the link is healed. All proxies run in a thread of
+their own, so that what a test does meanwhile is no fault. Knows no protocol.
 """
 
 import asyncio
 import contextlib
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 READ_BYTES = 64 * 1024
 CONNECT_TIMEOUT_S = 5.0
+HOLD_POLL_S = 0.002
+
+ResultT = TypeVar("ResultT")
 
 FindSource = Callable[[int], str]
 """Name of the process that connects from this local port."""
@@ -44,8 +49,7 @@ class Direction:
         self.records: list[CutRecord] = []
         self._cut_at: int | None = None
         self._flip_at: int | None = None
-        self._open = asyncio.Event()
-        self._open.set()
+        self._is_held = False
         self._trace: bytearray | None = None
 
     def cut_at(self, byte: int) -> None:
@@ -58,15 +62,15 @@ class Direction:
 
     def hold(self) -> None:
         """Passes nothing until `release`, neither bytes nor the end of a connection."""
-        self._open.clear()
+        self._is_held = True
 
     def release(self) -> None:
         """Everything that was held back goes on."""
-        self._open.set()
+        self._is_held = False
 
     @property
     def is_held(self) -> bool:
-        return not self._open.is_set()
+        return self._is_held
 
     def start_trace(self) -> None:
         """Keeps what passes from now on."""
@@ -84,9 +88,10 @@ class Direction:
 
     async def wait_open(self) -> None:
         """Until nothing is held back."""
-        if self.is_held:
+        if self._is_held:
             self._record("hold")
-            await self._open.wait()
+        while self._is_held:  # noqa: ASYNC110 - it is set in another thread
+            await asyncio.sleep(HOLD_POLL_S)
 
     async def take(self, data: bytes) -> tuple[bytes, bool]:
         """What is to be sent on of the data, and whether the connection is to be cut behind it."""
@@ -143,7 +148,7 @@ class Link:
         """Resets all connections; how many there were."""
         transports = list(self._transports)
         for transport in transports:
-            transport.abort()
+            _PROXY_THREAD.loop.call_soon_threadsafe(transport.abort)
         if transports:
             self.to_target._record("close")
         return len(transports)
@@ -193,10 +198,16 @@ class FaultProxy:
 
     async def start(self) -> None:
         """Listens on a free port of the loopback interface."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        await _PROXY_THREAD.run(self._start())
 
     async def stop(self) -> None:
         """Closes everything. Idempotent."""
+        await _PROXY_THREAD.run(self._stop())
+
+    async def _start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+
+    async def _stop(self) -> None:
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
@@ -248,6 +259,29 @@ class FaultProxy:
             await asyncio.wait(pumps)
             link._transports -= transports
             target_writer.transport.abort()
+
+
+class _ProxyThread:
+    """The event loop of all proxies; begins with the first of them and ends with the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="fault proxies", daemon=True).start()
+            return self._loop
+
+    async def run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Runs a coroutine there, from another loop."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+
+_PROXY_THREAD = _ProxyThread()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> bool:

@@ -1,0 +1,98 @@
+"""One cluster of eight processes for all rows of the catalogue that leave it whole, or that it can be made whole after."""
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from kvrelay.client import AsyncClient
+from kvrelay.errors import KvrelayError
+from kvrelay.testing import FaultCluster, wait_until
+from kvrelay.testing.load import Outcome, Request, Tokens, fault_free_tokens, make_request, run_request
+
+BLOCK_SIZE = 8
+OFFSET_NAME = "wall-clock-offset"
+
+
+@dataclass(slots=True)
+class Rig:
+    """The cluster, a client of its first gateway, and the tokens that requests have without faults."""
+
+    cluster: FaultCluster
+    client: AsyncClient
+    wall_clock_offset: Path
+    number: int = 0
+
+    def request(self, **changes: Any) -> Request:
+        """A request that nobody has sent yet."""
+        self.number += 1
+        return make_request(self.number, **changes)
+
+    async def expected(self, request: Request) -> Tokens:
+        """Its tokens without a fault. Asked for by another tenant, so that no worker has its prompt cached."""
+        undisturbed = Request(request.prompt, request.num_tokens, request.seed, request.num_sequences, tenant="undisturbed")
+        return (await fault_free_tokens(self.client, [undisturbed]))[undisturbed]
+
+    async def wait_until_enough_works(self) -> None:
+        """Two decode workers and a prefill worker, which both gateways know."""
+        for gateway in self.cluster.of_role("gateway"):
+            async with self.cluster.client(gateway.name) as client:
+                await wait_until(partial(self._has_enough, client), f"{gateway.name} has enough workers", 60)
+
+    async def _has_enough(self, client: AsyncClient) -> bool:
+        try:
+            names = [name.split("-")[0] for name in await self.cluster.connected_workers(client)]
+        except KvrelayError:
+            return False
+        return names.count("decode") >= 2 and "prefill" in names
+
+    async def run(self, request: Request) -> Outcome:
+        return await run_request(self.client, request)
+
+
+@pytest.fixture(scope="session")
+def wall_clock_offset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clock") / OFFSET_NAME
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "wall_clock"), prepend=os.pathsep)
+        patch.setenv("WALL_CLOCK_OFFSET_FILE", str(wall_clock_offset))
+        cluster = FaultCluster(
+            num_gateways=2,
+            num_prefill=2,
+            num_decode=3,
+            engine={"block_size": BLOCK_SIZE, "num_kv_blocks": 256, "prefill_chunk_tokens": 32},
+            relay={"local_prefill_tokens": 0},
+            server={"redis_timeout_ms": 500},
+        )
+        async with cluster, cluster.client("gateway") as client:
+            rig = Rig(cluster, client, wall_clock_offset)
+            await rig.expected(rig.request())
+            await cluster.take_baseline()
+            yield rig
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def rig(started_rig: Rig) -> AsyncIterator[Rig]:
+    """The cluster, with enough that works; after the test all is healed and checked to be at rest.
+
+    What a test has killed starts again while the next one runs: there are three decode workers so that one more may die meanwhile.
+    """
+    await started_rig.wait_until_enough_works()
+    yield started_rig
+    started_rig.wall_clock_offset.unlink(missing_ok=True)
+    started_rig.cluster.heal()
+    for process in started_rig.cluster.processes.values():
+        if process.state == "T":
+            await process.resume()
+        if not process.is_running:
+            await process.start_again()
+    await started_rig.cluster.check()
