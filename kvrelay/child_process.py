@@ -29,6 +29,8 @@ class ChildProcess:
         self._on_line = on_line
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._is_read = asyncio.Event()
+        self._is_read.set()
 
     @property
     def pid(self) -> int:
@@ -67,6 +69,14 @@ class ChildProcess:
         self._reader.cancel()
         return exit_code
 
+    def stop_reading(self) -> None:
+        """Leaves its output where it is, so that its pipe fills up, until `read_again`. For tests of what it does then."""
+        self._is_read.clear()
+
+    def read_again(self) -> None:
+        """Ends `stop_reading`."""
+        self._is_read.set()
+
     def send_signal(self, number: signal.Signals) -> None:
         """Sends a signal; nothing happens when it has ended."""
         if self.exit_code is None:
@@ -100,6 +110,7 @@ class ChildProcess:
                 lines, rest = [*lines, rest], b""
             for line in lines:
                 self._emit(line.decode("utf-8", "replace"))
+            await self._is_read.wait()
         if rest:
             self._emit(rest.decode("utf-8", "replace"))
 

@@ -171,6 +171,14 @@ class LocalCluster:
         """The end of the named process's output."""
         return "\n".join(self._members[name].process.tail)
 
+    def read_output(self, name: str, reading: bool) -> None:
+        """Whether the named process's output is read, or left until its pipe is full; for tests. Its next run is read anyway."""
+        process = self._members[name].process
+        if reading:
+            process.read_again()
+        else:
+            process.stop_reading()
+
     async def wait_until_ready(self) -> Cluster:
         """Waits until every gateway serves and is connected to as many workers as were started; what the first says then.
 

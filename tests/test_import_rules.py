@@ -159,7 +159,8 @@ def test_only_the_engine_imports_torch_and_what_comes_with_it() -> None:
         for name in modules()
         if not name.startswith("kvrelay.engine") and (hits := roots(name) & (WORKER_ONLY_LIBRARIES - {"numpy"}))
     }
-    assert not offenders
+    # It writes a tiny model's weights, for which it needs no torch.
+    assert offenders == {"kvrelay.testing.tiny_model": {"safetensors"}}
 
 
 def test_nothing_the_gateway_imports_imports_torch() -> None:
@@ -181,6 +182,19 @@ def test_generated_code_stays_at_the_edges() -> None:
     users = {name for name in modules() if generated_imports(name) and not name.startswith(EDGE_PACKAGE)}
     assert users - EDGE_MODULES == set(), "no edge: convert to dataclasses in kvrelay.wire or in the service"
     assert EDGE_MODULES - users == set(), "these need the generated code no more; take them off the list"
+
+
+def test_what_is_for_tests_is_imported_by_nothing_that_serves() -> None:
+    offenders = {
+        name for name in modules() if not name.startswith("kvrelay.testing") and "kvrelay.testing" in closure(name) - {name}
+    }
+    assert not offenders
+
+
+def test_the_pytest_plugin_loads_nothing_before_it_is_used() -> None:
+    code = "import sys, kvrelay.testing.pytest_plugin; print([name for name in sys.modules if name.startswith('kvrelay')])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    assert sorted(ast.literal_eval(result.stdout)) == ["kvrelay", "kvrelay.testing", "kvrelay.testing.pytest_plugin"]
 
 
 def test_tests_and_tools_are_not_imported_by_the_product() -> None:

@@ -1,7 +1,7 @@
 """Tiny random causal language models with a working tokenizer, one per architecture, for tests that need a real model on disk.
 
-The weights are random with a wide spread and a fixed seed, so that greedy output varies and ties are rare. The tokenizer is a
-byte-level BPE trained on the text below: every string round-trips, and `eos`, `bos` and chat markers exist as special tokens.
+The weights are random with a wide spread and a fixed seed, so that greedy output varies and ties are rare. The tokenizer is
+that of kvrelay.testing's tiny model.
 """
 
 import os
@@ -9,25 +9,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE = 320
-EOS_TOKEN = "<|eos|>"
-BOS_TOKEN = "<|bos|>"
-PAD_TOKEN = "<|pad|>"
-SPECIAL_TOKENS = (EOS_TOKEN, BOS_TOKEN, PAD_TOKEN, "<|im_start|>", "<|im_end|>")
-EOS_TOKEN_ID = 0
-BOS_TOKEN_ID = 1
-PAD_TOKEN_ID = 2
-MAX_CONTEXT_TOKENS = 512
-SLIDING_WINDOW_TOKENS = 8
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from kvrelay.testing.tiny_model import (
+    BOS_TOKEN,
+    BOS_TOKEN_ID,
+    CHAT_TEMPLATE,
+    EOS_TOKEN,
+    EOS_TOKEN_ID,
+    MAX_CONTEXT_TOKENS,
+    PAD_TOKEN,
+    PAD_TOKEN_ID,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    train_tokenizer,
 )
 
-_TEXT = """The cache of a causal model may be kept, copied and continued elsewhere, because the keys and values of a token
-depend on nothing that comes after it. The prefill worker runs the prompt; the decode worker continues it, one token at a
-time, and streams."""
+__all__ = [
+    "MAX_CONTEXT_TOKENS",
+    "REFUSED_KINDS",
+    "SPECIAL_TOKENS",
+    "TINY_KINDS",
+    "VOCAB_SIZE",
+    "make_tiny_model",
+    "save_tiny_tokenizer",
+]
+
+SLIDING_WINDOW_TOKENS = 8
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -128,7 +134,7 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
     tokenizer_class: Any = PreTrainedTokenizerFast
     fast = tokenizer_class(
-        tokenizer_object=_train_tokenizer(),
+        tokenizer_object=train_tokenizer(),
         eos_token=EOS_TOKEN,
         bos_token=BOS_TOKEN,
         pad_token=PAD_TOKEN,
@@ -137,23 +143,6 @@ def save_tiny_tokenizer(folder: Path) -> None:
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
-
-
-def _train_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT], trainer)
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
-    return tokenizer
 
 
 def _save_model(kind: str, folder: Path) -> None:

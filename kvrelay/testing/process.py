@@ -1,6 +1,7 @@
 """One process of a fault cluster: signals, named faults, and what is in front of it."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -89,6 +90,23 @@ class FaultProcess:
         await self.wait_until_gone()
         await asyncio.sleep(0)
         await self._cluster.start_again(self.name)
+
+    def fill_log(self) -> int:
+        """Makes the pipe full that the process logs into, until `drain_log`; how many bytes it took."""
+        self._cluster.read_output(self.name, False)
+        descriptor = os.open(f"/proc/{self.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+        num_bytes = 0
+        try:
+            while True:
+                num_bytes += os.write(descriptor, b"x" * 4095 + b"\n")
+        except BlockingIOError:
+            return num_bytes
+        finally:
+            os.close(descriptor)
+
+    def drain_log(self) -> None:
+        """Reads its output again."""
+        self._cluster.read_output(self.name, True)
 
     # --- faults ---------------------------------------------------------------------------------------------------------------
 

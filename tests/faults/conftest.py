@@ -34,9 +34,8 @@ class Rig:
         return make_request(self.number, **changes)
 
     async def expected(self, request: Request) -> Tokens:
-        """Its tokens without a fault. Asked for by another tenant, so that no worker has its prompt cached."""
-        undisturbed = Request(request.prompt, request.num_tokens, request.seed, request.num_sequences, tenant="undisturbed")
-        return (await fault_free_tokens(self.client, [undisturbed]))[undisturbed]
+        """Its tokens without a fault."""
+        return (await fault_free_tokens(self.client, [request]))[request]
 
     async def wait_until_enough_works(self) -> None:
         """Two decode workers and a prefill worker, which both gateways know."""
@@ -84,7 +83,7 @@ async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
 async def rig(started_rig: Rig) -> AsyncIterator[Rig]:
     """The cluster, with enough that works; after the test all is healed and checked to be at rest.
 
-    What a test has killed starts again while the next one runs: there are three decode workers so that one more may die meanwhile.
+    What a test has killed starts again while the next one runs: of three decode workers one more may die meanwhile.
     """
     await started_rig.wait_until_enough_works()
     yield started_rig

@@ -1,9 +1,11 @@
 """Rows of the catalogue in which bytes between two processes are cut, held back or flipped. Nobody dies."""
 
+import asyncio
 import time
 
 import pytest
 
+from kvrelay.fault_points import FaultAction
 from kvrelay.testing import Link, wait_until
 from kvrelay.testing.load import Request
 from tests.faults.conftest import Rig
@@ -99,15 +101,24 @@ async def test_p_and_d_cannot_reach_each_other_and_are_both_alive(rig: Rig, dire
     await fresh_gateway(rig)
     request = rig.request(prompt_tokens=PROMPT_TOKENS, timeout_s=60.0)
     expected = await rig.expected(request)
-    for link in push_links(rig):
-        getattr(link, direction).hold()
+    fault = rig.cluster.arm_one_of("prefill", "prefill.push_opened", FaultAction.WAIT)
+    running = asyncio.create_task(rig.run(request))
+    sender = await fault.wait_until_fired()
+    (seen,) = (await rig.client.cluster()).running_requests
+    receiver = await rig.cluster.worker_of(rig.client, seen.request_id)
+    held = getattr(receiver.link_from(sender.name), direction)
+    num_before = held.count("hold")
+    held.hold()
     begin = time.monotonic()
-    outcome = await rig.run(request)
-    assert sum(getattr(link, direction).count("hold") for link in push_links(rig)) >= 1
+    fault.disarm()
+    outcome = await running
+    assert held.count("hold") > num_before
     assert outcome.error is None
     assert outcome.tokens == expected
-    assert outcome.num_attempts > 1
-    print(f"{direction} held: {time.monotonic() - begin:.1f} s, {outcome.num_attempts} attempts")
+    assert outcome.num_attempts == 2
+    # While the pair is left alone, requests need no second attempt.
+    assert (await rig.run(rig.request(prompt_tokens=PROMPT_TOKENS))).num_attempts == 1
+    assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize("direction", ["to_target", "to_source"])

@@ -115,6 +115,11 @@ async def test_redis_out_of_memory_refuses_new_work_and_keeps_what_runs(rig: Rig
     running = rig.request(num_tokens=450)
     expected = await rig.expected(running)
     stream = asyncio.create_task(rig.run(running))
+
+    async def is_running() -> bool:
+        return bool((await rig.client.cluster()).running_requests)
+
+    await wait_until(is_running, "the request runs")
     client: redis.asyncio.Redis
     async with redis.asyncio.Redis.from_url(rig.cluster.redis_url, protocol=2) as client:
         await client.config_set("maxmemory", "1mb")

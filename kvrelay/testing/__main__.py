@@ -1,0 +1,46 @@
+"""`python -m kvrelay.testing SCENARIO`: runs a scenario, prints its figures, and fails when something was lost."""
+
+import argparse
+import asyncio
+import inspect
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from kvrelay.testing.scenarios.disconnects import disconnects
+from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
+from kvrelay.testing.scenarios.redis_stopped import redis_stopped
+
+Scenario = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
+SCENARIOS: dict[str, Scenario] = {
+    "kill-matrix": kill_matrix,
+    "sole-decode-worker": sole_decode_worker,
+    "rolling-restart": rolling_restart,
+    "zombies": zombies,
+    "redis-stopped": redis_stopped,
+    "disconnects": disconnects,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kvrelay.testing", description=__doc__)
+    commands = parser.add_subparsers(dest="scenario", required=True)
+    for name, scenario in SCENARIOS.items():
+        description = (scenario.__doc__ or "").split("\n")[0]
+        command = commands.add_parser(name, help=description, description=description)
+        for parameter in inspect.signature(scenario).parameters.values():
+            if isinstance(parameter.default, int | float):
+                flag = "--" + parameter.name.replace("_", "-")
+                command.add_argument(flag, type=type(parameter.default), default=parameter.default, help="default: %(default)s")
+    options = vars(parser.parse_args(arguments))
+    name = options.pop("scenario")
+    figures = asyncio.run(SCENARIOS[name](**options))
+    figures.pop("_report", None)
+    print(json.dumps({"scenario": name, **figures}, indent=1))
+    return 1 if figures.get("failed") or figures.get("wrong") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
