@@ -104,8 +104,8 @@ def events(worker_id: str, response: SessionResponse) -> list[tuple[str, m.Event
 
 def _step_output(worker_id: str, output: decode_pb2.StepOutput) -> list[tuple[str, m.Event]]:
     by_request: dict[str, list[SequenceToken]] = {}
-    for message in output.tokens:
-        by_request.setdefault(message.work_id.request_id, []).append(wire.sequence_token_from_pb(message))
+    for token in map(wire.sequence_token_from_pb, output.tokens):
+        by_request.setdefault(token.work_id.request_id, []).append(token)
     return [(request_id, m.DecodeTokens(worker_id, tuple(tokens))) for request_id, tokens in by_request.items()]
 
 

@@ -6,6 +6,8 @@ that runs here must fall silent.
 
 import asyncio
 import contextlib
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -16,12 +18,14 @@ from kvrelay.request_state import is_terminal
 from kvrelay.state_store import StateStore
 
 PASS_INTERVAL_S = 0.02
+"""Least time for a pass over all requests."""
 REST_FACTOR = 19.0
-"""The writer rests so many times as long as a pass over all requests took: it has a twentieth of the loop, streams the rest."""
+"""The writer rests so many times as long as it wrote: it has a twentieth of the loop, streams have the rest."""
 MAX_PASS_INTERVAL_S = 1.0
+REQUESTS_PER_PORTION = 2
+"""It rests after so many: what it takes in one go is what tokens wait for."""
 FULL_INTERVAL_S = 1.0
-MAX_PARALLEL_WRITES = 2
-"""Writes follow one another in the event loop's turns, and what they take of a turn is what tokens wait for."""
+MAX_PARALLEL_WRITES = 8
 MAX_ENDED_JOURNALS = 2048
 MAX_ENDED_FRAMES = 100_000
 
@@ -41,6 +45,9 @@ class StateWriter:
         self._on_superseded = on_superseded
         self._journals: dict[str, RequestJournal] = {}
         self._urgent: set[str] = set()
+        self._pass: deque[str] = deque()
+        """Requests that the current pass has not come to."""
+        self._num_portions = 1
         self._full = False
         self._woken = asyncio.Event()
         self.num_dropped = 0
@@ -77,48 +84,60 @@ class StateWriter:
     async def run(self) -> None:
         """Writes for ever; cancel it to stop."""
         loop = asyncio.get_running_loop()
-        next_pass = loop.time()
+        next_portion = loop.time()
         while True:
             await self._store.health.wait_until_healthy()
             self._woken.clear()
-            begin = loop.time()
-            if begin < next_pass:
-                await self._write_urgent()
-            else:
-                await self._write_pass()
-                now = loop.time()
-                next_pass = now + min(max(REST_FACTOR * (now - begin), PASS_INTERVAL_S), MAX_PASS_INTERVAL_S)
+            await self._write_urgent()
+            if loop.time() >= next_portion:
+                rest_s = await self._write_portion()
+                next_portion = loop.time() + rest_s
             if self._full:
                 await asyncio.sleep(FULL_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(next_pass):
+                async with asyncio.timeout_at(next_portion):
                     await self._woken.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Writes what is left when the gateway ends, for so long at the most."""
         try:
             async with asyncio.timeout(timeout_s):
-                while any(journal.dirty for journal in self._journals.values()) and self._store.healthy:
-                    await self._write_pass()
+                while self._store.healthy:
+                    dirty = [request_id for request_id, journal in self._journals.items() if journal.dirty]
+                    if not dirty:
+                        break
+                    await self._write_journals(dirty)
         except TimeoutError:
             _log.warning("not all states were written at the end", num_left=len(self._journals))
 
-    async def _write_pass(self) -> None:
-        """Writes what there is of all requests."""
-        self._urgent.clear()
-        dirty = [journal for journal in self._journals.values() if journal.dirty]
+    async def _write_portion(self) -> float:
+        """Writes the next few requests of a pass over all that lack something; for how many seconds to rest then."""
+        loop = asyncio.get_running_loop()
+        if not self._pass:
+            self._begin_pass()
+        request_ids = [self._pass.popleft() for _ in range(min(REQUESTS_PER_PORTION, len(self._pass)))]
+        begin = loop.time()
+        await self._write_journals(request_ids)
+        rest_s = REST_FACTOR * (loop.time() - begin)
+        return min(max(rest_s, PASS_INTERVAL_S / self._num_portions), MAX_PASS_INTERVAL_S / self._num_portions)
+
+    def _begin_pass(self) -> None:
+        dirty = [request_id for request_id, journal in self._journals.items() if journal.dirty]
         self._full = False if not dirty else self._full
-        await self._write_journals(dirty)
+        self._pass.extend(dirty)
+        self._num_portions = max(math.ceil(len(dirty) / REQUESTS_PER_PORTION), 1)
 
     async def _write_urgent(self) -> None:
         """Writes the requests that began or ended; the tokens of others can wait."""
-        journals = [self._journals[request_id] for request_id in self._urgent if request_id in self._journals]
-        self._urgent.clear()
-        await self._write_journals(journals)
+        urgent, self._urgent = self._urgent, set()
+        await self._write_journals(list(urgent))
 
-    async def _write_journals(self, dirty: Sequence[RequestJournal]) -> None:
-        for begin in range(0, len(dirty), MAX_PARALLEL_WRITES):
-            await asyncio.gather(*(self._write(journal) for journal in dirty[begin : begin + MAX_PARALLEL_WRITES]))
+    async def _write_journals(self, request_ids: Sequence[str]) -> None:
+        """Those that are known still."""
+        for begin in range(0, len(request_ids), MAX_PARALLEL_WRITES):
+            some = request_ids[begin : begin + MAX_PARALLEL_WRITES]
+            journals = [self._journals[request_id] for request_id in some if request_id in self._journals]
+            await asyncio.gather(*map(self._write, journals))
             if not self._store.healthy:
                 return
 

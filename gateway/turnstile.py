@@ -21,14 +21,14 @@ class Turnstile:
 
     async def pass_through(self) -> None:
         """Returns in this turn of the loop or in one of the next, in the order of the calls."""
-        loop = asyncio.get_running_loop()
         if not self._turn_is_due:
             self._turn_is_due = True
+            loop = asyncio.get_running_loop()
             loop.call_soon(self._begin_turn, loop)
         if self._num_left > 0 and not self._waiting:
             self._num_left -= 1
             return
-        future: asyncio.Future[None] = loop.create_future()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         await future
 

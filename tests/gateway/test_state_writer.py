@@ -29,6 +29,13 @@ class Store:
         self.health = StoreHealth()
         self.created: list[str] = []
         self.num_restores = 0
+        self.appended: list[tuple[str, int]] = []
+
+    async def append_frames(
+        self, request_id: str, attempt: int, position: int, frames: Sequence[bytes], num_output_tokens: int | None = None
+    ) -> int:
+        self.appended.append((request_id, len(frames)))
+        return position + len(frames)
 
     async def create(self, record: RequestRecord) -> bool:
         if record.request_id == "broken":
@@ -64,6 +71,29 @@ async def test_a_request_whose_restoring_fails_does_not_stop_the_writer() -> Non
     writer.track(journal_of("next"))
     await eventually(written)
     assert not running.done()
+    running.cancel()
+
+
+async def test_a_pass_comes_to_every_request_once_and_writes_all_its_frames_together() -> None:
+    store = Store()
+    writer = StateWriter(cast(StateStore, store), lambda request_id: None)
+    journals = [journal_of(str(number)) for number in range(3 * state_writer.REQUESTS_PER_PORTION + 1)]
+    for journal in journals:
+        writer.track(journal)
+    running = asyncio.create_task(writer.run())
+
+    async def all_created() -> bool:
+        return len(store.created) == len(journals)
+
+    async def all_written() -> bool:
+        return len(store.appended) >= len(journals)
+
+    await eventually(all_created)
+    for journal in journals:
+        for _ in range(3):
+            journal.output.append_accepted(journal.request_id, "model", 1, 1)
+    await eventually(all_written)
+    assert sorted(store.appended) == [(journal.request_id, 3) for journal in journals]
     running.cancel()
 
 
