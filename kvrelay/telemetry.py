@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import select
 import sys
 from dataclasses import dataclass
 from typing import Literal, TextIO, cast
@@ -53,15 +54,29 @@ def configure_logging(level: str, format_: Literal["console", "json"], **context
     )
 
 
+_PIECE_CHARACTERS = 1024
+"""A pipe that has room takes 4096 bytes without blocking, and a character has four at most."""
+
+
 class _Unbreakable:
-    """A stream that loses what cannot be written: a full disk or a reader that is gone must not end anybody's request."""
+    """A stream that loses what cannot be written: a full disk, or a reader that is gone or does not read, must not end anybody's
+    request, or hold it up."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._room = select.poll()
+        self._has_descriptor = False
+        with contextlib.suppress(OSError, ValueError):  # a stream in memory
+            self._room.register(stream.fileno(), select.POLLOUT | select.POLLERR)
+            self._has_descriptor = True
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-            self._stream.write(text)
+            for begin in range(0, len(text), _PIECE_CHARACTERS):
+                if self._has_descriptor and not self._room.poll(0):
+                    break
+                self._stream.write(text[begin : begin + _PIECE_CHARACTERS])
+                self._stream.flush()
         return len(text)
 
     def flush(self) -> None:

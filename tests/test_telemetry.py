@@ -31,3 +31,13 @@ def test_lines_are_json_with_their_context_and_a_reader_that_goes_away_ends_noth
     assert (line["event"], line["level"], line["role"], line["request_id"]) == ("shown", "info", "decode", "r")
     assert output == "alive\n"
     assert process.returncode == 0
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
+    code = "from kvrelay.telemetry import configure_logging; import structlog; configure_logging('info', 'json')\n"
+    code += "for _ in range(1000): structlog.get_logger().info('x' * 9000)\nprint('done')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read() == b"done\n"  # while its standard error is full
+    _, log = process.communicate()
+    assert len(log) >= 4096
