@@ -171,6 +171,30 @@ async def test_a_gateway_that_says_unavailable_itself_is_believed(fake: Fake, cl
     assert len(fake.service.calls) <= 3
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_a_gateway_that_shuts_down_is_asked_again_until_its_successor_is_there(
+    fake: Fake, client: AsyncClient, resumable: bool
+) -> None:
+    shutting_down = errors.UnavailableError("this gateway is shutting down", 1)
+    fake.service.generate = [*[then_raise(shutting_down)] * 3, *[then_break()] * 3, play(*WHOLE)]
+    assert await client.generate("x", resumable=resumable).text() == "abc"
+    assert len(fake.service.calls) == 7
+
+
+async def test_a_running_stream_of_a_gateway_that_shuts_down_goes_on_at_its_successor(fake: Fake, client: AsyncClient) -> None:
+    shutting_down = errors.UnavailableError("this gateway is shutting down", 1)
+    fake.service.generate = [then_raise(errors.UnavailableError("resume it at another one"), accepted(), delta(0, "a"))]
+    fake.service.resume = [*[then_raise(shutting_down)] * 2, then_break(), play(*WHOLE)]
+    assert await client.generate("x", resumable=True).text() == "abc"
+    assert len(fake.service.calls) == 5
+
+
+async def test_a_request_that_nothing_has_begun_of_is_sent_to_another_address(fake: Fake) -> None:
+    fake.service.generate = [play(*WHOLE)]
+    async with AsyncClient(["127.0.0.1:1", fake.address], timeout_s=10) as client:
+        assert await client.generate("x").text() == "abc"
+
+
 async def test_resuming_ends_at_the_deadline(fake: Fake, client: AsyncClient) -> None:
     fake.service.generate = [then_break(accepted(), delta(0, "a"))]
     fake.service.resume = [then_break()]

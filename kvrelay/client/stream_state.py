@@ -117,7 +117,10 @@ class Recovery:
     """Decides about a broken stream: try again after a delay, or give up with a typed error.
 
     A connection that broke is tried again until the deadline. Two things are believed once every address has shown them in a row:
-    that a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun.
+    that a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun. A gateway that is shutting
+    down says when to come again, and is not believed to be the last: others, or its successor, are asked until the deadline.
+
+    A request that is not resumable is sent again only as long as nothing of it has begun.
     """
 
     def __init__(self, resumable: bool, addresses: Sequence[str]) -> None:
@@ -125,6 +128,7 @@ class Recovery:
         self._addresses = addresses
         self._begun = False
         self._announced = False
+        self._told_to_wait = False
         self._num_refusals_left = self._max_refusals = len(addresses)
         self._backoff = Backoff(_BACKOFF_INITIAL_S, _BACKOFF_MAXIMUM_S)
 
@@ -133,7 +137,7 @@ class Recovery:
         self._begun = True
         if not new:
             return
-        self._announced = False
+        self._announced = self._told_to_wait = False
         self._backoff.reset()
         self._num_refusals_left = self._max_refusals
 
@@ -148,9 +152,11 @@ class Recovery:
             KvrelayError: it is not to be resumed.
         """
         error = _stream_error(failure, self._addresses)
-        if not self._resumable or not is_broken(failure):
+        if not is_broken(failure) or not (self._resumable or self._may_send_again(error)):
             raise error
-        if failure is not None and (says_so_itself(failure) or not self._begun):
+        if isinstance(error, UnavailableError) and error.retry_after_ms is not None:
+            self._told_to_wait = True
+        elif failure is not None and not self._told_to_wait and (says_so_itself(failure) or not self._begun):
             if self._num_refusals_left == 0:
                 raise error
             self._num_refusals_left -= 1
@@ -161,6 +167,10 @@ class Recovery:
         if delay_s >= remaining_s:
             raise DeadlineError(f"the stream broke and could not be resumed before the deadline: {error.message}")
         return delay_s
+
+    def _may_send_again(self, error: KvrelayError) -> bool:
+        """Whether nothing of the request has begun, so that another gateway may be asked for all of it."""
+        return not self._begun and isinstance(error, UnavailableError)
 
 
 def _stream_error(failure: grpc.RpcError | None, addresses: Sequence[str]) -> KvrelayError:
