@@ -52,7 +52,8 @@ async def serve(settings: DecodeSettings, engine: WorkerEngine, stop: asyncio.Ev
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
         return build_services(settings, engine, hello, address)
 
-    await serve_worker(WorkerKind(MemberRole.DECODE, SERVICE_NAMES, build), engine, settings.server, stop)
+    kind = WorkerKind(MemberRole.DECODE, SERVICE_NAMES, build)
+    await serve_worker(kind, engine, settings.server, stop, settings.engine.step_timeout_ms)
 
 
 def build_services(
@@ -86,7 +87,7 @@ def build_services(
         transfer_threads.shutdown()
         thread.stop()
 
-    return WorkerServices(service.sessions, add_to, start, stop)
+    return WorkerServices(service.sessions, add_to, start, stop, lambda: thread.turn_s)
 
 
 def _limits(settings: DecodeSettings, engine: WorkerEngine) -> DecodeLimits:

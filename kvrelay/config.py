@@ -34,7 +34,7 @@ class ServerSettings(Settings):
     redis_timeout_ms: int = Field(default=200, ge=1, description="Most time for one Redis operation.")
     lease_ms: int = Field(default=6000, ge=500, description="How long a process counts as alive after its last sign in Redis.")
     liveness_window_ms: int = Field(
-        default=2000, ge=100, description="How long a session's peer may be silent before it counts as gone."
+        default=1500, ge=100, description="How long a session's peer may be silent before it counts as gone."
     )
     drain_timeout_ms: int = Field(default=25000, ge=0, description="How long running work may take to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -96,6 +96,9 @@ class EngineSettings(Settings):
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens computed in one step.")
     max_running_sequences: int = Field(default=64, ge=1, description="Most sequences in one step.")
     max_waiting_works: int = Field(default=256, ge=1, description="Most works that wait for room; more are refused.")
+    step_timeout_ms: int = Field(
+        default=60000, ge=100, description="A step that takes longer hangs: the worker ends, and its work goes elsewhere."
+    )
     prefix_cache: bool = Field(default=True, description="Keep the KV of prompts for later prompts that begin alike.")
 
 

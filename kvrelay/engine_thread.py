@@ -8,6 +8,7 @@ Knows nothing of what commands and steps are.
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -68,6 +69,7 @@ class EngineThread(Generic[CommandT]):
         self._commands: deque[CommandT] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self._turn_began_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -80,6 +82,12 @@ class EngineThread(Generic[CommandT]):
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+
+    @property
+    def turn_s(self) -> float:
+        """For how long the current turn, commands and a step, has been going on, in seconds; 0 at rest. Asked in any thread."""
+        began_at = self._turn_began_at
+        return 0.0 if began_at is None else time.monotonic() - began_at
 
     def submit(self, command: CommandT) -> None:
         """Puts a command into the inbox."""
@@ -103,9 +111,11 @@ class EngineThread(Generic[CommandT]):
         try:
             self._on_start()
             while (commands := self._take(wait=not busy)) is not None:
+                self._turn_began_at = time.monotonic()
                 for command in commands:
                     self._handle(command)
                 busy = self._step()
+                self._turn_began_at = None
         except Exception:
             _log.critical("the engine thread cannot go on", exc_info=True)
             self._on_broken()

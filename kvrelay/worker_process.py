@@ -30,6 +30,7 @@ from kvrelay.worker_sessions import WorkerSessions
 
 MODEL_SERVICE = "kvrelay.v1.ModelService"
 LAST_MESSAGES_TIMEOUT_S = 1.0
+DEFAULT_STEP_TIMEOUT_MS = 60_000
 
 _log = structlog.get_logger(__name__)
 
@@ -45,6 +46,8 @@ class WorkerServices:
     """Starts its engine thread."""
     stop: Callable[[], None]
     """Stops its engine thread, and waits for that."""
+    turn_s: Callable[[], float]
+    """For how long the engine thread's current turn has been going on, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,11 @@ class WorkerKind:
 
 
 async def serve_worker(
-    kind: WorkerKind, engine: WorkerEngine, settings: ServerSettings, stop: asyncio.Event | None = None
+    kind: WorkerKind,
+    engine: WorkerEngine,
+    settings: ServerSettings,
+    stop: asyncio.Event | None = None,
+    step_timeout_ms: int = DEFAULT_STEP_TIMEOUT_MS,
 ) -> None:
     """Serves until told to stop, then drains.
 
@@ -67,6 +74,7 @@ async def serve_worker(
         engine: the loaded model.
         settings: of the process.
         stop: ends it when set; without one, SIGTERM and SIGINT do, and a second signal exits at once.
+        step_timeout_ms: the process ends at once when its engine is longer at one step.
 
     Raises:
         StartupError: the port is taken, or a setting is missing.
@@ -84,6 +92,7 @@ async def serve_worker(
     member = Member(worker_id, kind.role, address, engine.model.name, engine.model.fingerprint)
     async with RedisConnection(settings.redis_url, settings.redis_timeout_ms) as connection:
         services.start()
+        watching = asyncio.create_task(watch_engine(services.turn_s, step_timeout_ms / 1000), name="watch of the engine")
         try:
             await server.start()
             async with WorkerRegistry(connection, settings.lease_ms).lease(member):
@@ -97,7 +106,27 @@ async def serve_worker(
         finally:
             await server.stop(LAST_MESSAGES_TIMEOUT_S)
             await asyncio.to_thread(services.stop)
+            watching.cancel()
     _log.info("stopped", worker_id=worker_id)
+
+
+def _exit_process() -> None:
+    os._exit(1)
+
+
+async def watch_engine(turn_s: Callable[[], float], timeout_s: float, on_hung: Callable[[], None] = _exit_process) -> None:
+    """Ends the process when its engine hangs, as a death that gateways notice at once: the event loop would go on answering
+    heartbeats for it, and its works would never end.
+
+    Args:
+        turn_s: for how long the engine's current turn has been going on, in seconds.
+        timeout_s: how long one may take.
+        on_hung: what to do then.
+    """
+    while (elapsed_s := turn_s()) < timeout_s:  # noqa: ASYNC110 - a thread that hangs sets no event
+        await asyncio.sleep(timeout_s / 10)
+    _log.critical("the engine hangs; the process ends", step_s=round(elapsed_s, 1))
+    on_hung()
 
 
 def check_redis_url(settings: ServerSettings) -> None:

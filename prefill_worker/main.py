@@ -53,7 +53,8 @@ async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.E
         return build_services(settings, engine, transport, hello)
 
     try:
-        await serve_worker(WorkerKind(MemberRole.PREFILL, SERVICE_NAMES, build), engine, settings.server, stop)
+        kind = WorkerKind(MemberRole.PREFILL, SERVICE_NAMES, build)
+        await serve_worker(kind, engine, settings.server, stop, settings.engine.step_timeout_ms)
     finally:
         await transport.close()
 
@@ -87,7 +88,7 @@ def build_services(
         transfer_threads.shutdown()
         thread.stop()
 
-    return WorkerServices(service.sessions, add_to, thread.start, stop)
+    return WorkerServices(service.sessions, add_to, thread.start, stop, lambda: thread.turn_s)
 
 
 class _Publisher:

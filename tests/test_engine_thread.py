@@ -66,3 +66,33 @@ def test_a_full_inbox_refuses_new_work_and_takes_everything_else() -> None:
     assert thread.submit_work("first")
     assert not thread.submit_work("second")
     thread.submit("cancel")
+
+
+class HangingLoop(ScriptedLoop):
+    """Its steps do not end before they are let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+        self.let = threading.Event()
+
+    def step(self) -> bool:
+        self.begun.set()
+        self.let.wait(WAIT_S)
+        return False
+
+
+def test_a_step_that_hangs_shows_and_a_thread_at_rest_does_not_seem_to_hang() -> None:
+    loop = HangingLoop()
+    thread = EngineThread("test engine", loop)
+    assert thread.turn_s == 0
+    thread.start()
+    try:
+        assert loop.begun.wait(WAIT_S)
+        first = thread.turn_s
+        while thread.turn_s <= first:
+            pass
+    finally:
+        loop.let.set()
+        thread.stop()
+    assert thread.turn_s == 0

@@ -21,6 +21,7 @@ from kvrelay.errors import ConfigError, StartupError
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import create_channel
 from kvrelay.v1 import session_pb2, session_pb2_grpc
+from kvrelay.worker_process import watch_engine
 from kvrelay.worker_registry import Member, WorkerRegistry
 from tests.scripted_gateway import session_with
 from tests.tiny_models import make_tiny_model
@@ -116,3 +117,11 @@ async def test_a_process_without_redis_is_ready_and_ends_well_after_a_signal(rol
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_process_whose_engine_hangs_is_ended_and_one_whose_steps_end_is_not() -> None:
+    turns_s = iter([0.0, 0.04, 0.01, 0.049, 0.0, 0.051])
+    hung = asyncio.Event()
+    await watch_engine(lambda: next(turns_s), 0.05, hung.set)
+    assert hung.is_set()
+    assert list(turns_s) == []
