@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.relay import _is_kept_up_with
+from benchmarks.relay import _highest, _is_kept_up_with
 from benchmarks.relay_measurement import RelayBench, RelayLoad, RelayResult
 from kvrelay.model_store import ModelStore, default_model_dir
 
@@ -34,3 +34,18 @@ def test_a_rate_counts_when_it_is_delivered_in_time_and_token_by_token() -> None
     assert not _is_kept_up_with(result(last_latency_ms=500.0))
     assert not _is_kept_up_with(result(tokens_per_message=2.0))
     assert _is_kept_up_with(result(tokens_per_message=2.0, coalesce_ms=50))
+
+
+async def test_the_highest_rate_is_found_from_above_though_one_try_fails() -> None:
+    tried: list[float] = []
+
+    async def measure(rate: float) -> RelayResult:
+        tried.append(rate)
+        delivered = min(rate, 5000.0) if len(tried) != 4 else 0.9 * rate
+        return result(offered_tokens_per_s=rate, tokens_per_s=delivered)
+
+    highest = await _highest(measure, 10_000.0)
+    assert highest is not None
+    assert highest.offered_tokens_per_s is not None
+    assert 4500 < highest.offered_tokens_per_s <= 5000 / 0.97
+    assert tried[3] == tried[4], "the near miss was tried again"
