@@ -4,6 +4,7 @@ Events name the worker that they come from, so that what a worker says about wor
 """
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from kvrelay.errors import KvrelayError
 from kvrelay.request_state import RequestState
@@ -140,11 +141,22 @@ class WorkFailed:
     message: str
 
 
+class Blame(Enum):
+    """What the end of a worker says about a request; see `gateway.suspicion`."""
+
+    NONE = auto()
+    SUSPECT = auto()
+    """The worker may have died of the request: it is to be run apart from other suspects until it has got further."""
+    GUILTY = auto()
+    """It was the only suspect, and not for the first time."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """The session with a worker ended, and with it all work on it."""
 
     worker_id: str
+    blame: Blame = Blame.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +212,8 @@ class Route:
     work: Work
     excluded_worker_ids: frozenset[str]
     avoided_pairs: frozenset[tuple[str, str]]
+    apart: bool = False
+    """A suspect: workers on which no other suspect is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +301,11 @@ class AvoidPair:
 
 
 @dataclass(frozen=True, slots=True)
+class EndTrial:
+    """The request needs to be apart from other suspects no more, or its attempt is over. The end of the request says the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The one end of the request; nothing follows. `error` is None when it succeeded."""
 
@@ -306,5 +325,6 @@ Action = (
     | RetryLater
     | StartTimer
     | AvoidPair
+    | EndTrial
     | Finish
 )

@@ -14,7 +14,7 @@ from gateway.prompt_placement import PlacePrompt
 from gateway.retry_policy import RetryPolicy
 from gateway.token_order import TokenGapError
 from gateway.work_progress import WorkProgress
-from kvrelay.errors import CancelledRequestError, DeadlineError, InvalidRequestError, KvrelayError
+from kvrelay.errors import CancelledRequestError, DeadlineError, InternalError, InvalidRequestError, KvrelayError
 from kvrelay.request_state import RequestState, check_edge
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkId
 
@@ -57,6 +57,7 @@ class RequestLifecycle:
         self._open = set(range(num_sequences)) - request.finished_sequences
         self._works: dict[WorkId, WorkProgress] = {}
         self._actions: list[m.Action] = []
+        self._num_emitted_before = [len(ids) for ids in self.emitted]
 
     @property
     def finished(self) -> bool:
@@ -66,6 +67,15 @@ class RequestLifecycle:
     @property
     def state(self) -> RequestState:
         return self._state
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a worker may have died of the request, and it has not got further since."""
+        return self._retries.is_suspect
+
+    def may_be_in_step_of(self, worker_id: str) -> bool:
+        """Whether that worker may be computing something of the request just now."""
+        return not self._finished and any(progress.may_be_in_step_of(worker_id) for progress in self._works.values())
 
     def handle(self, event: m.Event) -> list[m.Action]:
         """Actions to take, in order. After Finish there are none."""
@@ -100,7 +110,7 @@ class RequestLifecycle:
             case m.WorkFailed():
                 self._on_work_failed(event)
             case m.WorkerLost():
-                self._on_worker_lost(event.worker_id)
+                self._on_worker_lost(event.worker_id, event.blame)
             case m.StopFound():
                 self._on_stop_found(event.sequence)
             case m.TimerFired():
@@ -116,6 +126,7 @@ class RequestLifecycle:
 
     def _begin_attempt(self) -> None:
         self.report = m.AttemptReport()
+        self._num_emitted_before = [len(ids) for ids in self.emitted]
         self._works = {work.work_id: WorkProgress(work) for work in self._make_works()}
         if self._works:
             self._route_waiting()
@@ -145,7 +156,12 @@ class RequestLifecycle:
         self._waiting = False
         for progress in self._works.values():
             if progress.waits_for_route:
-                route = m.Route(progress.work, self._retries.excluded_worker_ids, self._retries.avoided_pairs)
+                route = m.Route(
+                    progress.work,
+                    self._retries.excluded_worker_ids,
+                    self._retries.avoided_pairs,
+                    apart=self._retries.is_suspect,
+                )
                 self._actions.append(route)
 
     def _on_routed(self, event: m.Routed) -> None:
@@ -271,12 +287,22 @@ class RequestLifecycle:
             assert token.index == len(self.emitted[token.sequence]), "tokens come in order"
             self.emitted[token.sequence].append(token.token.token_id)
             self._retries.note_progress()
+            if self._retries.has_failed:
+                self._note_survival(token)
             self._actions.append(m.Emit(token))
             if token.finish_reason is not None:
                 self._open.discard(token.sequence)
                 ended = True
         if ended:
             self._close_if_done(progress)
+
+    def _note_survival(self, token: SequenceToken) -> None:
+        """Two tokens of one attempt: the workers have computed what the request was last seen at, prompt and decode step."""
+        if len(self.emitted[token.sequence]) < self._num_emitted_before[token.sequence] + 2:
+            return
+        if self._retries.is_suspect:
+            self._actions.append(m.EndTrial())
+        self._retries.note_survived()
 
     def _on_stop_found(self, sequence: int) -> None:
         if sequence not in self._open:
@@ -348,7 +374,12 @@ class RequestLifecycle:
         else:
             self._retry(event.kind, progress, event.worker_id)
 
-    def _on_worker_lost(self, worker_id: str) -> None:
+    def _on_worker_lost(self, worker_id: str, blame: m.Blame) -> None:
+        if blame is m.Blame.GUILTY and self._open:
+            self._end(RequestState.FAILED, _quarantine_error())
+            return
+        if blame is m.Blame.SUSPECT:
+            self._retries.is_suspect = True
         affected = [progress for progress in self._works.values() if progress.release_hold(worker_id)]
         for progress in self._works.values():
             if worker_id == progress.prefill_worker_id and not progress.prompt_started:
@@ -378,6 +409,8 @@ class RequestLifecycle:
     def _retry(self, kind: FailureKind | None, progress: WorkProgress, worker_id: str) -> None:
         """Gives the attempt up and begins the next one. `kind` None: the worker is gone."""
         self._cancel_all()
+        if self._retries.is_suspect:
+            self._actions.append(m.EndTrial())
         error = self._retries.note_failure(kind, worker_id, progress.pair)
         if error is not None:
             self._end(RequestState.FAILED, error)
@@ -398,6 +431,13 @@ class RequestLifecycle:
             self._state = state if direct else _PROGRESS[_PROGRESS.index(self._state) + 1]
             decode, prefill = self.report.decode_worker_id, self.report.prefill_worker_id
             self._actions.append(m.SetState(self._state, self.attempt, decode, prefill))
+
+
+def _quarantine_error() -> InternalError:
+    return InternalError(
+        "the request is quarantined: two workers died while they computed it, and it was alone under suspicion;"
+        " it is not attempted again, and the workers' logs have the detail"
+    )
 
 
 def _deadline_error() -> DeadlineError:

@@ -167,6 +167,8 @@ class RequestRunner:
                 self._set_timer("attempt", delay_ms / 1000, m.TimerFired(attempt))
             case m.AvoidPair(decode_worker_id, prefill_worker_id):
                 self._sessions.avoid_pair((decode_worker_id, prefill_worker_id))
+            case m.EndTrial():
+                self._sessions.end_trial(self.request_id)
             case m.Finish(state, error):
                 self._finish(state, error)
 
@@ -178,7 +180,7 @@ class RequestRunner:
             action.avoided_pairs | self._sessions.avoided_pairs(),
             self.request.preferred_decode_worker_id,
         )
-        assignment = self._sessions.choose(query)
+        assignment = self._sessions.choose(query, self.request_id if action.apart else None)
         if assignment is None:
             self._events.append(m.NoWorker(action.work.work_id))
             return
@@ -186,7 +188,8 @@ class RequestRunner:
         self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
 
     def _wait_for_worker(self, delay_s: float) -> None:
-        if "give up" not in self._timers:
+        # A suspect may wait for others to be tried before it: only its deadline bounds that.
+        if "give up" not in self._timers and not self.lifecycle.is_suspect:
             self._set_timer("give up", self._settings.worker_wait_ms / 1000, m.GiveUpWaiting())
         # Jitter, so that many requests do not ask the same worker at once.
         self._set_timer("route", delay_s * random.uniform(0.5, 1.0), m.RouteAgain())
@@ -261,6 +264,7 @@ class RequestRunner:
         self._timers.clear()
         self._events.clear()
         self._admitted.release(self._loop.time())
+        self._sessions.end_trial(self.request_id)
         if error is None or not self.journal.released:
             self.journal.end(state, error)
         self._on_end(self)

@@ -21,6 +21,13 @@ class RetryPolicy:
         self._last_kind: FailureKind | None = None
         self._excluded_worker_ids: set[str] = set()
         self._avoided_pairs: set[tuple[str, str]] = set()
+        self.is_suspect = False
+        """Whether a worker died that may have died of the request, and it has not got further since."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an attempt failed, and the request has not got further since."""
+        return self._num_failures > 0 or self.is_suspect
 
     @property
     def excluded_worker_ids(self) -> frozenset[str]:
@@ -61,6 +68,11 @@ class RetryPolicy:
     def note_progress(self) -> None:
         """A token came."""
         self._num_waits = 0
+
+    def note_survived(self) -> None:
+        """An attempt got further than the last one that failed: what comes now is counted anew."""
+        self._num_failures = 0
+        self.is_suspect = False
 
     def next_wait_ms(self) -> int:
         """No worker is left: how long to wait before all are asked again, those excluded too, for they may be the only ones."""

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 from gateway import lifecycle_messages as m
 from gateway.request_runner import RequestRunner
+from gateway.suspicion import blame_for_death
 
 MAX_ENDED_REQUESTS = 512
 MAX_ENDED_FRAMES = 100_000
@@ -65,10 +66,15 @@ class RunningRequests:
         if runner is not None:
             runner.post(event)
 
-    def note_worker_lost(self, worker_id: str) -> None:
-        """The session with a worker ended."""
-        for runner in self.running():
-            runner.post(m.WorkerLost(worker_id))
+    def note_worker_lost(self, worker_id: str, died: bool = False) -> None:
+        """The session with a worker ended. `died`: all at once, as when its process crashes, and not by silence or orderly."""
+        runners = self.running()
+        blame: dict[str, m.Blame] = {}
+        if died:
+            in_step = [runner for runner in runners if runner.lifecycle.may_be_in_step_of(worker_id)]
+            blame = blame_for_death((runner.request_id, runner.lifecycle.is_suspect) for runner in in_step)
+        for runner in runners:
+            runner.post(m.WorkerLost(worker_id, blame.get(runner.request_id, m.Blame.NONE)))
 
     def note_workers_changed(self) -> None:
         """A worker was found."""

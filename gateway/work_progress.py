@@ -59,6 +59,14 @@ class WorkProgress:
         """Whether that worker may report on the reservation."""
         return self.decode_holds and worker_id == self.decode_worker_id
 
+    def may_be_in_step_of(self, worker_id: str) -> bool:
+        """Whether that worker may be computing something of the work just now, so that it may die of it."""
+        if self.is_prefilled_by(worker_id):
+            return not self.order.first_tokens_known
+        if not self.is_reserved_by(worker_id) or not self.prompt_started:
+            return False
+        return self.decode_started or self.prefill_worker_id is None or self.order.first_tokens_known
+
     def note_worker_ended(self, token: SequenceToken) -> None:
         """The token's finish reason ends the sequence on the decode worker too: it made the token, or gets it with the push."""
         if token.finish_reason is not None:

@@ -67,6 +67,8 @@ class WorkerSession:
         self._num_assigned = 0
         self._num_assigned_tokens = 0
         self._overflown = asyncio.Event()
+        self.died = False
+        """Whether the session ended by its stream breaking: neither by silence nor by the worker's own end."""
 
     @property
     def identity(self) -> WorkerIdentity:
@@ -180,6 +182,7 @@ class WorkerSession:
                 self._answer_heartbeat(response)
                 self._on_event(self, response)
         except grpc.aio.AioRpcError as failure:
+            self.died = failure.code() is grpc.StatusCode.UNAVAILABLE
             return _reason(failure)
         return "the worker ended the session"
 

@@ -6,6 +6,7 @@ A worker is the same only if its worker id is: after a restart at the same addre
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 
@@ -14,6 +15,7 @@ from gateway import session_messages
 from gateway.prompt_placement import is_sooner_on_decode_worker
 from gateway.router import Assignment, FailedPairs, RouteQuery, WorkerView, choose_workers
 from gateway.session_messages import Command, SessionResponse
+from gateway.suspicion import Trials
 from gateway.worker_session import SessionSettings, WorkerSession
 from kvrelay.backoff import Backoff
 from kvrelay.errors import UnavailableError
@@ -35,7 +37,7 @@ class WorkerSessions:
     Args:
         settings: of the gateway.
         on_event: called with (request id, event) for whatever a worker says about a request; must not raise.
-        on_lost: called with a worker's id when its session ended; must not raise.
+        on_lost: called with a worker's id when its session ended, and whether its process seems to have died; must not raise.
         on_change: called when a worker was found, or may take work again; must not raise.
     """
 
@@ -43,7 +45,7 @@ class WorkerSessions:
         self,
         settings: SessionSettings,
         on_event: Callable[[str, m.Event], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, bool], None],
         on_change: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -54,6 +56,7 @@ class WorkerSessions:
         self._wanted: set[_Place] = set()
         self._sessions: dict[str, WorkerSession] = {}
         self._failed_pairs = FailedPairs()
+        self._trials = Trials()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -86,14 +89,28 @@ class WorkerSessions:
         """What the router needs to know of the connected workers."""
         return [session.view() for session in self._sessions.values()]
 
-    def choose(self, query: RouteQuery) -> Assignment | None:
-        """Workers for a work; they count as busier from now on."""
+    def choose(self, query: RouteQuery, trial_of: str | None = None) -> Assignment | None:
+        """Workers for a work; they count as busier from now on.
+
+        Args:
+            query: what is to be placed.
+            trial_of: request id of a suspect, which gets workers that no other suspect is on, until `end_trial`.
+        """
+        if trial_of is not None:
+            query = replace(query, excluded_worker_ids=query.excluded_worker_ids | self._trials.workers_of_others(trial_of))
         assignment = choose_workers(self.views(), query)
         if assignment is not None:
             self._sessions[assignment.decode_worker_id].note_assigned(query.num_tokens)
             if assignment.prefill_worker_id is not None:
                 self._sessions[assignment.prefill_worker_id].note_assigned(query.num_tokens)
+            if trial_of is not None:
+                self._trials.begin(trial_of, (assignment.decode_worker_id, assignment.prefill_worker_id))
         return assignment
+
+    def end_trial(self, request_id: str) -> None:
+        """A suspect got further, or was given up: another one may have its workers."""
+        if self._trials.end(request_id):
+            asyncio.get_running_loop().call_soon(self._on_change)
 
     def place_prompt(self, work_id: WorkId, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
         """Whether a prompt stays on the decode worker that reserved blocks for it, by their loads; it counts from now on."""
@@ -168,7 +185,7 @@ class WorkerSessions:
     def _add(self, session: WorkerSession) -> None:
         previous = self._sessions.get(session.worker_id)
         if previous is not None:  # the same worker under another address: the newer session counts
-            self._on_lost(session.worker_id)
+            self._on_lost(session.worker_id, False)
         self._sessions[session.worker_id] = session
         _log.info("session with worker began", worker_id=session.worker_id, role=session.role.value, address=session.address)
         self._on_change()
@@ -176,7 +193,7 @@ class WorkerSessions:
     def _remove(self, session: WorkerSession) -> None:
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
-            self._on_lost(session.worker_id)
+            self._on_lost(session.worker_id, session.died)
 
     def _dispatch(self, session: WorkerSession, response: SessionResponse) -> None:
         if self._sessions.get(session.worker_id) is not session:

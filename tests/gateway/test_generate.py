@@ -257,3 +257,30 @@ async def test_a_coalescing_time_out_of_range_is_refused(bench: Bench) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="coalesce_ms") as failure:
         await read_all(gateway.stub.Generate(token_request(PROMPT, 4, coalesce_ms=51)))
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_prompt_that_kills_workers_is_quarantined_and_nobody_elses_request_fails(bench: Bench) -> None:
+    first = await bench.workers.add_decode()
+    await bench.announce(first)
+    gateway = await bench.gateway()
+    first.hold("prompt")
+    poison = asyncio.create_task(read_all(gateway.stub.Generate(token_request([66, 6, 6], 4))))
+    await first.wait_for("prompt")
+    await bench.kill(first)
+    second = await bench.workers.add_decode()
+    second.hold("prompt")
+    await bench.announce(second)
+    await second.wait_for("prompt")
+    innocent = asyncio.create_task(read_all(gateway.stub.Generate(token_request(PROMPT, 4))))
+
+    async def has_both() -> bool:
+        return second.num_works == 2
+
+    await eventually(has_both)
+    await bench.kill(second)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await poison
+    assert failure.value.code() is grpc.StatusCode.INTERNAL
+    assert "quarantined" in (failure.value.details() or "")
+    await bench.announce(await bench.workers.add_decode())
+    assert (await innocent).token_ids == {0: expected_token_ids(PROMPT, 4)}
