@@ -16,6 +16,8 @@ from kvrelay.testing import FaultCluster, wait_until
 from kvrelay.testing.load import Outcome, Request, Tokens, fault_free_tokens, make_request, run_request
 
 BLOCK_SIZE = 8
+STEP_TIMEOUT_S = 5
+"""Longer than any test holds an engine that is not to count as hanging."""
 OFFSET_NAME = "wall-clock-offset"
 
 
@@ -68,7 +70,12 @@ async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
             num_gateways=2,
             num_prefill=2,
             num_decode=3,
-            engine={"block_size": BLOCK_SIZE, "num_kv_blocks": 256, "prefill_chunk_tokens": 32},
+            engine={
+                "block_size": BLOCK_SIZE,
+                "num_kv_blocks": 256,
+                "prefill_chunk_tokens": 32,
+                "step_timeout_ms": STEP_TIMEOUT_S * 1000,
+            },
             relay={"local_prefill_tokens": 0},
             server={"redis_timeout_ms": 500},
         )
