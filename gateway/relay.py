@@ -13,6 +13,7 @@ from gateway.admission import Admission, Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
 from gateway.lifecycle_messages import LifecycleRequest
+from gateway.orphan_sweeper import OrphanSweeper
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
@@ -72,6 +73,7 @@ class Relay:
         self.turnstile = Turnstile()
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
+        self._lease_ms = settings.server.lease_ms
         self._members: MemberView | None = None
 
     @asynccontextmanager
@@ -86,12 +88,16 @@ class Relay:
                 )
             self.sessions.set_members(members.members())
             writing = asyncio.create_task(self.writer.run(), name="state writer")
+            sweeper = OrphanSweeper(self.store, self.gateway_id, self._gateway_ids, self._lease_ms)
+            sweeping = asyncio.create_task(sweeper.run(), name="orphan sweeper")
             try:
                 yield
             finally:
                 for runner in self.requests.running():
                     runner.release()
                 writing.cancel()
+                sweeping.cancel()
+                await asyncio.wait([sweeping])
                 with contextlib.suppress(asyncio.CancelledError):
                     await writing
                 await self.writer.drain(LAST_WRITES_TIMEOUT_S)
@@ -99,6 +105,9 @@ class Relay:
     def members(self, role: MemberRole | None = None) -> tuple[Member, ...]:
         """Processes with a lease, as last known."""
         return () if self._members is None else self._members.members(role)
+
+    def _gateway_ids(self) -> list[str]:
+        return [member.instance_id for member in self.members(MemberRole.GATEWAY)]
 
     def check_open(self) -> None:
         """Raises UnavailableError while the gateway takes no new requests, StoreFullError while their state could not be kept."""

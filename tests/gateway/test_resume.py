@@ -293,3 +293,19 @@ async def test_a_store_without_memory_refuses_new_requests_until_it_has_some(ben
         return not await refused()
 
     await eventually(admitted)
+
+
+async def test_a_dead_gateways_requests_end_unless_they_can_be_resumed(bench: Bench) -> None:
+    _, decode = await two_workers(bench)
+    owner, other = await bench.gateway(), await bench.gateway()
+    decode.hold("token:5")
+    [(plain, _), (resumable, _)] = [await begin(owner, 3, resumable=value) for value in (False, True)]
+    await other.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(plain)))
+    await owner.stop_at_once()
+    assert await state_of(other, id_of(plain)) not in ("FAILED", "SUCCEEDED"), "nobody knows yet"
+    await wait_for_state(other, id_of(plain), "FAILED")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await resume(other, id_of(plain))
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    decode.release("token:5")
+    assert (await resume(other, id_of(resumable))).token_ids == {0: EXPECTED}
