@@ -35,7 +35,7 @@ class Protocol:
     response_type: Any
 
     def hello(self, **changes: Any) -> bytes:
-        values = {"gateway_id": "g", "protocol_version": PROTOCOL_VERSION, "liveness_window_ms": 60_000} | changes
+        values: dict[str, Any] = {"gateway_id": "g", "protocol_version": PROTOCOL_VERSION, "liveness_window_ms": 60_000} | changes
         message: bytes = self.request_type(hello=session_pb2.GatewayHello(**values)).SerializeToString()
         return message
 
@@ -142,7 +142,8 @@ def run_session(channel: grpc.Channel, protocol: Protocol, hello: bytes, good: l
     outcome = SessionOutcome(None, [], 0)
     good_id = _work_id(protocol.request_type.FromString(good[0]))
     try:
-        for data in channel.stream_stream(protocol.method)(sent(), timeout=CALL_TIMEOUT_S):
+        responses: Any = channel.stream_stream(protocol.method)(sent(), timeout=CALL_TIMEOUT_S)  # type: ignore[arg-type]
+        for data in responses:
             response = protocol.response_type.FromString(data)
             if _note(response, good_id, outcome):
                 requests.put(None)
