@@ -214,6 +214,8 @@ class Route:
     avoided_pairs: frozenset[tuple[str, str]]
     apart: bool = False
     """A suspect: workers on which no other suspect is."""
+    is_paid_retry: bool = False
+    """Another try after a worker's own failure: only if the gateway can afford one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Relay:
             on_event=self.requests.dispatch,
             on_lost=self.requests.note_worker_lost,
             on_change=self._note_workers_changed,
+            on_room=self.requests.note_room,
         )
         self.models = ServedModels(self.sessions.views, self.members)
         self.tokenizers = TokenizerCache(self.sessions.sessions)
@@ -167,6 +168,7 @@ class Relay:
             assert seed is not None, "resolved by validation"
             journal.output.append_accepted(request.request_id, request.model, len(request.prompt_token_ids), seed)
         self.requests.add(runner)
+        self.sessions.retries.note_request()
         self.writer.track(journal)
         runner.start()
         return runner

@@ -161,6 +161,7 @@ class RequestLifecycle:
                     self._retries.excluded_worker_ids,
                     self._retries.avoided_pairs,
                     apart=self._retries.is_suspect,
+                    is_paid_retry=self._retries.is_due_to_pay,
                 )
                 self._actions.append(route)
 
@@ -168,6 +169,7 @@ class RequestLifecycle:
         progress = self._works.get(event.work_id)
         if progress is None or not progress.waits_for_route:
             return
+        self._retries.is_due_to_pay = False
         progress.route(event.decode_worker_id, event.prefill_worker_id)
         self.report.decode_worker_id = event.decode_worker_id
         self.report.prefill_worker_id = event.prefill_worker_id

@@ -173,6 +173,9 @@ class RequestRunner:
                 self._finish(state, error)
 
     def _route(self, action: m.Route) -> None:
+        if action.is_paid_retry and not self._sessions.retries.can_afford(self._loop.time()):
+            self._events.append(m.NoWorker(action.work.work_id))
+            return
         query = RouteQuery(
             self.request.fingerprint,
             len(action.work.token_ids),
@@ -180,10 +183,12 @@ class RequestRunner:
             action.avoided_pairs | self._sessions.avoided_pairs(),
             self.request.preferred_decode_worker_id,
         )
-        assignment = self._sessions.choose(query, self.request_id if action.apart else None)
+        assignment = self._sessions.choose(query, self.request_id, apart=action.apart)
         if assignment is None:
             self._events.append(m.NoWorker(action.work.work_id))
             return
+        if action.is_paid_retry:
+            self._sessions.retries.spend()
         self._drop_timer("give up")
         self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
 
@@ -194,11 +199,13 @@ class RequestRunner:
         # Jitter, so that many requests do not ask the same worker at once.
         self._set_timer("route", delay_s * random.uniform(0.5, 1.0), m.RouteAgain())
 
-    def workers_changed(self) -> None:
-        """A worker was found: need not wait any longer."""
-        if "route" in self._timers:
-            self._drop_timer("route")
-            self.post(m.RouteAgain())
+    def workers_changed(self) -> bool:
+        """A worker was found, or has room: need not wait any longer. Whether it did wait."""
+        if "route" not in self._timers:
+            return False
+        self._drop_timer("route")
+        self.post(m.RouteAgain())
+        return True
 
     def _send(self, action: m.SendReserve | m.SendStartPrefill | m.SendRunPrompt | m.SendCancel | m.SendFinishSequence) -> None:
         if isinstance(action, m.SendStartPrefill | m.SendRunPrompt):
@@ -264,7 +271,7 @@ class RequestRunner:
         self._timers.clear()
         self._events.clear()
         self._admitted.release(self._loop.time())
-        self._sessions.end_trial(self.request_id)
+        self._sessions.forget(self.request_id)
         if error is None or not self.journal.released:
             self.journal.end(state, error)
         self._on_end(self)

@@ -21,6 +21,8 @@ class RetryPolicy:
         self._last_kind: FailureKind | None = None
         self._excluded_worker_ids: set[str] = set()
         self._avoided_pairs: set[tuple[str, str]] = set()
+        self.is_due_to_pay = False
+        """Whether the next attempt is one that the gateway's retry budget pays for."""
         self.is_suspect = False
         """Whether a worker died that may have died of the request, and it has not got further since."""
 
@@ -50,6 +52,7 @@ class RetryPolicy:
             The error to end the request with when there were too many; None to try again.
         """
         self._last_kind = kind
+        self.is_due_to_pay = kind in (FailureKind.INTERNAL, FailureKind.TRANSFER)
         if kind is FailureKind.TRANSFER and pair is not None:
             self._avoided_pairs.add(pair)
         elif kind is not FailureKind.SUPERSEDED:  # the same worker takes the next attempt, or one of those after it

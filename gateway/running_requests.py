@@ -76,6 +76,13 @@ class RunningRequests:
         for runner in runners:
             runner.post(m.WorkerLost(worker_id, blame.get(runner.request_id, m.Blame.NONE)))
 
+    def note_room(self, num_requests: int) -> None:
+        """So many requests more may be given to workers: the oldest that wait are."""
+        for runner in self.running():
+            if num_requests <= 0:
+                return
+            num_requests -= runner.workers_changed()
+
     def note_workers_changed(self) -> None:
         """A worker was found."""
         for runner in self.running():

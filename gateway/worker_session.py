@@ -14,6 +14,7 @@ from gateway import session_messages
 from gateway.prompt_placement import SentPrompts
 from gateway.router import WorkerView
 from gateway.session_messages import SessionRequest, SessionResponse, WorkerIdentity
+from gateway.worker_intake import WorkerIntake
 from kvrelay.errors import UnavailableError
 from kvrelay.liveness import PROTOCOL_VERSION, Liveness
 from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc, session_pb2
@@ -58,6 +59,7 @@ class WorkerSession:
         self.address = address
         self.channel = channel
         self.sent_prompts = SentPrompts()
+        self.intake = WorkerIntake()
         self._load: WorkerLoad | session_pb2.WorkerLoad = WorkerLoad()
         self._identity: WorkerIdentity | None = None
         self._settings = settings

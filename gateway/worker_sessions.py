@@ -13,6 +13,7 @@ import structlog
 from gateway import lifecycle_messages as m
 from gateway import session_messages
 from gateway.prompt_placement import is_sooner_on_decode_worker
+from gateway.retry_budget import RetryBudget
 from gateway.router import Assignment, FailedPairs, RouteQuery, WorkerView, choose_workers
 from gateway.session_messages import Command, SessionResponse
 from gateway.suspicion import Trials
@@ -39,6 +40,7 @@ class WorkerSessions:
         on_event: called with (request id, event) for whatever a worker says about a request; must not raise.
         on_lost: called with a worker's id when its session ended, and whether its process seems to have died; must not raise.
         on_change: called when a worker was found, or may take work again; must not raise.
+        on_room: called with the number of requests that a worker may be given more than before; must not raise.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class WorkerSessions:
         on_event: Callable[[str, m.Event], None],
         on_lost: Callable[[str, bool], None],
         on_change: Callable[[], None],
+        on_room: Callable[[int], None] = lambda num_requests: None,
     ) -> None:
         self._settings = settings
         self._on_event = on_event
         self._on_lost = on_lost
         self._on_change = on_change
+        self._on_room = on_room
+        self.retries = RetryBudget(asyncio.get_running_loop().time())
         self._tasks: dict[_Place, asyncio.Task[None]] = {}
         self._wanted: set[_Place] = set()
         self._sessions: dict[str, WorkerSession] = {}
@@ -89,23 +94,40 @@ class WorkerSessions:
         """What the router needs to know of the connected workers."""
         return [session.view() for session in self._sessions.values()]
 
-    def choose(self, query: RouteQuery, trial_of: str | None = None) -> Assignment | None:
+    def choose(self, query: RouteQuery, request_id: str, *, apart: bool = False) -> Assignment | None:
         """Workers for a work; they count as busier from now on.
 
         Args:
             query: what is to be placed.
-            trial_of: request id of a suspect, which gets workers that no other suspect is on, until `end_trial`.
+            request_id: whose work it is.
+            apart: it is a suspect, which gets workers that no other suspect is on, until `end_trial`.
         """
-        if trial_of is not None:
-            query = replace(query, excluded_worker_ids=query.excluded_worker_ids | self._trials.workers_of_others(trial_of))
+        now = asyncio.get_running_loop().time()
+        self._end_intake(request_id)  # of an earlier attempt
+        unready = {session.worker_id for session in self._sessions.values() if not session.intake.may_take(now)}
+        if apart:
+            unready |= self._trials.workers_of_others(request_id)
+        if unready:
+            query = replace(query, excluded_worker_ids=query.excluded_worker_ids | unready)
         assignment = choose_workers(self.views(), query)
-        if assignment is not None:
-            self._sessions[assignment.decode_worker_id].note_assigned(query.num_tokens)
-            if assignment.prefill_worker_id is not None:
-                self._sessions[assignment.prefill_worker_id].note_assigned(query.num_tokens)
-            if trial_of is not None:
-                self._trials.begin(trial_of, (assignment.decode_worker_id, assignment.prefill_worker_id))
+        if assignment is None:
+            return None
+        chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
+        for session in (self._sessions[worker_id] for worker_id in chosen if worker_id is not None):
+            session.note_assigned(query.num_tokens)
+            session.intake.begin(request_id)
+        if apart:
+            self._trials.begin(request_id, chosen)
         return assignment
+
+    def forget(self, request_id: str) -> None:
+        """The request has ended."""
+        self.end_trial(request_id)
+        self._end_intake(request_id)
+
+    def _end_intake(self, request_id: str) -> None:
+        for session in self._sessions.values():
+            session.intake.end(request_id)
 
     def end_trial(self, request_id: str) -> None:
         """A suspect got further, or was given up: another one may have its workers."""
@@ -209,3 +231,15 @@ class WorkerSessions:
             session.mark_draining()
         if isinstance(event, m.PrefillDone | m.DecodeStarted | m.WorkFailed):
             session.sent_prompts.remove(event.work_id)
+            self._note_outcome(session, event)
+
+    def _note_outcome(self, session: WorkerSession, event: m.PrefillDone | m.DecodeStarted | m.WorkFailed) -> None:
+        request_id = event.work_id.request_id
+        if not isinstance(event, m.WorkFailed):
+            num_more = session.intake.note_success(request_id)
+            if isinstance(event, m.DecodeStarted):
+                self._end_intake(request_id)  # a prefill worker that was chosen and not needed
+            if num_more:
+                asyncio.get_running_loop().call_soon(self._on_room, num_more)
+        elif event.kind is FailureKind.INTERNAL:
+            session.intake.note_failure(request_id, asyncio.get_running_loop().time())

@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import pytest
 
+from gateway.worker_intake import FIRST_WINDOW
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
 from kvrelay.work import FailureKind
@@ -284,3 +285,26 @@ async def test_a_prompt_that_kills_workers_is_quarantined_and_nobody_elses_reque
     assert "quarantined" in (failure.value.details() or "")
     await bench.announce(await bench.workers.add_decode())
     assert (await innocent).token_ids == {0: expected_token_ids(PROMPT, 4)}
+
+
+async def test_a_worker_that_comes_after_an_outage_is_given_its_work_gradually(bench: Bench) -> None:
+    first = await bench.workers.add_decode()
+    await bench.announce(first)
+    gateway = await bench.gateway()
+    await read_all(gateway.stub.Generate(token_request(PROMPT, 1)))
+    await bench.kill(first)
+    reading = [asyncio.create_task(read_all(gateway.stub.Generate(token_request(PROMPT, 2)))) for _ in range(50)]
+
+    async def all_wait() -> bool:
+        return len((await gateway.stub.GetCluster(pb.GetClusterRequest())).running_requests) == 50
+
+    await eventually(all_wait)
+    second = await bench.workers.add_decode()
+    second.hold("prompt")
+    await bench.announce(second)
+    await second.wait_for("prompt")
+    assert second.num_works == FIRST_WINDOW
+    second.release("prompt")
+    answers = await asyncio.gather(*reading)
+    assert all(answer.finished and answer.finished.phases.num_attempts == 1 for answer in answers)
+    await bench.at_rest()
