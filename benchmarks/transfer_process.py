@@ -24,7 +24,9 @@ from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
 from kvrelay.config import TransferSettings
+from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
@@ -59,7 +61,7 @@ class Pool:
 
     def __init__(self, layout: KVLayout, num_tokens: int, seed: int) -> None:
         num_blocks = -(-num_tokens // BLOCK_SIZE)
-        self.cache = PagedKVCache(layout, num_blocks, BLOCK_SIZE)
+        self.cache = PagedKVCache(layout, num_blocks, BLOCK_SIZE, kernels=load_library())
         blocks = list(range(num_blocks))
         random.Random(seed).shuffle(blocks)
         self.block_ids = tuple(blocks)
@@ -235,6 +237,7 @@ async def _serve(role: str, read: Callable[[], str]) -> None:
     torch.set_num_threads(1)
     keep_message_memory()
     end = _make_end(role, json.loads(read()))
+    keep_what_is_loaded()  # as a worker does
     try:
         while line := await asyncio.to_thread(read):
             print(json.dumps(await end.answer(json.loads(line))), flush=True)

@@ -121,7 +121,7 @@ def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel
 
 def _make_pool(layout: KVLayout, num_blocks: int, block_size: int, model: LoadedModel) -> PagedKVCache:
     try:
-        return PagedKVCache(layout, num_blocks, block_size, model.device)
+        return PagedKVCache(layout, num_blocks, block_size, model.device, model.kernels)
     except RuntimeError as error:  # torch's error for memory that cannot be had
         num_mib = num_blocks * block_size * layout.bytes_per_token // BYTES_PER_MIB
         message = (

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvrelay.engine.native.library import KVBlocks, NativeLibrary
 from kvrelay.errors import TransferError
 from kvrelay.kv_cache.block_manager import BlockCopy
 from kvrelay.model_spec import KVLayout
@@ -33,13 +34,22 @@ class PagedKVCache:
         num_blocks: blocks in the pool.
         block_size: tokens per block.
         device: where the pool lies.
+        kernels: copy KV in and out of a CPU's pool faster than torch; None to leave it to torch.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, block_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        kernels: NativeLibrary | None = None,
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = torch.device(device)
+        self._kernels = kernels if self.device.type == "cpu" else None
         dtype = TORCH_DTYPES.get(layout.dtype, torch.uint8)
         row_items = layout.row_bytes // dtype.itemsize  # head_dim; in int8, bytes of numbers and scale
         # [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, row_items]: a block is one contiguous row per layer and
@@ -148,6 +158,9 @@ class PagedKVCache:
         assert buffer.nbytes == num_bytes, "the buffer has the size of the range"
         if num_bytes == 0:
             return
+        if self._kernels is not None:
+            self._copy(self._kernels, buffer, layer_begin, layer_end, block_ids, token_begin, token_end, into_pool=False)
+            return
         with torch.inference_mode():
             rows, index = self._wire_rows(layer_begin, layer_end, block_ids, token_begin, token_end)
             target = _bytes_of(buffer).view(rows.dtype).view(rows.shape[0], 2, len(index), -1)
@@ -181,10 +194,36 @@ class PagedKVCache:
             raise TransferError(f"a KV payload has {len(view)} bytes where the model's layout needs {expected_bytes}")
         if expected_bytes == 0:
             return
+        if self._kernels is not None:
+            self._copy(self._kernels, view, layer_begin, layer_end, block_ids, token_begin, token_end, into_pool=True)
+            return
         with torch.inference_mode():
             rows, index = self._wire_rows(layer_begin, layer_end, block_ids, token_begin, token_end)
             source = _bytes_of(view).view(rows.dtype).view(rows.shape[0], 2, len(index), -1)
             rows.index_copy_(2, index, source.to(self.device))
+
+    def _copy(
+        self,
+        kernels: NativeLibrary,
+        wire: memoryview,
+        layer_begin: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_begin: int,
+        token_end: int,
+        *,
+        into_pool: bool,
+    ) -> None:
+        """Copies between the pool and memory in the wire's order, by the kernels."""
+        first, last = token_begin // self.block_size, -(-token_end // self.block_size)
+        ids = (ctypes.c_int64 * (last - first))(*block_ids[first:last])
+        assert all(0 <= block < self.num_blocks for block in ids), "the blocks lie outside of the pool"
+        keys_address, values_address = self.layer_addresses(layer_begin)
+        row_bytes = self.layout.num_kv_heads * self.layout.row_bytes
+        blocks = KVBlocks(keys_address, values_address - keys_address, row_bytes, self.block_size, ids)
+        begin, end = token_begin - first * self.block_size, token_end - first * self.block_size
+        address = np.frombuffer(wire, dtype=np.uint8).ctypes.data
+        kernels.copy_kv(blocks, layer_end - layer_begin, begin, end, address, into_pool=into_pool)
 
     def _wire_rows(
         self, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int

@@ -1,11 +1,13 @@
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kvrelay.engine.model_loader import load_model
 from kvrelay.engine.model_runner import StepInput
+from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.errors import TransferError
 from kvrelay.kv_cache.block_manager import BlockCopy
@@ -165,3 +167,31 @@ def test_a_step_may_write_two_chunks_of_one_pool_at_once(tiny_models: Path) -> N
         ranges = (0, 2, one.block_ids, 0, len(one.token_ids))
         expected = apart.cache.export_kv(*ranges).view(torch.float32)
         torch.testing.assert_close(together.cache.export_kv(*ranges).view(torch.float32), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("token_begin", "token_end"), [(0, 11), (2, 9), (4, 8), (5, 6), (3, 12)])
+def test_kernels_copy_the_same_bytes_as_torch_and_touch_no_others(dtype: str, token_begin: int, token_end: int) -> None:
+    library = load_library()
+    if library is None:
+        pytest.skip("no compiler")
+    layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=24, dtype=dtype)
+    by_torch, by_kernels = PagedKVCache(layout, 8, 4), PagedKVCache(layout, 8, 4, kernels=library)
+    everything = list(range(8))
+    before = np.random.default_rng(0).bytes(by_torch.export_bytes(3, 32))
+    payload = np.random.default_rng(1).bytes(by_torch.export_bytes(2, token_end - token_begin))
+    for cache in (by_torch, by_kernels):
+        cache.import_kv(before, 0, 3, everything, 0, 32)
+        cache.import_kv(payload, 1, 3, BLOCKS, token_begin, token_end)
+        assert as_bytes(cache.export_kv(1, 3, BLOCKS, token_begin, token_end)) == payload
+    assert as_bytes(by_kernels.export_kv(0, 3, everything, 0, 32)) == as_bytes(by_torch.export_kv(0, 3, everything, 0, 32))
+
+
+def test_kernels_refuse_a_block_that_is_not_in_the_pool() -> None:
+    library = load_library()
+    if library is None:
+        pytest.skip("no compiler")
+    cache = PagedKVCache(KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32"), 2, 4, kernels=library)
+    for block in (-1, 2):
+        with pytest.raises(AssertionError, match="outside of the pool"):
+            cache.export_kv(0, 1, [0, block], 0, 8)

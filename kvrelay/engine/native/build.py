@@ -12,8 +12,10 @@ from pathlib import Path
 import structlog
 import xxhash
 
+from kvrelay.cache_folder import cache_folder
+
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("threads.c", "matrices.c", "attention.c", "attention_int8.c", "decoder.c", "linear.c")
+SOURCES = ("threads.c", "matrices.c", "attention.c", "attention_int8.c", "decoder.c", "linear.c", "kv_copy.c")
 HEADERS = ("kernels.h", "attention.h")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 FOR_THIS_PROCESSOR: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
@@ -35,7 +37,7 @@ def build_library() -> Path:
         KernelsUnavailableError: no compiler, or it does not compile them.
     """
     compiler = _find_compiler()
-    target = _cache_folder() / f"kernels-{_digest(compiler)}.so"
+    target = cache_folder(os.environ) / "kernels" / f"kernels-{_digest(compiler)}.so"
     if not target.is_file():
         _compile(compiler, target)
     return target
@@ -46,12 +48,6 @@ def _find_compiler() -> str:
         if name and (path := shutil.which(name)):
             return path
     raise KernelsUnavailableError("there is no C compiler; install gcc or clang")
-
-
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if Path(cache).is_absolute() else Path("~/.cache").expanduser()
-    return base / "kvrelay" / "kernels"
 
 
 def _digest(compiler: str) -> str:

@@ -103,6 +103,18 @@ class KVLayer(ctypes.Structure):
     ]
 
 
+class KVBlocks(ctypes.Structure):
+    """`kv_blocks` of kv_copy.c."""
+
+    _fields_ = [
+        ("first_layer", c_void_p),
+        ("side_bytes", c_int64),
+        ("row_bytes", c_int64),
+        ("block_size", c_int64),
+        ("block_ids", POINTER(c_int64)),
+    ]
+
+
 class AttentionCall(ctypes.Structure):
     """`attention_call` of attention.h."""
 
@@ -160,6 +172,8 @@ class NativeLibrary:
         library.attend.restype = None
         library.write_kv.argtypes = [POINTER(KVLayer), c_int64, c_void_p, c_void_p, c_void_p, c_int64]
         library.write_kv.restype = None
+        library.copy_kv.argtypes = [POINTER(KVBlocks), c_int64, c_int64, c_int64, c_void_p, c_int64]
+        library.copy_kv.restype = None
         library.nanoseconds_spent.argtypes = []
         library.nanoseconds_spent.restype = c_int64
 
@@ -215,6 +229,19 @@ class NativeLibrary:
         """
         stride = kv.num_kv_heads * kv.head_dim
         self._library.write_kv(kv, num_tokens, slots_address, keys_address, values_address, stride)
+
+    def copy_kv(
+        self, blocks: KVBlocks, num_layers: int, token_begin: int, token_end: int, wire_address: int, *, into_pool: bool
+    ) -> None:
+        """Copies tokens [token_begin, token_end) of so many layers between the pool and memory in the wire's order.
+
+        Args:
+            blocks: where they lie in the pool, from the first layer that is copied.
+            num_layers, token_begin, token_end: what is copied.
+            wire_address: K, then V of each layer, each [tokens, row_bytes].
+            into_pool: which way.
+        """
+        self._library.copy_kv(blocks, num_layers, token_begin, token_end, wire_address, into_pool)
 
     def seconds_spent(self) -> float:
         """Time in `run_decoder` since the process began."""
