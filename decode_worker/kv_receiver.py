@@ -16,19 +16,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import structlog
 
 from decode_worker.commands import PushEnded
+from decode_worker.push_inbox import PushInbox
 from decode_worker.push_permits import PushPermit, PushPermits
 from decode_worker.transfer_assembly import TransferAssembly
-from kvrelay.errors import CancelledRequestError, DeadlineError, FingerprintError, KvrelayError, TransferError
+from kvrelay.errors import DeadlineError, FingerprintError, KvrelayError, TransferError
 from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, SharedChunk, chunk_digest, decode_request, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverServer
+from kvrelay.kv_transfer.pool import KVImporter
 from kvrelay.kv_transfer.shared_memory import SharedRegion
 from kvrelay.model_spec import WIRE_VERSION, ModelSpec
 from kvrelay.v1 import kv_transfer_pb2
@@ -39,28 +41,11 @@ HEADER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
 """Answers are so small that one waits only behind thousands that were not read."""
 
-MAX_READ_AHEAD = 3
-"""Messages that are read while others are written."""
 MAX_WRITE_BYTES = 2 * 1024 * 1024
 """Written in one turn of a thread, and one chunk more."""
 SERVICE_NAME = "kvrelay.v1.KVTransferService"
 
 _log = structlog.get_logger(__name__)
-
-
-class KVImporter(Protocol):
-    """The pool, as far as a receiver needs it."""
-
-    def import_kv(
-        self,
-        payload: memoryview | bytes,
-        layer_begin: int,
-        layer_end: int,
-        block_ids: Sequence[int],
-        token_begin: int,
-        token_end: int,
-    ) -> None:
-        """Copies K and V into the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +106,7 @@ class KVReceiver:
         except TimeoutError:
             raise DeadlineError(f"no header came within {HEADER_TIMEOUT_S:g} s") from None
         self._check_header(header)
-        inbox = _Inbox(context)
+        inbox = PushInbox(context)
         loop = asyncio.get_running_loop()
 
         def on_close() -> None:
@@ -143,64 +128,10 @@ class KVReceiver:
             raise FingerprintError("the push comes from another model, or from the same one served differently")
 
 
-class _Inbox:
-    """Messages of one push, read ahead of their use."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._messages: deque[bytes] = deque()
-        self._has_ended = False
-        self._is_closed = False
-        self._changed = asyncio.Event()
-
-    async def read(self) -> None:
-        """Reads until the sender's side of the stream ends."""
-        try:
-            while (message := await self._stream.read()) is not grpc.aio.EOF:
-                self._messages.append(message)
-                self._changed.set()
-                while len(self._messages) >= MAX_READ_AHEAD:
-                    await self._wait()
-        finally:
-            self._has_ended = True
-            self._changed.set()
-
-    def close(self) -> None:
-        """The reservation has ended: nothing is taken any more."""
-        self._is_closed = True
-        self._changed.set()
-
-    @property
-    def has_messages(self) -> bool:
-        return bool(self._messages)
-
-    async def take(self) -> list[bytes]:
-        """All that was read, in order: at least one message.
-
-        Raises:
-            CancelledRequestError: the reservation has ended.
-            TransferError: the stream has.
-        """
-        while not self._messages and not self._is_closed and not self._has_ended:
-            await self._wait()
-        if self._is_closed:
-            raise CancelledRequestError("the reservation has ended")
-        if not self._messages:
-            raise TransferError("the push ended without its end message")
-        messages = list(self._messages)
-        self._messages.clear()
-        self._changed.set()
-        return messages
-
-    async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
-
-
 class _IncomingPush:
     """One push into one reservation, from its header to its end."""
 
-    def __init__(self, context: ReceiverContext, permit: PushPermit, inbox: _Inbox, stream: Any) -> None:
+    def __init__(self, context: ReceiverContext, permit: PushPermit, inbox: PushInbox, stream: Any) -> None:
         self._context = context
         self._permit = permit
         self._inbox = inbox

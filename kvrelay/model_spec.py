@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 KV_SCALE_BYTES = 4

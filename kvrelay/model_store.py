@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kvrelay.cache_folder import cache_folder
 from kvrelay.errors import ModelLoadError
 from kvrelay.model_sources import Progress, convert_gguf, fetch_demo_gguf, fetch_from_hub
 
@@ -36,10 +37,7 @@ def default_model_dir(environment: Mapping[str, str]) -> Path:
     """The store's folder where nothing else was said: $KVRELAY_MODEL_DIR, or kvrelay/models in the user's cache folder."""
     if directory := environment.get("KVRELAY_MODEL_DIR"):
         return Path(directory).expanduser()
-    cache = environment.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    base = Path(cache) if Path(cache).is_absolute() else Path("~/.cache").expanduser()
-    return base / "kvrelay" / "models"
+    return cache_folder(environment) / "models"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -21,31 +21,20 @@ from kvrelay.errors import KvrelayError, TransferError
 from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
 from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_chunk
+from kvrelay.kv_transfer.pool import KVExporter
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
 from kvrelay.model_spec import KVLayout
 from kvrelay.work import SequenceToken, WorkId
 
 MAX_COALESCED_BYTES = 1024 * 1024
 """Layers wait for one another until they are so many bytes; chunks are larger only when more is ready than is sent."""
+STALL_TIMEOUT_S = 3.0
+"""A decode worker that answers nothing for so long while it has something to answer is not reached. It outlasts a session's
+window, so that a worker which only stood still for a moment loses nothing."""
 ENCODE_AHEAD = 2
 """Chunks that are exported or wait to be sent, so that neither threads nor wire wait for the other."""
 
 _log = structlog.get_logger(__name__)
-
-
-class KVExporter(Protocol):
-    """The pool, as far as a sender needs it."""
-
-    def export_kv_into(
-        self,
-        buffer: memoryview,
-        layer_begin: int,
-        layer_end: int,
-        block_ids: Sequence[int],
-        token_begin: int,
-        token_end: int,
-    ) -> None:
-        """Fills the buffer with [layers, 2, tokens, kv_heads, head_dim]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +107,8 @@ class KVSender:
         self._wire_s = 0.0
         self._sampled_at = 0.0
         self._changed = asyncio.Event()
+        self._stall: asyncio.Timeout | None = None
+        self._end_is_sent = False
         self._encoding: deque[asyncio.Future[Any]] = deque()
         """Chunks in the order in which they are to be sent."""
         self._exports: list[Future[Any]] = []
@@ -177,8 +168,11 @@ class KVSender:
         reader = asyncio.create_task(self._read_replies(push), name="push replies")
         reader.add_done_callback(lambda _: self._changed.set())
         try:
-            await self._send_until_complete(push, reader)
+            async with asyncio.timeout(None) as self._stall:
+                await self._send_until_complete(push, reader)
             reader.result()
+        except TimeoutError:
+            raise TransferError(f"the decode worker acknowledged nothing for {STALL_TIMEOUT_S:g} s") from None
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -186,7 +180,6 @@ class KVSender:
 
     async def _send_until_complete(self, push: KVPush, reader: asyncio.Task[None]) -> None:
         """Sends spans as they become ready, then the end, then what is refused; until the receiver has ended the push."""
-        end_is_sent = False
         while not reader.done():
             while self._can_encode(push):
                 self._start_encoding(push)
@@ -195,14 +188,23 @@ class KVSender:
                 self._encoding.popleft()
                 await push.send_chunk(encoded)
                 fault_point("prefill.chunk_sent", self._plan)
-            elif self._tokens is not None and not self._spans and not end_is_sent:
+            elif self._tokens is not None and not self._spans and not self._end_is_sent:
                 # Not after the last answers: these may follow, and cost nothing then.
                 await push.send_end(self._num_chunks, self._tokens)
-                end_is_sent = True
+                self._end_is_sent = True
+                self._await_answers()
                 fault_point("prefill.end_sent", self._plan)
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _await_answers(self) -> None:
+        """The receiver has just answered, or has got something to answer: from now on it has its time again."""
+        assert self._stall is not None, "within _push"
+        if self._unacknowledged or self._end_is_sent:
+            self._stall.reschedule(asyncio.get_running_loop().time() + STALL_TIMEOUT_S)
+        else:
+            self._stall.reschedule(None)
 
     def _can_encode(self, push: KVPush) -> bool:
         """Whether a chunk is ready and there is room for it. A chunk larger than the window goes alone."""
@@ -224,6 +226,8 @@ class KVSender:
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span
         self._window_bytes += num_bytes
+        if len(self._unacknowledged) == 1:
+            self._await_answers()
         if name not in self._resent:
             self._num_chunks += 1
         export = self._context.threads.submit(self._encode, push, span, push.take_buffer(span, num_bytes))
@@ -248,6 +252,7 @@ class KVSender:
                 case PushComplete(kv_bytes):
                     self._completed_bytes = kv_bytes
                     return
+            self._await_answers()
             self._changed.set()
         raise TransferError("the decode worker ended the push without completing it")
 

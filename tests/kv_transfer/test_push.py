@@ -355,7 +355,7 @@ async def test_a_ticket_is_good_for_one_push(bench: Bench) -> None:
     assert await push_raw(bench, bench.plan(), []) == ([], grpc.StatusCode.PERMISSION_DENIED)
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, WIRE_VERSION - 1, WIRE_VERSION + 1])
 async def test_another_wire_version_is_refused(bench: Bench, version: int) -> None:
     stub = kv_transfer_pb2_grpc.KVTransferServiceStub(channel := create_channel(bench.address))
     header = kv_transfer_pb2.PushHeader(
