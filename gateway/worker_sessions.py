@@ -116,6 +116,8 @@ class WorkerSessions:
         for session in (self._sessions[worker_id] for worker_id in chosen if worker_id is not None):
             session.note_assigned(query.num_tokens)
             session.intake.begin(request_id)
+        if assignment.prefill_worker_id is not None:
+            self._failed_pairs.note_used((assignment.decode_worker_id, assignment.prefill_worker_id), now)
         if apart:
             self._trials.begin(request_id, chosen)
         return assignment

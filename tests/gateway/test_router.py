@@ -74,8 +74,48 @@ def test_an_avoided_pair_is_not_put_together() -> None:
     assert choose_workers(workers[:2], query) == Assignment("d1", None)
 
 
+def test_another_decode_worker_is_taken_before_a_pair_that_rests_is_used_without_its_prefill_worker() -> None:
+    workers = [worker("d1"), worker("d2", load=replace(ROOMY, num_running=5)), prefill("p1")]
+    query = replace(QUERY, avoided_pairs=frozenset({("d1", "p1")}))
+    assert choose_workers(workers, query) == Assignment("d2", "p1")
+    all_avoided = replace(QUERY, avoided_pairs=frozenset({("d1", "p1"), ("d2", "p1")}))
+    assert choose_workers(workers, all_avoided) == Assignment("d1", None)
+
+
+PAIR = ("d1", "p1")
+
+
 def test_a_failed_pair_is_left_alone_for_a_while() -> None:
-    pairs = FailedPairs(rest_s=10)
-    pairs.note(("d1", "p1"), 100.0)
-    assert pairs.current(109.9) == {("d1", "p1")}
+    pairs = FailedPairs(rest_s=10, draw=lambda: 0.0)
+    pairs.note(PAIR, 100.0)
+    pairs.note(PAIR, 101.0)  # another work of the same moment
+    assert pairs.current(109.9) == {PAIR}
     assert pairs.current(110.1) == frozenset()
+
+
+def test_pairs_that_fail_together_come_back_apart() -> None:
+    draws = iter([0.0, 0.9])
+    pairs = FailedPairs(rest_s=10, draw=lambda: next(draws))
+    pairs.note(PAIR, 100.0)
+    pairs.note(("d2", "p1"), 100.0)
+    assert pairs.current(112.0) == {("d2", "p1")}
+
+
+def test_one_work_probes_a_pair_that_has_rested_and_a_failure_lets_it_rest_for_longer() -> None:
+    pairs = FailedPairs(rest_s=10, draw=lambda: 0.0)
+    pairs.note(PAIR, 100.0)
+    assert pairs.current(111.0) == frozenset()
+    pairs.note_used(PAIR, 111.0)
+    assert pairs.current(111.5) == {PAIR}, "half open"
+    pairs.note(PAIR, 112.0)
+    assert pairs.current(131.9) == {PAIR}
+    assert pairs.current(132.1) == frozenset()
+
+
+def test_a_probe_that_does_not_fail_gives_the_pair_back() -> None:
+    pairs = FailedPairs(rest_s=10, draw=lambda: 0.0)
+    pairs.note(PAIR, 100.0)
+    pairs.note_used(PAIR, 111.0)
+    assert pairs.current(113.1) == frozenset()
+    pairs.note_used(PAIR, 113.2)
+    assert pairs.current(113.3) == frozenset()
