@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +50,7 @@ def main(
     seed: Annotated[int | None, typer.Option(help="One seed instead.")] = None,
     trace: Annotated[bool, typer.Option(help="Show whatever happens; with --seed.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes to run seeds in.")] = 1,
+    outcomes_path: Annotated[Path | None, typer.Option("--outcomes", help="Write all outcomes there, pickled.")] = None,
 ) -> None:
     """Runs simulated clusters, one for each seed, and checks what the design promises."""
     if os.environ.get(_HASH_SEED) != "0":  # sets of strings have an order of their own in every process otherwise
@@ -65,6 +68,8 @@ def main(
         started = time.perf_counter()
         outcomes = _run_with_progress(console, chosen, processes)
         report(console, outcomes, time.perf_counter() - started)
+    if outcomes_path is not None:
+        outcomes_path.write_bytes(pickle.dumps(sorted(outcomes, key=lambda outcome: outcome.seed)))
     raise typer.Exit(any(outcome.problems for outcome in outcomes))
 
 

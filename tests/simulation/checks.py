@@ -1,6 +1,6 @@
 """What must hold: of every request's lifecycle at every step, and of the whole cluster at rest.
 
-    client    I1, I2, I6    toy_model    I4    here    I3, I5, I7, and which errors a client may get for which faults
+client    I1, I2, I6    toy_model    I4    here    I3, I5, I7, and which errors a client may get for which faults
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,11 @@ from tests.simulation.redis_model import RedisModel
 _GATEWAY_FAULTS = frozenset({Fault.GATEWAY_KILLED, Fault.GATEWAY_DRAINED, Fault.ZOMBIE, Fault.STALL})
 _REDIS_FAULTS = frozenset({Fault.REDIS_AWAY, Fault.REDIS_LOST_WRITES, Fault.REDIS_FULL})
 _WORKER_DEATHS = frozenset({Fault.PREFILL_KILLED, Fault.DECODE_KILLED, Fault.WORKER_DRAINED})
+
+
+_KILLS = frozenset({Fault.PREFILL_KILLED, Fault.DECODE_KILLED})
+MAX_DEATHS = 2
+"""Of workers, by one request."""
 
 
 class CheckedLifecycle(RequestLifecycle):
@@ -81,8 +86,11 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
             return None if client.loop.world.now >= soonest - 0.1 else "I6: too early"
         case errors.CancelledRequestError():
             return None if any(other.cancelled for other in group) else "nobody cancelled it"
-        case errors.InternalError() if client.plan.is_poison or client.plan.is_killer:
-            return None
+        case errors.InternalError():
+            # Who was alone on two workers that were killed from outside looks like one that kills.
+            num_kills = sum(fault.fault in _KILLS for fault in plan.faults)
+            is_guilty = client.plan.is_poison or client.plan.is_killer
+            return None if is_guilty or num_kills >= MAX_DEATHS else "an innocent request is blamed"
         case errors.StoreFullError():
             return None if Fault.REDIS_FULL in faults else "redis was not full"
         case errors.IdempotencyConflictError():
@@ -95,9 +103,18 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
         case errors.UnavailableError():
             lost_for_good = any(fault.fault in _WORKER_DEATHS and not fault.restarts for fault in plan.faults)
             is_killing = any(request.is_killer for request in plan.requests)
-            excused = gateway_faults or redis_faults or lost_for_good or is_killing
+            excused = gateway_faults or redis_faults or lost_for_good or is_killing or client.plan.is_poison
             return None if excused else "every fault of this seed can be survived"
     return "no fault of this seed explains it"
+
+
+def check_deaths(num_deaths: int, plan: Plan) -> None:
+    """A prompt that kills workers is quarantined, as long as the gateway that counts lives and sees that they died."""
+    if {fault.fault for fault in plan.faults} & (_GATEWAY_FAULTS | _REDIS_FAULTS):
+        return
+    killers = {(request.number if not request.key else request.key) for request in plan.requests if request.is_killer}
+    if num_deaths > MAX_DEATHS * len(killers):
+        raise ViolationError(f"I6: {len(killers)} prompts killed {num_deaths} workers")
 
 
 def check_keys(clients: Sequence[SimulatedClient], plan: Plan) -> None:

@@ -51,11 +51,14 @@ def simulated_environment(
     chance = random.Random(world.seed ^ 0x5EED)
     wall_clock = WallClock(world)
 
+    def monotonic() -> float:
+        return world.now
+
     def create_channel(address: str) -> SimulatedChannel:
         return SimulatedChannel(network, asyncio.get_running_loop().place, address)  # type: ignore[attr-defined]
 
-    patches = [
-        mock.patch.object(time, "monotonic", lambda: world.now),
+    patches: list[contextlib.AbstractContextManager[Any]] = [
+        mock.patch.object(time, "monotonic", monotonic),
         mock.patch.object(time, "time", wall_clock),
         mock.patch.object(secrets, "token_hex", lambda num_bytes=32: chance.randbytes(num_bytes).hex()),
         mock.patch.object(secrets, "token_bytes", lambda num_bytes=32: chance.randbytes(num_bytes)),

@@ -31,9 +31,7 @@ class Faults:
         slots: of the processes, by address.
     """
 
-    def __init__(
-        self, world: World, network: Network, redis: RedisModel, wall_clock: WallClock, slots: dict[str, Slot]
-    ) -> None:
+    def __init__(self, world: World, network: Network, redis: RedisModel, wall_clock: WallClock, slots: dict[str, Slot]) -> None:
         self.fired: Counter[Fault] = Counter()
         self.last_end = 0.0
         """When the last fault is over."""

@@ -436,7 +436,13 @@ class SimulatedChannel:
         return call
 
     def unary_unary(self, method: str, **options: Any) -> Callable[..., Any]:
-        async def call(request: Any, *, timeout: float | None = None, metadata: Any = None, wait_for_ready: bool = False) -> Any:
+        async def call(
+            request: Any,
+            *,
+            timeout: float | None = None,  # noqa: ASYNC109  # as gRPC's stubs have it
+            metadata: Any = None,
+            wait_for_ready: bool = False,
+        ) -> Any:
             made = ClientCall(self._network, self._place, self._address, method, timeout)
             made.connect(waits=wait_for_ready, request=request)
             return await made.read()

@@ -166,6 +166,7 @@ def _make_shape(random: Random, num_blocks: int, block_size: int) -> WorkerShape
         shared_chunk_tokens=random.choice([None, 2]),
         step_s=random.choice([0.001, 0.003, 0.01]),
         message_bytes=random.choice([16, 64, 256, 4096]),
+        slow_jobs=random.choice([0.0, 0.02, 0.3]),
     )
 
 
@@ -199,7 +200,7 @@ def _make_request(random: Random, number: int, num_gateways: int, earlier: list[
         timeout_s=random.choice([30.0, 30.0, 30.0, random.uniform(SHORTEST_TIMEOUT_S, 0.4)]),
         resumable=random.random() < 0.5,
         key=again.key if again is not None else random.choice(["", "", f"key {number}"]),
-        cancel_after_s=random.uniform(0.0, 0.3) if random.random() < 0.15 else None,
+        cancel_after_s=random.uniform(0.0, random.choice([0.05, 0.3])) if random.random() < 0.2 else None,
         pause_s=random.choice([0.0, 0.0, 0.0, 0.0, 0.05]),
     )
 

@@ -70,6 +70,8 @@ class WorkerShape:
     """How long a step takes, about."""
     message_bytes: int
     """Largest payload of a chunk on the wire."""
+    slow_jobs: float
+    """Share of its threads' jobs that get no core for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class WorkerProcess(SimulatedProcess):
         self.shape = shape
         self.blocks = BlockManager(shape.num_blocks, shape.block_size, shape.caches_prefixes)
         self.pool = ToyPool(shape.num_blocks, shape.block_size)
-        self.threads = SimulatedThreads(self.loop)
+        self.threads = SimulatedThreads(self.loop, shape.slow_jobs)
         self.step_runner = cast(StepRunner, ToyStepRunner(self.pool, self._compute_layer, self._die))
         self.max_sequence_tokens = min(MODEL.max_context_tokens, shape.num_blocks * shape.block_size)
         self.service: DecodeService | PrefillService
@@ -238,10 +240,8 @@ class DecodeProcess(WorkerProcess):
         self.thread: SimulatedEngineThread[DecodeCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
         pool = self.pool
         receiver = KVReceiver(ReceiverContext(pool, MODEL, self.permits, self.threads, self.thread.submit))
-        self.service: DecodeService = DecodeService(
-            self.hello(), MODEL, address, self.thread.submit, self.thread.submit_work
-        )
-        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, self.place)  # type: ignore[no-untyped-call]
+        self.service: DecodeService = DecodeService(self.hello(), MODEL, address, self.thread.submit, self.thread.submit_work)
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, cast(Any, self.place))
         receiver.add_to(cast(Any, self.place))
 
     def leftovers(self) -> list[str]:
@@ -262,9 +262,7 @@ class PrefillProcess(WorkerProcess):
         super().__init__(surroundings, MemberRole.PREFILL, address, shape)
         limits = PrefillLimits(shape.chunk_tokens, shape.max_waiting_works)
         self.scheduler = PrefillScheduler(self.blocks, MODEL, limits)
-        engine_loop = PrefillEngineLoop(
-            self.scheduler, self.step_runner, self._publish, self._announce, now=self.loop.time
-        )
+        engine_loop = PrefillEngineLoop(self.scheduler, self.step_runner, self._publish, self._announce, now=self.loop.time)
         self.thread: SimulatedEngineThread[PrefillCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
         context = SenderContext(
             exporter=self.pool,
@@ -275,10 +273,8 @@ class PrefillProcess(WorkerProcess):
             max_window_bytes=3 * shape.message_bytes,
             now=self.loop.time,
         )
-        self.service: PrefillService = PrefillService(
-            self.hello(), MODEL, context, self.thread.submit, self.thread.submit_work
-        )
-        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, self.place)  # type: ignore[no-untyped-call]
+        self.service: PrefillService = PrefillService(self.hello(), MODEL, context, self.thread.submit, self.thread.submit_work)
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, cast(Any, self.place))
 
     def leftovers(self) -> list[str]:
         num_senders = self.service.num_senders
@@ -314,7 +310,7 @@ class GatewayProcess(SimulatedProcess):
         self.relay = relay = Relay(self.instance_id, self._settings, store, LeisurelyRegistry(connection, LEASE_MS))
         relay.tokenizers = cast(Any, ToyTokenizers())
         relay.address = self.address
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), self.place)  # type: ignore[no-untyped-call]
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), cast(Any, self.place))
         member = Member(self.instance_id, MemberRole.GATEWAY, self.address)
         async with relay.running(), relay.registry.lease(member):
             self.surroundings.network.listen(self.place)
@@ -398,7 +394,11 @@ class Slot:
 
 
 def slots_of(
-    surroundings: Surroundings, settings: GatewaySettings, num_gateways: int, prefill: list[WorkerShape], decode: list[WorkerShape]
+    surroundings: Surroundings,
+    settings: GatewaySettings,
+    num_gateways: int,
+    prefill: list[WorkerShape],
+    decode: list[WorkerShape],
 ) -> dict[str, Slot]:
     """All slots of a cluster, by address."""
     makers: dict[str, Factory] = {}

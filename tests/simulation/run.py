@@ -5,11 +5,18 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from random import Random
 
 from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
 from kvrelay.worker_registry import MemberRole
-from tests.simulation.checks import CheckedLifecycle, check_end_of, check_keys, check_store, leftovers_of, may_lose_writes
+from tests.simulation.checks import (
+    CheckedLifecycle,
+    check_deaths,
+    check_end_of,
+    check_keys,
+    check_store,
+    leftovers_of,
+    may_lose_writes,
+)
 from tests.simulation.client import SimulatedClient, ViolationError
 from tests.simulation.environment import START_OF_WALL_CLOCK, simulated_environment
 from tests.simulation.faults import Faults
@@ -135,6 +142,7 @@ class _Run:
         for client in self._clients:
             check_end_of(client, self._clients, self._plan)
         check_keys(self._clients, self._plan)
+        check_deaths(sum(process.died_of_step for process in self._all_workers()), self._plan)
         self._come_to_rest()
 
     def fill(self, outcome: Outcome) -> None:

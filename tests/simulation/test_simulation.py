@@ -1,17 +1,19 @@
 """Runs of the simulation, and that it is what it claims to be: the same again for the same seed, with every fault in it."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from tests.simulation.__main__ import replay_command, run_all
+from tests.simulation.__main__ import replay_command
 from tests.simulation.plan import Fault
-from tests.simulation.run import Outcome, run_seed, without_garbage_collection
+from tests.simulation.run import Outcome, run_seed
 
-NUM_SEEDS = 400
+NUM_SEEDS = 250
 NUM_SOAK_SEEDS = 10_000
 RARE_FAULTS = frozenset({Fault.CHUNK_FOREIGN, Fault.RESUMED_ELSEWHERE, Fault.CHUNK_REPLAYED, Fault.PUSH_BROKEN})
 """Those that a few hundred seeds may miss; ten thousand must have them many times."""
@@ -25,8 +27,18 @@ def check(outcomes: list[Outcome]) -> Counter[Fault]:
     return sum((Counter(set(outcome.fired)) for outcome in outcomes), Counter())
 
 
-def test_no_seed_breaks_a_promise() -> None:
-    outcomes = [without_garbage_collection(lambda seed=seed: run_seed(seed)) for seed in range(NUM_SEEDS)]  # type: ignore[misc]
+def run_in_another_process(seeds: range, num_processes: int, folder: Path) -> list[Outcome]:
+    """As a user runs them, in a process whose sets have the order that a replay has."""
+    path = folder / f"outcomes-{seeds.start}-{seeds.stop}"
+    command = [sys.executable, "-m", "tests.simulation", f"--seeds={seeds.start}:{seeds.stop}", f"--processes={num_processes}"]
+    subprocess.run([*command, f"--outcomes={path}"], check=False, capture_output=True)
+    outcomes: list[Outcome] = pickle.loads(path.read_bytes())
+    assert [outcome.seed for outcome in outcomes] == list(seeds)
+    return outcomes
+
+
+def test_no_seed_breaks_a_promise(tmp_path: Path) -> None:
+    outcomes = run_in_another_process(range(NUM_SEEDS), 1, tmp_path)
     num_seeds = check(outcomes)
     assert set(Fault) - RARE_FAULTS <= set(num_seeds), "a fault that never strikes is not survived"
     assert sum(outcome.num_succeeded for outcome in outcomes) > NUM_SEEDS
@@ -34,27 +46,18 @@ def test_no_seed_breaks_a_promise() -> None:
 
 
 @pytest.mark.soak
-def test_no_seed_of_ten_thousand_breaks_a_promise() -> None:
-    num_seeds = check(list(run_all(range(NUM_SOAK_SEEDS), os.cpu_count() or 1)))
+@pytest.mark.timeout(1800)
+def test_no_seed_of_ten_thousand_breaks_a_promise(tmp_path: Path) -> None:
+    num_seeds = check(run_in_another_process(range(NUM_SOAK_SEEDS), os.cpu_count() or 1, tmp_path))
     rare = {fault.value: num_seeds[fault] for fault in Fault if num_seeds[fault] < MIN_SEEDS_WITH_EACH}
     assert not rare, "faults that struck in too few seeds"
 
 
-def test_a_seed_runs_the_same_again() -> None:
-    for seed in (3, 17, 42):
-        assert run_seed(seed).digest == run_seed(seed).digest
-    assert run_seed(3).digest != run_seed(4).digest
-
-
-def test_a_seed_runs_the_same_in_a_process_with_another_order_of_sets() -> None:
-    program = "from tests.simulation.run import run_seed; print([run_seed(seed).digest for seed in range(30)])"
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": number}, capture_output=True, text=True, check=True
-        ).stdout
-        for number in ("0", "1")
-    }
-    assert len(digests) == 1
+def test_a_seed_runs_the_same_again(tmp_path: Path) -> None:
+    first = run_in_another_process(range(30), 1, tmp_path)
+    second = run_in_another_process(range(30), 2, tmp_path)
+    assert [outcome.digest for outcome in first] == [outcome.digest for outcome in second]
+    assert len({outcome.digest for outcome in first}) == 30
 
 
 def test_a_seed_that_fails_says_how_to_see_it_again() -> None:

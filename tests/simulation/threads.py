@@ -14,6 +14,7 @@ CommandT = TypeVar("CommandT")
 
 SHORTEST_JOB_S = 0.00005
 LONGEST_JOB_S = 0.003
+SLOWEST_JOB_S = 0.08
 
 
 class SimulatedThreads(Executor):
@@ -21,14 +22,18 @@ class SimulatedThreads(Executor):
 
     Args:
         loop: of the process.
+        slow_jobs: share of jobs whose thread gets no core for a while.
     """
 
-    def __init__(self, loop: ProcessLoop) -> None:
+    def __init__(self, loop: ProcessLoop, slow_jobs: float) -> None:
         self._loop = loop
+        self._slow_jobs = slow_jobs
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        delay_s = self._loop.world.random.uniform(SHORTEST_JOB_S, LONGEST_JOB_S)
+        random = self._loop.world.random
+        longest_s = SLOWEST_JOB_S if random.random() < self._slow_jobs else LONGEST_JOB_S
+        delay_s = random.uniform(SHORTEST_JOB_S, longest_s)
         self._loop.call_later(delay_s, self._run, future, fn, args, kwargs)
         return future
 

@@ -80,7 +80,7 @@ class World:
 
     def new_loop(self, name: str) -> "ProcessLoop":
         """The event loop of a new process."""
-        loop = ProcessLoop(self, name)
+        loop = ProcessLoop(self, name)  # type: ignore[abstract]
         self._loops.append(loop)
         return loop
 
@@ -155,7 +155,7 @@ class World:
 
 
 class ProcessLoop(asyncio.AbstractEventLoop):
-    """What a process takes for its event loop.
+    """What a process takes for its event loop: as much of one as production asks for.
 
     Args:
         world: whose clock it has.
@@ -247,7 +247,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
 
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Ends a coroutine as a cancellation does, also one that awaits within `finally`, or that misses there what is gone by now."""
+    """Ends a coroutine as a cancellation does, also one that awaits within `finally` or misses there what is gone."""
     for _ in range(MAX_AWAITS_AT_END):
         try:
             coroutine.throw(asyncio.CancelledError())
