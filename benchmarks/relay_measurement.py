@@ -58,7 +58,10 @@ class RelayLoad:
 
 @dataclass(frozen=True, slots=True)
 class RelayResult:
-    """What came of one load. Latencies are from the step's sending by the worker to the client's receipt, in milliseconds."""
+    """What came of one load. Latencies are from the step's sending by the worker to the client's receipt, in milliseconds.
+
+    All streams end with one step, which nobody's real streams do; the last token of each is apart from the others for that.
+    """
 
     num_streams: int
     offered_tokens_per_s: float | None
@@ -206,13 +209,15 @@ def _result(
     end_s = begin_s
     for stream in (stream for record in records for stream in record.streams):
         times = sent[stream.request_id]
+        of_stream_ms: list[float] = []
         for message in stream.messages:
             if message.index == 0:
                 continue  # of the prefill, before the load began
             num_messages += 1
             num_tokens += message.num_tokens
-            latencies_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
-        last_ms.append(latencies_ms[-1])
+            of_stream_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
+        last_ms.append(of_stream_ms[-1])
+        latencies_ms += of_stream_ms[:-1] or of_stream_ms
         end_s = max(end_s, stream.messages[-1].time_s)
     return RelayResult(
         num_streams=load.num_streams,
