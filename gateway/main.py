@@ -18,6 +18,7 @@ from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
+from kvrelay.signs_of_life import showing_life
 from kvrelay.state_store import StateStore
 from kvrelay.telemetry import configure_logging
 from kvrelay.v1 import inference_pb2_grpc
@@ -67,8 +68,9 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store):
             await server.start()
             _log.info("ready", address=address, gateway_id=gateway_id, redis=store.healthy)
-            await stop.wait()
-            await _drain(relay, bound, settings.server.drain_timeout_ms)
+            async with showing_life(settings.server.watchdog_socket):
+                await stop.wait()
+                await _drain(relay, bound, settings.server.drain_timeout_ms)
     _log.info("stopped")
 
 

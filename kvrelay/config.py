@@ -36,6 +36,10 @@ class ServerSettings(Settings):
     liveness_window_ms: int = Field(
         default=1500, ge=100, description="How long a session's peer may be silent before it counts as gone."
     )
+    watchdog_socket: str | None = Field(
+        default=None,
+        description="Unix datagram socket for a sign of life each second: systemd's NOTIFY_SOCKET, or that of `serve all`.",
+    )
     drain_timeout_ms: int = Field(default=25000, ge=0, description="How long running work may take to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe level that is logged."
@@ -193,7 +197,10 @@ class ClusterSettings(Settings):
     num_prefill: int = Field(default=1, ge=0, le=64, description="Prefill workers to start.")
     num_decode: int = Field(default=1, ge=1, le=64, description="Decode workers to start.")
     startup_timeout_s: float = Field(default=180.0, gt=0, description="Most time until everything is up, in seconds.")
-    restart: bool = Field(default=True, description="Start a process again, with back-off, when it ends by itself.")
+    restart: bool = Field(default=True, description="Start a process again, with back-off, when it ends by itself or hangs.")
+    hang_timeout_s: float = Field(
+        default=10.0, ge=3.0, description="A process that gives no sign of life for so long hangs, in seconds; see --restart."
+    )
 
 
 class ClientSettings(Settings):

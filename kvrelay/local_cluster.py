@@ -11,6 +11,7 @@ import asyncio
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,6 +24,7 @@ from kvrelay.core_set import available_cores, divide_cores, format_cores, machin
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import KvrelayError, StartupError
 from kvrelay.settings_sources import environment_for
+from kvrelay.signs_of_life import LifeListener
 from kvrelay.supervision import describe_exit, keep_running
 
 Role = Literal["gateway", "prefill", "decode"]
@@ -53,6 +55,8 @@ class _Member:
     role: Role
     environment: dict[str, str]
     process: ChildProcess
+    life: LifeListener | None = None
+    """Where its signs of life arrive; None when nobody looks."""
     num_restarts: int = 0
 
 
@@ -66,6 +70,7 @@ class LocalCluster:
         prefill, decode: settings of each worker, one process for each.
         redis_url: an existing Redis; None starts an embedded Valkey.
         restart: start a process again when it ends by itself, the embedded Valkey too: the gateway restores what that has lost.
+        hang_timeout_s: with `restart`, a process without a sign of life for so long is killed, and so started again.
         startup_timeout_s: most time until everything is connected.
         on_line: gets every line of every process.
         command: how a role is run; for tests with other programs.
@@ -78,6 +83,7 @@ class LocalCluster:
     decode: Sequence[DecodeSettings] = (DecodeSettings(),)
     redis_url: str | None = None
     restart: bool = False
+    hang_timeout_s: float = 10.0
     startup_timeout_s: float = 180.0
     on_line: LineSink = lambda _name, _line: None
     command: Callable[[Role], Sequence[str]] = serve_command
@@ -89,6 +95,7 @@ class LocalCluster:
     """host:port of every gateway."""
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _supervisors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
+    _sockets: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -129,6 +136,12 @@ class LocalCluster:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         await asyncio.gather(*(member.process.stop(_STOP_GRACE_S) for member in self._members.values()))
+        for member in self._members.values():
+            if member.life is not None:
+                member.life.close()
+        if self._sockets is not None:
+            self._sockets.cleanup()
+            self._sockets = None
         if self.valkey is not None:
             await self.valkey.stop()
 
@@ -144,6 +157,8 @@ class LocalCluster:
     async def start_again(self, name: str) -> None:
         """Starts a process anew that has ended, with the settings it had; without `restart`, which does so by itself."""
         member = self._members[name]
+        if member.life is not None:
+            member.life.forget()
         member.process = await self._start_process(name, member.role, member.environment)
         member.num_restarts += 1
 
@@ -229,11 +244,21 @@ class LocalCluster:
 
     async def _add(self, name: str, role: Role, settings: SettingsT) -> _Member:
         drain_timeout_ms = min(settings.server.drain_timeout_ms, _DRAIN_TIMEOUT_MS)
-        settings = _with_server(settings, redis_url=self.redis_url, drain_timeout_ms=drain_timeout_ms)
+        life = await self._listen(name) if self.restart else None
+        socket_path = life.path if life is not None else settings.server.watchdog_socket
+        changes = {"redis_url": self.redis_url, "drain_timeout_ms": drain_timeout_ms, "watchdog_socket": socket_path}
+        settings = _with_server(settings, **changes)
         environment = {"PYTHONUNBUFFERED": "1", **environment_for(self.adjust(name, settings))}
         process = await self._start_process(name, role, environment)
-        self._members[name] = _Member(name, role, environment, process)
+        self._members[name] = _Member(name, role, environment, process, life)
         return self._members[name]
+
+    async def _listen(self, name: str) -> LifeListener:
+        if self._sockets is None:
+            self._sockets = tempfile.TemporaryDirectory(prefix="kvrelay-")
+        life = LifeListener(f"{self._sockets.name}/{name}")
+        await life.open()
+        return life
 
     async def _start_process(self, name: str, role: Role, environment: Mapping[str, str]) -> ChildProcess:
         process = ChildProcess(name, self.command(role), environment, self.on_line)
@@ -245,6 +270,13 @@ class LocalCluster:
             await self.start_again(member.name)
 
         self._supervise(member.name, lambda: member.process.wait(), start_again)
+        if member.life is not None:
+            watching = member.life.watch(self.hang_timeout_s, lambda silence_s: self._kill_hung(member, silence_s))
+            self._supervisors.append(asyncio.create_task(watching, name=f"watch of {member.name}"))
+
+    def _kill_hung(self, member: _Member, silence_s: float) -> None:
+        self.on_line(member.name, f"gave no sign of life for {silence_s:.0f} s: killed")
+        member.process.send_signal(signal.SIGKILL)
 
     def _supervise(self, name: str, wait: Callable[[], Awaitable[int]], start_again: Callable[[], Awaitable[None]]) -> None:
         if self.restart:

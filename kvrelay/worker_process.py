@@ -22,6 +22,7 @@ from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.model_service import TokenizerService
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
+from kvrelay.signs_of_life import showing_life
 from kvrelay.v1 import session_pb2, session_pb2_grpc
 from kvrelay.wire import model_to_pb
 from kvrelay.worker_engine import WorkerEngine
@@ -95,7 +96,8 @@ async def serve_worker(
         watching = asyncio.create_task(watch_engine(services.turn_s, step_timeout_ms / 1000), name="watch of the engine")
         try:
             await server.start()
-            async with WorkerRegistry(connection, settings.lease_ms).lease(member):
+            registry = WorkerRegistry(connection, settings.lease_ms)
+            async with registry.lease(member), showing_life(settings.watchdog_socket):
                 if not connection.health.healthy:
                     _log.warning("Redis does not answer; gateways find this worker once it does. Check --redis-url.")
                 await _set_serving(bound, kind, True)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvrelay.cli.supervisor import LogPrinter, run_until_signal
 from kvrelay.config import GatewaySettings
 from kvrelay.local_cluster import LocalCluster, Role
 from kvrelay.settings_sources import read_sources
+from kvrelay.signs_of_life import showing_life
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 from tests.fake_inference_service import FakeInferenceService
 
@@ -56,6 +58,13 @@ async def run_gateway() -> None:
     await server.stop(0)
 
 
+async def keep_showing_life(shown: threading.Event) -> None:
+    async with showing_life(os.environ["KVRELAY_WATCHDOG_SOCKET"]):
+        await asyncio.sleep(0)
+        shown.set()
+        await asyncio.Event().wait()
+
+
 def run_worker(role: str) -> None:
     behaviour = os.environ.get(WORKER_VARIABLE, "")
     print(f"{role} has threads {os.environ.get('KVRELAY_NUM_THREADS')}", flush=True)
@@ -63,6 +72,10 @@ def run_worker(role: str) -> None:
     if behaviour == "fail":
         print("the model folder is broken", file=sys.stderr)
         sys.exit(3)
+    if behaviour == "alive":
+        shown = threading.Event()
+        threading.Thread(target=asyncio.run, args=(keep_showing_life(shown),), daemon=True).start()
+        shown.wait()
     announcement = Path(os.environ[FOLDER_VARIABLE]) / f"{role}-{os.getpid()}"
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -124,6 +124,20 @@ async def test_a_killed_worker_is_started_again() -> None:
     assert any(name == "decode-0" and line.startswith("ended by SIGKILL; starting again in") for name, line in lines)
 
 
+async def test_a_process_that_hangs_is_killed_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKER_VARIABLE, "alive")
+    cluster, lines = make_cluster(restart=True)
+    cluster.hang_timeout_s = 3.0
+    async with cluster:
+        await cluster.kill("decode-0", signal.SIGSTOP)
+        stopped = psutil.Process(cluster.pid("decode-0"))
+        await until(lambda: stopped.status() == psutil.STATUS_STOPPED)
+        await until(lambda: cluster.num_restarts("decode-0") == 1)
+        assert cluster.num_restarts("prefill-0") == 0, "it goes on giving signs of life"
+        assert cluster.num_restarts("gateway") == 0, "it has given none, and so may still be starting"
+    assert any(name == "decode-0" and line.startswith("gave no sign of life") for name, line in lines)
+
+
 async def test_a_killed_valkey_is_started_again_under_the_same_url() -> None:
     cluster, lines = make_cluster(restart=True)
     async with cluster:

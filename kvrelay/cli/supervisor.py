@@ -44,6 +44,7 @@ def cluster_of(sources: SettingsSources, on_line: LineSink) -> LocalCluster:
         decode=[sources.load("decode", DecodeSettings)] * cluster.num_decode,
         redis_url=gateway.server.redis_url,
         restart=cluster.restart,
+        hang_timeout_s=cluster.hang_timeout_s,
         startup_timeout_s=cluster.startup_timeout_s,
         on_line=on_line,
     )
