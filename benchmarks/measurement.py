@@ -112,6 +112,10 @@ class Summary:
     ttft_ms: Distribution | None
     itl_ms: Distribution | None
     tpot_ms: Distribution | None
+    handoff_gap_ms: Distribution | None
+    """Token 0 to token 1 of the requests whose prompt a prefill worker computed."""
+    handoff_gap_ratio: float | None
+    """Its median over that of `itl_ms`."""
     good_share: float
     """Of the requests, those that met the objective."""
     goodput_requests_per_s: float
@@ -128,6 +132,8 @@ def summarize(
     num_tokens = sum(each.num_tokens for each in measured)
     num_good = sum(map(objective.is_met_by, records))
     good_share = num_good / len(records)
+    itl_ms = distribution([gap for each in measured for gap in each.itl_s])
+    handoff_gap_ms = distribution(_handoff_gaps_s(records))
     return Summary(
         num_requests=len(records),
         num_failed=len(records) - len(measured),
@@ -136,13 +142,27 @@ def summarize(
         tokens_per_s=num_tokens / wall_s,
         requests_per_s=len(measured) / wall_s,
         ttft_ms=distribution([each.ttft_s for each in measured]),
-        itl_ms=distribution([gap for each in measured for gap in each.itl_s]),
+        itl_ms=itl_ms,
         tpot_ms=distribution([each.tpot_s for each in measured if each.itl_s]),
+        handoff_gap_ms=handoff_gap_ms,
+        handoff_gap_ratio=handoff_gap_ms.p50 / itl_ms.p50 if handoff_gap_ms and itl_ms and itl_ms.p50 else None,
         good_share=good_share,
         goodput_requests_per_s=offered_requests_per_s * good_share if offered_requests_per_s else num_good / wall_s,
         phase_means_ms=phase_means([record.phases for record in records if record.phases is not None]),
         errors=tuple(sorted({record.error for record in records if record.error is not None})),
     )
+
+
+def _handoff_gaps_s(records: Sequence[RequestRecord]) -> list[float]:
+    """The first gap of each request that was handed from one worker to another."""
+    return [
+        record.measurement.itl_s[0]
+        for record in records
+        if record.measurement is not None
+        and record.measurement.itl_s
+        and record.phases is not None
+        and not record.phases.prefilled_on_decode_worker
+    ]
 
 
 def phase_means(phases: Sequence[Phases]) -> dict[str, float]:

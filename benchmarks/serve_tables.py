@@ -88,7 +88,14 @@ def _load_row(result: LoadResult) -> list[object]:
 
 
 def _time_rows(result: LoadResult) -> list[list[object]]:
-    times = {"TTFT": result.summary.ttft_ms, "ITL": result.summary.itl_ms, "TPOT": result.summary.tpot_ms}
+    summary = result.summary
+    ratio = "" if summary.handoff_gap_ratio is None else f" ({summary.handoff_gap_ratio:.2f} x median ITL)"
+    times = {
+        "TTFT": summary.ttft_ms,
+        "ITL": summary.itl_ms,
+        "TPOT": summary.tpot_ms,
+        f"token 0 to 1{ratio}": summary.handoff_gap_ms,
+    }
     return [[*_names(result), name, *_cells(values)] for name, values in times.items() if values is not None]
 
 

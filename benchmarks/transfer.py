@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.copy_bandwidth import copy_gb_per_s
 from benchmarks.report import Json, Plots, Report
 from benchmarks.statistics import Spread, spread
 from benchmarks.transfer_pair import Pass, Transfer, TransferPair
@@ -25,6 +26,10 @@ LAYOUTS = {
     "32x8x128": KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="float32"),
 }
 TRANSPORTS = ("grpc", "shared-memory")
+NUM_COPIES = {"grpc": 6, "shared-memory": 2}
+"""How often a KV byte is copied. Shared memory: into the region and out of it. gRPC: into the message, into gRPC's memory, into
+the system, and the same way back."""
+NUM_PROCESSES = 2
 BYTES_PER_GB = 1e9
 
 
@@ -71,6 +76,22 @@ class Result:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a transport could do if its copies were all that it does, one thread in each process, each copy through memory."""
+
+    bound_of: str
+    num_copies: int
+    copy_gb_per_s: float
+    """Of both threads together, measured in this run."""
+    gb_per_s: float
+
+
+def _bounds(transports: Sequence[str]) -> list[Bound]:
+    rate = copy_gb_per_s(NUM_PROCESSES)
+    return [Bound(name, NUM_COPIES[name], rate, rate / NUM_COPIES[name]) for name in transports]
+
+
 def command(
     tokens: Annotated[str, typer.Option("--tokens", help="Prompt lengths, with commas.")] = "64,512,2048",
     layouts: Annotated[str, typer.Option("--layouts", help=f"With commas: {', '.join(LAYOUTS)}.")] = ",".join(LAYOUTS),
@@ -93,8 +114,10 @@ def command(
     results: list[Result] = []
     for layout in layouts.split(","):
         results += _measure(layout, transports.split(","), num_tokens, settings, rounds, pace if paced else None, output)
-    output.add(*results)
-    _print(output, results)
+    output.progress("copying memory")
+    bounds = _bounds(transports.split(","))
+    output.add(*results, *bounds)
+    _print(output, results, bounds)
     _plot(output, results)
     output.finish()
 
@@ -135,8 +158,8 @@ def _cases(
                     yield Case(mode, layout, transport, count), paced
 
 
-def _print(output: Report, results: Sequence[Result]) -> None:
-    raw = [
+def _print(output: Report, results: Sequence[Result], bounds: Sequence[Bound]) -> None:
+    raw: list[list[object]] = [
         [
             each.case.layout,
             each.case.transport,
@@ -148,6 +171,9 @@ def _print(output: Report, results: Sequence[Result]) -> None:
         ]
         for each in results
         if each.case.mode == "raw"
+    ]
+    raw += [
+        ["copies alone", f"{each.bound_of}, {each.num_copies} copies", "", "", f"{each.gb_per_s:.2f}", "", ""] for each in bounds
     ]
     columns = ["layout", "transport", "tokens", "MB", "GB/s on the wire", "GB/s with begin and end", "CPU s per GB"]
     output.print_table("Transfer, all layers at once", columns, raw, num_text_columns=2)

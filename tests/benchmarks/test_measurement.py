@@ -1,6 +1,7 @@
 """What the benchmark computes from the times that a client sees."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -71,3 +72,14 @@ def test_a_good_request_meets_all_of_the_objective_and_a_failed_one_none(objecti
     assert summary.good_share == num_good / 4
     assert summary.goodput_requests_per_s == num_good / 2.0
     assert summarize([even, late, uneven, FAILED], 2.0, objective, 8.0).goodput_requests_per_s == 8.0 * num_good / 4
+
+
+def test_the_handoff_gap_is_the_first_gap_of_requests_that_a_prefill_worker_computed() -> None:
+    handed_over = record(1.0, (0.3, 0.1, 0.1, 0.1), queue_ms=1.0)
+    stayed = replace(handed_over, phases=Phases(prefilled_on_decode_worker=True))
+    summary = summarize([handed_over, stayed, record(1.0, (), queue_ms=1.0), FAILED], 1.0, Objective())
+    assert summary.handoff_gap_ms is not None
+    assert summary.handoff_gap_ms.p50 == pytest.approx(300)
+    assert summary.handoff_gap_ms.max == pytest.approx(300)
+    assert summary.handoff_gap_ratio == pytest.approx(3)
+    assert summarize([stayed], 1.0, Objective()).handoff_gap_ms is None
