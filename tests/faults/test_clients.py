@@ -56,12 +56,6 @@ async def test_g_dies_and_other_requests_end_as_unavailable_never_as_ok_with_a_c
     assert stream.finished is None
 
 
-@pytest.mark.parametrize("point", [pytest.param(name, marks=[pytest.mark.soak]) for name in POINTS])
-async def test_a_client_disconnects_at(rig: Rig, point: str) -> None:
-    assert await disconnect_at(rig.cluster, rig.client, point, 10_000 + rig.number) < MAX_PENDING_MS
-    rig.number += 1
-
-
 async def test_clients_disconnect_at_every_step(rig: Rig) -> None:
     """All points in one test, since each takes a tenth of a second only."""
     for point in POINTS:
@@ -90,13 +84,13 @@ async def test_the_same_idempotency_key_fifty_times_at_once_is_one_request(rig: 
     expected = await rig.expected(request)
     key = f"key-{request.tenant}"
 
-    async def run(number: int) -> tuple[str, tuple[tuple[int, ...], ...]]:
-        gateway = "gateway" if number % 2 else "gateway-1"
-        async with rig.cluster.client(gateway) as client:
-            completion = await client.complete(**request.options, idempotency_key=key)
-        return completion.accepted.request_id, (tuple(token.token_id for token in completion.outputs[0].tokens),)
+    async with rig.cluster.client("gateway-1") as other:
 
-    results = await asyncio.gather(*(run(number) for number in range(50)))
+        async def run(number: int) -> tuple[str, tuple[tuple[int, ...], ...]]:
+            completion = await (rig.client if number % 2 else other).complete(**request.options, idempotency_key=key)
+            return completion.accepted.request_id, (tuple(token.token_id for token in completion.outputs[0].tokens),)
+
+        results = await asyncio.gather(*(run(number) for number in range(50)))
     assert len({request_id for request_id, _ in results}) == 1
     assert {tokens for _, tokens in results} == {expected}
     with pytest.raises(IdempotencyConflictError):
@@ -140,7 +134,8 @@ async def test_the_clock_jumps_by_an_hour_and_nothing_happens(rig: Rig, jump_s: 
     assert tokens == expected[0]
     assert attempts == 1
     assert (await rig.run(later)).tokens == expected[1]
-    info = (await rig.client.list_requests(page_size=1)).requests[0]
+    known = (await rig.client.list_requests(page_size=1000)).requests
+    info = next(request for request in known if request.tenant == later.tenant)
     assert abs(info.create_time.timestamp() - time.time() - jump_s) < 600, "the clock was off where it is only shown"
     assert all(worker.connected for worker in (await rig.client.cluster()).workers)
 
