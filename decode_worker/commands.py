@@ -39,6 +39,14 @@ class EndSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class SetPaused:
+    """The gateway's client reads too slowly, or has caught up."""
+
+    work_id: WorkId
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """The work is not wanted any more."""
 
@@ -54,4 +62,4 @@ class Fail:
     message: str
 
 
-Command = ReserveBlocks | ComputePrompt | PushEnded | EndSequence | GiveUp | Fail
+Command = ReserveBlocks | ComputePrompt | PushEnded | EndSequence | SetPaused | GiveUp | Fail

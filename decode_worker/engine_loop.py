@@ -77,6 +77,8 @@ class DecodeEngineLoop:
                 self._pushes.pop(work_id, None)
             case commands.EndSequence(work_id, sequence):
                 self._scheduler.finish_sequence(work_id, sequence)
+            case commands.SetPaused(work_id, paused):
+                self._scheduler.set_paused(work_id, paused)
             case commands.GiveUp(work_id):
                 self._scheduler.cancel(work_id)
             case commands.Fail(work_id, kind, message):

@@ -167,6 +167,11 @@ class DecodeScheduler:
             elif number in run.numbers:
                 run.numbers = tuple(other for other in run.numbers if other != number)
 
+    def set_paused(self, work_id: WorkId, paused: bool) -> None:
+        """Computes nothing for a work until told otherwise. Unknown works are ignored."""
+        if state := self._states.get(work_id):
+            state.paused = paused
+
     def cancel(self, work_id: WorkId) -> None:
         """The work is given up. Unknown works are ignored."""
         if state := self._states.get(work_id):
@@ -267,8 +272,8 @@ class DecodeScheduler:
         copies: list[BlockCopy] = []
         budget = self._prompt_budget()
         for run in self._batch.runs:
-            if run.sequence.block_table is None:
-                continue  # preempted, or ended, by an older one of this step
+            if run.sequence.block_table is None or run.state.paused:
+                continue  # preempted, or ended, by an older one of this step; or nobody reads what it says
             num_uncomputed = run.sequence.num_uncomputed_tokens
             num_tokens = 1 if num_uncomputed == 1 else min(num_uncomputed, budget)
             if num_tokens == 0:

@@ -72,6 +72,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
                 self._submit_own(session, commands.ComputePrompt(work_id_from_pb(message.work_id)))
             case "finish_sequence":
                 self._submit_own(session, commands.EndSequence(work_id_from_pb(message.work_id), message.sequence))
+            case "set_paused":
+                self._submit_own(session, commands.SetPaused(work_id_from_pb(message.work_id), message.paused))
             case "cancel_work":
                 self.sessions.cancel(session, work_id_from_pb(message.work_id))
 
@@ -85,7 +87,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         if work is not None and not self._submit_work(commands.ReserveBlocks(work)):
             self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
 
-    def _submit_own(self, session: WorkerSession, command: commands.ComputePrompt | commands.EndSequence) -> None:
+    def _submit_own(
+        self, session: WorkerSession, command: commands.ComputePrompt | commands.EndSequence | commands.SetPaused
+    ) -> None:
         """Only the gateway whose work it is may command it."""
         if self.sessions.leases.session_of(command.work_id) is session:
             self._submit(command)

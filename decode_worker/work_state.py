@@ -31,6 +31,8 @@ class WorkState:
     runs_prompt: bool = False
     """The prompt is to be computed here as soon as no writer is left."""
     started: bool = False
+    paused: bool = False
+    """Nothing of it is computed for now; it keeps what it holds."""
     ending: SchedulerEvent | None = None
     """What to report when the writer has ended, while CLOSING."""
 

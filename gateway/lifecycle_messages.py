@@ -174,6 +174,18 @@ class TimerFired:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadersBehind:
+    """Its readers are far behind the tokens, or have caught up."""
+
+    behind: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadersTooSlow:
+    """They have been far behind for longer than is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequested:
     """The client, or somebody through CancelRequest, wants no more of it."""
 
@@ -198,6 +210,8 @@ Event = (
     | WorkerLost
     | StopFound
     | TimerFired
+    | ReadersBehind
+    | ReadersTooSlow
     | CancelRequested
     | DeadlinePassed
 )
@@ -263,6 +277,15 @@ class SendFinishSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class SendSetPaused:
+    """To a decode worker on which the work runs: compute nothing of it, or go on."""
+
+    worker_id: str
+    work_id: WorkId
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """The next token of a sequence, for the client."""
 
@@ -322,6 +345,7 @@ Action = (
     | SendRunPrompt
     | SendCancel
     | SendFinishSequence
+    | SendSetPaused
     | Emit
     | SetState
     | RetryLater

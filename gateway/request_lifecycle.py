@@ -14,7 +14,14 @@ from gateway.prompt_placement import PlacePrompt
 from gateway.retry_policy import RetryPolicy
 from gateway.token_order import TokenGapError
 from gateway.work_progress import WorkProgress
-from kvrelay.errors import CancelledRequestError, DeadlineError, InternalError, InvalidRequestError, KvrelayError
+from kvrelay.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    KvrelayError,
+    OverloadedError,
+)
 from kvrelay.request_state import RequestState, check_edge
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkId
 
@@ -54,6 +61,7 @@ class RequestLifecycle:
         self._finished = False
         self._waiting = False
         self._awaits_reports = False
+        self._paused = False
         self._open = set(range(num_sequences)) - request.finished_sequences
         self._works: dict[WorkId, WorkProgress] = {}
         self._actions: list[m.Action] = []
@@ -115,6 +123,10 @@ class RequestLifecycle:
                 self._on_stop_found(event.sequence)
             case m.TimerFired():
                 self._on_timer(event.attempt)
+            case m.ReadersBehind():
+                self._on_readers_behind(event.behind)
+            case m.ReadersTooSlow():
+                self._end_early(RequestState.FAILED, _too_slow_error())
             case m.CancelRequested():
                 self._end_early(RequestState.CANCELLED, CancelledRequestError("the request was cancelled"))
             case m.DeadlinePassed():
@@ -250,6 +262,8 @@ class RequestLifecycle:
     def _start_decoding(self, progress: WorkProgress) -> None:
         progress.decode_started = True
         self._advance_to(RequestState.DECODING)
+        if self._paused:
+            self._actions.extend(progress.set_paused(True))
         # Sequences that a stop string ended with their first token: the decode worker can be told only now.
         for sequence in progress.work.sequences:
             if sequence not in self._open:
@@ -316,6 +330,11 @@ class RequestLifecycle:
                     self._actions.extend(progress.finish_sequence(sequence))
                 self._close_if_done(progress)
                 return
+
+    def _on_readers_behind(self, behind: bool) -> None:
+        self._paused = behind
+        for progress in self._works.values():
+            self._actions.extend(progress.set_paused(behind))
 
     def _is_done(self, progress: WorkProgress) -> bool:
         return self._open.isdisjoint(progress.work.sequences)
@@ -440,6 +459,10 @@ def _quarantine_error() -> InternalError:
         "the request is quarantined: two workers died while they computed it, and it was alone under suspicion;"
         " it is not attempted again, and the workers' logs have the detail"
     )
+
+
+def _too_slow_error() -> OverloadedError:
+    return OverloadedError("the client reads its stream too slowly, and its tokens cannot be kept for ever; read faster")
 
 
 def _deadline_error() -> DeadlineError:

@@ -7,7 +7,7 @@ Bounded by max_tokens and n. Knows no worker and no store.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from gateway.output_frames import DeltaFrame, Frame, accepted_frame, finished_frame, is_wanted, token_ids
 from gateway.turnstile import Turnstile
@@ -75,13 +75,18 @@ class RequestOutput:
             _wake(self._waiting_for_end)
 
     async def read(
-        self, from_index: int = 0, coalesce_s: float = 0.0, turnstile: Turnstile | None = None
+        self,
+        from_index: int = 0,
+        coalesce_s: float = 0.0,
+        turnstile: Turnstile | None = None,
+        note_read: Callable[[int], None] = lambda position: None,
     ) -> AsyncIterator[list[Frame]]:
         """All frames but deltas before `from_index`, then those that come, until the end; each time all that there are by then.
 
         Args:
             from_index: first output index wanted.
             coalesce_s: least time between two batches of deltas. Neither the first nor the last waits for it.
+            note_read: called with the number of frames that are done with, when the next ones are asked for.
             turnstile: passed before each batch is gathered, where nothing is coalesced.
 
         Raises:
@@ -100,6 +105,7 @@ class RequestOutput:
             wanted = batch if from_index == 0 else [frame for frame in batch if is_wanted(frame, from_index)]
             if wanted:
                 yield wanted
+            note_read(position)
             if coalesce_s and not self.ended and batch and isinstance(batch[-1], DeltaFrame):
                 await self._wait(self._waiting_for_end, due - loop.time())
         if self.error is not None:

@@ -21,6 +21,7 @@ from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.router import RouteQuery
+from gateway.session_messages import Command
 from gateway.turnstile import Turnstile
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import RelaySettings
@@ -35,6 +36,7 @@ _FAULT_POINTS = {
     m.SendRunPrompt: "gateway.run_prompt_sent",
     m.SendCancel: "gateway.cancel_sent",
     m.SendFinishSequence: "gateway.finish_sequence_sent",
+    m.SendSetPaused: "gateway.set_paused_sent",
 }
 
 _log = structlog.get_logger(__name__)
@@ -86,7 +88,10 @@ class RequestRunner:
         self._events: deque[m.Event] = deque()
         self._handling = False
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._num_readers = 0
+        self._readers: set[OutputReader] = set()
+        self._num_read = 0
+        """Frames that the reader furthest on is done with."""
+        self._paused = False
 
     @property
     def request_id(self) -> str:
@@ -132,14 +137,36 @@ class RequestRunner:
 
     def open_reader(self, from_index: int = 0) -> "OutputReader":
         """A client's view of the output. Close it: a request that nobody reads is cancelled, a resumable one after a while."""
-        self._num_readers += 1
         self._drop_timer("grace")
-        return OutputReader(self, from_index)
+        reader = OutputReader(self, from_index)
+        self._readers.add(reader)
+        return reader
 
-    def _close_reader(self) -> None:
-        self._num_readers -= 1
-        if self._num_readers > 0 or self.ended:
+    def note_read(self, reader: "OutputReader") -> None:
+        """A reader has got further. Those who read fast decide for all."""
+        self._num_read = max(self._num_read, reader.num_read)
+        if self._paused and self._num_unread <= self._settings.max_unread_tokens // 2:
+            self._pause(False)
+
+    @property
+    def _num_unread(self) -> int:
+        return len(self.output.frames) - self._num_read
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        if paused:
+            self._set_timer("slow client", self._settings.slow_client_timeout_ms / 1000, m.ReadersTooSlow())
+        else:
+            self._drop_timer("slow client")
+        self.post(m.ReadersBehind(paused))
+
+    def _close_reader(self, reader: "OutputReader") -> None:
+        self._readers.discard(reader)
+        self._num_read = max((other.num_read for other in self._readers), default=0)
+        if self._readers or self.ended:
             return
+        if self._paused:
+            self._pause(False)  # nobody is waited for any more
         if self._loop.time() >= self.request.deadline - 0.05:
             self.post(m.DeadlinePassed())  # gRPC ends the call at the same moment
         elif self.request.resumable:
@@ -157,7 +184,7 @@ class RequestRunner:
                 self._route(action)
             case m.SendReserve() | m.SendStartPrefill():
                 self._send(replace(action, work=replace(action.work, deadline_ms=self._remaining_ms())))
-            case m.SendRunPrompt() | m.SendCancel() | m.SendFinishSequence():
+            case m.SendRunPrompt() | m.SendCancel() | m.SendFinishSequence() | m.SendSetPaused():
                 self._send(action)
             case m.SetState(state, attempt, decode_worker_id, prefill_worker_id):
                 self.journal.move(state, attempt, decode_worker_id, prefill_worker_id)
@@ -207,7 +234,7 @@ class RequestRunner:
         self.post(m.RouteAgain())
         return True
 
-    def _send(self, action: m.SendReserve | m.SendStartPrefill | m.SendRunPrompt | m.SendCancel | m.SendFinishSequence) -> None:
+    def _send(self, action: Command) -> None:
         if isinstance(action, m.SendStartPrefill | m.SendRunPrompt):
             self._clock.note_prompt_sent(self._loop.time())
         if not self._sessions.send(action, self.request.fingerprint):
@@ -225,6 +252,8 @@ class RequestRunner:
         self._clock.note_token(sequence, token.index, now)
         self._admitted.note_first_token(now)
         self.output.append_delta(sequence, token.index, token.token, text, reason)
+        if self._num_unread > self._settings.max_unread_tokens and not self._paused and self._readers:
+            self._pause(True)
         fault_point("gateway.token_emitted", token)
 
     def _text_of(self, token: SequenceToken) -> tuple[str, FinishReason | None]:
@@ -245,7 +274,8 @@ class RequestRunner:
         fault_point("gateway.request_ends", self.request)
         now = self._loop.time()
         if self.journal.released and error is not None:
-            error = UnavailableError("this gateway does not run the request any more; resume it at another one")
+            way_out = "resume it" if self.request.resumable else "it is not resumable, so send it again,"
+            error = UnavailableError(f"this gateway does not run the request any more; {way_out} at another one")
         if error is None:
             report = self.lifecycle.report
             reasons = [self._reasons[sequence] for sequence in range(self.request.sampling.n)]
@@ -302,13 +332,19 @@ class OutputReader:
         self._runner = runner
         self._from_index = from_index
         self._closed = False
+        self.num_read = 0
+        """Frames that the client has been sent, as far as its connection takes them."""
 
     def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
         """Frames until the end, as `RequestOutput.read` has them."""
-        return self._runner.output.read(self._from_index, coalesce_s, self._runner.turnstile)
+        return self._runner.output.read(self._from_index, coalesce_s, self._runner.turnstile, self._note_read)
+
+    def _note_read(self, num_read: int) -> None:
+        self.num_read = num_read
+        self._runner.note_read(self)
 
     def close(self) -> None:
         """The client is gone, or has it all. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._runner._close_reader()
+            self._runner._close_reader(self)

@@ -13,7 +13,7 @@ from kvrelay.worker_registry import MemberRole
 
 SessionRequest = decode_pb2.DecodeServiceSessionRequest | prefill_pb2.PrefillServiceSessionRequest
 SessionResponse = decode_pb2.DecodeServiceSessionResponse | prefill_pb2.PrefillServiceSessionResponse
-Command = m.SendReserve | m.SendStartPrefill | m.SendRunPrompt | m.SendCancel | m.SendFinishSequence
+Command = m.SendReserve | m.SendStartPrefill | m.SendRunPrompt | m.SendCancel | m.SendFinishSequence | m.SendSetPaused
 
 _REQUEST_TYPES: dict[MemberRole, Callable[..., SessionRequest]] = {
     MemberRole.DECODE: decode_pb2.DecodeServiceSessionRequest,
@@ -66,6 +66,9 @@ def command(role: MemberRole, action: Command, fingerprint: str) -> SessionReque
         case m.SendFinishSequence(_, work_id, sequence):
             finish = decode_pb2.FinishSequence(work_id=wire.work_id_to_pb(work_id), sequence=sequence)
             return decode_pb2.DecodeServiceSessionRequest(finish_sequence=finish)
+        case m.SendSetPaused(_, work_id, paused):
+            pause = decode_pb2.SetPaused(work_id=wire.work_id_to_pb(work_id), paused=paused)
+            return decode_pb2.DecodeServiceSessionRequest(set_paused=pause)
         case m.SendStartPrefill():
             start = wire.start_prefill_to_pb(action.work, action.ticket, action.push_address, action.num_cached_tokens)
             return prefill_pb2.PrefillServiceSessionRequest(start_prefill=start)

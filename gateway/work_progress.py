@@ -1,6 +1,6 @@
 """How far one work of the current attempt is, and which worker holds something of it. Pure."""
 
-from gateway.lifecycle_messages import Action, SendCancel, SendFinishSequence
+from gateway.lifecycle_messages import Action, SendCancel, SendFinishSequence, SendSetPaused
 from gateway.token_order import TokenOrder
 from kvrelay.work import SequenceToken, Work
 
@@ -78,6 +78,12 @@ class WorkProgress:
             return []
         self._close_sequence(sequence)
         return [SendFinishSequence(self.decode_worker_id, self.work.work_id, sequence)]
+
+    def set_paused(self, paused: bool) -> list[Action]:
+        """Tells the decode worker to rest or to go on, if the work runs there."""
+        if not self.decode_started or not self.decode_holds or self.decode_worker_id is None:
+            return []
+        return [SendSetPaused(self.decode_worker_id, self.work.work_id, paused)]
 
     def _close_sequence(self, sequence: int) -> None:
         self._open_on_decode_worker.discard(sequence)

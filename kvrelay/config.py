@@ -164,6 +164,12 @@ class RelaySettings(Settings):
         le=MAX_COALESCE_MS,
         description="For how long tokens of a stream may be gathered into one message; requests may say otherwise.",
     )
+    max_unread_tokens: int = Field(
+        default=1024, ge=1, description="A stream whose client is further behind than so many tokens pauses until it is not."
+    )
+    slow_client_timeout_ms: int = Field(
+        default=30000, ge=1, description="A stream that pauses for so long ends with RESOURCE_EXHAUSTED."
+    )
     resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
     retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
 

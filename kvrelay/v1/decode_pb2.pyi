@@ -32,6 +32,7 @@ class DecodeServiceSessionRequest(_message.Message):
     FINISH_SEQUENCE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
+    SET_PAUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> _session_pb2.GatewayHello:
         """First message."""
@@ -60,6 +61,10 @@ class DecodeServiceSessionRequest(_message.Message):
     def heartbeat_ack(self) -> _session_pb2.HeartbeatAck:
         """Answer to the worker's heartbeat."""
 
+    @_builtins.property
+    def set_paused(self) -> Global___SetPaused:
+        """Compute nothing for a work, or go on."""
+
     def __init__(
         self,
         *,
@@ -70,12 +75,13 @@ class DecodeServiceSessionRequest(_message.Message):
         finish_sequence: Global___FinishSequence | None = ...,
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
+        set_paused: Global___SetPaused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "run_prompt", "cancel_work", "finish_sequence", "heartbeat", "heartbeat_ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "run_prompt", "cancel_work", "finish_sequence", "heartbeat", "heartbeat_ack", "set_paused"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -292,6 +298,34 @@ class FinishSequence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FinishSequence: _TypeAlias = FinishSequence  # noqa: Y015
+
+@_typing.final
+class SetPaused(_message.Message):
+    """Pauses a work whose client reads too slowly, or lets it go on. A paused work keeps its blocks and its place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORK_ID_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    paused: _builtins.bool
+    """Whether its sequences rest."""
+    @_builtins.property
+    def work_id(self) -> _session_pb2.WorkId:
+        """The work."""
+
+    def __init__(
+        self,
+        *,
+        work_id: _session_pb2.WorkId | None = ...,
+        paused: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["paused", b"paused", "work_id", b"work_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPaused: _TypeAlias = SetPaused  # noqa: Y015
 
 @_typing.final
 class DecodeStarted(_message.Message):

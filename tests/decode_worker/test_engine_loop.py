@@ -43,6 +43,10 @@ class Bench:
         self.runner = SimulatedRunner(SimulatedPool(8, 4))
         self.loop = DecodeEngineLoop(scheduler, self.runner, self.permits, self.reports.append)  # type: ignore[arg-type]
 
+    def tokens_of(self, work_id: WorkId) -> list[int]:
+        tokens = (token for report in self.reports for token in report.tokens)
+        return [token.token.token_id for token in tokens if token.work_id == work_id]
+
     def events(self) -> list[events.Event]:
         return [event for report in self.reports for event in report.events]
 
@@ -102,4 +106,33 @@ def test_only_the_sequence_fails_that_cannot_be_computed() -> None:
         tokens.setdefault((token.work_id, token.sequence), []).append(token.token.token_id)
     expected = {(work.work_id, number): expected_output(work, number) for work in (innocent, forked) for number in work.sequences}
     assert tokens == expected
+    assert bench.blocks.num_used_blocks == 0
+
+
+def test_a_paused_work_keeps_its_place_and_others_go_on() -> None:
+    bench = Bench()
+    paused, other = (make_work([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((4, "a"), (5, "b")))
+    for work in (paused, other):
+        bench.loop.handle(commands.ReserveBlocks(work))
+        bench.loop.handle(commands.ComputePrompt(work.work_id))
+    bench.loop.step()
+    bench.loop.handle(commands.SetPaused(paused.work_id, True))
+    while bench.loop.step():
+        pass
+    assert bench.tokens_of(other.work_id) == expected_output(other, 0)
+    assert bench.tokens_of(paused.work_id) == expected_output(paused, 0)[:1]
+    bench.loop.handle(commands.SetPaused(paused.work_id, False))
+    while bench.loop.step():
+        pass
+    assert bench.tokens_of(paused.work_id) == expected_output(paused, 0)
+
+
+def test_a_paused_work_can_be_given_up() -> None:
+    bench = Bench()
+    bench.loop.handle(commands.ReserveBlocks(WORK))
+    bench.loop.handle(commands.ComputePrompt(WORK.work_id))
+    bench.loop.step()
+    bench.loop.handle(commands.SetPaused(WORK.work_id, True))
+    bench.loop.handle(commands.GiveUp(WORK.work_id))
+    bench.loop.step()
     assert bench.blocks.num_used_blocks == 0

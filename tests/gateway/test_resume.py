@@ -300,7 +300,8 @@ async def test_a_dead_gateways_requests_end_unless_they_can_be_resumed(bench: Be
     owner, other = await bench.gateway(), await bench.gateway()
     decode.hold("token:5")
     [(plain, _), (resumable, _)] = [await begin(owner, 3, resumable=value) for value in (False, True)]
-    await other.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(plain)))
+    for answer in (plain, resumable):  # the store is written behind the stream
+        await wait_for_state(other, id_of(answer), "DECODING")
     await owner.stop_at_once()
     assert await state_of(other, id_of(plain)) not in ("FAILED", "SUCCEEDED"), "nobody knows yet"
     await wait_for_state(other, id_of(plain), "FAILED")
