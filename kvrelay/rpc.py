@@ -209,6 +209,8 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], failure: Exception
     if not isinstance(failure, KvrelayError):
         _log.error("handler failed", method=method, exc_info=failure)
         failure = InternalError("internal error; the server's log has the detail")
+    # A request that failed is known for a while, with its error, which must not keep the frames and the call it was raised in.
+    failure.__traceback__ = None
     status = status_of(failure)
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     await context.abort(code, status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),))
