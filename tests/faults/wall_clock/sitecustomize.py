@@ -1,6 +1,6 @@
 """Makes the wall clock of a process what a file says: `time.time` is off by the seconds in it. Loaded by Python at its start.
 
-gRPC reads the clock in Python where it says how much time a call has left, and in C where that call's deadline is from: only one of
+gRPC reads the clock in Python where it says how much time a call has left, and in C where that call has its deadline: only one of
 the two can jump here, and so none does.
 """
 
