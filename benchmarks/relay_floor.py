@@ -17,6 +17,9 @@ import grpc
 from kvrelay.rpc import create_server
 from kvrelay.v1 import inference_pb2, session_pb2
 
+SETTLE_S = 0.2
+"""What opening the streams left to be done is not measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class FloorPlan:
@@ -85,6 +88,7 @@ class _FloorServer:
         await server.start()
         for _ in range(self._plan.num_streams):
             await self._opened.acquire()
+        await asyncio.sleep(SETTLE_S)
         begin_s, begin_cpu_s = time.monotonic(), time.process_time()
         await self._run_steps()
         await asyncio.to_thread(connection.recv)  # the client has all
