@@ -113,9 +113,9 @@ class _FloorServer:
 
     async def _generate(self, request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         stream = _Stream(len(self._streams))
+        self._streams.append(stream)
         accepted = inference_pb2.Accepted(request_id=stream.request_id)
         await context.write(inference_pb2.GenerateResponse(accepted=accepted).SerializeToString())
-        self._streams.append(stream)
         self._opened.release()
         num_written = 0
         while num_written < self._plan.num_tokens:
