@@ -27,6 +27,8 @@ from kvrelay.work import FailureKind, SequenceToken, Work, WorkId
 
 REPORT_WAIT_MS = 250
 """How long the end of a request waits for the prefill worker's report on the transfer, which only its phases need."""
+PEER_WAIT_MS = 250
+"""How long a transfer that broke off waits for word of the other side: has it died of the request, that is to be known."""
 SETTLE_WAIT_MS = 2000
 """How long a decode worker has to say that it has all KV when the prefill worker that sent it is gone."""
 
@@ -392,6 +394,9 @@ class RequestLifecycle:
             self._end(RequestState.FAILED, InvalidRequestError("prompt", f"cannot be served: {event.message}"))
         elif event.kind is FailureKind.DEADLINE:
             self._end(RequestState.EXPIRED, _deadline_error())
+        elif event.kind is FailureKind.TRANSFER and progress.peer_may_have_died(event.worker_id):
+            progress.settling = True
+            self._actions.append(m.StartTimer(self.attempt, PEER_WAIT_MS))
         else:
             self._retry(event.kind, progress, event.worker_id)
 
@@ -408,7 +413,7 @@ class RequestLifecycle:
         for progress in affected:
             if self._is_done(progress) or progress.can_spare(worker_id):
                 continue
-            if worker_id == progress.prefill_worker_id and progress.order.first_tokens_known:
+            if worker_id == progress.prefill_worker_id and progress.order.first_tokens_known and progress.decode_holds:
                 progress.settling = True
                 self._actions.append(m.StartTimer(self.attempt, SETTLE_WAIT_MS))
             else:

@@ -92,6 +92,9 @@ class RequestRunner:
         self._num_read = 0
         """Frames that the reader furthest on is done with."""
         self._paused = False
+        self._waits_for_turn = False
+        self._paid_attempt = 0
+        """The last attempt that the retry budget has paid for, with all its works."""
 
     @property
     def request_id(self) -> str:
@@ -200,7 +203,9 @@ class RequestRunner:
                 self._finish(state, error)
 
     def _route(self, action: m.Route) -> None:
-        if action.is_paid_retry and not self._sessions.retries.can_afford(self._loop.time()):
+        is_paid = action.is_paid_retry and self._paid_attempt != action.work.work_id.attempt
+        if is_paid and not self._sessions.retries.can_afford(self._loop.time()):
+            self._waits_for_turn = True
             self._events.append(m.NoWorker(action.work.work_id))
             return
         query = RouteQuery(
@@ -214,14 +219,18 @@ class RequestRunner:
         if assignment is None:
             self._events.append(m.NoWorker(action.work.work_id))
             return
-        if action.is_paid_retry:
+        if is_paid:
             self._sessions.retries.spend()
+            self._paid_attempt = action.work.work_id.attempt
         self._drop_timer("give up")
         self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
 
     def _wait_for_worker(self, delay_s: float) -> None:
-        # A suspect may wait for others to be tried before it: only its deadline bounds that.
-        if "give up" not in self._timers and not self.lifecycle.is_suspect:
+        waits_for_turn = self._waits_for_turn or self.lifecycle.is_suspect
+        self._waits_for_turn = False
+        if waits_for_turn and self._sessions.has_decode_worker(self.request.fingerprint):
+            self._drop_timer("give up")  # workers are there, and others are tried before it: only its deadline bounds that
+        elif "give up" not in self._timers:
             self._set_timer("give up", self._settings.worker_wait_ms / 1000, m.GiveUpWaiting())
         # Jitter, so that many requests do not ask the same worker at once.
         self._set_timer("route", delay_s * random.uniform(0.5, 1.0), m.RouteAgain())

@@ -5,10 +5,10 @@ requests wait instead of burning attempts. Not paid for: what a dead, full or dr
 asked again and the request goes elsewhere or waits anyway.
 """
 
-RETRIES_PER_REQUEST = 0.15
-RETRIES_PER_S = 0.1
+RETRIES_PER_REQUEST = 0.1
+RETRIES_PER_S = 0.2
 """So that a request that waits gets its turn where no other comes."""
-FIRST_RETRIES = 3.0
+FIRST_RETRIES = 5.0
 MOST_RETRIES = 50.0
 
 

@@ -67,6 +67,11 @@ class WorkProgress:
             return False
         return self.decode_started or self.prefill_worker_id is None or self.order.first_tokens_known
 
+    def peer_may_have_died(self, worker_id: str) -> bool:
+        """Whether a transfer that this worker says broke off may have done so because its peer died in a step with the work."""
+        peer_id = self.prefill_worker_id if worker_id == self.decode_worker_id else self.decode_worker_id
+        return peer_id is not None and not self.settling and self.may_be_in_step_of(peer_id)
+
     def note_worker_ended(self, token: SequenceToken) -> None:
         """The token's finish reason ends the sequence on the decode worker too: it made the token, or gets it with the push."""
         if token.finish_reason is not None:

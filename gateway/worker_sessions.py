@@ -94,6 +94,11 @@ class WorkerSessions:
         """What the router needs to know of the connected workers."""
         return [session.view() for session in self._sessions.values()]
 
+    def has_decode_worker(self, fingerprint: str) -> bool:
+        """Whether any decode worker of the model is connected, busy or not."""
+        sessions = (session for session in self._sessions.values() if session.role is MemberRole.DECODE)
+        return any(session.identity.model.fingerprint == fingerprint for session in sessions)
+
     def choose(self, query: RouteQuery, request_id: str, *, apart: bool = False) -> Assignment | None:
         """Workers for a work; they count as busier from now on.
 

@@ -308,3 +308,16 @@ async def test_a_worker_that_comes_after_an_outage_is_given_its_work_gradually(b
     answers = await asyncio.gather(*reading)
     assert all(answer.finished and answer.finished.phases.num_attempts == 1 for answer in answers)
     await bench.at_rest()
+
+
+async def test_a_suspect_gives_up_like_any_other_where_no_worker_is_left(bench: Bench) -> None:
+    decode = await bench.workers.add_decode()
+    await bench.announce(decode)
+    gateway = await bench.gateway(worker_wait_ms=300)
+    decode.hold("prompt")
+    reading = asyncio.create_task(read_all(gateway.stub.Generate(token_request(PROMPT, 4))))
+    await decode.wait_for("prompt")
+    await bench.kill(decode)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await reading
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -5,7 +5,7 @@ from gateway.request_lifecycle import RequestLifecycle
 from gateway.suspicion import Trials, blame_for_death
 from kvrelay.errors import InternalError
 from kvrelay.request_state import RequestState
-from kvrelay.work import SequenceToken, Token, WorkId
+from kvrelay.work import FailureKind, SequenceToken, Token, WorkId
 from tests.gateway.lifecycle_simulation import make_lifecycle
 
 REQUEST_ID = "a" * 32
@@ -97,3 +97,28 @@ def test_only_who_may_be_in_the_step_is_asked_about() -> None:
     lifecycle.handle(m.PrefillDone("p1", work_id, (SequenceToken(work_id, 0, 0, Token(7)),)))
     assert not lifecycle.may_be_in_step_of("p1"), "it only sends"
     assert lifecycle.may_be_in_step_of("d1"), "its KV may be there, and the step may have begun"
+
+
+def test_a_push_that_breaks_because_its_worker_dies_does_not_hide_who_was_in_the_step() -> None:
+    lifecycle = make_lifecycle(1)
+    lifecycle.handle(m.Start())
+    prompt_on(lifecycle, "p1")
+    (timer,) = lifecycle.handle(m.WorkFailed("d1", WorkId(REQUEST_ID, 1), FailureKind.TRANSFER, "the push broke off"))
+    assert isinstance(timer, m.StartTimer)
+    assert lifecycle.may_be_in_step_of("p1"), "whose end is heard of later"
+    (route,) = (a for a in lifecycle.handle(m.WorkerLost("p1", m.Blame.SUSPECT)) if isinstance(a, m.Route))
+    assert route.apart
+    assert lifecycle.attempt == 2
+
+
+def test_a_push_that_broke_is_tried_again_by_what_the_other_side_says_or_soon() -> None:
+    for event in (
+        m.WorkFailed("p1", WorkId(REQUEST_ID, 1), FailureKind.TRANSFER, "the push was broken off"),
+        m.TimerFired(1),
+    ):
+        lifecycle = make_lifecycle(1)
+        lifecycle.handle(m.Start())
+        prompt_on(lifecycle, "p1")
+        lifecycle.handle(m.WorkFailed("d1", WorkId(REQUEST_ID, 1), FailureKind.TRANSFER, "the push broke off"))
+        assert any(isinstance(action, m.Route) for action in lifecycle.handle(event))
+        assert lifecycle.attempt == 2
