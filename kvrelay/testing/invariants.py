@@ -3,7 +3,7 @@
 Blocks and queues are read from the gateways' view of the workers, objects and tasks from the processes, keys from Redis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,16 +127,24 @@ def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
 
 async def _check_redis(cluster: "FaultCluster", timeout_s: float) -> None:
     problems: list[str] = []
+    gateway_ids: set[str] = set()
+    for gateway in cluster.of_role("gateway"):
+        if gateway.is_running:
+            async with cluster.client(gateway.name) as client:
+                gateway_ids.add((await client.cluster()).gateway_id)
 
     async def at_rest() -> bool:
-        problems[:] = await problems_of_redis(cluster.redis_url)
+        problems[:] = await problems_of_redis(cluster.redis_url, gateway_ids)
         return not problems
 
     await _wait(at_rest, problems, timeout_s)
 
 
-async def problems_of_redis(url: str) -> list[str]:
-    """Keys without an end, and requests without a final state."""
+async def problems_of_redis(url: str, gateway_ids: Collection[str]) -> list[str]:
+    """Keys without an end, and requests of these gateways without a final state.
+
+    Those of a dead gateway that are not resumable are ended by nobody: their records run out.
+    """
     problems = []
     async with redis.asyncio.Redis.from_url(url, protocol=2, decode_responses=True, encoding_errors="replace") as client:
         async for key in client.scan_iter(match="kvrelay:*", count=1000):
@@ -144,7 +152,8 @@ async def problems_of_redis(url: str) -> list[str]:
                 problems.append(f"the key {key} has no TTL")
             if await client.type(key) == "hash":
                 state = await client.hget(key, "state")
-                if state is not None and not is_terminal(RequestState(str(state))):
+                is_owned = await client.hget(key, "gateway_id") in gateway_ids
+                if state is not None and is_owned and not is_terminal(RequestState(str(state))):
                     problems.append(f"{key} is {state!s}")
     return problems
 

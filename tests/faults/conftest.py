@@ -77,7 +77,6 @@ async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
                 "step_timeout_ms": STEP_TIMEOUT_S * 1000,
             },
             relay={"local_prefill_tokens": 0},
-            server={"redis_timeout_ms": 500},
         )
         async with cluster, cluster.client("gateway") as client:
             rig = Rig(cluster, client, wall_clock_offset)

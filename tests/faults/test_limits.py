@@ -13,6 +13,7 @@ from tests.faults.conftest import Rig
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(180)]
 
 
+@pytest.mark.soak
 async def test_d_out_of_blocks_preempts_and_never_deadlocks_and_other_models_are_not_paired() -> None:
     """A pool for one and a half requests, and beside it a decode worker of another model, which gets nothing."""
     requests = [make_request(number, 40, num_tokens=56) for number in range(12)]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reliability.md").read_text("utf-8")
 PRODUCT = ("gateway", "prefill_worker", "decode_worker", "kvrelay")
@@ -27,6 +29,8 @@ def test_every_test_that_the_page_names_is_there() -> None:
     assert not missing
 
 
+@pytest.mark.soak
+@pytest.mark.integration
 def test_the_pages_example_runs_as_it_stands(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "test_example.py").write_text(example)

@@ -108,6 +108,7 @@ async def test_d_dies_between_the_last_token_and_its_report(rig: Rig) -> None:
     assert outcome.num_attempts == 2
 
 
+@pytest.mark.soak
 async def test_a_prompt_that_kills_workers_is_quarantined_after_two_deaths(rig: Rig) -> None:
     """Whoever computes a step with this tenant's prompt dies, as often as it is tried. Nobody else's request fails."""
     poison = rig.request(tenant="poison", resumable=False)
