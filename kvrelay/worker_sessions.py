@@ -56,7 +56,8 @@ class WorkerSessions:
         self._model = model
         self._give_up = give_up
         self._fail = fail
-        self._sessions: set[WorkerSession] = set()
+        self._sessions: dict[WorkerSession, None] = {}
+        """In the order of their beginning: what goes to all goes in an order that does not change from run to run."""
         self._load = WorkerLoad()
         self._draining = False
         self._drained = asyncio.Event()
@@ -78,7 +79,7 @@ class WorkerSessions:
         """Serves one session, and gives up its works when it ends."""
         session = WorkerSession(context, self._hello, self._make_response, on_command)
         await session.greet()
-        self._sessions.add(session)
+        self._sessions[session] = None
         _log.info("session begins", gateway=session.gateway_id)
         try:
             await session.serve(self._drained)
@@ -86,7 +87,7 @@ class WorkerSessions:
             _log.warning("session lost", gateway=session.gateway_id, reason=error.message)
             raise
         finally:
-            self._sessions.discard(session)
+            self._sessions.pop(session, None)
             works = self.leases.end_session(session)
             for work_id in works:
                 self._give_up(work_id)
