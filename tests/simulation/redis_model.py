@@ -103,7 +103,7 @@ class RedisModel:
                 return b"LOST" if _has(paths, move) else b"SUPERSEDED"
         elif new_attempt != attempt + 1 or to_state != "QUEUED":
             return b"SUPERSEDED"
-        changes = {"state": to_state, "attempt": new_attempt, "update_time_ms": self.now_ms()}
+        changes: dict[str, Argument] = {"state": to_state, "attempt": new_attempt, "update_time_ms": self.now_ms()}
         stored.update({name: to_bytes(value) for name, value in changes.items()})
         stored.update(_pairs(fields))
         if _has(terminal, str(to_state)):

@@ -37,8 +37,13 @@ def run_in_another_process(seeds: range, num_processes: int, folder: Path) -> li
     return outcomes
 
 
-def test_no_seed_breaks_a_promise(tmp_path: Path) -> None:
-    outcomes = run_in_another_process(range(NUM_SEEDS), 1, tmp_path)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """Of the first few hundred seeds."""
+    return run_in_another_process(range(NUM_SEEDS), 1, tmp_path_factory.mktemp("seeds"))
+
+
+def test_no_seed_breaks_a_promise(outcomes: list[Outcome]) -> None:
     num_seeds = check(outcomes)
     assert set(Fault) - RARE_FAULTS <= set(num_seeds), "a fault that never strikes is not survived"
     assert sum(outcome.num_succeeded for outcome in outcomes) > NUM_SEEDS
@@ -53,11 +58,10 @@ def test_no_seed_of_ten_thousand_breaks_a_promise(tmp_path: Path) -> None:
     assert not rare, "faults that struck in too few seeds"
 
 
-def test_a_seed_runs_the_same_again(tmp_path: Path) -> None:
-    first = run_in_another_process(range(30), 1, tmp_path)
-    second = run_in_another_process(range(30), 2, tmp_path)
-    assert [outcome.digest for outcome in first] == [outcome.digest for outcome in second]
-    assert len({outcome.digest for outcome in first}) == 30
+def test_a_seed_runs_the_same_again(outcomes: list[Outcome], tmp_path: Path) -> None:
+    again = run_in_another_process(range(30), 2, tmp_path)
+    assert [outcome.digest for outcome in again] == [outcome.digest for outcome in outcomes[:30]]
+    assert len({outcome.digest for outcome in again}) == 30
 
 
 def test_a_seed_that_fails_says_how_to_see_it_again() -> None:
