@@ -79,6 +79,11 @@ class RequestLifecycle:
         return self._state
 
     @property
+    def num_suspicions(self) -> int:
+        """Workers that may have died of the request since it last got further."""
+        return self._retries.num_suspicions
+
+    @property
     def is_suspect(self) -> bool:
         """Whether a worker may have died of the request, and it has not got further since."""
         return self._retries.is_suspect
@@ -405,7 +410,7 @@ class RequestLifecycle:
             self._end(RequestState.FAILED, _quarantine_error())
             return
         if blame is m.Blame.SUSPECT:
-            self._retries.is_suspect = True
+            self._retries.num_suspicions += 1
         affected = [progress for progress in self._works.values() if progress.release_hold(worker_id)]
         for progress in self._works.values():
             if worker_id == progress.prefill_worker_id and not progress.prompt_started:

@@ -93,6 +93,8 @@ class RequestRunner:
         """Frames that the reader furthest on is done with."""
         self._paused = False
         self._waits_for_turn = False
+        self.has_workers_alone = False
+        """Whether no suspect of another gateway is on its workers."""
         self._paid_attempt = 0
         """The last attempt that the retry budget has paid for, with all its works."""
 
@@ -219,6 +221,9 @@ class RequestRunner:
         if assignment is None:
             self._events.append(m.NoWorker(action.work.work_id))
             return
+        if action.apart:
+            chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
+            self.has_workers_alone = all(self._sessions.is_own(worker_id) for worker_id in chosen if worker_id is not None)
         if is_paid:
             self._sessions.retries.spend()
             self._paid_attempt = action.work.work_id.attempt
@@ -354,6 +359,9 @@ class OutputReader:
 
     def close(self) -> None:
         """The client is gone, or has it all. Idempotent."""
+        if self._runner.output.error is not None:
+            # It is kept for as long as the ended request is known, and the frames it came through would be kept with it.
+            self._runner.output.error.__traceback__ = None
         if not self._closed:
             self._closed = True
             self._runner._close_reader(self)

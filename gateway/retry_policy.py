@@ -23,13 +23,18 @@ class RetryPolicy:
         self._avoided_pairs: set[tuple[str, str]] = set()
         self.is_due_to_pay = False
         """Whether the next attempt is one that the gateway's retry budget pays for."""
-        self.is_suspect = False
-        """Whether a worker died that may have died of the request, and it has not got further since."""
+        self.num_suspicions = 0
+        """Workers that may have died of the request since it last got further."""
 
     @property
     def has_failed(self) -> bool:
         """Whether an attempt failed, and the request has not got further since."""
         return self._num_failures > 0 or self.is_suspect
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a worker died that may have died of the request, and it has not got further since."""
+        return self.num_suspicions > 0
 
     @property
     def excluded_worker_ids(self) -> frozenset[str]:
@@ -75,7 +80,7 @@ class RetryPolicy:
     def note_survived(self) -> None:
         """An attempt got further than the last one that failed: what comes now is counted anew."""
         self._num_failures = 0
-        self.is_suspect = False
+        self.num_suspicions = 0
 
     def next_wait_ms(self) -> int:
         """No worker is left: how long to wait before all are asked again, those excluded too, for they may be the only ones."""

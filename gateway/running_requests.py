@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from gateway import lifecycle_messages as m
 from gateway.request_runner import RequestRunner
-from gateway.suspicion import blame_for_death
+from gateway.suspicion import InStep, blame_for_death
 
 MAX_ENDED_REQUESTS = 512
 MAX_ENDED_FRAMES = 100_000
@@ -72,7 +72,9 @@ class RunningRequests:
         blame: dict[str, m.Blame] = {}
         if died:
             in_step = [runner for runner in runners if runner.lifecycle.may_be_in_step_of(worker_id)]
-            blame = blame_for_death((runner.request_id, runner.lifecycle.is_suspect) for runner in in_step)
+            blame = blame_for_death(
+                InStep(runner.request_id, runner.lifecycle.num_suspicions, runner.has_workers_alone) for runner in in_step
+            )
         for runner in runners:
             runner.post(m.WorkerLost(worker_id, blame.get(runner.request_id, m.Blame.NONE)))
 

@@ -61,7 +61,7 @@ class WorkerSessions:
         self._wanted: set[_Place] = set()
         self._sessions: dict[str, WorkerSession] = {}
         self._failed_pairs = FailedPairs()
-        self._trials = Trials()
+        self._trials = Trials(settings.gateway_id)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -78,6 +78,7 @@ class WorkerSessions:
     def set_members(self, members: tuple[Member, ...]) -> None:
         """Makes sessions with new workers. Those that left are kept while their session lives."""
         self._wanted = {(member.role, member.address) for member in members if member.role is not MemberRole.GATEWAY}
+        self._trials.set_gateways(member.instance_id for member in members if member.role is MemberRole.GATEWAY)
         for place in self._wanted - self._tasks.keys():
             self._tasks[place] = asyncio.create_task(self._keep_connected(place), name=f"{place[0].value} worker {place[1]}")
         connected = {(session.role, session.address) for session in self._sessions.values()}
@@ -114,7 +115,9 @@ class WorkerSessions:
             unready |= self._trials.workers_of_others(request_id)
         if unready:
             query = replace(query, excluded_worker_ids=query.excluded_worker_ids | unready)
-        assignment = choose_workers(self.views(), query)
+        assignment = self._choose_own(query) if apart else None
+        if assignment is None:
+            assignment = choose_workers(self.views(), query)
         if assignment is None:
             return None
         chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
@@ -126,6 +129,15 @@ class WorkerSessions:
         if apart:
             self._trials.begin(request_id, chosen)
         return assignment
+
+    def _choose_own(self, query: RouteQuery) -> Assignment | None:
+        """Among the workers on which no other gateway tries its suspects."""
+        others = {worker_id for worker_id in self._sessions if not self._trials.is_own(worker_id)}
+        return choose_workers(self.views(), replace(query, excluded_worker_ids=query.excluded_worker_ids | others))
+
+    def is_own(self, worker_id: str) -> bool:
+        """Whether no suspect of another gateway is tried on that worker."""
+        return self._trials.is_own(worker_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""

@@ -2,7 +2,7 @@
 
 from gateway import lifecycle_messages as m
 from gateway.request_lifecycle import RequestLifecycle
-from gateway.suspicion import Trials, blame_for_death
+from gateway.suspicion import InStep, Trials, blame_for_death
 from kvrelay.errors import InternalError
 from kvrelay.request_state import RequestState
 from kvrelay.work import FailureKind, SequenceToken, Token, WorkId
@@ -12,19 +12,24 @@ REQUEST_ID = "a" * 32
 
 
 def test_all_that_were_in_the_step_are_suspects_of_a_first_death() -> None:
-    assert blame_for_death([("a", False), ("b", False)]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
+    assert blame_for_death([InStep("a"), InStep("b")]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
 
 
 def test_the_only_suspect_of_a_second_death_is_guilty_and_nobody_else_is_blamed() -> None:
-    assert blame_for_death([("a", True), ("b", False)]) == {"a": m.Blame.GUILTY, "b": m.Blame.NONE}
+    assert blame_for_death([InStep("a", 1), InStep("b")]) == {"a": m.Blame.GUILTY, "b": m.Blame.NONE}
 
 
 def test_of_two_suspects_neither_is_guilty() -> None:
-    assert blame_for_death([("a", True), ("b", True)]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
+    assert blame_for_death([InStep("a", 1), InStep("b", 1)]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
+
+
+def test_where_another_gateways_suspect_may_have_been_too_one_death_more_has_to_say_the_same() -> None:
+    assert blame_for_death([InStep("a", 1, had_worker_alone=False)]) == {"a": m.Blame.SUSPECT}
+    assert blame_for_death([InStep("a", 2, had_worker_alone=False)]) == {"a": m.Blame.GUILTY}
 
 
 def test_suspects_do_not_share_workers() -> None:
-    trials = Trials()
+    trials = Trials("g1")
     trials.begin("a", ("d1", None))
     trials.begin("b", ("d2", "p1"))
     assert trials.workers_of_others("c") == {"d1", "d2", "p1"}
@@ -32,6 +37,20 @@ def test_suspects_do_not_share_workers() -> None:
     assert trials.end("b")
     assert not trials.end("b")
     assert trials.workers_of_others("c") == {"d1"}
+
+
+def test_every_worker_is_tried_on_by_one_gateway_whichever_others_come_and_go() -> None:
+    gateways = {name: Trials(name) for name in ("g1", "g2", "g3")}
+    for trials in gateways.values():
+        trials.set_gateways(gateways)
+    workers = [f"d{number}" for number in range(60)]
+    owners = {worker: [name for name, trials in gateways.items() if trials.is_own(worker)] for worker in workers}
+    assert all(len(names) == 1 for names in owners.values())
+    assert {names[0] for names in owners.values()} == set(gateways)
+    for name in ("g1", "g2"):
+        gateways[name].set_gateways(("g1", "g2"))
+    assert all(gateways[names[0]].is_own(worker) for worker, names in owners.items() if names != ["g3"])
+    assert all(Trials("alone").is_own(worker) for worker in workers)
 
 
 def prompt_on(lifecycle: RequestLifecycle, prefill: str | None) -> None:
