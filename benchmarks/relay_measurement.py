@@ -102,13 +102,15 @@ class RelayBench:
     @staticmethod
     @asynccontextmanager
     async def running(tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1) -> AsyncIterator[RelayBench]:
-        """Starts everything; nothing is left at the end, but that this process, which has the workers, keeps to its cores."""
-        cores = BenchCores.divided(frozenset(os.sched_getaffinity(0)))
+        """Starts everything; nothing is left at the end. This process, which has the workers, keeps to its cores meanwhile."""
+        all_cores = frozenset(os.sched_getaffinity(0))
+        cores = BenchCores.divided(all_cores)
         gateway = GatewaySettings(
             server=ServerSettings(log_level="warning"),
             relay=RelaySettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
         )
         async with AsyncExitStack() as stack:
+            stack.callback(pin_process, os.getpid(), all_cores)
             pin_process(os.getpid(), cores.others)
             cluster = await stack.enter_async_context(LocalCluster(gateway=gateway, prefill=(), decode=()))
             pin_process(cluster.pid(GATEWAY_NAME), cores.gateway)

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from kvrelay.model_store import ModelStore, default_model_dir
@@ -17,6 +18,11 @@ for _name, _value in (
     ("TQDM_DISABLE", "1"),
 ):
     os.environ.setdefault(_name, _value)
+
+
+# How long an example takes says nothing where tests share cores with others.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
 
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would too.

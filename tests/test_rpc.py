@@ -10,19 +10,21 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvrelay import errors, rpc
 from kvrelay.error_status import code_of, error_of, error_of_rpc, status_of
+from kvrelay.fault_points import InjectedFaultError
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = "kvrelay.v1.InferenceService"
 
 
 def wire_errors() -> list[type[errors.KvrelayError]]:
-    """All kinds that a client can get; a state store's own ones stay inside the gateway."""
+    """All kinds that a client can get; a state store's own ones stay inside the gateway, and injected ones inside tests."""
     found, todo = [], [errors.KvrelayError]
     while todo:
         kind = todo.pop()
         found += kind.__subclasses__()
         todo += kind.__subclasses__()
-    return [kind for kind in found if not issubclass(kind, errors.StartupError | errors.StateLostError)]
+    inside = errors.StartupError | errors.StateLostError | InjectedFaultError
+    return [kind for kind in found if not issubclass(kind, inside)]
 
 
 class Raising(inference_pb2_grpc.InferenceServiceServicer):
@@ -62,7 +64,10 @@ async def fail_unary(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
 
 @pytest.mark.parametrize("method", ["GetRequest", "Generate"])
 async def test_bytes_that_are_no_message_are_the_clients_mistake(channel: grpc.aio.Channel, method: str) -> None:
-    call = channel.stream_stream(f"/{SERVICE}/{method}")(iter([b"\x0a\x01\xff\xff"]), timeout=5)
+    async def garbage() -> AsyncIterator[bytes]:
+        yield b"\x0a\x01\xff\xff"
+
+    call: Any = channel.stream_stream(f"/{SERVICE}/{method}")(garbage(), timeout=5)
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await call.read()
     error = error_of_rpc(failure.value)

@@ -86,7 +86,9 @@ def test_memory_finds_the_bytes_that_are_predicted(tmp_path: Path) -> None:
     measured = [result for result in results if result["kind"] == "bytes"]
     assert {result["attention"] for result in measured} == {"MHA", "GQA", "MQA"}
     for result in measured:
-        assert result["exported"] == result["transformers"] == result["general_formula_computed"]
+        assert result["exported"] == result["general_formula_computed"]
+        if result["kv_dtype"] != "int8":  # transformers' cache has the weights' type
+            assert result["exported"] == result["transformers"]
         assert result["general_formula_computed"] <= result["general_formula"] <= result["blocks"]
     assert [result["mha_formula"] == result["general_formula"] for result in measured if result["mha_formula"]] == [True]
     assert results[-1] == {"kind": "block_manager_holds_what_is_predicted", "value": True}

@@ -8,6 +8,7 @@ A target raises for what must not be; libFuzzer writes the input that did it to 
 
 import contextlib
 import logging
+import resource
 import sys
 from collections.abc import Callable
 
@@ -61,6 +62,8 @@ def read_frame(data: bytes) -> None:
         decode_frame(data)
 
 
+MAX_ADDRESS_SPACE_BYTES = 4 << 30
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "push": decode_push,
     "request": validate_request,
@@ -74,6 +77,8 @@ def main() -> None:
     target = TARGETS.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if target is None:
         raise SystemExit(f"name a target: {', '.join(TARGETS)}")
+    # Not libFuzzer's own limit: that counts what the process was at its fork, when it was still the one that starts it.
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES, MAX_ADDRESS_SPACE_BYTES))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
     atheris.Fuzz()
