@@ -106,14 +106,12 @@ async def running_gateway(redis_url: str, **relay: Any) -> AsyncIterator[Gateway
         port = free.getsockname()[1]
     settings = GatewaySettings(
         server=ServerSettings(
-        server=ServerSettings(
             port=port,
             redis_url=redis_url,
             lease_ms=LEASE_MS,
             drain_timeout_ms=5000,
             redis_timeout_ms=2000,
             log_level="error",
-        ),
         ),
         relay=RelaySettings.model_validate({"local_prefill_tokens": 0, "worker_wait_ms": 5000} | relay),
     )
