@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import random
@@ -79,25 +80,25 @@ def test_the_decoder_reads_what_protobuf_reads_and_refuses_the_rest(seed: int) -
 
 def test_the_decoder_takes_memory_by_what_arrived_not_by_what_is_claimed() -> None:
     """Peaks of Python's allocations; and within a limit of the process, that no more is even asked for."""
-    messages = [message for message in [*SEEDS, *mutated_messages(7, 2000)] for _ in range(2)]
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_virtual_bytes() + SPARE_BYTES, before[1]))
     tracemalloc.start()
     try:
-        for message in messages:
-            tracemalloc.reset_peak()
-            current, _ = tracemalloc.get_traced_memory()
-            read: object
-            try:
-                read = decode_request(message)
-            except TransferError:
-                read = None
-            _, peak = tracemalloc.get_traced_memory()
-            del read
-            assert peak - current <= ALLOCATED_PER_BYTE * len(message) + ALLOCATED_BYTES, message.hex()
+        for message in [*SEEDS, *mutated_messages(7, 2000)]:
+            # The least of some: what other threads of the process allocate meanwhile counts too.
+            peak = min(_peak_of_decoding(message) for _ in range(3))
+            assert peak <= ALLOCATED_PER_BYTE * len(message) + ALLOCATED_BYTES, message.hex()
     finally:
         tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _peak_of_decoding(message: bytes) -> int:
+    tracemalloc.reset_peak()
+    current, _ = tracemalloc.get_traced_memory()
+    with contextlib.suppress(TransferError):
+        decode_request(message)
+    return tracemalloc.get_traced_memory()[1] - current
 
 
 def _virtual_bytes() -> int:
