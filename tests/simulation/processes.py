@@ -236,6 +236,7 @@ class DecodeProcess(WorkerProcess):
         if shape.max_draft_tokens:
             speculation = SpeculationLimits(shape.max_draft_tokens, 16, self.max_sequence_tokens)
         self.scheduler = DecodeScheduler(self.blocks, limits, self.permits, speculation)
+        self.pool.is_held_for = lambda work_id: work_id in self.scheduler.work_ids()
         engine_loop = DecodeEngineLoop(self.scheduler, self.step_runner, self.permits, self._publish, now=self.loop.time)
         self.thread: SimulatedEngineThread[DecodeCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
         pool = self.pool

@@ -79,7 +79,9 @@ class ToyPool:
         self._keys = [[[0] * block_size for _ in range(num_blocks)] for _ in range(NUM_LAYERS)]
         self._writers = [[[0] * block_size for _ in range(num_blocks)] for _ in range(NUM_LAYERS)]
         self._numbers: dict[WorkId, int] = {}
-        self._reservations: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._reservations: dict[int, tuple[tuple[int, ...], WorkId]] = {}
+        self.is_held_for: Callable[[WorkId], bool] = lambda work_id: True
+        """Whether the worker still holds the blocks that it reserved for a work."""
 
     def number_of(self, work_id: WorkId) -> int:
         """The work's number in this pool."""
@@ -87,7 +89,7 @@ class ToyPool:
 
     def note_reserved(self, work_id: WorkId, block_ids: tuple[int, ...]) -> None:
         """Whatever is imported into this very tuple of blocks is the work's."""
-        self._reservations[id(block_ids)] = (block_ids, self.number_of(work_id))
+        self._reservations[id(block_ids)] = (block_ids, work_id)
 
     def write(self, layer: int, block_ids: Sequence[int], begin: int, keys: Sequence[int], writer: int) -> None:
         """K of the positions from `begin` on."""
@@ -135,7 +137,10 @@ class ToyPool:
         token_begin: int,
         token_end: int,
     ) -> None:
-        _, writer = self._reservations[id(block_ids)]
+        _, work_id = self._reservations[id(block_ids)]
+        if not self.is_held_for(work_id):
+            raise ForeignKVError(f"I4: a push of {work_id} writes into blocks that were freed")
+        writer = self.number_of(work_id)
         numbers, num_tokens = array("I", bytes(payload)), token_end - token_begin
         for offset, layer in enumerate(range(layer_begin, layer_end)):
             begin = 2 * offset * num_tokens
