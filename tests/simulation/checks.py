@@ -113,9 +113,7 @@ def check_deaths(num_deaths: int, plan: Plan) -> None:
     if {fault.fault for fault in plan.faults} & (_GATEWAY_FAULTS | _REDIS_FAULTS):
         return
     killers = {(request.number if not request.key else request.key) for request in plan.requests if request.is_killer}
-    # Gateways that share fewer workers than they are may not try a suspect alone: one death more then confirms it.
-    max_deaths = MAX_DEATHS + (plan.num_gateways > 1)
-    if num_deaths > max_deaths * len(killers):
+    if num_deaths > MAX_DEATHS * len(killers):
         raise ViolationError(f"I6: {len(killers)} prompts killed {num_deaths} workers")
 
 
