@@ -11,6 +11,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import atheris
 import structlog
@@ -62,7 +63,8 @@ def read_frame(data: bytes) -> None:
         decode_frame(data)
 
 
-MAX_ADDRESS_SPACE_BYTES = 4 << 30
+SPARE_ADDRESS_SPACE_BYTES = 512 << 20
+"""What inputs may have the process ask for beyond what it has at the beginning."""
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "push": decode_push,
@@ -78,7 +80,8 @@ def main() -> None:
     if target is None:
         raise SystemExit(f"name a target: {', '.join(TARGETS)}")
     # Not libFuzzer's own limit: that counts what the process was at its fork, when it was still the one that starts it.
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES, MAX_ADDRESS_SPACE_BYTES))
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SPARE_ADDRESS_SPACE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
     atheris.Fuzz()
