@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 POLL_INTERVAL_S = 0.01
 
 
-async def wait_until(condition: Callable[[], Awaitable[bool] | bool], what: str, timeout_s: float = 10.0) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool] | bool], what: str, timeout_s: float = 30.0) -> None:
     """Returns when the condition is true.
 
     Args:

@@ -11,7 +11,7 @@ import pytest
 import redis.asyncio
 
 from kvrelay.client import RequestState
-from kvrelay.errors import OverloadedError
+from kvrelay.errors import OverloadedError, RequestNotFoundError
 from kvrelay.testing import wait_until
 from kvrelay.testing.process_files import state_of
 from tests.faults.conftest import Rig
@@ -105,7 +105,10 @@ async def test_redis_loses_writes_in_a_failover_and_the_owner_writes_again(rig: 
 
     async def written() -> bool:
         async with rig.cluster.client("gateway-1") as other:
-            info = await other.get_request(request_id)
+            try:
+                info = await other.get_request(request_id)
+            except RequestNotFoundError:  # it was lost as a whole, and is not written again yet
+                return False
         return info.state is RequestState.SUCCEEDED and info.num_output_tokens == len(tokens)
 
     await wait_until(written, "the store knows the end")
