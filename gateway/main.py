@@ -17,6 +17,7 @@ from kvrelay.errors import ConfigError
 from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.redis_connection import RedisConnection
+from kvrelay.http_server import Health, serving_http
 from kvrelay.rpc import BoundServer, bind_server, create_server
 from kvrelay.signs_of_life import showing_life
 from kvrelay.state_store import StateStore
@@ -67,8 +68,11 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         member = Member(gateway_id, MemberRole.GATEWAY, address)
         async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store):
             await server.start()
-            _log.info("ready", address=address, gateway_id=gateway_id, redis=store.healthy)
-            async with showing_life(settings.server.watchdog_socket):
+            async with (
+                serving_http(settings.server.host, settings.server.http_port, lambda: _http_health(relay, store)) as http_port,
+                showing_life(settings.server.watchdog_socket),
+            ):
+                _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()
                 await _drain(relay, bound, settings.server.drain_timeout_ms)
     _log.info("stopped")
@@ -116,6 +120,12 @@ async def _health(bound: BoundServer, store: StateStore) -> AsyncIterator[None]:
 
 async def _watch_store(bound: BoundServer, store: StateStore) -> None:
     while True:
+def _http_health(relay: Relay, store: StateStore) -> Health:
+    if relay.draining:
+        return Health.DRAINING
+    return Health.SERVING if store.healthy else Health.DEGRADED
+
+
         await bound.set_serving(store.healthy, STATE_STORE_NAME)
         await asyncio.sleep(HEALTH_INTERVAL_S)
 

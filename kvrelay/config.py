@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvrelay.core_set import CORES_PATTERN
 
 DEFAULT_GATEWAY_PORT = 50050
+HTTP_PORT_ABOVE = 30
+"""Of `serve all`: its gateway's HTTP port is so far above the one for gRPC, 50080 by default."""
 MAX_COALESCE_MS = 50
 """Tokens are never held back for longer: a person sees them come one by one up to about there."""
 
@@ -25,6 +27,13 @@ class ServerSettings(Settings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    http_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port for HTTP: /metrics and /healthz; 0 takes a free one. "
+        "Default: none; with `serve all` the gateway's --port + 30.",
+    )
     advertise_address: str | None = Field(
         default=None, description="host:port under which others reach this process. Default: the host and port listened on."
     )

@@ -3,8 +3,9 @@
 Owns the processes' lives and nothing of what they say to each other: it gives each its settings, waits until every gateway
 reports all workers as connected, starts what ends by itself again if asked to, and leaves no process behind.
 
-The gateways' ports are chosen before they start, since clients must know them; workers listen on any free port and register
-in Redis.
+The gateways' ports are chosen before they start, since clients must know them, and so are ports for HTTP; workers listen on any
+free port and register in Redis. A port that settings name is the first gateway's; where they name one for HTTP, all others
+get free ones for it.
 """
 
 import asyncio
@@ -40,6 +41,8 @@ _STOP_GRACE_S = 3.2
 """From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
 _DRAIN_TIMEOUT_MS = 1500
 _POLL_INTERVAL_S = 0.1
+_OWN_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}
+"""Where this machine reaches what listens on all addresses."""
 
 
 def serve_command(role: Role) -> list[str]:
@@ -93,6 +96,8 @@ class LocalCluster:
     """host:port of the first gateway."""
     gateway_addresses: tuple[str, ...] = field(default=(), init=False)
     """host:port of every gateway."""
+    http_addresses: dict[str, str] = field(default_factory=dict, init=False)
+    """host:port for HTTP of each process that has one, by the process's name."""
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _supervisors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
     _sockets: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
@@ -217,17 +222,17 @@ class LocalCluster:
         return cluster
 
     async def _add_gateway(self, number: int) -> None:
-        settings = self.gateway if number == 0 else _with_server(self.gateway, port=0, advertise_address=None)
-        settings = _with_server(settings, port=_choose_port(settings))
+        settings = self.gateway if number == 0 else _of_another(self.gateway)
+        settings = _with_server(settings, port=_choose_port(settings.server.host, settings.server.port, "--port"))
         if number == 0:
             self.gateway = settings
-            self.gateway_address = _client_address(settings)
-        self.gateway_addresses += (_client_address(settings),)
+            self.gateway_address = _dialled(settings.server.host, settings.server.port)
+        self.gateway_addresses += (_dialled(settings.server.host, settings.server.port),)
         await self._add(GATEWAY_NAME if number == 0 else f"{GATEWAY_NAME}-{number}", "gateway", settings)
 
     async def _add_worker(self, role: WorkerRoleName, settings: WorkerSettingsT) -> _Member:
         number = sum(member.role == role for member in self._members.values())
-        settings = self._with_cores(_with_server(settings, port=0, advertise_address=None))
+        settings = self._with_cores(_of_another(settings))
         return await self._add(f"{role}-{number}", role, settings)
 
     def _with_cores(self, settings: WorkerSettingsT) -> WorkerSettingsT:
@@ -247,11 +252,18 @@ class LocalCluster:
         life = await self._listen(name) if self.restart else None
         socket_path = life.path if life is not None else settings.server.watchdog_socket
         changes = {"redis_url": self.redis_url, "drain_timeout_ms": drain_timeout_ms, "watchdog_socket": socket_path}
-        settings = _with_server(settings, **changes)
+        settings = self._with_http_port(name, _with_server(settings, **changes))
         environment = {"PYTHONUNBUFFERED": "1", **environment_for(self.adjust(name, settings))}
         process = await self._start_process(name, role, environment)
         self._members[name] = _Member(name, role, environment, process, life)
         return self._members[name]
+
+    def _with_http_port(self, name: str, settings: SettingsT) -> SettingsT:
+        if settings.server.http_port is None:
+            return settings
+        port = _choose_port(settings.server.host, settings.server.http_port, "--http-port")
+        self.http_addresses[name] = _dialled(settings.server.host, port)
+        return _with_server(settings, http_port=port)
 
     async def _listen(self, name: str) -> LifeListener:
         if self._sockets is None:
@@ -321,26 +333,34 @@ def _with_server(settings: SettingsT, **changes: object) -> SettingsT:
     return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
 
 
+def _of_another(settings: SettingsT) -> SettingsT:
+    """The settings for one more process: ports that they name are taken already."""
+    http_port = None if settings.server.http_port is None else 0
+    return _with_server(settings, port=0, http_port=http_port, advertise_address=None)
+
+
 def _with_engine(settings: WorkerSettingsT, **changes: object) -> WorkerSettingsT:
     return settings.model_copy(update={"engine": settings.engine.model_copy(update=changes)})
 
 
-def _choose_port(settings: GatewaySettings) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in settings.server.host else socket.AF_INET) as probe:
+def _choose_port(host: str, port: int, flag: str) -> int:
+    """A port that can be listened on: the given one, or a free one for 0.
+
+    Raises:
+        StartupError: it is taken; `flag` is what chooses another one.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As the server itself does: connections of a server that has just ended do not count as taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.server.host, settings.server.port))
+            probe.bind((host, port))
         except OSError as error:
-            where = f"{settings.server.host}:{settings.server.port}"
-            message = (
-                f"cannot listen on {where}: {error.strerror}. Free the port, or choose another with --port (0 takes a free one)"
-            )
-            raise StartupError(message) from None
-        port: int = probe.getsockname()[1]
-        return port
+            advice = f"Free the port, or choose another with {flag} (0 takes a free one)"
+            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}. {advice}") from None
+        chosen_port: int = probe.getsockname()[1]
+        return chosen_port
 
 
-def _client_address(settings: GatewaySettings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}.get(settings.server.host, settings.server.host)
-    return f"{host}:{settings.server.port}"
+def _dialled(host: str, port: int) -> str:
+    """host:port by which this machine reaches what listens there."""
+    return f"{_OWN_HOSTS.get(host, host)}:{port}"

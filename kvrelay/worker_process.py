@@ -18,6 +18,7 @@ import structlog
 
 from kvrelay.config import ServerSettings
 from kvrelay.errors import ConfigError
+from kvrelay.http_server import Health, serving_http
 from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.model_service import TokenizerService
 from kvrelay.redis_connection import RedisConnection
@@ -97,11 +98,15 @@ async def serve_worker(
         try:
             await server.start()
             registry = WorkerRegistry(connection, settings.lease_ms)
-            async with registry.lease(member), showing_life(settings.watchdog_socket):
+            async with (
+                serving_http(settings.host, settings.http_port, lambda: _http_health(services, connection)) as http_port,
+                registry.lease(member),
+                showing_life(settings.watchdog_socket),
+            ):
                 if not connection.health.healthy:
                     _log.warning("Redis does not answer; gateways find this worker once it does. Check --redis-url.")
                 await _set_serving(bound, kind, True)
-                _log.info("ready", address=address, worker_id=worker_id, model=engine.model.name)
+                _log.info("ready", address=address, http_port=http_port, worker_id=worker_id, model=engine.model.name)
                 await stop.wait()
                 await _set_serving(bound, kind, False)
                 await services.sessions.drain(settings.drain_timeout_ms)
@@ -153,6 +158,12 @@ def _hello(worker_id: str, engine: WorkerEngine) -> session_pb2.WorkerHello:
         block_size=engine.blocks.block_size,
         max_sequence_tokens=engine.max_sequence_tokens,
     )
+
+
+def _http_health(services: WorkerServices, connection: RedisConnection) -> Health:
+    if services.sessions.draining:
+        return Health.DRAINING
+    return Health.SERVING if connection.health.healthy else Health.DEGRADED
 
 
 async def _set_serving(bound: BoundServer, kind: WorkerKind, serving: bool) -> None:

@@ -9,12 +9,13 @@ from rich.text import Text
 
 from kvrelay.child_process import LineSink
 from kvrelay.cli.model_commands import prepare_models
-from kvrelay.config import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.config import HTTP_PORT_ABOVE, ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.settings_sources import SettingsSources
 
 _COLOURS = {"gateway": "cyan", "prefill": "green", "decode": "magenta"}
 _OWN_NAME = "kvrelay"
+MAX_PORT = 65535
 
 
 class LogPrinter:
@@ -58,8 +59,19 @@ def serve_cluster(sources: SettingsSources) -> None:
     """
     printer = LogPrinter(Console(file=sys.stderr, highlight=False))
     cluster = cluster_of(sources, printer)
+    cluster.gateway = with_http_port(cluster.gateway)
     prepare_models([*(worker.engine for worker in cluster.prefill), *(worker.engine for worker in cluster.decode)])
     asyncio.run(run_until_signal(cluster, printer))
+
+
+def with_http_port(gateway: GatewaySettings) -> GatewaySettings:
+    """The settings with a port for HTTP, if they have none: above the one for gRPC, or a free one as that is."""
+    server = gateway.server
+    if server.http_port is not None:
+        return gateway
+    port = server.port + HTTP_PORT_ABOVE
+    chosen = port if server.port and port <= MAX_PORT else 0
+    return gateway.model_copy(update={"server": server.model_copy(update={"http_port": chosen})})
 
 
 async def run_until_signal(cluster: LocalCluster, printer: LogPrinter) -> None:
@@ -73,7 +85,8 @@ async def run_until_signal(cluster: LocalCluster, printer: LogPrinter) -> None:
         await asyncio.wait([start, stopped], return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
-            printer(_OWN_NAME, f"ready: the gateway is {cluster.gateway_address}; Ctrl-C ends everything")
+            http = "".join(f"; HTTP of {name} is http://{address}" for name, address in cluster.http_addresses.items())
+            printer(_OWN_NAME, f"ready: the gateway is {cluster.gateway_address}{http}; Ctrl-C ends everything")
             await stopped
         printer(_OWN_NAME, "ending")
     finally:
