@@ -63,6 +63,10 @@ def parse_sampling(message: session_pb2.SamplingParams) -> SamplingParams:
     """
     for number, stop in enumerate(message.stop):
         _check_stop(f"sampling.stop[{number}]", stop)
+    if message.HasField("response_format") and message.response_format.WhichOneof("form") is None:
+        raise InvalidRequestError(
+            "sampling.response_format", "names no form; send json_schema, regex or grammar, or leave it away"
+        )
     sampling = sampling_from_pb(message)
     try:
         sampling.validate()

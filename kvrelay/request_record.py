@@ -11,6 +11,7 @@ from typing import Any
 
 from kvrelay.errors import InvalidRequestError, UnreadableStateError
 from kvrelay.request_state import RequestState
+from kvrelay.response_format import FormatKind, ResponseFormat
 from kvrelay.sampling_params import SamplingParams
 
 
@@ -132,9 +133,15 @@ def _encode(value: object) -> str | int | bytes:
         case RequestState():
             return value.value
         case SamplingParams():
-            return json.dumps(dataclasses.asdict(value))
+            return json.dumps(dataclasses.asdict(value), default=_encode_enum)
         case tuple():
             return _little_endian(array("I", value)).tobytes()
+    raise TypeError(f"no way to store a {type(value).__name__}")
+
+
+def _encode_enum(value: object) -> object:
+    if isinstance(value, FormatKind):
+        return value.value
     raise TypeError(f"no way to store a {type(value).__name__}")
 
 
@@ -164,10 +171,21 @@ def _decode_sampling(stored: bytes) -> SamplingParams:
     values["logit_bias"] = {int(token_id): bias for token_id, bias in values["logit_bias"].items()}
     values["stop"] = tuple(values["stop"])
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    values["response_format"] = _decode_response_format(values.get("response_format"))
     sampling = SamplingParams(**values)
     _check_types(sampling)
     sampling.validate()
     return sampling
+
+
+def _decode_response_format(stored: dict[str, Any] | None) -> ResponseFormat | None:
+    """None also in records of versions that knew no forms."""
+    if stored is None:
+        return None
+    kind, source = FormatKind(stored["kind"]), stored["source"]
+    if type(source) is not str:
+        raise TypeError("a form's source is no text")
+    return ResponseFormat(kind, source)
 
 
 def _check_types(sampling: SamplingParams) -> None:

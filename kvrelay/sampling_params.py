@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvrelay.errors import InvalidRequestError
+from kvrelay.response_format import ResponseFormat
 
 MAX_SEQUENCES = 8
 MAX_LOGIT_BIASES = 1024
@@ -55,6 +56,8 @@ class SamplingParams:
     """Return log probabilities, with so many alternatives; None returns none."""
     n: int = 1
     """How many sequences to generate from the one prompt."""
+    response_format: ResponseFormat | None = None
+    """What form the output must have; None: any."""
 
     @property
     def greedy(self) -> bool:
@@ -87,6 +90,8 @@ class SamplingParams:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._validate_lists()
         self._validate_min_tokens()
+        if self.response_format is not None:
+            self._validate_response_format(self.response_format)
 
     def _validate_lists(self) -> None:
         _check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
@@ -101,6 +106,14 @@ class SamplingParams:
     def _validate_min_tokens(self) -> None:
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise InvalidRequestError("min_tokens", f"is {self.min_tokens}; it must lie between 0 and max_tokens")
+
+    def _validate_response_format(self, response_format: ResponseFormat) -> None:
+        response_format.validate()
+        if self.min_tokens > 0:
+            problem = f"is {self.min_tokens}; with a response_format it must be 0, for the form says where the output may end"
+            raise InvalidRequestError("min_tokens", problem)
+        if self.ignore_eos:
+            raise InvalidRequestError("ignore_eos", "must be off with a response_format, for nothing can follow the form's end")
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

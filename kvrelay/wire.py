@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 from kvrelay.model_spec import KVLayout, ModelSpec
+from kvrelay.response_format import FormatKind, ResponseFormat
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.work import FailureKind, FinishReason, SequenceToken, Token, TopLogprob, Work, WorkerLoad, WorkId
@@ -56,6 +57,7 @@ def sampling_to_pb(sampling: SamplingParams) -> session_pb2.SamplingParams:
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         n=sampling.n,
+        response_format=response_format_to_pb(sampling.response_format),
     )
 
 
@@ -83,7 +85,20 @@ def sampling_from_pb(message: session_pb2.SamplingParams) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         n=message.n if message.HasField("n") else default.n,
+        response_format=response_format_from_pb(message.response_format) if message.HasField("response_format") else None,
     )
+
+
+def response_format_to_pb(response_format: ResponseFormat | None) -> session_pb2.ResponseFormat | None:
+    if response_format is None:
+        return None
+    return session_pb2.ResponseFormat(**{response_format.kind.value: response_format.source})
+
+
+def response_format_from_pb(message: session_pb2.ResponseFormat) -> ResponseFormat | None:
+    """None when the message names no form."""
+    form = message.WhichOneof("form")
+    return None if form is None else ResponseFormat(FormatKind(form), getattr(message, form))
 
 
 def token_to_pb(token: Token) -> session_pb2.Token:

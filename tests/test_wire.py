@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvrelay import wire
 from kvrelay.model_spec import KVLayout, ModelSpec
+from kvrelay.response_format import FormatKind, ResponseFormat
 from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.work import FailureKind, FinishReason, SequenceToken, Token, TopLogprob, Work, WorkerLoad, WorkId
@@ -32,6 +33,7 @@ samplings = st.builds(
     ignore_eos=st.booleans(),
     logprobs=st.none() | uint32,
     n=uint32,
+    response_format=st.none() | st.builds(ResponseFormat, st.sampled_from(FormatKind), st.text(max_size=5)),
 )
 work_ids = st.builds(WorkId, st.text("0123456789abcdef", min_size=32, max_size=32), uint32, uint32)
 works = st.builds(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvrelay.cli.format_options import FORMAT_OPTIONS, parse_format
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling_params import SamplingParams
 
@@ -39,7 +40,9 @@ _OPTIONS = {
     "n": _SamplingOption(int, "How many answers to the one prompt, 1 to 8."),
 }
 
-assert _OPTIONS.keys() == {field.name for field in fields(SamplingParams)}, "an option for every sampling parameter"
+assert {*_OPTIONS, "response_format"} == {field.name for field in fields(SamplingParams)}, "an option for every parameter"
+
+_OPTIONS |= {name: _SamplingOption(kind, text, metavar) for name, (kind, metavar, text) in FORMAT_OPTIONS.items()}
 
 
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +51,7 @@ def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_sampling(*positional: Any, **arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in _OPTIONS}
+        given["response_format"] = parse_format({name: given.pop(name) for name in FORMAT_OPTIONS})
         sampling = {name: value for name, value in given.items() if value is not None and value != []}
         if "logit_bias" in sampling:
             sampling["logit_bias"] = _parse_logit_bias(sampling["logit_bias"])

@@ -35,6 +35,7 @@ from kvrelay.client.results import (
 from kvrelay.client.sync_client import Client
 from kvrelay.client.sync_conversation import Conversation, Turn
 from kvrelay.client.sync_stream import Stream
+from kvrelay.response_format import ResponseFormat
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
@@ -57,6 +58,7 @@ __all__ = [
     "RequestInfo",
     "RequestPage",
     "RequestState",
+    "ResponseFormat",
     "ServedModel",
     "Stream",
     "Turn",

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/session.proto\x12\nkvrelay.v1\"E\n\x06WorkId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\r\"\xa0\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).kvrelay.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\x0c\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x17\n\nmax_tokens\x18\r \x01(\rH\x04\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x06\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"i\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x16.kvrelay.v1.TopLogprobB\n\n\x08_logprob\"\xa8\x01\n\rSequenceToken\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12 \n\x05token\x18\x04 \x01(\x0b\x32\x11.kvrelay.v1.Token\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\"\xd6\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xfb\x02\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x19\n\x11kv_transfer_bytes\x18\t \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x0c \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\r \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x0e \x01(\x04\"X\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x1a\n\x12liveness_window_ms\x18\x03 \x01(\r\"\x91\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.ModelInfo\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\"\x1b\n\tHeartbeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1e\n\x0cHeartbeatAck\x12\x0e\n\x06number\x18\x01 \x01(\x04\"1\n\nCancelWork\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\"i\n\nWorkFailed\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.kvrelay.v1.FailureKind\x12\x0f\n\x07message\x18\x03 \x01(\t\"*\n\x13GetTokenizerRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\":\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xf0\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12 \n\x1c\x46\x41ILURE_KIND_OUT_OF_CAPACITY\x10\x01\x12\x19\n\x15\x46\x41ILURE_KIND_TRANSFER\x10\x02\x12\x19\n\x15\x46\x41ILURE_KIND_DRAINING\x10\x03\x12\x18\n\x14\x46\x41ILURE_KIND_INVALID\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_DEADLINE\x10\x05\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x06\x12\x1b\n\x17\x46\x41ILURE_KIND_SUPERSEDED\x10\x07\x32\x63\n\x0cModelService\x12S\n\x0cGetTokenizer\x12\x1f.kvrelay.v1.GetTokenizerRequest\x1a .kvrelay.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/session.proto\x12\nkvrelay.v1\"E\n\x06WorkId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x03 \x01(\r\"\xd5\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).kvrelay.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\x0c\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x17\n\nmax_tokens\x18\r \x01(\rH\x04\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x06\x88\x01\x01\x12\x33\n\x0fresponse_format\x18\x11 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseFormat\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"S\n\x0eResponseFormat\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x42\x06\n\x04\x66orm\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"i\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x16.kvrelay.v1.TopLogprobB\n\n\x08_logprob\"\xa8\x01\n\rSequenceToken\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12 \n\x05token\x18\x04 \x01(\x0b\x32\x11.kvrelay.v1.Token\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\"\xd6\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\xfb\x02\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12 \n\x18num_queued_prompt_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x19\n\x11kv_transfer_bytes\x18\t \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12\"\n\x1anum_computed_prompt_tokens\x18\x0c \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\r \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x0e \x01(\x04\"X\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x1a\n\x12liveness_window_ms\x18\x03 \x01(\r\"\x91\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.ModelInfo\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x05 \x01(\r\"\x1b\n\tHeartbeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x1e\n\x0cHeartbeatAck\x12\x0e\n\x06number\x18\x01 \x01(\x04\"1\n\nCancelWork\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\"\xa4\x01\n\tChunkTime\x12\x10\n\x08\x62\x65gin_ms\x18\x01 \x01(\x02\x12\x0e\n\x06\x65nd_ms\x18\x02 \x01(\x02\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\x12\x11\n\ttoken_end\x18\x04 \x01(\r\x12\x13\n\x0blayer_begin\x18\x05 \x01(\r\x12\x11\n\tlayer_end\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\x12\n\nnum_chunks\x18\x08 \x01(\r\"i\n\nWorkFailed\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.kvrelay.v1.FailureKind\x12\x0f\n\x07message\x18\x03 \x01(\t\"*\n\x13GetTokenizerRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\":\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\xf0\x01\n\x0b\x46\x61ilureKind\x12\x1c\n\x18\x46\x41ILURE_KIND_UNSPECIFIED\x10\x00\x12 \n\x1c\x46\x41ILURE_KIND_OUT_OF_CAPACITY\x10\x01\x12\x19\n\x15\x46\x41ILURE_KIND_TRANSFER\x10\x02\x12\x19\n\x15\x46\x41ILURE_KIND_DRAINING\x10\x03\x12\x18\n\x14\x46\x41ILURE_KIND_INVALID\x10\x04\x12\x19\n\x15\x46\x41ILURE_KIND_DEADLINE\x10\x05\x12\x19\n\x15\x46\x41ILURE_KIND_INTERNAL\x10\x06\x12\x1b\n\x17\x46\x41ILURE_KIND_SUPERSEDED\x10\x07\x32\x63\n\x0cModelService\x12S\n\x0cGetTokenizer\x12\x1f.kvrelay.v1.GetTokenizerRequest\x1a .kvrelay.v1.GetTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,42 +33,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2145
-  _globals['_FINISHREASON']._serialized_end=2240
-  _globals['_FAILUREKIND']._serialized_start=2243
-  _globals['_FAILUREKIND']._serialized_end=2483
+  _globals['_FINISHREASON']._serialized_start=2450
+  _globals['_FINISHREASON']._serialized_end=2545
+  _globals['_FAILUREKIND']._serialized_start=2548
+  _globals['_FAILUREKIND']._serialized_end=2788
   _globals['_WORKID']._serialized_start=40
   _globals['_WORKID']._serialized_end=109
   _globals['_SAMPLINGPARAMS']._serialized_start=112
-  _globals['_SAMPLINGPARAMS']._serialized_end=656
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=516
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=564
-  _globals['_TOPLOGPROB']._serialized_start=658
-  _globals['_TOPLOGPROB']._serialized_end=705
-  _globals['_TOKEN']._serialized_start=707
-  _globals['_TOKEN']._serialized_end=812
-  _globals['_SEQUENCETOKEN']._serialized_start=815
-  _globals['_SEQUENCETOKEN']._serialized_end=983
-  _globals['_MODELINFO']._serialized_start=986
-  _globals['_MODELINFO']._serialized_end=1200
-  _globals['_WORKERLOAD']._serialized_start=1203
-  _globals['_WORKERLOAD']._serialized_end=1582
-  _globals['_GATEWAYHELLO']._serialized_start=1584
-  _globals['_GATEWAYHELLO']._serialized_end=1672
-  _globals['_WORKERHELLO']._serialized_start=1675
-  _globals['_WORKERHELLO']._serialized_end=1820
-  _globals['_HEARTBEAT']._serialized_start=1822
-  _globals['_HEARTBEAT']._serialized_end=1849
-  _globals['_HEARTBEATACK']._serialized_start=1851
-  _globals['_HEARTBEATACK']._serialized_end=1881
-  _globals['_CANCELWORK']._serialized_start=1883
-  _globals['_CANCELWORK']._serialized_end=1932
-  _globals['_WORKFAILED']._serialized_start=1934
-  _globals['_WORKFAILED']._serialized_end=2039
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=2041
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=2083
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=2085
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=2143
-  _globals['_MODELSERVICE']._serialized_start=2485
-  _globals['_MODELSERVICE']._serialized_end=2584
+  _globals['_SAMPLINGPARAMS']._serialized_end=709
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=569
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=617
+  _globals['_RESPONSEFORMAT']._serialized_start=711
+  _globals['_RESPONSEFORMAT']._serialized_end=794
+  _globals['_TOPLOGPROB']._serialized_start=796
+  _globals['_TOPLOGPROB']._serialized_end=843
+  _globals['_TOKEN']._serialized_start=845
+  _globals['_TOKEN']._serialized_end=950
+  _globals['_SEQUENCETOKEN']._serialized_start=953
+  _globals['_SEQUENCETOKEN']._serialized_end=1121
+  _globals['_MODELINFO']._serialized_start=1124
+  _globals['_MODELINFO']._serialized_end=1338
+  _globals['_WORKERLOAD']._serialized_start=1341
+  _globals['_WORKERLOAD']._serialized_end=1720
+  _globals['_GATEWAYHELLO']._serialized_start=1722
+  _globals['_GATEWAYHELLO']._serialized_end=1810
+  _globals['_WORKERHELLO']._serialized_start=1813
+  _globals['_WORKERHELLO']._serialized_end=1958
+  _globals['_HEARTBEAT']._serialized_start=1960
+  _globals['_HEARTBEAT']._serialized_end=1987
+  _globals['_HEARTBEATACK']._serialized_start=1989
+  _globals['_HEARTBEATACK']._serialized_end=2019
+  _globals['_CANCELWORK']._serialized_start=2021
+  _globals['_CANCELWORK']._serialized_end=2070
+  _globals['_CHUNKTIME']._serialized_start=2073
+  _globals['_CHUNKTIME']._serialized_end=2237
+  _globals['_WORKFAILED']._serialized_start=2239
+  _globals['_WORKFAILED']._serialized_end=2344
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=2346
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=2388
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=2390
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=2448
+  _globals['_MODELSERVICE']._serialized_start=2790
+  _globals['_MODELSERVICE']._serialized_end=2889
 # @@protoc_insertion_point(module_scope)
