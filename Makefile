@@ -18,6 +18,8 @@ PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-input $(if $(TORCH
 test soak: export OMP_NUM_THREADS ?= 1
 test soak: export MKL_NUM_THREADS ?= 1
 test soak: export TOKENIZERS_PARALLELISM ?= false
+# Two at once, each file in one of them: more would start more clusters than cores and memory hold.
+TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -42,7 +44,7 @@ demo: install ## start a cluster, stream an answer, show the request's phases
 	@$(BIN)/kvrelay demo
 
 test: lint model ## everything that CI checks; pytest's summary is the last line
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: install ## ruff, mypy --strict, buf lint, generated code
 	@$(BIN)/ruff check --quiet .
