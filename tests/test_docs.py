@@ -69,7 +69,7 @@ def test_every_option_of_a_benchmark_stands_in_the_measuring_page(name: str) -> 
 
 def test_every_rpc_of_clients_is_described() -> None:
     methods = [method.name for method in inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods]
-    assert len(methods) == 10
+    assert len(methods) == 11
     assert [name for name in methods if name not in PROTOCOL] == []
 
 

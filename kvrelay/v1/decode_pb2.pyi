@@ -169,6 +169,7 @@ class Reserve(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    RUNS_ALONE_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """The model fingerprint that the gateway routed by; a worker of another one refuses."""
     num_prompt_tokens: _builtins.int
@@ -179,6 +180,10 @@ class Reserve(_message.Message):
     """Separates prefix caches of tenants: KV is shared within equal salts only."""
     deadline_ms: _builtins.int
     """What is left of the deadline, in milliseconds."""
+    runs_alone: _builtins.bool
+    """A worker may have died of this work. From Reserved on, the worker computes nothing else until each of the work's sequences has
+    two tokens or has ended; so whoever reserved it knows what the worker computed if it dies. Default false.
+    """
     @_builtins.property
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
@@ -202,10 +207,11 @@ class Reserve(_message.Message):
         sampling: _session_pb2.SamplingParams | None = ...,
         cache_salt: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
+        runs_alone: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "sampling", b"sampling", "token_ids", b"token_ids", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "runs_alone", b"runs_alone", "sampling", b"sampling", "token_ids", b"token_ids", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,6 +344,7 @@ class DecodeStarted(_message.Message):
     NUM_TRANSFERRED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     kv_bytes: _builtins.int
     """KV payload bytes received and verified; 0 when the prompt was computed here."""
     num_transferred_tokens: _builtins.int
@@ -350,6 +357,10 @@ class DecodeStarted(_message.Message):
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
 
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
+        """The chunks of the pass of a prompt computed here, from its start, in order; at most 64."""
+
     def __init__(
         self,
         *,
@@ -358,10 +369,11 @@ class DecodeStarted(_message.Message):
         num_transferred_tokens: _builtins.int = ...,
         prefill_ms: _builtins.float = ...,
         queue_ms: _builtins.float = ...,
+        chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes", b"kv_bytes", "num_transferred_tokens", b"num_transferred_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "kv_bytes", b"kv_bytes", "num_transferred_tokens", b"num_transferred_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,6 +121,78 @@ STATE_STORE_HEALTH_DEGRADED: StateStoreHealth.ValueType  # 2
 """Redis does not answer; the gateway serves from what it last knew."""
 Global___StateStoreHealth: _TypeAlias = StateStoreHealth  # noqa: Y015
 
+class _WorkOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WorkOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORK_OUTCOME_UNSPECIFIED: _WorkOutcome.ValueType  # 0
+    """Not used."""
+    WORK_OUTCOME_RUNNING: _WorkOutcome.ValueType  # 1
+    """It has not ended."""
+    WORK_OUTCOME_COMPLETED: _WorkOutcome.ValueType  # 2
+    """All its sequences ended by their own rules."""
+    WORK_OUTCOME_RETRIED: _WorkOutcome.ValueType  # 3
+    """Its attempt was given up, and another one began."""
+    WORK_OUTCOME_ENDED: _WorkOutcome.ValueType  # 4
+    """The request ended without it: failed, cancelled, expired, or left to another gateway."""
+
+class WorkOutcome(_WorkOutcome, metaclass=_WorkOutcomeEnumTypeWrapper):
+    """How a work came to its end."""
+
+WORK_OUTCOME_UNSPECIFIED: WorkOutcome.ValueType  # 0
+"""Not used."""
+WORK_OUTCOME_RUNNING: WorkOutcome.ValueType  # 1
+"""It has not ended."""
+WORK_OUTCOME_COMPLETED: WorkOutcome.ValueType  # 2
+"""All its sequences ended by their own rules."""
+WORK_OUTCOME_RETRIED: WorkOutcome.ValueType  # 3
+"""Its attempt was given up, and another one began."""
+WORK_OUTCOME_ENDED: WorkOutcome.ValueType  # 4
+"""The request ended without it: failed, cancelled, expired, or left to another gateway."""
+Global___WorkOutcome: _TypeAlias = WorkOutcome  # noqa: Y015
+
+class _SpanKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpanKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPAN_KIND_UNSPECIFIED: _SpanKind.ValueType  # 0
+    """Not used."""
+    SPAN_KIND_ROUTE: _SpanKind.ValueType  # 1
+    """On the gateway: until workers were chosen."""
+    SPAN_KIND_RESERVE: _SpanKind.ValueType  # 2
+    """The decode worker sets blocks aside."""
+    SPAN_KIND_PROMPT_QUEUE: _SpanKind.ValueType  # 3
+    """The prompt waits for its turn on the worker that computes it."""
+    SPAN_KIND_PREFILL: _SpanKind.ValueType  # 4
+    """The prompt's pass up to the first token."""
+    SPAN_KIND_TRANSFER: _SpanKind.ValueType  # 5
+    """From the first KV byte sent to the last one acknowledged."""
+    SPAN_KIND_DECODE: _SpanKind.ValueType  # 6
+    """From the start of the sequences on the decode worker to their last token."""
+
+class SpanKind(_SpanKind, metaclass=_SpanKindEnumTypeWrapper):
+    """What a span of a timeline is."""
+
+SPAN_KIND_UNSPECIFIED: SpanKind.ValueType  # 0
+"""Not used."""
+SPAN_KIND_ROUTE: SpanKind.ValueType  # 1
+"""On the gateway: until workers were chosen."""
+SPAN_KIND_RESERVE: SpanKind.ValueType  # 2
+"""The decode worker sets blocks aside."""
+SPAN_KIND_PROMPT_QUEUE: SpanKind.ValueType  # 3
+"""The prompt waits for its turn on the worker that computes it."""
+SPAN_KIND_PREFILL: SpanKind.ValueType  # 4
+"""The prompt's pass up to the first token."""
+SPAN_KIND_TRANSFER: SpanKind.ValueType  # 5
+"""From the first KV byte sent to the last one acknowledged."""
+SPAN_KIND_DECODE: SpanKind.ValueType  # 6
+"""From the start of the sequences on the decode worker to their last token."""
+Global___SpanKind: _TypeAlias = SpanKind  # noqa: Y015
+
 @_typing.final
 class ChatMessage(_message.Message):
     """One message of a chat."""
@@ -1203,10 +1275,14 @@ class GetClusterResponse(_message.Message):
     STATE_STORE_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     state_store: Global___StateStoreHealth.ValueType
     """Whether request state can be kept."""
     gateway_id: _builtins.str
     """The gateway that answered."""
+    num_output_tokens: _builtins.int
+    """Tokens that this gateway has emitted since it started, over all requests."""
     @_builtins.property
     def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayInfo]:
         """Gateways with a lease."""
@@ -1219,6 +1295,10 @@ class GetClusterResponse(_message.Message):
     def running_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestInfo]:
         """Requests that have not ended, of this gateway."""
 
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferTotal]:
+        """KV that travelled for requests of this gateway, by pair of workers: the 256 pairs used last."""
+
     def __init__(
         self,
         *,
@@ -1227,11 +1307,361 @@ class GetClusterResponse(_message.Message):
         state_store: Global___StateStoreHealth.ValueType = ...,
         gateway_id: _builtins.str = ...,
         running_requests: _abc.Iterable[Global___RequestInfo] | None = ...,
+        transfers: _abc.Iterable[Global___TransferTotal] | None = ...,
+        num_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "gateways", b"gateways", "running_requests", b"running_requests", "state_store", b"state_store", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "gateways", b"gateways", "num_output_tokens", b"num_output_tokens", "running_requests", b"running_requests", "state_store", b"state_store", "transfers", b"transfers", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class TransferTotal(_message.Message):
+    """KV that travelled between two workers for one gateway's requests, since that gateway started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    NUM_TRANSFERS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    WIRE_MS_FIELD_NUMBER: _builtins.int
+    prefill_worker_id: _builtins.str
+    """Where it came from."""
+    decode_worker_id: _builtins.str
+    """Where it went."""
+    num_transfers: _builtins.int
+    """How many transfers were reported as complete."""
+    kv_bytes: _builtins.int
+    """Payload bytes."""
+    wire_ms: _builtins.float
+    """Time in which a chunk was under way, in milliseconds, summed over transfers."""
+    def __init__(
+        self,
+        *,
+        prefill_worker_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        num_transfers: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        wire_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker_id", b"decode_worker_id", "kv_bytes", b"kv_bytes", "num_transfers", b"num_transfers", "prefill_worker_id", b"prefill_worker_id", "wire_ms", b"wire_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferTotal: _TypeAlias = TransferTotal  # noqa: Y015
+
+@_typing.final
+class GetTimelineRequest(_message.Message):
+    """Asks for a request's timeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineRequest: _TypeAlias = GetTimelineRequest  # noqa: Y015
+
+@_typing.final
+class GetTimelineResponse(_message.Message):
+    """A request and its timeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___RequestInfo:
+        """What is known of the request."""
+
+    @_builtins.property
+    def timeline(self) -> Global___Timeline:
+        """What happened when."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___RequestInfo | None = ...,
+        timeline: Global___Timeline | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeline", b"timeline"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015
+
+@_typing.final
+class Timeline(_message.Message):
+    """What happened to a request, as the gateway saw it that tells it. All times are in milliseconds since the request came to that
+    gateway, by its clock. Workers tell durations only; these are placed so that they end when the worker's report reached the gateway.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_BEFORE_FIELD_NUMBER: _builtins.int
+    WORKS_FIELD_NUMBER: _builtins.int
+    NUM_FORGOTTEN_WORKS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    """The gateway."""
+    duration_ms: _builtins.float
+    """Until the request's end, or until now while it runs."""
+    ended: _builtins.bool
+    """Whether it has ended."""
+    num_forgotten_works: _builtins.int
+    """Works between the first one and those that are told which are not kept any more."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the request came to it."""
+
+    @_builtins.property
+    def num_tokens_before(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each sequence that the client had already when this gateway took the request over from a dead one, whose part of
+        the timeline is not known. Empty when it did not.
+        """
+
+    @_builtins.property
+    def works(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkTimeline]:
+        """What workers were given, in the order in which attempts began; with several sequences, a later attempt has a work for each."""
+
+    @_builtins.property
+    def phases(self) -> Global___Phases:
+        """Where the time went; set when the request succeeded."""
+
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        duration_ms: _builtins.float = ...,
+        ended: _builtins.bool = ...,
+        num_tokens_before: _abc.Iterable[_builtins.int] | None = ...,
+        works: _abc.Iterable[Global___WorkTimeline] | None = ...,
+        num_forgotten_works: _builtins.int = ...,
+        phases: Global___Phases | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["phases", b"phases", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "ended", b"ended", "gateway_id", b"gateway_id", "num_forgotten_works", b"num_forgotten_works", "num_tokens_before", b"num_tokens_before", "phases", b"phases", "start_time", b"start_time", "works", b"works"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timeline: _TypeAlias = Timeline  # noqa: Y015
+
+@_typing.final
+class WorkTimeline(_message.Message):
+    """One work of a request: an attempt at all of its sequences, or at one of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    PREFILLED_ON_DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    BEGIN_MS_FIELD_NUMBER: _builtins.int
+    END_MS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    END_REASON_FIELD_NUMBER: _builtins.int
+    FAILED_WORKER_ID_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    PROMPT_CHUNKS_FIELD_NUMBER: _builtins.int
+    KV_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    EXPOSED_TRANSFER_MS_FIELD_NUMBER: _builtins.int
+    TRANSFER_WIRE_MS_FIELD_NUMBER: _builtins.int
+    TRANSFER_TRANSPORT_FIELD_NUMBER: _builtins.int
+    TOKEN_RUNS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """The attempt, from 1."""
+    first_sequence: _builtins.int
+    """The first of the work's sequences."""
+    num_sequences: _builtins.int
+    """How many sequences it continues."""
+    prefill_worker_id: _builtins.str
+    """Empty when there was none."""
+    decode_worker_id: _builtins.str
+    """Empty while none was chosen."""
+    prefilled_on_decode_worker: _builtins.bool
+    """Whether the decode worker computed the prompt itself."""
+    begin_ms: _builtins.float
+    """When the attempt began."""
+    end_ms: _builtins.float
+    """When it ended, or the time now."""
+    outcome: Global___WorkOutcome.ValueType
+    """How it ended."""
+    end_reason: _builtins.str
+    """Why it ended, for a person; empty when it completed or runs."""
+    failed_worker_id: _builtins.str
+    """The worker that failed or was lost, where one did."""
+    num_prompt_tokens: _builtins.int
+    """Tokens that the work computed as its prompt: the client's, and those that were emitted before."""
+    num_cached_tokens: _builtins.int
+    """Leading ones of them that the decode worker had in its cache."""
+    kv_bytes: _builtins.int
+    """KV payload bytes that the decode worker received and verified."""
+    exposed_transfer_ms: _builtins.float
+    """The part of the transfer that prefill did not hide, in milliseconds."""
+    transfer_wire_ms: _builtins.float
+    """The part of the transfer in which a chunk was under way, in milliseconds."""
+    transfer_transport: _builtins.str
+    """How the KV travelled; empty when nothing did."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineSpan]:
+        """Its phases, in the order of SpanKind; those that did not happen are absent."""
+
+    @_builtins.property
+    def prompt_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
+        """Chunks of the prompt's pass, at most 64; times as everywhere in a timeline."""
+
+    @_builtins.property
+    def kv_chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
+        """Chunks of KV on the wire, at most 64."""
+
+    @_builtins.property
+    def token_runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRun]:
+        """The tokens of each sequence that came of this work."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        first_sequence: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        prefill_worker_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        prefilled_on_decode_worker: _builtins.bool = ...,
+        begin_ms: _builtins.float = ...,
+        end_ms: _builtins.float = ...,
+        outcome: Global___WorkOutcome.ValueType = ...,
+        end_reason: _builtins.str = ...,
+        failed_worker_id: _builtins.str = ...,
+        spans: _abc.Iterable[Global___TimelineSpan] | None = ...,
+        prompt_chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
+        kv_chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        exposed_transfer_ms: _builtins.float = ...,
+        transfer_wire_ms: _builtins.float = ...,
+        transfer_transport: _builtins.str = ...,
+        token_runs: _abc.Iterable[Global___TokenRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "begin_ms", b"begin_ms", "decode_worker_id", b"decode_worker_id", "end_ms", b"end_ms", "end_reason", b"end_reason", "exposed_transfer_ms", b"exposed_transfer_ms", "failed_worker_id", b"failed_worker_id", "first_sequence", b"first_sequence", "kv_bytes", b"kv_bytes", "kv_chunks", b"kv_chunks", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "outcome", b"outcome", "prefill_worker_id", b"prefill_worker_id", "prefilled_on_decode_worker", b"prefilled_on_decode_worker", "prompt_chunks", b"prompt_chunks", "spans", b"spans", "token_runs", b"token_runs", "transfer_transport", b"transfer_transport", "transfer_wire_ms", b"transfer_wire_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkTimeline: _TypeAlias = WorkTimeline  # noqa: Y015
+
+@_typing.final
+class TimelineSpan(_message.Message):
+    """A phase of a work."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BEGIN_MS_FIELD_NUMBER: _builtins.int
+    END_MS_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    UNREPORTED_FIELD_NUMBER: _builtins.int
+    kind: Global___SpanKind.ValueType
+    """Which."""
+    begin_ms: _builtins.float
+    """When it began."""
+    end_ms: _builtins.float
+    """When it ended."""
+    worker_id: _builtins.str
+    """Where; empty on the gateway."""
+    unreported: _builtins.bool
+    """It goes on, or its worker never reported on it: the end is the time up to which the gateway knows of it."""
+    def __init__(
+        self,
+        *,
+        kind: Global___SpanKind.ValueType = ...,
+        begin_ms: _builtins.float = ...,
+        end_ms: _builtins.float = ...,
+        worker_id: _builtins.str = ...,
+        unreported: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_ms", b"begin_ms", "end_ms", b"end_ms", "kind", b"kind", "unreported", b"unreported", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineSpan: _TypeAlias = TimelineSpan  # noqa: Y015
+
+@_typing.final
+class TokenRun(_message.Message):
+    """Tokens of one sequence that came of one work, with contiguous indices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_MS_FIELD_NUMBER: _builtins.int
+    LAST_MS_FIELD_NUMBER: _builtins.int
+    MARK_MS_FIELD_NUMBER: _builtins.int
+    MARK_STRIDE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """The sequence."""
+    first_index: _builtins.int
+    """Output index of the first one."""
+    num_tokens: _builtins.int
+    """How many."""
+    first_ms: _builtins.float
+    """When the gateway emitted the first one."""
+    last_ms: _builtins.float
+    """When it emitted the last one."""
+    mark_stride: _builtins.int
+    """1 unless there are more tokens than marks."""
+    @_builtins.property
+    def mark_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """When it emitted every mark_stride-th one, from the first on; at most 512 marks."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        first_index: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        first_ms: _builtins.float = ...,
+        last_ms: _builtins.float = ...,
+        mark_ms: _abc.Iterable[_builtins.float] | None = ...,
+        mark_stride: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_index", b"first_index", "first_ms", b"first_ms", "last_ms", b"last_ms", "mark_ms", b"mark_ms", "mark_stride", b"mark_stride", "num_tokens", b"num_tokens", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenRun: _TypeAlias = TokenRun  # noqa: Y015

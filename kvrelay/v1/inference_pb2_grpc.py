@@ -88,6 +88,11 @@ class InferenceServiceStub:
                 request_serializer=kvrelay_dot_v1_dot_inference__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_inference__pb2.GetClusterResponse.FromString,
                 _registered_method=True)
+        self.GetTimeline = channel.unary_unary(
+                '/kvrelay.v1.InferenceService/GetTimeline',
+                request_serializer=kvrelay_dot_v1_dot_inference__pb2.GetTimelineRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_inference__pb2.GetTimelineResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -168,6 +173,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTimeline(self, request, context):
+        """What happened when to one of the last requests: a waterfall of its attempts. Works on any gateway while the one that runs it is up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -220,6 +232,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetCluster,
                     request_deserializer=kvrelay_dot_v1_dot_inference__pb2.GetClusterRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_inference__pb2.GetClusterResponse.SerializeToString,
+            ),
+            'GetTimeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTimeline,
+                    request_deserializer=kvrelay_dot_v1_dot_inference__pb2.GetTimelineRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_inference__pb2.GetTimelineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -496,6 +513,33 @@ class InferenceService:
             '/kvrelay.v1.InferenceService/GetCluster',
             kvrelay_dot_v1_dot_inference__pb2.GetClusterRequest.SerializeToString,
             kvrelay_dot_v1_dot_inference__pb2.GetClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTimeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.InferenceService/GetTimeline',
+            kvrelay_dot_v1_dot_inference__pb2.GetTimelineRequest.SerializeToString,
+            kvrelay_dot_v1_dot_inference__pb2.GetTimelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,8 @@ class InferenceServiceStub:
     """Models that a live worker serves."""
     GetCluster: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _inference_pb2.GetClusterResponse]
     """Gateways, workers and their load."""
+    GetTimeline: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetTimelineRequest, _inference_pb2.GetTimelineResponse]
+    """What happened when to one of the last requests: a waterfall of its attempts. Works on any gateway while the one that runs it is up."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -91,6 +93,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Models that a live worker serves."""
     GetCluster: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _inference_pb2.GetClusterResponse]  # type: ignore[assignment]
     """Gateways, workers and their load."""
+    GetTimeline: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetTimelineRequest, _inference_pb2.GetTimelineResponse]  # type: ignore[assignment]
+    """What happened when to one of the last requests: a waterfall of its attempts. Works on any gateway while the one that runs it is up."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text, and tells about requests, models and the cluster.
@@ -180,5 +184,13 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetClusterResponse, _abc.Awaitable[_inference_pb2.GetClusterResponse]]:
         """Gateways, workers and their load."""
+
+    @_abc_1.abstractmethod
+    def GetTimeline(
+        self,
+        request: _inference_pb2.GetTimelineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GetTimelineResponse, _abc.Awaitable[_inference_pb2.GetTimelineResponse]]:
+        """What happened when to one of the last requests: a waterfall of its attempts. Works on any gateway while the one that runs it is up."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -206,6 +206,7 @@ class PrefillDone(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Time that the work waited in the worker, in milliseconds."""
     prefill_ms: _builtins.float
@@ -220,6 +221,10 @@ class PrefillDone(_message.Message):
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SequenceToken]:
         """One for each sequence, in order."""
 
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
+        """The chunks of the prompt's pass, from its start, in order; at most 64."""
+
     def __init__(
         self,
         *,
@@ -228,10 +233,11 @@ class PrefillDone(_message.Message):
         queue_ms: _builtins.float = ...,
         prefill_ms: _builtins.float = ...,
         num_cached_tokens: _builtins.int = ...,
+        chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens", b"tokens", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "num_cached_tokens", b"num_cached_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens", b"tokens", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,6 +256,7 @@ class TransferDone(_message.Message):
     NUM_RESENT_CHUNKS_FIELD_NUMBER: _builtins.int
     WIRE_MS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     kv_bytes: _builtins.int
     """Payload bytes: keys and values only."""
     transfer_ms: _builtins.float
@@ -266,6 +273,10 @@ class TransferDone(_message.Message):
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
 
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
+        """The chunks on the wire, from the first byte sent, in the order of their acknowledgements; at most 64."""
+
     def __init__(
         self,
         *,
@@ -276,10 +287,11 @@ class TransferDone(_message.Message):
         num_resent_chunks: _builtins.int = ...,
         wire_ms: _builtins.float = ...,
         transport: _builtins.str = ...,
+        chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_ms", b"exposed_ms", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "transport", b"transport", "wire_ms", b"wire_ms", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "exposed_ms", b"exposed_ms", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "transport", b"transport", "wire_ms", b"wire_ms", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
