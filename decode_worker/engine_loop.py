@@ -5,13 +5,14 @@ Adds to the scheduler what that must not have: the model, the clock, and the tic
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from decode_worker import commands, events
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeScheduler
+from kvrelay.chunk_times import ChunkLog, ChunkTime
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
@@ -28,6 +29,17 @@ class _PromptTimes:
 
     asked_at: float
     began_at: float | None = None
+    chunks: ChunkLog = field(default_factory=ChunkLog)
+
+
+@dataclass(frozen=True, slots=True)
+class _BegunChunk:
+    """A chunk of a prompt in the step that is just computed."""
+
+    times: _PromptTimes
+    began_at: float
+    token_begin: int
+    token_end: int
 
 
 class DecodeEngineLoop:
@@ -92,9 +104,10 @@ class DecodeEngineLoop:
             self._publish_events(happened, ())
         if step is None:
             return False
-        self._note_begun(step)
+        begun = self._note_begun(step)
         fault_point("decode.step_begins", step)
         tokens = self._run(step)
+        self._note_computed(begun)
         fault_point("decode.step_computed", tokens)
         self._publish_report(tokens)
         return True
@@ -134,13 +147,24 @@ class DecodeEngineLoop:
             tokens.extend(computed)
         return tuple(tokens)
 
-    def _note_begun(self, step: Step) -> None:
+    def _note_begun(self, step: Step) -> list[_BegunChunk]:
+        """Chunks of prompts that are computed here and begin now; with most steps there is none."""
         if not self._prompt_times:
-            return
+            return []
+        now = self._now()
+        begun = []
         for entry in step.entries:
             times = self._prompt_times.get(entry.work_id)
-            if times is not None and times.began_at is None:
-                times.began_at = self._now()
+            if times is not None:
+                times.began_at = now if times.began_at is None else times.began_at
+                begun.append(_BegunChunk(times, now, entry.token_begin, entry.token_end))
+        return begun
+
+    def _note_computed(self, begun: list[_BegunChunk]) -> None:
+        for chunk in begun:
+            first = chunk.times.began_at or chunk.began_at
+            begin_ms, end_ms = (chunk.began_at - first) * 1000, (self._now() - first) * 1000
+            chunk.times.chunks.add(ChunkTime(begin_ms, end_ms, chunk.token_begin, chunk.token_end))
 
     def _publish_report(self, tokens: tuple[SequenceToken, ...]) -> None:
         self._publish_events(self._scheduler.take_events(), tokens)
@@ -170,4 +194,5 @@ class DecodeEngineLoop:
         times = self._prompt_times.pop(work_id, None)
         if times is None or times.began_at is None:
             return event
-        return replace(event, prefill_ms=(self._now() - times.asked_at) * 1000, queue_ms=(times.began_at - times.asked_at) * 1000)
+        prefill_ms, queue_ms = (self._now() - times.asked_at) * 1000, (times.began_at - times.asked_at) * 1000
+        return replace(event, prefill_ms=prefill_ms, queue_ms=queue_ms, chunks=times.chunks.times)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvrelay.chunk_times import ChunkTime
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkerLoad, WorkId
 
 
@@ -32,6 +33,7 @@ class SequencesStarted:
     num_transferred_tokens: int = 0
     prefill_ms: float = 0.0
     queue_ms: float = 0.0
+    chunks: tuple[ChunkTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from decode_worker import commands, events
 from kvrelay.fault_points import fault_point
 from kvrelay.model_spec import ModelSpec
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
-from kvrelay.wire import sequence_token_to_pb, work_id_from_pb, work_id_to_pb
+from kvrelay.wire import chunk_time_to_pb, sequence_token_to_pb, work_id_from_pb, work_id_to_pb
 from kvrelay.work import FailureKind, SequenceToken, WorkId
 from kvrelay.worker_session import WorkerSession
 from kvrelay.worker_sessions import WorkerSessions
@@ -135,4 +135,5 @@ def _started_to_pb(event: events.SequencesStarted) -> decode_pb2.DecodeStarted:
         num_transferred_tokens=event.num_transferred_tokens,
         prefill_ms=event.prefill_ms,
         queue_ms=event.queue_ms,
+        chunks=map(chunk_time_to_pb, event.chunks),
     )

@@ -6,6 +6,7 @@ Events name the worker that they come from, so that what a worker says about wor
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from kvrelay.chunk_times import ChunkTime
 from kvrelay.errors import KvrelayError
 from kvrelay.request_state import RequestState
 from kvrelay.sampling_params import SamplingParams
@@ -97,6 +98,7 @@ class PrefillDone:
     tokens: tuple[SequenceToken, ...]
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
+    chunks: tuple[ChunkTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class TransferDone:
     exposed_ms: float = 0.0
     wire_ms: float = 0.0
     transport: str = ""
+    chunks: tuple[ChunkTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class DecodeStarted:
     kv_bytes: int = 0
     prefill_ms: float = 0.0
     queue_ms: float = 0.0
+    chunks: tuple[ChunkTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gateway import lifecycle_messages as m
 from kvrelay import wire
+from kvrelay.chunk_times import MAX_CHUNK_TIMES, ChunkTime
 from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.model_spec import ModelSpec
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
@@ -114,13 +115,15 @@ def _step_output(worker_id: str, output: decode_pb2.StepOutput) -> list[tuple[st
 
 def _prefill_done(worker_id: str, done: prefill_pb2.PrefillDone) -> tuple[str, m.Event]:
     tokens = tuple(wire.sequence_token_from_pb(token) for token in done.tokens)
-    event = m.PrefillDone(worker_id, wire.work_id_from_pb(done.work_id), tokens, done.queue_ms, done.prefill_ms)
+    work_id, chunks = wire.work_id_from_pb(done.work_id), _chunks(done)
+    event = m.PrefillDone(worker_id, work_id, tokens, done.queue_ms, done.prefill_ms, chunks)
     return done.work_id.request_id, event
 
 
 def _transfer_done(worker_id: str, done: prefill_pb2.TransferDone) -> tuple[str, m.Event]:
     work_id = wire.work_id_from_pb(done.work_id)
-    event = m.TransferDone(worker_id, work_id, done.kv_bytes, done.transfer_ms, done.exposed_ms, done.wire_ms, done.transport)
+    times = done.transfer_ms, done.exposed_ms, done.wire_ms
+    event = m.TransferDone(worker_id, work_id, done.kv_bytes, *times, done.transport, _chunks(done))
     return work_id.request_id, event
 
 
@@ -132,7 +135,13 @@ def _reserved(worker_id: str, reserved: decode_pb2.Reserved) -> tuple[str, m.Eve
 
 def _decode_started(worker_id: str, started: decode_pb2.DecodeStarted) -> tuple[str, m.Event]:
     work_id = wire.work_id_from_pb(started.work_id)
-    return work_id.request_id, m.DecodeStarted(worker_id, work_id, started.kv_bytes, started.prefill_ms, started.queue_ms)
+    times = started.prefill_ms, started.queue_ms
+    return work_id.request_id, m.DecodeStarted(worker_id, work_id, started.kv_bytes, *times, _chunks(started))
+
+
+def _chunks(message: prefill_pb2.PrefillDone | prefill_pb2.TransferDone | decode_pb2.DecodeStarted) -> tuple[ChunkTime, ...]:
+    """What a worker says of its chunks, and no more of it than it may say."""
+    return tuple(map(wire.chunk_time_from_pb, message.chunks[:MAX_CHUNK_TIMES]))
 
 
 def _work_failed(worker_id: str, failed: session_pb2.WorkFailed) -> tuple[str, m.Event]:

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+from kvrelay.chunk_times import ChunkTime
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.response_format import FormatKind, ResponseFormat
 from kvrelay.sampling_params import SamplingParams
@@ -147,6 +148,14 @@ def sequence_token_from_pb(message: session_pb2.SequenceToken) -> SequenceToken:
         token_from_pb(message.token),
         finish_reason_from_pb(message.finish_reason),
     )
+
+
+def chunk_time_to_pb(chunk: ChunkTime) -> session_pb2.ChunkTime:
+    return session_pb2.ChunkTime(**{name: getattr(chunk, name) for name in ChunkTime.__slots__})
+
+
+def chunk_time_from_pb(message: session_pb2.ChunkTime) -> ChunkTime:
+    return ChunkTime(**{name: getattr(message, name) for name in ChunkTime.__slots__})
 
 
 def failure_kind_to_pb(kind: FailureKind) -> "session_pb2.FailureKind.ValueType":

@@ -5,10 +5,11 @@ Tells the senders layer by layer what is written, so that KV travels while the r
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
+from kvrelay.chunk_times import ChunkLog, ChunkTime
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
@@ -27,6 +28,7 @@ class _PromptTimes:
 
     received_at: float
     began_at: float = 0.0
+    chunks: ChunkLog = field(default_factory=ChunkLog)
 
 
 class PrefillEngineLoop:
@@ -76,7 +78,10 @@ class PrefillEngineLoop:
         if step is None:
             return False
         fault_point("prefill.step_begins", step)
+        began_at = self._now()
+        computed = [events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries]
         self._run(step)
+        self._note_chunks(computed, began_at)
         fault_point("prefill.step_computed", step)
         self._publish_report()
         return True
@@ -129,6 +134,15 @@ class PrefillEngineLoop:
 
         return announce
 
+    def _note_chunks(self, computed: list[events.WrittenTokens], began_at: float) -> None:
+        """A step with these chunks is over."""
+        ended_at = self._now()
+        for chunk in computed:
+            times = self._times.get(chunk.work_id)
+            if times is not None:
+                begin_ms, end_ms = (began_at - times.began_at) * 1000, (ended_at - times.began_at) * 1000
+                times.chunks.add(ChunkTime(begin_ms, end_ms, chunk.token_begin, chunk.token_end))
+
     def _publish_report(self) -> None:
         happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())
         load = self._scheduler.load()
@@ -147,6 +161,7 @@ class PrefillEngineLoop:
                     event,
                     queue_ms=(times.began_at - times.received_at) * 1000,
                     prefill_ms=(self._now() - times.began_at) * 1000,
+                    chunks=times.chunks.times,
                 )
             case events.WorkFailed(work_id) | events.WorkEnded(work_id):
                 self._times.pop(work_id, None)

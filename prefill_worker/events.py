@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvrelay.chunk_times import ChunkTime
 from kvrelay.work import FailureKind, SequenceToken, Work, WorkerLoad, WorkId
 
 
@@ -25,6 +26,7 @@ class PromptComputed:
     sends_kv: bool
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
+    chunks: tuple[ChunkTime, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from kvrelay.chunk_times import ChunkLog, ChunkTime
 from kvrelay.errors import KvrelayError, TransferError
 from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
@@ -50,6 +51,8 @@ class TransferResult:
     num_resent_chunks: int
     transport: str = ""
     """How payloads travelled."""
+    chunks: tuple[ChunkTime, ...] = ()
+    """From the first byte sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class KVSender:
         self._coalescer = SpanCoalescer(context.layout, coalesced_bytes, plan.token_begin)
         self._spans: deque[KVSpan] = deque()
         self._unacknowledged: dict[tuple[int, int], KVSpan] = {}
+        self._begun_at: dict[tuple[int, int], float] = {}
+        """Since when each of them is under way."""
+        self._times = ChunkLog()
         self._resent: set[tuple[int, int]] = set()
         self._window_bytes = 0
         self._num_chunks = 0
@@ -225,6 +231,7 @@ class KVSender:
         num_bytes = span.num_bytes(self._context.layout)
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span
+        self._begun_at[name] = now
         self._window_bytes += num_bytes
         if len(self._unacknowledged) == 1:
             self._await_answers()
@@ -273,10 +280,18 @@ class KVSender:
         num_bytes = span.num_bytes(self._context.layout)
         self._window_bytes -= num_bytes
         self._kv_bytes += num_bytes
+        now = self._context.now()
+        self._note_time(span, self._begun_at.pop(name), now)
         if not self._unacknowledged and self._busy_since is not None:
-            self._wire_s += self._context.now() - self._busy_since
+            self._wire_s += now - self._busy_since
             self._busy_since = None
         return span
+
+    def _note_time(self, span: KVSpan, begun_at: float, now: float) -> None:
+        assert self._first_sent_at is not None, "something was under way"
+        begin_ms, end_ms = (begun_at - self._first_sent_at) * 1000, (now - self._first_sent_at) * 1000
+        tokens, layers = (span.token_begin, span.token_end), (span.layer_begin, span.layer_end)
+        self._times.add(ChunkTime(begin_ms, end_ms, *tokens, *layers, span.num_bytes(self._context.layout)))
 
     def _send_again(self, push: KVPush, name: tuple[int, int], message: str) -> None:
         span = self._settle(push, name)
@@ -295,5 +310,11 @@ class KVSender:
         exposed_ms = max(0.0, now - max(self._sampled_at, self._first_sent_at)) * 1000
         transfer_ms = (now - self._first_sent_at) * 1000
         return TransferResult(
-            self._kv_bytes, transfer_ms, exposed_ms, self._wire_s * 1000, len(self._resent), push.transport_name
+            self._kv_bytes,
+            transfer_ms,
+            exposed_ms,
+            self._wire_s * 1000,
+            len(self._resent),
+            push.transport_name,
+            self._times.times,
         )

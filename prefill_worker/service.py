@@ -19,7 +19,7 @@ from kvrelay.kv_transfer.codec import TICKET_BYTES
 from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.model_spec import ModelSpec
 from kvrelay.v1 import prefill_pb2, prefill_pb2_grpc, session_pb2
-from kvrelay.wire import sequence_token_to_pb, work_id_from_pb, work_id_to_pb
+from kvrelay.wire import chunk_time_to_pb, sequence_token_to_pb, work_id_from_pb, work_id_to_pb
 from kvrelay.work import FailureKind, WorkId
 from kvrelay.worker_session import WorkerSession
 from kvrelay.worker_sessions import WorkerSessions
@@ -162,6 +162,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             queue_ms=event.queue_ms,
             prefill_ms=event.prefill_ms,
             num_cached_tokens=event.num_cached_tokens,
+            chunks=map(chunk_time_to_pb, event.chunks),
         )
         self.sessions.send(event.work_id, prefill_done=done)
         fault_point("prefill.first_token_reported", event)
@@ -189,6 +190,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             wire_ms=result.wire_ms,
             num_resent_chunks=result.num_resent_chunks,
             transport=result.transport,
+            chunks=map(chunk_time_to_pb, result.chunks),
         )
         self.sessions.send(work_id, transfer_done=done)
 
