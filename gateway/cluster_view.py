@@ -4,6 +4,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.relay import Relay
 from gateway.router import WorkerView
+from gateway.timelines import TransferSum
 from gateway.worker_session import WorkerSession
 from kvrelay import wire
 from kvrelay.errors import KvrelayError, UnavailableError, UnreadableStateError
@@ -93,6 +94,18 @@ async def cluster(relay: Relay) -> inference_pb2.GetClusterResponse:
         state_store=health,
         gateway_id=relay.gateway_id,
         running_requests=[request_info(runner.journal.record) for runner in relay.requests.running()],
+        transfers=[_transfer_total(*entry) for entry in relay.timelines.transfers()],
+        num_output_tokens=relay.timelines.total_output_tokens,
+    )
+
+
+def _transfer_total(prefill_worker_id: str, decode_worker_id: str, total: TransferSum) -> inference_pb2.TransferTotal:
+    return inference_pb2.TransferTotal(
+        prefill_worker_id=prefill_worker_id,
+        decode_worker_id=decode_worker_id,
+        num_transfers=total.num_transfers,
+        kv_bytes=total.kv_bytes,
+        wire_ms=total.wire_ms,
     )
 
 

@@ -21,6 +21,7 @@ from gateway.request_runner import RequestRunner
 from gateway.running_requests import RunningRequests
 from gateway.served_models import ServedModels
 from gateway.state_writer import StateWriter
+from gateway.timelines import Timelines
 from gateway.tokenizer_cache import TokenizerCache
 from gateway.turnstile import Turnstile
 from gateway.worker_session import SessionSettings
@@ -71,6 +72,7 @@ class Relay:
         self.tokenizers = TokenizerCache(self.sessions.sessions)
         self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
         """Requests that are just being taken over, so that each is once."""
+        self.timelines = Timelines(self.settings.timeline_requests)
         self.turnstile = Turnstile()
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
@@ -151,12 +153,14 @@ class Relay:
     def _run(
         self, request: GenerationRequest, admitted: Admitted, lifecycle_request: LifecycleRequest, journal: RequestJournal
     ) -> RequestRunner:
+        num_tokens_before = tuple(len(token_ids) for token_ids in lifecycle_request.emitted)
         runner = RequestRunner(
             request,
             lifecycle=RequestLifecycle(lifecycle_request, self._is_local_prompt, self.settings.max_attempts),
             output=journal.output,
             detokenizers=self._detokenizers(request, journal.output),
             journal=journal,
+            timeline=self.timelines.begin(request.request_id, request.submit_time, num_tokens_before),
             admitted=admitted,
             sessions=self.sessions,
             settings=self.settings,
@@ -214,6 +218,7 @@ class Relay:
 
     def _note_ended(self, runner: RequestRunner) -> None:
         self.requests.note_ended(runner)
+        self.timelines.note_ended(runner.request_id)
         self.writer.write_soon(runner.journal)
 
     def _note_workers_changed(self) -> None:

@@ -20,6 +20,7 @@ from gateway.phase_clock import PhaseClock
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
+from gateway.request_timeline import RequestTimeline
 from gateway.router import RouteQuery
 from gateway.session_messages import Command
 from gateway.turnstile import Turnstile
@@ -51,6 +52,7 @@ class RequestRunner:
         output: with the frames that were emitted before.
         detokenizers: one for each sequence, after the tokens emitted before; None for a model whose tokenizer cannot be had.
         journal: where moves are noted for the store.
+        timeline: where it is remembered what happened when.
         admitted: the request's share of the gateway's bounds.
         sessions: the workers.
         settings: waiting times.
@@ -66,6 +68,7 @@ class RequestRunner:
         output: RequestOutput,
         detokenizers: list[Detokenizer] | None,
         journal: RequestJournal,
+        timeline: RequestTimeline,
         admitted: Admitted,
         sessions: WorkerSessions,
         settings: RelaySettings,
@@ -76,6 +79,7 @@ class RequestRunner:
         self.lifecycle = lifecycle
         self.output = output
         self.journal = journal
+        self.timeline = timeline
         self.turnstile = turnstile
         self._detokenizers = detokenizers
         self._admitted = admitted
@@ -130,7 +134,9 @@ class RequestRunner:
         self._handling = True
         try:
             while self._events:
-                for action in self.lifecycle.handle(self._events.popleft()):
+                event = self._events.popleft()
+                self.timeline.note_event(event, self._loop.time())
+                for action in self.lifecycle.handle(event):
                     self._act(action)
         except Exception:
             _log.exception("a request failed by a defect", request_id=self.request_id)
@@ -182,9 +188,11 @@ class RequestRunner:
     # --- actions --------------------------------------------------------------------------------------------------------------
 
     def _act(self, action: m.Action) -> None:
+        if isinstance(action, m.Emit):  # by far the most frequent
+            self._emit(action.token)
+            return
+        self.timeline.note_action(action, self._loop.time())
         match action:
-            case m.Emit(token):
-                self._emit(token)
             case m.Route():
                 self._route(action)
             case m.SendReserve() | m.SendStartPrefill():
@@ -264,6 +272,7 @@ class RequestRunner:
             self._reasons[sequence] = reason
         now = self._loop.time()
         self._clock.note_token(sequence, token.index, now)
+        self.timeline.note_token(token, reason is not None, now)
         self._admitted.note_first_token(now)
         self.output.append_delta(sequence, token.index, token.token, text, reason)
         if self._num_unread > self._settings.max_unread_tokens and not self._paused and self._readers:
@@ -294,6 +303,7 @@ class RequestRunner:
             report = self.lifecycle.report
             reasons = [self._reasons[sequence] for sequence in range(self.request.sampling.n)]
             phases = self._clock.phases(report, self.lifecycle.attempt, now)
+            self.timeline.phases = phases
             self.output.finish(reasons, len(self.request.prompt_token_ids), report.num_cached_tokens, phases)
         else:
             self.output.fail(error)
@@ -316,6 +326,7 @@ class RequestRunner:
         self._events.clear()
         self._admitted.release(self._loop.time())
         self._sessions.forget(self.request_id)
+        self.timeline.note_end(state, error, self._loop.time())
         if error is None or not self.journal.released:
             self.journal.end(state, error)
         self._on_end(self)

@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
-from gateway import cluster_view
+from gateway import cluster_view, timeline_view
 from gateway.cancellation import FORWARDED_METADATA, cancel_request
 from gateway.converse import Converser
+from gateway.deadline import time_allowed_s
 from gateway.generation import Generation
 from gateway.output_frames import Frame, messages
 from gateway.prompt_preparation import encode_rendered, encode_text, render_chat
@@ -82,8 +83,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return pb.ListRequestsResponse(requests=requests, next_page_token=page.next_page_token)
 
     async def CancelRequest(self, request: pb.CancelRequestRequest, context: Context) -> pb.CancelRequestResponse:
-        forwarded = FORWARDED_METADATA in ((key, value) for key, value in context.invocation_metadata() or ())
-        state = await cancel_request(self._relay, request.request_id, forwarded=forwarded)
+        state = await cancel_request(self._relay, request.request_id, forwarded=_is_forwarded(context))
         return pb.CancelRequestResponse(state=cluster_view.state_to_pb(state))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -109,6 +109,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=await cluster_view.served_models(self._relay))
 
+    async def GetTimeline(self, request: pb.GetTimelineRequest, context: Context) -> pb.GetTimelineResponse:
+        return await timeline_view.get_timeline(self._relay, request.request_id, forwarded=_is_forwarded(context))
+
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return await cluster_view.cluster(self._relay)
 
@@ -122,16 +125,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def _deadline(self, context: Context, timeout_ms: int = 0) -> float:
         """The request's deadline in monotonic seconds: what the call and the turn allow, within the server's bounds."""
-        settings = self._relay.settings
-        remaining_s = context.time_remaining()
-        allowed_s = [settings.max_timeout_ms / 1000]
-        if remaining_s is not None:
-            allowed_s.append(remaining_s)
-        if timeout_ms:
-            allowed_s.append(timeout_ms / 1000)
-        if len(allowed_s) == 1:
-            allowed_s.append(settings.default_timeout_ms / 1000)
-        return asyncio.get_running_loop().time() + max(min(allowed_s), 0.0)
+        turn_s = timeout_ms / 1000 if timeout_ms else None
+        return asyncio.get_running_loop().time() + time_allowed_s(self._relay.settings, context.time_remaining(), turn_s)
+
+
+def _is_forwarded(context: Context) -> bool:
+    """Whether another gateway asks, because it takes this one for the owner."""
+    return FORWARDED_METADATA in ((key, value) for key, value in context.invocation_metadata() or ())
 
 
 async def _stream(reader: FrameReader, context: Context, coalesce_s: float, note: Callable[[Frame], None] | None = None) -> None:

@@ -180,6 +180,9 @@ class RelaySettings(Settings):
         default=30000, ge=1, description="A stream that pauses for so long ends with RESOURCE_EXHAUSTED."
     )
     resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
+    timeline_requests: int = Field(
+        default=256, ge=1, description="Requests whose timeline is kept; each takes some kB, 150 at the most."
+    )
     retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
 
 

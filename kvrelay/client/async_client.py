@@ -143,6 +143,12 @@ class AsyncClient:
         response = await self._call(lambda stub, timeout: stub.ListRequests(message, timeout=timeout), timeout_s)
         return results.request_page_from_pb(response)
 
+    async def timeline(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestTimeline:
+        """What happened when to one of the last requests. Raises RequestNotFoundError."""
+        message = inference_pb2.GetTimelineRequest(request_id=request_id)
+        response = await self._call(lambda stub, timeout: stub.GetTimeline(message, timeout=timeout), timeout_s)
+        return results.request_timeline_from_pb(response)
+
     async def cancel(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestState:
         """Ends a request; its state afterwards. Ending one that has ended is no error. Raises RequestNotFoundError."""
         message = inference_pb2.CancelRequestRequest(request_id=request_id)

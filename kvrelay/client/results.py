@@ -9,6 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from kvrelay import wire
 from kvrelay.model_spec import ModelSpec
 from kvrelay.telemetry import Phases
+from kvrelay.timeline import Timeline
+from kvrelay.timeline_messages import phases_from_pb, timeline_from_pb
 from kvrelay.v1 import inference_pb2
 from kvrelay.work import FinishReason, Token, WorkerLoad
 
@@ -171,6 +173,17 @@ class GatewayInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferTotal:
+    """KV that travelled between two workers for one gateway's requests, since that started."""
+
+    prefill_worker_id: str
+    decode_worker_id: str
+    num_transfers: int
+    kv_bytes: int
+    wire_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """The cluster as the gateway `gateway_id` sees it; `degraded` when request state cannot be kept (Redis does not answer)."""
 
@@ -179,6 +192,9 @@ class Cluster:
     workers: tuple[WorkerInfo, ...]
     degraded: bool
     running_requests: tuple[RequestInfo, ...]
+    transfers: tuple[TransferTotal, ...] = ()
+    num_output_tokens: int = 0
+    """That the gateway has emitted since it started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +203,14 @@ class RequestPage:
 
     requests: tuple[RequestInfo, ...]
     next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimeline:
+    """A request, and what happened to it when."""
+
+    request: RequestInfo
+    timeline: Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +254,7 @@ def finished_from_pb(message: inference_pb2.Finished) -> Finished:
     return Finished(
         finish_reasons=tuple(wire.finish_reason_from_pb(reason) for reason in message.finish_reasons),
         usage=Usage(message.usage.num_prompt_tokens, message.usage.num_output_tokens, message.usage.num_cached_tokens),
-        phases=Phases(**{name: getattr(message.phases, name) for name in Phases.__slots__}),
+        phases=phases_from_pb(message.phases),
     )
 
 
@@ -292,7 +316,16 @@ def cluster_from_pb(message: inference_pb2.GetClusterResponse) -> Cluster:
         workers=tuple(worker_info_from_pb(worker) for worker in message.workers),
         degraded=message.state_store == inference_pb2.STATE_STORE_HEALTH_DEGRADED,
         running_requests=tuple(request_info_from_pb(request) for request in message.running_requests),
+        transfers=tuple(
+            TransferTotal(item.prefill_worker_id, item.decode_worker_id, item.num_transfers, item.kv_bytes, item.wire_ms)
+            for item in message.transfers
+        ),
+        num_output_tokens=message.num_output_tokens,
     )
+
+
+def request_timeline_from_pb(message: inference_pb2.GetTimelineResponse) -> RequestTimeline:
+    return RequestTimeline(request_info_from_pb(message.request), timeline_from_pb(message.timeline))
 
 
 def _time(message: Timestamp) -> datetime:

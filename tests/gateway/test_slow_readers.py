@@ -11,6 +11,7 @@ from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.request_runner import RequestRunner
+from gateway.request_timeline import RequestTimeline
 from gateway.retry_budget import RetryBudget
 from gateway.router import Assignment, RouteQuery
 from gateway.turnstile import Turnstile
@@ -83,6 +84,7 @@ class Bench:
             output=output,
             detokenizers=None,
             journal=RequestJournal(record, output, request.deadline),
+            timeline=RequestTimeline(request.submit_time, 0.0),
             admitted=Admission(10, 1000).admit(3, 0.0),
             sessions=self.worker,  # type: ignore[arg-type]
             settings=RelaySettings.model_validate({"max_unread_tokens": 10} | settings),
