@@ -1,4 +1,4 @@
-"""Generates kvrelay/v1 from protos/: messages, gRPC stubs and their types. Knows nothing about what the protos say.
+"""Generates the code of protos/ into kvrelay/: messages, gRPC stubs and their types. Knows nothing about what the protos say.
 
 python -m tools.generate_protos            write the generated code
 python -m tools.generate_protos --check    exit 1 and name the files that differ from what would be written
@@ -14,7 +14,7 @@ from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 PROTO_ROOT = REPO_ROOT / "protos"
-PACKAGE = Path("kvrelay/v1")
+PACKAGES = (Path("kvrelay/v1"), Path("kvrelay/kserve"))
 GENERATED_PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 
@@ -32,7 +32,7 @@ def plugin_path(name: str) -> Path:
 
 def generate(output: Path) -> None:
     """Runs protoc over all protos into `output`, which becomes the root of the package path."""
-    protos = sorted(path.relative_to(PROTO_ROOT) for path in PROTO_ROOT.glob(f"{PACKAGE}/*.proto"))
+    protos = sorted(path.relative_to(PROTO_ROOT) for package in PACKAGES for path in (PROTO_ROOT / package).glob("*.proto"))
     command = [
         sys.executable,
         "-m",
@@ -52,13 +52,13 @@ def generate(output: Path) -> None:
 
 
 def generated_files(root: Path) -> dict[str, str]:
-    """Name to text of the generated files under `root`."""
-    folder = root / PACKAGE
-    return {path.name: path.read_text("utf-8") for pattern in GENERATED_PATTERNS for path in folder.glob(pattern)}
+    """Path below `root` to text of the generated files there."""
+    found = (path for package in PACKAGES for pattern in GENERATED_PATTERNS for path in (root / package).glob(pattern))
+    return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in found}
 
 
 def stale_files() -> list[str]:
-    """The names of generated files that are missing, left over, or not what the protos give."""
+    """The paths of generated files that are missing, left over, or not what the protos give."""
     with tempfile.TemporaryDirectory() as directory:
         generate(Path(directory))
         expected = generated_files(Path(directory))
@@ -72,9 +72,9 @@ def write() -> None:
         generate(Path(directory))
         fresh = generated_files(Path(directory))
         for name in generated_files(REPO_ROOT).keys() - fresh.keys():
-            (REPO_ROOT / PACKAGE / name).unlink()
+            (REPO_ROOT / name).unlink()
         for name in fresh:
-            shutil.copyfile(Path(directory) / PACKAGE / name, REPO_ROOT / PACKAGE / name)
+            shutil.copyfile(Path(directory) / name, REPO_ROOT / name)
 
 
 def main() -> int:
@@ -90,7 +90,7 @@ def main() -> int:
         print(f"generate_protos: {error}", file=sys.stderr)
         return 2
     for name in stale:
-        print(f"{PACKAGE / name} is not what protos/ gives; run `make protos`", file=sys.stderr)
+        print(f"{name} is not what protos/ gives; run `make protos`", file=sys.stderr)
     return 1 if stale else 0
 
 
