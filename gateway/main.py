@@ -16,8 +16,8 @@ from kvrelay.config import GatewaySettings
 from kvrelay.errors import ConfigError
 from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
-from kvrelay.redis_connection import RedisConnection
 from kvrelay.http_server import Health, serving_http
+from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
 from kvrelay.signs_of_life import showing_life
 from kvrelay.state_store import StateStore
@@ -118,14 +118,14 @@ async def _health(bound: BoundServer, store: StateStore) -> AsyncIterator[None]:
         await asyncio.wait([watching])
 
 
-async def _watch_store(bound: BoundServer, store: StateStore) -> None:
-    while True:
 def _http_health(relay: Relay, store: StateStore) -> Health:
     if relay.draining:
         return Health.DRAINING
     return Health.SERVING if store.healthy else Health.DEGRADED
 
 
+async def _watch_store(bound: BoundServer, store: StateStore) -> None:
+    while True:
         await bound.set_serving(store.healthy, STATE_STORE_NAME)
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
