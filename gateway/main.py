@@ -5,11 +5,12 @@ import contextlib
 import secrets
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 import structlog
 
+from gateway.front_ends import add_front_ends
 from gateway.relay import Relay
 from gateway.service import InferenceService
 from kvrelay.config import GatewaySettings
@@ -63,10 +64,11 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         relay = Relay(gateway_id, settings, store, WorkerRegistry(connection, settings.server.lease_ms))
         server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
-        bound = bind_server(server, settings.server.host, settings.server.port, [SERVICE_NAME])
+        service_names = (SERVICE_NAME, *add_front_ends(server, relay))
+        bound = bind_server(server, settings.server.host, settings.server.port, service_names)
         relay.address = address = advertised_address(settings, bound.port)
         member = Member(gateway_id, MemberRole.GATEWAY, address)
-        async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store):
+        async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store, service_names):
             await server.start()
             async with (
                 serving_http(settings.server.host, settings.server.http_port, lambda: _http_health(relay, store)) as http_port,
@@ -74,7 +76,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()
-                await _drain(relay, bound, settings.server.drain_timeout_ms)
+                await _drain(relay, bound, service_names, settings.server.drain_timeout_ms)
     _log.info("stopped")
 
 
@@ -106,9 +108,9 @@ async def _stopping(server: grpc.aio.Server) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _health(bound: BoundServer, store: StateStore) -> AsyncIterator[None]:
+async def _health(bound: BoundServer, store: StateStore, service_names: Iterable[str]) -> AsyncIterator[None]:
     """Answers health checks: serving as long as this process answers, for it can serve from the last known workers."""
-    for name in ("", SERVICE_NAME):
+    for name in ("", *service_names):
         await bound.set_serving(True, name)
     watching = asyncio.create_task(_watch_store(bound, store), name="health of the state store")
     try:
@@ -130,10 +132,10 @@ async def _watch_store(bound: BoundServer, store: StateStore) -> None:
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
-async def _drain(relay: Relay, bound: BoundServer, timeout_ms: int) -> None:
+async def _drain(relay: Relay, bound: BoundServer, service_names: Iterable[str], timeout_ms: int) -> None:
     """Takes no new requests and lets running ones end, for so long at the most."""
     relay.draining = True
-    for name in ("", SERVICE_NAME):
+    for name in ("", *service_names):
         await bound.set_serving(False, name)
     _log.info("draining", num_running_requests=len(relay.requests.running()))
     if not await relay.requests.wait_until_idle(timeout_ms / 1000):
