@@ -6,6 +6,9 @@
 
 A work that ends while a push writes into its blocks is CLOSING until that writer has ended: its blocks are freed only then.
 
+A work that runs alone (`Work.runs_alone`) has the engine for itself from its reservation on, until each of its sequences has two
+tokens: prompt and decode step are behind it then. The others keep their blocks and wait. One such work at a time is reserved.
+
 An active work's sequences are in the batch, or preempted: without blocks, waiting to be computed again from their tokens. The
 oldest sequence in the batch is never preempted for a younger one, nothing new is admitted while a preempted one waits, and a
 reservation takes all blocks of its prompt or none; so somebody always advances.
@@ -69,6 +72,8 @@ class DecodeScheduler:
         self._batch = RunningBatch(blocks)
         self._speculation = Speculation(blocks, speculation) if speculation else None
         self._events: list[SchedulerEvent] = []
+        self._alone: WorkState | None = None
+        """The work that has the engine for itself."""
         self._num_works = 0
         self._num_prefix_hit_tokens = 0
         self._num_computed_prompt_tokens = 0
@@ -215,6 +220,7 @@ class DecodeScheduler:
                 self._note_computed(run, entry)
                 if sampled:
                     self._continue(run, sampled)
+        self._end_solo()
 
     def fail_step(self, step: Step, message: str) -> None:
         """The step could not be computed: ends all works in it."""
@@ -244,11 +250,15 @@ class DecodeScheduler:
             self._batch.readmit(table)
         while self._waiting and self._has_slots_for(self._waiting[0].work):
             state = self._waiting[0]
+            if state.work.runs_alone and self._alone is not None:
+                return
             table = self._allocate(state.work.token_ids, state.work.cache_salt)
             if table is None:
                 return
             self._waiting.popleft()
             state.phase, state.table = Phase.RESERVED, table
+            if state.work.runs_alone:
+                self._alone = state
             self._events.append(BlocksReserved(state.work, tuple(table.blocks), table.num_cached_tokens))
 
     def _has_slots_for(self, work: Work) -> bool:
@@ -274,6 +284,8 @@ class DecodeScheduler:
         for run in self._batch.runs:
             if run.sequence.block_table is None or run.state.paused:
                 continue  # preempted, or ended, by an older one of this step; or nobody reads what it says
+            if self._alone is not None and run.state is not self._alone:
+                continue
             num_uncomputed = run.sequence.num_uncomputed_tokens
             num_tokens = 1 if num_uncomputed == 1 else min(num_uncomputed, budget)
             if num_tokens == 0:
@@ -297,7 +309,7 @@ class DecodeScheduler:
     def _prompt_budget(self) -> int:
         """Most prompt tokens of the next step: few when somebody's next token waits, or may soon wait, for the step's end."""
         full, shared = self._limits.prefill_chunk_tokens, self._limits.shared_prefill_chunk_tokens
-        if shared is None or shared >= full:
+        if shared is None or shared >= full or self._alone is not None:
             return full
         is_decoding = any(run.sequence.num_uncomputed_tokens == 1 for run in self._batch.runs)
         return shared if is_decoding or any(state.awaits_push for state in self._states.values()) else full
@@ -318,7 +330,13 @@ class DecodeScheduler:
             message = f"a sequence of {run.sequence.num_tokens} tokens has outgrown the worker's pool"
             self.fail(run.state.work.work_id, FailureKind.OUT_OF_CAPACITY, message)
             return None
-        return self._batch.make_room(run)
+        copies = self._batch.make_room(run)
+        if self._alone is not None and any(other.sequence.block_table is None for other in self._alone.runs):
+            # It was preempted, and would wait for blocks of others, who wait for it.
+            message = "others hold the blocks that a work needs which runs alone"
+            self.fail(self._alone.work.work_id, FailureKind.OUT_OF_CAPACITY, message)
+            return None
+        return copies
 
     # --- What a step brings
 
@@ -389,9 +407,17 @@ class DecodeScheduler:
         if not run.state.runs:
             self._end(run.state, WorkEnded(run.state.work.work_id))
 
+    def _end_solo(self) -> None:
+        """The work that runs alone needs to do so no more, once it is over its prompt and a decode step."""
+        state = self._alone
+        if state is not None and state.runs and all(run.num_new_tokens >= 2 for run in state.runs):
+            self._alone = None
+
     def _give_up(self, state: WorkState, ending: SchedulerEvent) -> None:
         if state.phase is Phase.CLOSING:
             return
+        if state is self._alone:
+            self._alone = None
         if state.phase is Phase.WAITING:
             self._waiting.remove(state)
         if state.phase is Phase.RESERVED and not self._writers.close(state.work.work_id):
@@ -407,5 +433,7 @@ class DecodeScheduler:
             self._blocks.release(state.table)
             state.table = None
         del self._states[state.work.work_id]
+        if state is self._alone:
+            self._alone = None
         if ending is not None:
             self._events.append(ending)

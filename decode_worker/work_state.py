@@ -66,6 +66,11 @@ class Run:
         return self.state.age, self.sequence.number
 
     @property
+    def num_new_tokens(self) -> int:
+        """Sampled for this work, here or, the first, on the prefill worker."""
+        return len(self.sequence.token_ids) - len(self.state.work.token_ids)
+
+    @property
     def table(self) -> BlockTable:
         assert self.sequence.block_table is not None, "a run in the batch holds blocks"
         return self.sequence.block_table

@@ -150,9 +150,9 @@ class Blame(Enum):
 
     NONE = auto()
     SUSPECT = auto()
-    """The worker may have died of the request: it is to be run apart from other suspects until it has got further."""
+    """The worker may have died of the request: it is to run alone until it has got further."""
     GUILTY = auto()
-    """It was the only suspect, and not for the first time."""
+    """It ran alone, because it was a suspect, and the worker died again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,13 @@ class WorkerLost:
 
     worker_id: str
     blame: Blame = Blame.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """That worker did not die of the request: it lives, or died of another one."""
+
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +219,7 @@ Event = (
     | DecodeTokens
     | WorkFailed
     | WorkerLost
+    | Cleared
     | StopFound
     | TimerFired
     | ReadersBehind
@@ -225,13 +233,14 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Choose workers for the work, none of `excluded_worker_ids`, and no (decode, prefill) of `avoided_pairs`."""
+    """Choose workers for the work, none of `excluded_worker_ids`, and no (decode, prefill) of `avoided_pairs`.
+
+    A work that runs alone gets no prefill worker.
+    """
 
     work: Work
     excluded_worker_ids: frozenset[str]
     avoided_pairs: frozenset[tuple[str, str]]
-    apart: bool = False
-    """A suspect: workers on which no other suspect is."""
     is_paid_retry: bool = False
     """Another try after a worker's own failure: only if the gateway can afford one."""
 
@@ -330,11 +339,6 @@ class AvoidPair:
 
 
 @dataclass(frozen=True, slots=True)
-class EndTrial:
-    """The request needs to be apart from other suspects no more, or its attempt is over. The end of the request says the same."""
-
-
-@dataclass(frozen=True, slots=True)
 class Finish:
     """The one end of the request; nothing follows. `error` is None when it succeeded."""
 
@@ -355,6 +359,5 @@ Action = (
     | RetryLater
     | StartTimer
     | AvoidPair
-    | EndTrial
     | Finish
 )

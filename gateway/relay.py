@@ -65,6 +65,7 @@ class Relay:
             SessionSettings(gateway_id, settings.server.liveness_window_ms),
             on_event=self.requests.dispatch,
             on_lost=self.requests.note_worker_lost,
+            on_fate=self.requests.note_worker_fate,
             on_change=self._note_workers_changed,
             on_room=self.requests.note_room,
         )

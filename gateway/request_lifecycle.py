@@ -79,18 +79,17 @@ class RequestLifecycle:
         return self._state
 
     @property
-    def num_suspicions(self) -> int:
+    def suspected_worker_ids(self) -> frozenset[str]:
         """Workers that may have died of the request since it last got further."""
-        return self._retries.num_suspicions
-
-    @property
-    def is_suspect(self) -> bool:
-        """Whether a worker may have died of the request, and it has not got further since."""
-        return self._retries.is_suspect
+        return self._retries.suspected_worker_ids
 
     def may_be_in_step_of(self, worker_id: str) -> bool:
         """Whether that worker may be computing something of the request just now."""
         return not self._finished and any(progress.may_be_in_step_of(worker_id) for progress in self._works.values())
+
+    def runs_alone_on(self, worker_id: str) -> bool:
+        """Whether that worker computes something of the request just now, a suspect, and nothing else."""
+        return not self._finished and any(progress.runs_alone_on(worker_id) for progress in self._works.values())
 
     def handle(self, event: m.Event) -> list[m.Action]:
         """Actions to take, in order. After Finish there are none."""
@@ -126,6 +125,8 @@ class RequestLifecycle:
                 self._on_work_failed(event)
             case m.WorkerLost():
                 self._on_worker_lost(event.worker_id, event.blame)
+            case m.Cleared():
+                self._retries.clear_suspicion(event.worker_id)
             case m.StopFound():
                 self._on_stop_found(event.sequence)
             case m.TimerFired():
@@ -169,20 +170,18 @@ class RequestLifecycle:
             sampling=self._request.sampling,
             cache_salt=self._request.cache_salt,
             deadline_ms=0,
+            runs_alone=self._retries.is_suspect,
         )
 
     def _route_waiting(self) -> None:
+        """Asks for workers for works that have none; where they run alone, one after the other."""
         self._waiting = False
         for progress in self._works.values():
             if progress.waits_for_route:
-                route = m.Route(
-                    progress.work,
-                    self._retries.excluded_worker_ids,
-                    self._retries.avoided_pairs,
-                    apart=self._retries.is_suspect,
-                    is_paid_retry=self._retries.is_due_to_pay,
-                )
-                self._actions.append(route)
+                excluded, avoided = self._retries.excluded_worker_ids, self._retries.avoided_pairs
+                self._actions.append(m.Route(progress.work, excluded, avoided, is_paid_retry=self._retries.is_due_to_pay))
+            if progress.is_on_trial:
+                return
 
     def _on_routed(self, event: m.Routed) -> None:
         progress = self._works.get(event.work_id)
@@ -310,22 +309,27 @@ class RequestLifecycle:
             assert token.index == len(self.emitted[token.sequence]), "tokens come in order"
             self.emitted[token.sequence].append(token.token.token_id)
             self._retries.note_progress()
-            if self._retries.has_failed:
-                self._note_survival(token)
             self._actions.append(m.Emit(token))
             if token.finish_reason is not None:
                 self._open.discard(token.sequence)
                 ended = True
+        if not progress.has_passed:
+            self._note_passed(progress)
         if ended:
             self._close_if_done(progress)
 
-    def _note_survival(self, token: SequenceToken) -> None:
+    def _note_passed(self, progress: WorkProgress) -> None:
         """Two tokens of one attempt: the workers have computed what the request was last seen at, prompt and decode step."""
-        if len(self.emitted[token.sequence]) < self._num_emitted_before[token.sequence] + 2:
-            return
-        if self._retries.is_suspect:
-            self._actions.append(m.EndTrial())
-        self._retries.note_survived()
+        for sequence in self._open.intersection(progress.work.sequences):
+            if len(self.emitted[sequence]) < self._num_emitted_before[sequence] + 2:
+                return
+        progress.has_passed = True
+        if all(other.has_passed for other in self._works.values()):
+            self._retries.note_survived()
+        elif progress.work.runs_alone:
+            self._route_waiting()
+        if self._paused:
+            self._actions.extend(progress.set_paused(True))
 
     def _on_stop_found(self, sequence: int) -> None:
         if sequence not in self._open:
@@ -335,6 +339,8 @@ class RequestLifecycle:
             if sequence in progress.work.sequences:
                 if progress.decode_started and not self._is_done(progress):
                     self._actions.extend(progress.finish_sequence(sequence))
+                if not progress.has_passed:
+                    self._note_passed(progress)
                 self._close_if_done(progress)
                 return
 
@@ -410,7 +416,7 @@ class RequestLifecycle:
             self._end(RequestState.FAILED, _quarantine_error())
             return
         if blame is m.Blame.SUSPECT:
-            self._retries.num_suspicions += 1
+            self._retries.note_suspicion(worker_id)
         affected = [progress for progress in self._works.values() if progress.release_hold(worker_id)]
         for progress in self._works.values():
             if worker_id == progress.prefill_worker_id and not progress.prompt_started:
@@ -440,8 +446,6 @@ class RequestLifecycle:
     def _retry(self, kind: FailureKind | None, progress: WorkProgress, worker_id: str) -> None:
         """Gives the attempt up and begins the next one. `kind` None: the worker is gone."""
         self._cancel_all()
-        if self._retries.is_suspect:
-            self._actions.append(m.EndTrial())
         error = self._retries.note_failure(kind, worker_id, progress.pair)
         if error is not None:
             self._end(RequestState.FAILED, error)
@@ -466,8 +470,8 @@ class RequestLifecycle:
 
 def _quarantine_error() -> InternalError:
     return InternalError(
-        "the request is quarantined: two workers died while they computed it, and it was alone under suspicion;"
-        " it is not attempted again, and the workers' logs have the detail"
+        "the request is quarantined: a worker died while it computed this request and perhaps others, and another one while it"
+        " computed nothing else; it is not attempted again, and the workers' logs have the detail"
     )
 
 

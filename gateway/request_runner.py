@@ -97,8 +97,6 @@ class RequestRunner:
         """Frames that the reader furthest on is done with."""
         self._paused = False
         self._waits_for_turn = False
-        self.has_workers_alone = False
-        """Whether no suspect of another gateway is on its workers."""
         self._paid_attempt = 0
         """The last attempt that the retry budget has paid for, with all its works."""
 
@@ -207,8 +205,6 @@ class RequestRunner:
                 self._set_timer("attempt", delay_ms / 1000, m.TimerFired(attempt))
             case m.AvoidPair(decode_worker_id, prefill_worker_id):
                 self._sessions.avoid_pair((decode_worker_id, prefill_worker_id))
-            case m.EndTrial():
-                self._sessions.end_trial(self.request_id)
             case m.Finish(state, error):
                 self._finish(state, error)
 
@@ -224,14 +220,12 @@ class RequestRunner:
             action.excluded_worker_ids,
             action.avoided_pairs | self._sessions.avoided_pairs(),
             self.request.preferred_decode_worker_id,
+            on_one_worker=action.work.runs_alone,
         )
-        assignment = self._sessions.choose(query, self.request_id, apart=action.apart)
+        assignment = self._sessions.choose(query, self.request_id)
         if assignment is None:
             self._events.append(m.NoWorker(action.work.work_id))
             return
-        if action.apart:
-            chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
-            self.has_workers_alone = all(self._sessions.is_own(worker_id) for worker_id in chosen if worker_id is not None)
         if is_paid:
             self._sessions.retries.spend()
             self._paid_attempt = action.work.work_id.attempt
@@ -239,7 +233,7 @@ class RequestRunner:
         self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
 
     def _wait_for_worker(self, delay_s: float) -> None:
-        waits_for_turn = self._waits_for_turn or self.lifecycle.is_suspect
+        waits_for_turn = self._waits_for_turn
         self._waits_for_turn = False
         if waits_for_turn and self._sessions.has_decode_worker(self.request.fingerprint):
             self._drop_timer("give up")  # workers are there, and others are tried before it: only its deadline bounds that

@@ -23,8 +23,7 @@ class RetryPolicy:
         self._avoided_pairs: set[tuple[str, str]] = set()
         self.is_due_to_pay = False
         """Whether the next attempt is one that the gateway's retry budget pays for."""
-        self.num_suspicions = 0
-        """Workers that may have died of the request since it last got further."""
+        self._suspected_worker_ids: set[str] = set()
 
     @property
     def has_failed(self) -> bool:
@@ -34,7 +33,12 @@ class RetryPolicy:
     @property
     def is_suspect(self) -> bool:
         """Whether a worker died that may have died of the request, and it has not got further since."""
-        return self.num_suspicions > 0
+        return bool(self._suspected_worker_ids)
+
+    @property
+    def suspected_worker_ids(self) -> frozenset[str]:
+        """Workers that may have died of the request since it last got further."""
+        return frozenset(self._suspected_worker_ids)
 
     @property
     def excluded_worker_ids(self) -> frozenset[str]:
@@ -80,7 +84,15 @@ class RetryPolicy:
     def note_survived(self) -> None:
         """An attempt got further than the last one that failed: what comes now is counted anew."""
         self._num_failures = 0
-        self.num_suspicions = 0
+        self._suspected_worker_ids.clear()
+
+    def note_suspicion(self, worker_id: str) -> None:
+        """The worker may have died of the request."""
+        self._suspected_worker_ids.add(worker_id)
+
+    def clear_suspicion(self, worker_id: str) -> None:
+        """It did not, as is known now."""
+        self._suspected_worker_ids.discard(worker_id)
 
     def next_wait_ms(self) -> int:
         """No worker is left: how long to wait before all are asked again, those excluded too, for they may be the only ones."""

@@ -41,6 +41,8 @@ class RouteQuery:
     """(decode, prefill) worker."""
     preferred_decode_worker_id: str | None = None
     """Where the beginning of the prompt is probably cached: a conversation's last worker."""
+    on_one_worker: bool = False
+    """Whether the decode worker is to compute the prompt too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def choose_workers(workers: Iterable[WorkerView], query: RouteQuery) -> Assignme
     """The best decode worker and, for it, the best prefill worker; None when no decode worker may take the work."""
     candidates = [worker for worker in workers if _may_take(worker, query)]
     decode_workers = [worker for worker in candidates if worker.role is MemberRole.DECODE]
-    prefill_workers = [worker for worker in candidates if worker.role is MemberRole.PREFILL]
+    prefill_workers = [worker for worker in candidates if worker.role is MemberRole.PREFILL and not query.on_one_worker]
     if not decode_workers:
         return None
     with_peers = {

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from gateway import lifecycle_messages as m
 from gateway.request_runner import RequestRunner
-from gateway.suspicion import InStep, blame_for_death
+from gateway.suspicion import Inquests, InStep
 
 MAX_ENDED_REQUESTS = 512
 MAX_ENDED_FRAMES = 100_000
@@ -18,6 +18,7 @@ class RunningRequests:
         self._running: dict[str, RequestRunner] = {}
         self._ended: OrderedDict[str, RequestRunner] = OrderedDict()
         self._num_ended_frames = 0
+        self._inquests = Inquests()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -69,14 +70,28 @@ class RunningRequests:
     def note_worker_lost(self, worker_id: str, died: bool = False) -> None:
         """The session with a worker ended. `died`: all at once, as when its process crashes, and not by silence or orderly."""
         runners = self.running()
-        blame: dict[str, m.Blame] = {}
+        blame: dict[str, m.Blame | None] = {}
         if died:
             in_step = [runner for runner in runners if runner.lifecycle.may_be_in_step_of(worker_id)]
-            blame = blame_for_death(
-                InStep(runner.request_id, runner.lifecycle.num_suspicions, runner.has_workers_alone) for runner in in_step
+            blame = self._inquests.open(
+                worker_id, [InStep(runner.request_id, runner.lifecycle.runs_alone_on(worker_id)) for runner in in_step]
             )
         for runner in runners:
-            runner.post(m.WorkerLost(worker_id, blame.get(runner.request_id, m.Blame.NONE)))
+            verdict = blame.get(runner.request_id, m.Blame.NONE)
+            if verdict is not None:
+                runner.post(m.WorkerLost(worker_id, verdict))
+
+    def note_worker_fate(self, worker_id: str, died: bool) -> None:
+        """It is known now whether a worker has died of which `note_worker_lost` said that it seems to have."""
+        accused = self._running.get(self._inquests.close(worker_id) or "")
+        cleared = frozenset() if died else frozenset((worker_id,))
+        if accused is not None:
+            if died:  # and so did those before: nobody else needs to be tried for them
+                cleared = accused.lifecycle.suspected_worker_ids
+            accused.post(m.WorkerLost(worker_id, m.Blame.GUILTY if died else m.Blame.NONE))
+        for runner in self.running():
+            for cleared_id in runner.lifecycle.suspected_worker_ids & cleared:
+                runner.post(m.Cleared(cleared_id))
 
     def note_room(self, num_requests: int) -> None:
         """So many requests more may be given to workers: the oldest that wait are."""

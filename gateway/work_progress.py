@@ -22,11 +22,18 @@ class WorkProgress:
         self.decode_started = False
         self.settling = False
         """The prefill worker is gone after its first tokens; only the decode worker can tell whether all KV arrived."""
+        self.has_passed = False
+        """Each of its sequences has got two tokens in this attempt, or has ended: prompt and decode step did no harm."""
         self._open_on_decode_worker = set(work.sequences)
 
     @property
     def waits_for_route(self) -> bool:
         return self.decode_worker_id is None
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Its decode worker computes nothing else, from its reservation on."""
+        return self.work.runs_alone and not self.has_passed
 
     @property
     def pair(self) -> tuple[str, str] | None:
@@ -67,6 +74,10 @@ class WorkProgress:
             return False
         return self.decode_started or self.prefill_worker_id is None or self.order.first_tokens_known
 
+    def runs_alone_on(self, worker_id: str) -> bool:
+        """Whether that worker computes the work just now, and nothing else."""
+        return self.is_on_trial and self.may_be_in_step_of(worker_id)
+
     def peer_may_have_died(self, worker_id: str) -> bool:
         """Whether a transfer that this worker says broke off may have done so because its peer died in a step with the work."""
         peer_id = self.prefill_worker_id if worker_id == self.decode_worker_id else self.decode_worker_id
@@ -85,8 +96,8 @@ class WorkProgress:
         return [SendFinishSequence(self.decode_worker_id, self.work.work_id, sequence)]
 
     def set_paused(self, paused: bool) -> list[Action]:
-        """Tells the decode worker to rest or to go on, if the work runs there."""
-        if not self.decode_started or not self.decode_holds or self.decode_worker_id is None:
+        """Tells the decode worker to rest or to go on, if the work runs there. On trial nothing rests: others wait for it."""
+        if self.is_on_trial or not self.decode_started or not self.decode_holds or self.decode_worker_id is None:
             return []
         return [SendSetPaused(self.decode_worker_id, self.work.work_id, paused)]
 

@@ -16,7 +16,6 @@ from gateway.prompt_placement import is_sooner_on_decode_worker
 from gateway.retry_budget import RetryBudget
 from gateway.router import Assignment, FailedPairs, RouteQuery, WorkerView, choose_workers
 from gateway.session_messages import Command, SessionResponse
-from gateway.suspicion import Trials
 from gateway.worker_session import SessionSettings, WorkerSession
 from kvrelay.backoff import Backoff
 from kvrelay.errors import UnavailableError
@@ -26,6 +25,8 @@ from kvrelay.worker_registry import Member, MemberRole
 
 FIRST_RECONNECT_S = 0.05
 LONGEST_RECONNECT_S = 1.0
+LONGEST_DOUBT_S = 1.0
+"""How long after its session broke a worker may be found to live."""
 
 _log = structlog.get_logger(__name__)
 _Place = tuple[MemberRole, str]
@@ -39,6 +40,7 @@ class WorkerSessions:
         settings: of the gateway.
         on_event: called with (request id, event) for whatever a worker says about a request; must not raise.
         on_lost: called with a worker's id when its session ended, and whether its process seems to have died; must not raise.
+        on_fate: called a moment after `on_lost` said that a worker seems to have died: its id and whether it has; must not raise.
         on_change: called when a worker was found, or may take work again; must not raise.
         on_room: called with the number of requests that a worker may be given more than before; must not raise.
     """
@@ -48,12 +50,14 @@ class WorkerSessions:
         settings: SessionSettings,
         on_event: Callable[[str, m.Event], None],
         on_lost: Callable[[str, bool], None],
+        on_fate: Callable[[str, bool], None],
         on_change: Callable[[], None],
         on_room: Callable[[int], None] = lambda num_requests: None,
     ) -> None:
         self._settings = settings
         self._on_event = on_event
         self._on_lost = on_lost
+        self._on_fate = on_fate
         self._on_change = on_change
         self._on_room = on_room
         self.retries = RetryBudget(asyncio.get_running_loop().time())
@@ -61,7 +65,8 @@ class WorkerSessions:
         self._wanted: set[_Place] = set()
         self._sessions: dict[str, WorkerSession] = {}
         self._failed_pairs = FailedPairs()
-        self._trials = Trials(settings.gateway_id)
+        self._doubts: dict[_Place, tuple[str, asyncio.TimerHandle]] = {}
+        """The worker whose session broke at a place, until it is known whether it lives, and when that is waited for no more."""
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -78,7 +83,6 @@ class WorkerSessions:
     def set_members(self, members: tuple[Member, ...]) -> None:
         """Makes sessions with new workers. Those that left are kept while their session lives."""
         self._wanted = {(member.role, member.address) for member in members if member.role is not MemberRole.GATEWAY}
-        self._trials.set_gateways(member.instance_id for member in members if member.role is MemberRole.GATEWAY)
         for place in self._wanted - self._tasks.keys():
             self._tasks[place] = asyncio.create_task(self._keep_connected(place), name=f"{place[0].value} worker {place[1]}")
         connected = {(session.role, session.address) for session in self._sessions.values()}
@@ -100,24 +104,19 @@ class WorkerSessions:
         sessions = (session for session in self._sessions.values() if session.role is MemberRole.DECODE)
         return any(session.identity.model.fingerprint == fingerprint for session in sessions)
 
-    def choose(self, query: RouteQuery, request_id: str, *, apart: bool = False) -> Assignment | None:
+    def choose(self, query: RouteQuery, request_id: str) -> Assignment | None:
         """Workers for a work; they count as busier from now on.
 
         Args:
             query: what is to be placed.
             request_id: whose work it is.
-            apart: it is a suspect, which gets workers that no other suspect is on, until `end_trial`.
         """
         now = asyncio.get_running_loop().time()
         self._end_intake(request_id)  # of an earlier attempt
         unready = {session.worker_id for session in self._sessions.values() if not session.intake.may_take(now)}
-        if apart:
-            unready |= self._trials.workers_of_others(request_id)
         if unready:
             query = replace(query, excluded_worker_ids=query.excluded_worker_ids | unready)
-        assignment = self._choose_own(query) if apart else None
-        if assignment is None:
-            assignment = choose_workers(self.views(), query)
+        assignment = choose_workers(self.views(), query)
         if assignment is None:
             return None
         chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
@@ -126,32 +125,15 @@ class WorkerSessions:
             session.intake.begin(request_id)
         if assignment.prefill_worker_id is not None:
             self._failed_pairs.note_used((assignment.decode_worker_id, assignment.prefill_worker_id), now)
-        if apart:
-            self._trials.begin(request_id, chosen)
         return assignment
-
-    def _choose_own(self, query: RouteQuery) -> Assignment | None:
-        """Among the workers on which no other gateway tries its suspects."""
-        others = {worker_id for worker_id in self._sessions if not self._trials.is_own(worker_id)}
-        return choose_workers(self.views(), replace(query, excluded_worker_ids=query.excluded_worker_ids | others))
-
-    def is_own(self, worker_id: str) -> bool:
-        """Whether no suspect of another gateway is tried on that worker."""
-        return self._trials.is_own(worker_id)
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        self.end_trial(request_id)
         self._end_intake(request_id)
 
     def _end_intake(self, request_id: str) -> None:
         for session in self._sessions.values():
             session.intake.end(request_id)
-
-    def end_trial(self, request_id: str) -> None:
-        """A suspect got further, or was given up: another one may have its workers."""
-        if self._trials.end(request_id):
-            asyncio.get_running_loop().call_soon(self._on_change)
 
     def place_prompt(self, work_id: WorkId, decode_worker_id: str, prefill_worker_id: str, num_uncached_tokens: int) -> bool:
         """Whether a prompt stays on the decode worker that reserved blocks for it, by their loads; it counts from now on."""
@@ -199,6 +181,7 @@ class WorkerSessions:
                         backoff.reset()
                     await asyncio.sleep(backoff.next_delay_s())
         finally:
+            self._settle_doubt(place, None)
             if self._tasks.get(place) is asyncio.current_task():
                 del self._tasks[place]
 
@@ -209,6 +192,7 @@ class WorkerSessions:
         def on_greeted(greeted_session: WorkerSession) -> None:
             nonlocal greeted
             greeted = True
+            self._settle_doubt((session.role, session.address), greeted_session.worker_id)
             self._add(greeted_session)
 
         try:
@@ -216,6 +200,7 @@ class WorkerSessions:
             _log.info("session with worker ended", worker_id=session.worker_id, address=session.address, reason=reason)
         except UnavailableError as failure:
             _log.debug("worker cannot be reached", address=session.address, reason=failure.message)
+            self._settle_doubt((session.role, session.address), None)
         except Exception:
             _log.exception("session with worker failed", address=session.address)
         finally:
@@ -235,6 +220,21 @@ class WorkerSessions:
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
             self._on_lost(session.worker_id, session.died)
+            if session.died:
+                self._doubt((session.role, session.address), session.worker_id)
+
+    def _doubt(self, place: _Place, worker_id: str) -> None:
+        """The session broke; whether the worker has died too shows when the next one is made."""
+        self._settle_doubt(place, None)
+        timer = asyncio.get_running_loop().call_later(LONGEST_DOUBT_S, self._settle_doubt, place, None)
+        self._doubts[place] = (worker_id, timer)
+
+    def _settle_doubt(self, place: _Place, found_worker_id: str | None) -> None:
+        """Somebody answers at the place, or nobody."""
+        worker_id, timer = self._doubts.pop(place, (None, None))
+        if worker_id is not None and timer is not None:
+            timer.cancel()
+            self._on_fate(worker_id, found_worker_id != worker_id)
 
     def _dispatch(self, session: WorkerSession, response: SessionResponse) -> None:
         if self._sessions.get(session.worker_id) is not session:

@@ -177,6 +177,7 @@ def reserve_to_pb(work: Work, fingerprint: str) -> decode_pb2.Reserve:
         sampling=sampling_to_pb(work.sampling),
         cache_salt=work.cache_salt,
         deadline_ms=work.deadline_ms,
+        runs_alone=work.runs_alone,
     )
 
 
@@ -204,6 +205,7 @@ def work_from_pb(message: decode_pb2.Reserve | prefill_pb2.StartPrefill) -> Work
         sampling=sampling_from_pb(message.sampling),
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,
+        runs_alone=isinstance(message, decode_pb2.Reserve) and message.runs_alone,
     )
 
 

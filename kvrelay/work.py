@@ -57,6 +57,8 @@ class Work:
     cache_salt: str
     deadline_ms: int
     """What was left of the deadline when the work was sent."""
+    runs_alone: bool = False
+    """A worker may have died of it: a decode worker computes nothing else from its reservation until its second tokens."""
 
     @property
     def first_index(self) -> int:

@@ -1,5 +1,9 @@
 """Decode scheduler: single rules, each by name. The simulation covers how they meet."""
 
+from dataclasses import replace
+
+import pytest
+
 from decode_worker.events import BlocksReserved, SequencesStarted, WorkEnded, WorkFailed
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeLimits, DecodeScheduler
@@ -235,4 +239,64 @@ def test_a_failed_step_ends_its_works_and_frees_them() -> None:
     assert step is not None
     bench.scheduler.fail_step(step, "broken")
     assert bench.scheduler.take_events()[-1] == WorkFailed(work.work_id, FailureKind.INTERNAL, "broken")
+    assert bench.blocks.num_used_blocks == 0
+
+
+def runs_alone(work: Work) -> Work:
+    return replace(work, runs_alone=True)
+
+
+def ids_in(step: Step | None) -> set[str]:
+    return set() if step is None else {entry.work_id.request_id[0] for entry in step.entries}
+
+
+def test_a_work_that_runs_alone_has_the_engine_from_its_reservation_to_its_second_token() -> None:
+    bench = Bench(chunk=8, shared_chunk=2)
+    other, alone = make_work(prompt(4), 20, request_id="a" * 32), runs_alone(make_work(prompt(12, 30), 9, request_id="b" * 32))
+    bench.scheduler.reserve(other)
+    bench.push(other)
+    assert ids_in(bench.step()) == {"a"}
+    bench.scheduler.reserve(alone)
+    assert bench.step() is None, "nothing between its reservation and its prompt"
+    bench.scheduler.run_prompt(alone.work_id)
+    assert [ids_in(bench.step()) for _ in range(4)] == [{"b"}, {"b"}, {"b"}, {"a", "b"}], "two chunks and a decode step"
+
+
+def test_works_that_run_alone_do_so_one_after_the_other() -> None:
+    bench = Bench()
+    works = [runs_alone(make_work(prompt(4, n), 9, request_id=c * 32)) for n, c in enumerate("ab")]
+    for work in works:
+        bench.scheduler.reserve(work)
+    assert bench.reservation_of(works[0])
+    bench.scheduler.run_prompt(works[0].work_id)
+    assert [ids_in(bench.step()) for _ in range(2)] == [{"a"}, {"a"}]
+    assert bench.step() is None
+    assert bench.reservation_of(works[1])
+
+
+@pytest.mark.parametrize("when", ["reserved", "running"])
+def test_others_go_on_when_a_work_that_ran_alone_is_given_up(when: str) -> None:
+    bench = Bench()
+    other, alone = make_work(prompt(4), 20, request_id="a" * 32), runs_alone(make_work(prompt(4), 9, request_id="b" * 32))
+    bench.scheduler.reserve(other)
+    bench.push(other)
+    bench.scheduler.reserve(alone)
+    if when == "running":
+        bench.scheduler.run_prompt(alone.work_id)
+        assert ids_in(bench.step()) == {"b"}
+    bench.scheduler.cancel(alone.work_id)
+    assert ids_in(bench.step()) == {"a"}
+
+
+def test_a_work_that_runs_alone_never_waits_for_blocks_of_those_that_wait_for_it() -> None:
+    bench = Bench(num_blocks=4, block_size=4)
+    other, alone = make_work(prompt(8), 7, request_id="a" * 32), runs_alone(make_work(prompt(8, 20), 9, request_id="b" * 32))
+    bench.scheduler.reserve(other)
+    bench.push(other)
+    bench.scheduler.reserve(alone)
+    bench.scheduler.run_prompt(alone.work_id)
+    while bench.step() is not None:
+        pass
+    failed = [event for event in bench.scheduler.take_events() if isinstance(event, WorkFailed)]
+    assert [(event.work_id, event.kind) for event in failed] == [(alone.work_id, FailureKind.OUT_OF_CAPACITY)]
     assert bench.blocks.num_used_blocks == 0

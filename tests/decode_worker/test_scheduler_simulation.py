@@ -31,6 +31,7 @@ def random_works(random: Random) -> list[Work]:
             request_id=f"{number:032x}",
             num_sequences=random.choice([1, 1, 1, 2, 3]),
             cache_salt=random.choice(["", "other"]),
+            runs_alone=random.random() < 0.2,
         )
         for number in range(random.randint(1, 8))
     ]
@@ -57,6 +58,8 @@ class Simulation:
     ended: dict[WorkId, WorkEnded | WorkFailed] = field(default_factory=dict)
     given_up: set[WorkId] = field(default_factory=set)
     finished_early: set[tuple[WorkId, int]] = field(default_factory=set)
+    alone: WorkId | None = None
+    """The last that was reserved for running alone."""
 
     def take_events(self) -> None:
         for event in self.scheduler.take_events():
@@ -65,6 +68,9 @@ class Simulation:
                     self.pool.check(block_ids, work.token_ids, num_cached_tokens)
                     ticket = self.permits.open(work, block_ids, num_cached_tokens)
                     self.reserved[work.work_id] = (block_ids, num_cached_tokens, ticket)
+                    if work.runs_alone:
+                        assert self.alone is None or self._is_over(self.alone), "two that run alone"
+                        self.alone = work.work_id
                 case WorkEnded(work_id) | WorkFailed(work_id):
                     assert work_id not in self.ended, "two ends"
                     assert work_id not in self.pushes, "ended under a writer"
@@ -102,6 +108,8 @@ class Simulation:
         self.take_events()
         if step is None:
             return False
+        if self.alone is not None and not self._is_over(self.alone):
+            assert set(step.work_ids) == {self.alone}, "something beside a work that runs alone"
         tokens = self.pool.run(step)
         for token in tokens:
             output = self.outputs.setdefault((token.work_id, token.sequence), [])
@@ -110,6 +118,12 @@ class Simulation:
         self.scheduler.complete(step, tokens)
         self.take_events()
         return True
+
+    def _is_over(self, work_id: WorkId) -> bool:
+        """Whether prompt and first decode step of a work are computed, or nobody wants them."""
+        sequences = {(work_id, number) for number in self.works[work_id].sequences} - self.finished_early
+        is_computed = all(len(self.outputs.get(sequence, [])) >= 2 for sequence in sequences)
+        return is_computed or work_id in self.given_up or work_id in self.ended
 
     def drain(self) -> None:
         """Everything that is outside of the scheduler's hands ends; then the scheduler has to end all works."""

@@ -248,7 +248,7 @@ class Simulation:
         # What it sent may still arrive, or some of it.
         for _ in range(self.random.randrange(len(worker.events) + 1)):
             worker.events.pop()
-        worker.events.append(m.WorkerLost(worker.worker_id))
+        worker.events.append(m.WorkerLost(worker.worker_id, self.random.choice([m.Blame.NONE, m.Blame.SUSPECT])))
         if not worker.decodes:
             self._break_pushes_of(worker)
         self.add_worker(worker.decodes)
@@ -327,7 +327,8 @@ class Simulation:
             return
         chosen = self.random.choice(decode)
         peers = [worker_id for worker_id in prefill if (chosen, worker_id) not in action.avoided_pairs]
-        self._answers.append(m.Routed(action.work.work_id, chosen, self.random.choice([*peers, *peers, None])))
+        peer = None if action.work.runs_alone else self.random.choice([*peers, *peers, None])
+        self._answers.append(m.Routed(action.work.work_id, chosen, peer))
 
     # --- checks ---------------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class OneWorker:
         self.retries = RetryBudget(0.0)
         self.sent: list[m.Action] = []
 
-    def choose(self, query: RouteQuery, request_id: str, *, apart: bool) -> Assignment:
+    def choose(self, query: RouteQuery, request_id: str) -> Assignment:
         return Assignment("d1", None)
 
     def avoided_pairs(self) -> frozenset[tuple[str, str]]:

@@ -1,8 +1,8 @@
-"""Who is blamed for a worker's death, and who runs apart."""
+"""Who is blamed for a worker's death, and who runs alone."""
 
 from gateway import lifecycle_messages as m
 from gateway.request_lifecycle import RequestLifecycle
-from gateway.suspicion import InStep, Trials, blame_for_death
+from gateway.suspicion import Inquests, InStep
 from kvrelay.errors import InternalError
 from kvrelay.request_state import RequestState
 from kvrelay.work import FailureKind, SequenceToken, Token, WorkId
@@ -11,46 +11,16 @@ from tests.gateway.lifecycle_simulation import make_lifecycle
 REQUEST_ID = "a" * 32
 
 
-def test_all_that_were_in_the_step_are_suspects_of_a_first_death() -> None:
-    assert blame_for_death([InStep("a"), InStep("b")]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
+def test_all_that_were_in_the_step_are_suspects() -> None:
+    assert Inquests().open("d1", [InStep("a"), InStep("b")]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
 
 
-def test_the_only_suspect_of_a_second_death_is_guilty_and_nobody_else_is_blamed() -> None:
-    assert blame_for_death([InStep("a", 1), InStep("b")]) == {"a": m.Blame.GUILTY, "b": m.Blame.NONE}
-
-
-def test_of_two_suspects_neither_is_guilty() -> None:
-    assert blame_for_death([InStep("a", 1), InStep("b", 1)]) == {"a": m.Blame.SUSPECT, "b": m.Blame.SUSPECT}
-
-
-def test_where_another_gateways_suspect_may_have_been_too_one_death_more_has_to_say_the_same() -> None:
-    assert blame_for_death([InStep("a", 1, had_worker_alone=False)]) == {"a": m.Blame.SUSPECT}
-    assert blame_for_death([InStep("a", 2, had_worker_alone=False)]) == {"a": m.Blame.GUILTY}
-
-
-def test_suspects_do_not_share_workers() -> None:
-    trials = Trials("g1")
-    trials.begin("a", ("d1", None))
-    trials.begin("b", ("d2", "p1"))
-    assert trials.workers_of_others("c") == {"d1", "d2", "p1"}
-    assert trials.workers_of_others("a") == {"d2", "p1"}
-    assert trials.end("b")
-    assert not trials.end("b")
-    assert trials.workers_of_others("c") == {"d1"}
-
-
-def test_every_worker_is_tried_on_by_one_gateway_whichever_others_come_and_go() -> None:
-    gateways = {name: Trials(name) for name in ("g1", "g2", "g3")}
-    for trials in gateways.values():
-        trials.set_gateways(gateways)
-    workers = [f"d{number}" for number in range(60)]
-    owners = {worker: [name for name, trials in gateways.items() if trials.is_own(worker)] for worker in workers}
-    assert all(len(names) == 1 for names in owners.values())
-    assert {names[0] for names in owners.values()} == set(gateways)
-    for name in ("g1", "g2"):
-        gateways[name].set_gateways(("g1", "g2"))
-    assert all(gateways[names[0]].is_own(worker) for worker, names in owners.items() if names != ["g3"])
-    assert all(Trials("alone").is_own(worker) for worker in workers)
+def test_who_ran_alone_is_told_nothing_until_it_is_known_that_the_worker_is_dead_and_nobody_else_is_blamed() -> None:
+    inquests = Inquests()
+    assert inquests.open("d1", [InStep("a", ran_alone=True), InStep("b")]) == {"a": None, "b": m.Blame.NONE}
+    assert inquests.close("d2") is None
+    assert inquests.close("d1") == "a"
+    assert inquests.close("d1") is None
 
 
 def prompt_on(lifecycle: RequestLifecycle, prefill: str | None) -> None:
@@ -65,19 +35,71 @@ def emit(lifecycle: RequestLifecycle, *indices: int) -> list[m.Action]:
     return lifecycle.handle(m.DecodeTokens("d1", tuple(SequenceToken(work_id, 0, index, Token(7)) for index in indices)))
 
 
-def test_a_suspect_is_routed_apart_until_it_has_got_further() -> None:
+def routes(actions: list[m.Action]) -> list[m.Route]:
+    return [action for action in actions if isinstance(action, m.Route)]
+
+
+def test_a_suspect_runs_alone_until_it_has_got_further() -> None:
     lifecycle = make_lifecycle(1)
     lifecycle.handle(m.Start())
     prompt_on(lifecycle, None)
-    (route,) = (a for a in lifecycle.handle(m.WorkerLost("d1", m.Blame.SUSPECT)) if isinstance(a, m.Route))
-    assert route.apart
+    (route,) = routes(lifecycle.handle(m.WorkerLost("d1", m.Blame.SUSPECT)))
+    assert route.work.runs_alone
+    lifecycle.handle(m.Routed(WorkId(REQUEST_ID, 2), "d1", None))
+    assert not lifecycle.runs_alone_on("d1"), "the worker may still compute something else"
+    lifecycle.handle(m.Reserved("d1", WorkId(REQUEST_ID, 2), b"t", "d1", 0))
+    emit(lifecycle, 0)
+    assert lifecycle.runs_alone_on("d1"), "its prompt was computed, and no decode step yet"
+    emit(lifecycle, 1)
+    assert not lifecycle.runs_alone_on("d1")
+    assert not lifecycle.suspected_worker_ids
+    (route,) = routes(lifecycle.handle(m.WorkerLost("d1", m.Blame.NONE)))
+    assert not route.work.runs_alone
+
+
+def test_the_sequences_of_a_suspect_run_alone_one_after_the_other() -> None:
+    lifecycle = make_lifecycle(2, emitted=((7,), (8,)))
+    lifecycle.handle(m.Start())
+    first, second = WorkId(REQUEST_ID, 1, 0), WorkId(REQUEST_ID, 1, 1)
+    for work_id in (first, second):
+        lifecycle.handle(m.Routed(work_id, "d1", None))
+        lifecycle.handle(m.Reserved("d1", work_id, b"t", "d1", 0))
+    (route,) = routes(lifecycle.handle(m.WorkerLost("d1", m.Blame.SUSPECT)))
+    first, second = WorkId(REQUEST_ID, 2, 0), WorkId(REQUEST_ID, 2, 1)
+    assert route.work.work_id == first
+    lifecycle.handle(m.Routed(first, "d1", None))
+    lifecycle.handle(m.Reserved("d1", first, b"t", "d1", 0))
+    tokens = tuple(SequenceToken(first, 0, index, Token(7)) for index in (1, 2, 3))
+    (route,) = routes(lifecycle.handle(m.DecodeTokens("d1", tokens)))
+    assert route.work.work_id == second
+    assert lifecycle.suspected_worker_ids
+    lifecycle.handle(m.Routed(second, "d1", None))
+    lifecycle.handle(m.Reserved("d1", second, b"t", "d1", 0))
+    assert lifecycle.runs_alone_on("d1")
+    lifecycle.handle(m.DecodeTokens("d1", tuple(SequenceToken(second, 1, index, Token(7)) for index in (1, 2))))
+    assert not lifecycle.suspected_worker_ids
+
+
+def test_a_suspect_is_not_paused_while_others_wait_for_it() -> None:
+    lifecycle = make_lifecycle(1)
+    lifecycle.handle(m.Start())
     prompt_on(lifecycle, None)
-    assert m.EndTrial() not in emit(lifecycle, 0)
-    assert lifecycle.is_suspect, "its prompt was computed, and no decode step yet"
-    assert m.EndTrial() in emit(lifecycle, 1)
-    assert not lifecycle.is_suspect
-    (route,) = (a for a in lifecycle.handle(m.WorkerLost("d1", m.Blame.NONE)) if isinstance(a, m.Route))
-    assert not route.apart
+    lifecycle.handle(m.WorkerLost("d1", m.Blame.SUSPECT))
+    prompt_on(lifecycle, None)
+    emit(lifecycle, 0)
+    assert lifecycle.handle(m.ReadersBehind(True)) == []
+    assert m.SendSetPaused("d1", WorkId(REQUEST_ID, 2), True) in emit(lifecycle, 1)
+
+
+def test_a_request_that_is_cleared_runs_with_the_others_again() -> None:
+    lifecycle = make_lifecycle(1)
+    lifecycle.handle(m.Start())
+    prompt_on(lifecycle, None)
+    lifecycle.handle(m.WorkerLost("d1", m.Blame.SUSPECT))
+    lifecycle.handle(m.Cleared("d1"))
+    prompt_on(lifecycle, None)
+    (route,) = routes(lifecycle.handle(m.WorkerLost("d1", m.Blame.NONE)))
+    assert not route.work.runs_alone
 
 
 def test_a_guilty_request_ends_with_internal_and_says_why() -> None:
@@ -125,8 +147,8 @@ def test_a_push_that_breaks_because_its_worker_dies_does_not_hide_who_was_in_the
     (timer,) = lifecycle.handle(m.WorkFailed("d1", WorkId(REQUEST_ID, 1), FailureKind.TRANSFER, "the push broke off"))
     assert isinstance(timer, m.StartTimer)
     assert lifecycle.may_be_in_step_of("p1"), "whose end is heard of later"
-    (route,) = (a for a in lifecycle.handle(m.WorkerLost("p1", m.Blame.SUSPECT)) if isinstance(a, m.Route))
-    assert route.apart
+    (route,) = routes(lifecycle.handle(m.WorkerLost("p1", m.Blame.SUSPECT)))
+    assert route.work.runs_alone
     assert lifecycle.attempt == 2
 
 
