@@ -4,15 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
-
 from gateway.output_frames import Frame, decode_frame, is_wanted
 from gateway.relay import Relay
 from gateway.takeover import take_over
-from kvrelay.error_status import error_of
-from kvrelay.errors import ERROR_DOMAIN, DeadlineError, KvrelayError, UnavailableError
+from kvrelay.error_status import error_of_reason
+from kvrelay.errors import CancelledRequestError, DeadlineError, KvrelayError, UnreadableStateError
 from kvrelay.request_record import RequestRecord, RequestSummary
 from kvrelay.request_state import RequestState, is_terminal
 from kvrelay.worker_registry import MemberRole
@@ -67,6 +63,7 @@ class StoredOutputReader:
         Raises:
             RequestNotFoundError: no such request.
             UnavailableError: the store does not answer.
+            UnreadableStateError: what it holds is no output, or no end that this version knows.
             KvrelayError: the request ended with it.
         """
         position = 0
@@ -126,9 +123,14 @@ def _is_alive(relay: Relay, gateway_id: str) -> bool:
 
 
 def error_of_record(record: RequestSummary) -> KvrelayError:
-    """The error that a request ended with."""
-    detail = AnyMessage()
-    detail.Pack(ErrorInfo(reason=record.error_reason, domain=ERROR_DOMAIN))
-    if not record.error_reason:
-        return UnavailableError(f"the request ended as {record.state.value}")
-    return error_of(Status(message=record.error_message, details=[detail]))
+    """The error that a request ended with. A reason that this version does not know says no more than the state."""
+    error = error_of_reason(record.error_reason, record.error_message)
+    if error is not None:
+        return error
+    match record.state:
+        case RequestState.CANCELLED:
+            return CancelledRequestError("the request was cancelled")
+        case RequestState.EXPIRED:
+            return DeadlineError("the request's deadline passed before it was done")
+    problem = "the request failed, and what the state store holds of the reason cannot be read; send it again as a new one"
+    return UnreadableStateError(problem)

@@ -87,6 +87,14 @@ def error_of(status: Status) -> KvrelayError:
     return kind(status.message)
 
 
+def error_of_reason(reason: str, message: str) -> KvrelayError | None:
+    """The error that says this; None for a reason that no error of this version has."""
+    if reason not in _BY_REASON:
+        return None
+    detail = ErrorInfo(reason=reason, domain=errors.ERROR_DOMAIN)
+    return error_of(Status(message=message, details=[_pack(detail)]))
+
+
 def error_of_code(code: grpc.StatusCode, message: str) -> KvrelayError:
     """The error that a bare status code stands for."""
     kind = _BY_CODE.get(code, errors.InternalError)

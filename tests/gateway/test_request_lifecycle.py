@@ -307,3 +307,21 @@ def test_a_work_that_a_stop_string_ended_is_cancelled_while_others_of_the_reques
         lifecycle.handle(m.Reserved(worker_id, work_id, b"", "", 0))
         lifecycle.handle(m.DecodeStarted(worker_id, work_id))
     assert lifecycle.handle(m.StopFound(1)) == [m.SendCancel("d3", works[1])]
+
+
+@pytest.mark.parametrize("sequence", [1, 7, 2**32 - 1])
+@pytest.mark.parametrize("from_prefill_worker", [True, False])
+def test_a_token_of_a_sequence_that_the_request_does_not_have_costs_its_worker_the_attempt(
+    sequence: int, from_prefill_worker: bool
+) -> None:
+    lifecycle = make_lifecycle(1)
+    lifecycle.handle(m.Start())
+    work_id = WorkId("a" * 32, 1)
+    lifecycle.handle(m.Routed(work_id, "d1", "p1" if from_prefill_worker else None))
+    lifecycle.handle(m.Reserved("d1", work_id, b"t", "d1", 0))
+    tokens = (SequenceToken(work_id, sequence, 0, Token(7)),)
+    actions = lifecycle.handle(m.PrefillDone("p1", work_id, tokens) if from_prefill_worker else m.DecodeTokens("d1", tokens))
+    assert not any(isinstance(action, m.Emit) for action in actions)
+    assert lifecycle.attempt == 2
+    (route,) = (action for action in actions if isinstance(action, m.Route))
+    assert route.excluded_worker_ids == {"p1" if from_prefill_worker else "d1"}
