@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.kserve.requests import naming_inputs, parse
 from gateway.kserve.sampling_json import parse_sampling_json
-from gateway.kserve.tensors import raw_texts
+from gateway.kserve.tensors import Tensor, raw_texts
 from gateway.request_validation import parse_sampling
 from kvrelay.errors import InvalidRequestError, KvrelayError, ModelNotFoundError
 from kvrelay.kserve import grpc_service_pb2 as pb
@@ -23,8 +23,16 @@ TEXT = "Why is the sky blue?"
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_a_request_becomes_one_of_our_own(raw: bool) -> None:
-    sampling = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 2**63, "stop": ["\n", "É"], "n": 2}
-    values = {"text_input": TEXT, "stream": True, "sampling_parameters": json.dumps(sampling)}
+    sampling: dict[str, Any] = {
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": 2**63,
+        "stop": ["\n", "É"],
+        "n": 2,
+    }
+    values: dict[str, str | bool] = {"text_input": TEXT, "stream": True, "sampling_parameters": json.dumps(sampling)}
     request = infer_request(values, raw=raw, model_name="tiny", id="a", parameters={"tenant": "t", "timeout": 1_500_000})
     parsed = parse(request)
     expected = session_pb2.SamplingParams(**(sampling | {"stop": [b"\n", "É".encode()]}))
@@ -49,14 +57,14 @@ def test_only_the_text_is_needed() -> None:
     ],
 )
 def test_either_name_asks_for_a_stream(values: dict[str, bool], streams: bool) -> None:
-    assert parse(infer_request({"text_input": TEXT} | values)).streams is streams
+    assert parse(infer_request({"text_input": TEXT, **values})).streams is streams
 
 
 def test_outputs_are_those_that_are_named_or_asked_for_by_inputs() -> None:
     named = ("num_output_tokens", "text_output")
     assert parse(infer_request({"text_input": TEXT}, outputs=named)).outputs == named
     flags = {"return_finish_reason": False, "return_num_input_tokens": True}
-    assert parse(infer_request({"text_input": TEXT} | flags)).outputs == ("text_output", "num_input_tokens")
+    assert parse(infer_request({"text_input": TEXT, **flags})).outputs == ("text_output", "num_input_tokens")
     with_logprobs = infer_request({"text_input": TEXT, "sampling_parameters": '{"logprobs": 0}'})
     assert parse(with_logprobs).outputs == ("text_output", "finish_reason", "logprobs")
 
@@ -71,7 +79,7 @@ def test_a_batch_dimension_of_one_is_taken() -> None:
 
 
 def changed(change: Callable[[pb.ModelInferRequest], object], **values: str | bool) -> pb.ModelInferRequest:
-    request = infer_request({"text_input": TEXT} | values)
+    request = infer_request({"text_input": TEXT, **values})
     change(request)
     return request
 
@@ -90,7 +98,7 @@ WRONG: list[tuple[str, pb.ModelInferRequest]] = [
     ("text_input", changed(lambda request: request.raw_input_contents.__setitem__(0, b"\x09\0\0\0abc"))),
     ("text_input", changed(lambda request: request.raw_input_contents.__setitem__(0, b"\0\0"))),
     ("text_input", changed(lambda request: request.raw_input_contents.__setitem__(0, b""))),
-    ("text_input", pb.ModelInferRequest(inputs=[{"name": "text_input", "datatype": "BYTES", "shape": [1]}])),
+    ("text_input", pb.ModelInferRequest(inputs=[Tensor(name="text_input", datatype="BYTES", shape=[1])])),
     ("text_input.parameters[x]", changed(lambda request: request.inputs[0].parameters["x"].SetInParent())),
     ("stream", changed(lambda request: request.raw_input_contents.__setitem__(1, b"\0\1"), stream=True)),
     ("stream", infer_request({"text_input": TEXT, "stream": "true"})),
@@ -193,7 +201,7 @@ def test_every_field_of_sampling_can_be_written_in_json() -> None:
         fields["response_format"] = {"regex": "[a-z]+"}
     message = parse_sampling_json(json.dumps(fields))
     assert {field.name for field, _ in message.ListFields()} == set(session_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
-    assert (message.logit_bias, list(message.stop), message.presence_penalty) == ({5: -1.5}, [b"x"], -1.0)
+    assert (dict(message.logit_bias), list(message.stop), message.presence_penalty) == ({5: -1.5}, [b"x"], -1.0)
 
 
 def test_numbers_may_be_written_as_texts_and_one_stop_string_without_a_list() -> None:
