@@ -38,7 +38,7 @@ async def cancel_request(relay: Relay, request_id: str, *, forwarded: bool) -> R
     if is_terminal(record.state):
         return record.state
     owners = [member for member in relay.members(MemberRole.GATEWAY) if member.instance_id == record.gateway_id]
-    if not owners or record.gateway_id == relay.gateway_id:
+    if not owners or record.gateway_id == relay.gateway_id or await relay.peers.is_gone(record.gateway_id):
         return await _cancel_orphan(relay, record)
     if forwarded:
         raise UnavailableError("the request has just moved to another gateway; try again")

@@ -14,6 +14,7 @@ from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
 from gateway.lifecycle_messages import LifecycleRequest
 from gateway.orphan_sweeper import OrphanSweeper
+from gateway.peers import GatewayPeers
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
@@ -69,6 +70,7 @@ class Relay:
             on_change=self._note_workers_changed,
             on_room=self.requests.note_room,
         )
+        self.peers = GatewayPeers(gateway_id)
         self.models = ServedModels(self.sessions.views, self.members)
         self.tokenizers = TokenizerCache(self.sessions.sessions)
         self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
@@ -83,14 +85,14 @@ class Relay:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keeps sessions and writes state; at the end leaves what still runs to other gateways, and writes what is left."""
-        async with self.sessions.running(), self.registry.watch(on_change=self.sessions.set_members) as members:
+        async with self.sessions.running(), self.peers.running(), self.registry.watch(on_change=self._note_members) as members:
             self._members = members
             if not await members.wait_until_looked(FIRST_LOOK_TIMEOUT_MS):
                 _log.warning(
                     "redis does not answer: no worker can be found and no request state is kept until it does; "
                     "start it, or correct --redis-url"
                 )
-            self.sessions.set_members(members.members())
+            self._note_members(members.members())
             writing = asyncio.create_task(self.writer.run(), name="state writer")
             sweeper = OrphanSweeper(self.store, self.gateway_id, self._gateway_ids, self._lease_ms)
             sweeping = asyncio.create_task(sweeper.run(), name="orphan sweeper")
@@ -109,6 +111,10 @@ class Relay:
     def members(self, role: MemberRole | None = None) -> tuple[Member, ...]:
         """Processes with a lease, as last known."""
         return () if self._members is None else self._members.members(role)
+
+    def _note_members(self, members: tuple[Member, ...]) -> None:
+        self.sessions.set_members(members)
+        self.peers.set_members(members)
 
     def _gateway_ids(self) -> list[str]:
         return [member.instance_id for member in self.members(MemberRole.GATEWAY)]

@@ -89,7 +89,7 @@ class StoredOutputReader:
             return False
         runner = self._relay.requests.find(self._request_id)
         if runner is None:
-            if _is_alive(self._relay, record.gateway_id):
+            if await _is_alive(self._relay, record.gateway_id):
                 self._check_progress(record)
                 return False
             runner = await take_over(self._relay, record)
@@ -117,9 +117,11 @@ async def _skip(batches: AsyncIterator[list[Frame]], count: int, from_index: int
             yield wanted
 
 
-def _is_alive(relay: Relay, gateway_id: str) -> bool:
-    others = (member.instance_id for member in relay.members(MemberRole.GATEWAY))
-    return gateway_id != relay.gateway_id and gateway_id in others  # what this gateway owns and does not run is orphaned
+async def _is_alive(relay: Relay, gateway_id: str) -> bool:
+    if gateway_id == relay.gateway_id:  # what this gateway owns and does not run is orphaned
+        return False
+    has_lease = any(member.instance_id == gateway_id for member in relay.members(MemberRole.GATEWAY))
+    return has_lease and not await relay.peers.is_gone(gateway_id)
 
 
 def error_of_record(record: RequestSummary) -> KvrelayError:

@@ -56,6 +56,7 @@ EDGE_MODULES = {
     "gateway.main",
     "gateway.prompt_preparation",
     "gateway.output_frames",
+    "gateway.peers",
     "gateway.request_validation",
     "gateway.service",
     "gateway.session_messages",

@@ -12,6 +12,7 @@ from unittest import mock
 import structlog
 
 import gateway.cancellation
+import gateway.peers
 import gateway.relay
 import gateway.state_writer
 import gateway.worker_sessions
@@ -57,6 +58,10 @@ def simulated_environment(
     def create_channel(address: str) -> SimulatedChannel:
         return SimulatedChannel(network, asyncio.get_running_loop().place, address)  # type: ignore[attr-defined]
 
+    async def is_refused(address: str) -> bool:
+        await asyncio.sleep(network.latency_s())
+        return network.listener(address) is None
+
     patches: list[contextlib.AbstractContextManager[Any]] = [
         mock.patch.object(time, "monotonic", monotonic),
         mock.patch.object(time, "time", wall_clock),
@@ -65,6 +70,8 @@ def simulated_environment(
         mock.patch.object(secrets, "randbits", chance.getrandbits),
         mock.patch.object(gateway.worker_sessions, "create_channel", create_channel),
         mock.patch.object(gateway.cancellation, "create_channel", create_channel),
+        mock.patch.object(gateway.peers, "create_channel", create_channel),
+        mock.patch.object(gateway.peers, "is_refused", is_refused),
         mock.patch.object(kvrelay.kv_transfer.transports, "create_channel", create_channel),
         mock.patch.object(gateway.relay, "RequestLifecycle", lifecycle),
         mock.patch.object(gateway.state_writer, "PASS_INTERVAL_S", WRITER_INTERVAL_S),

@@ -11,19 +11,21 @@ import decode_worker.kv_receiver
 import kvrelay.kv_cache.block_manager
 import kvrelay.kv_cache.prefix_hash
 from decode_worker.push_permits import PushPermits
+from decode_worker.scheduler import DecodeScheduler
 from decode_worker.transfer_assembly import TransferAssembly
 from gateway import lifecycle_messages as m
 from gateway.idempotency import IdempotencyKeys
 from gateway.request_lifecycle import RequestLifecycle
+from gateway.suspicion import Inquests, InStep
 from gateway.token_order import TokenOrder
 from gateway.work_progress import WorkProgress
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockManager
-from kvrelay.work import SequenceToken, WorkId
+from kvrelay.work import SequenceToken, Work, WorkId
 from kvrelay.work_leases import WorkLeases
 from tests.simulation.run import run_seed, without_garbage_collection
 
-MAX_SEEDS = 3000
+MAX_SEEDS = 10_000
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -110,6 +112,22 @@ def never_free_blocks(patch: Patch) -> None:
     patch.setattr(BlockManager, "release", lambda self, table: None)
 
 
+def suspect_for_ever(patch: Patch) -> None:
+    def open_inquest(self: Inquests, worker_id: str, in_step: list[InStep]) -> dict[str, m.Blame | None]:
+        return {request.request_id: m.Blame.SUSPECT for request in in_step}
+
+    patch.setattr(Inquests, "open", open_inquest)
+
+
+def compute_suspects_together_with_others(patch: Patch) -> None:
+    reserve = DecodeScheduler.reserve
+
+    def reserve_anyhow(self: DecodeScheduler, work: Work) -> None:
+        reserve(self, replace(work, runs_alone=False))
+
+    patch.setattr(DecodeScheduler, "reserve", reserve_anyhow)
+
+
 @pytest.mark.parametrize(
     ("remove_guard", "promise"),
     [
@@ -123,6 +141,8 @@ def never_free_blocks(patch: Patch) -> None:
         (keep_works_of_a_lost_session, ("I3",)),
         (begin_every_request_with_a_key, ("KEY",)),
         (never_free_blocks, ("I3",)),
+        (suspect_for_ever, ("I6",)),
+        (compute_suspects_together_with_others, ("I6", "an innocent")),
     ],
 )
 def test_without_a_guard_some_seed_breaks_its_promise(
