@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from gateway.request_validation import parse_sampling
 from kvrelay.errors import InvalidRequestError, KvrelayError, ModelNotFoundError
 from kvrelay.kserve import grpc_service_pb2 as pb
 from kvrelay.v1 import inference_pb2, session_pb2
+from tests.fuzz.mutations import mutate_bytes
 from tests.gateway.kserve.messages import infer_request
 
 TEXT = "Why is the sky blue?"
@@ -221,3 +224,26 @@ FIELDS = st.sampled_from(sorted(session_pb2.SamplingParams.DESCRIPTOR.fields_by_
 def test_whatever_json_comes_is_taken_or_refused(values: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidRequestError):  # anything else is a defect
         parse_sampling(parse_sampling_json(json.dumps(values)))
+
+
+def test_whatever_bytes_come_are_taken_or_refused() -> None:
+    generator = random.Random(1)
+    values: dict[str, str | bool] = {"text_input": TEXT, "stream": True, "sampling_parameters": '{"max_tokens": 5, "stop": "x"}'}
+    parameters = {"timeout": 5, "tenant": "t"}
+    raw, plain = (
+        infer_request(values, raw=raw, outputs=("text_output",), parameters=parameters).SerializeToString()
+        for raw in (True, False)
+    )
+    num_refused = num_taken = 0
+    for _ in range(2000):
+        data = mutate_bytes(*generator.choice(((raw, plain), (plain, raw))), generator)
+        try:
+            parse(pb.ModelInferRequest.FromString(data))
+        except DecodeError:  # the server's interceptor refuses it
+            continue
+        except KvrelayError as failure:
+            num_refused += len(failure.message) < 1000
+        else:
+            num_taken += 1
+    assert num_refused > 100
+    assert num_taken > 10
