@@ -12,6 +12,8 @@ from kvrelay.state_store import StateStore
 from kvrelay.v1 import inference_pb2
 
 MAX_KEYS = 8192
+LONGEST_WAIT_FOR_STORE_S = 1.0
+"""So long a store that has just gone away is waited for: often it was slow once. Later on nobody waits for it any more."""
 
 
 @dataclass(slots=True)
@@ -33,12 +35,14 @@ class IdempotencyKeys:
     """Keys of this gateway's requests, the oldest dropped first; the store knows those of all gateways.
 
     Args:
-        store: shared by all gateways. While it is away, keys hold within this gateway.
+        store: shared by all gateways. While it is away for longer than a moment, keys hold within this gateway: nobody else could
+            be asked, and a request that is not served because its key cannot be looked up is worse than one that is served twice.
     """
 
     def __init__(self, store: StateStore) -> None:
         self._store = store
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._away_since: float | None = None
 
     async def begin_or_join(
         self, tenant: str, key: str, digest: str, ttl_ms: int, begin: Callable[[], Awaitable[str]]
@@ -82,11 +86,27 @@ class IdempotencyKeys:
         return Joined(owner)
 
     async def _claim(self, tenant: str, key: str, digest: str, request_id: str, ttl_ms: int) -> str:
+        while True:
+            try:
+                claim = await self._store.claim_idempotency_key(tenant, key, digest, request_id, ttl_ms)
+            except UnavailableError:
+                if not await self._wait_for_store():
+                    return request_id
+            else:
+                self._away_since = None
+                return claim.request_id
+
+    async def _wait_for_store(self) -> bool:
+        """Whether it is worth asking again: the store answers once more, soon after it was first found to be away."""
+        now = asyncio.get_running_loop().time()
+        if self._away_since is None:
+            self._away_since = now
         try:
-            claim = await self._store.claim_idempotency_key(tenant, key, digest, request_id, ttl_ms)
-        except UnavailableError:
-            return request_id
-        return claim.request_id
+            async with asyncio.timeout_at(self._away_since + LONGEST_WAIT_FOR_STORE_S):
+                await self._store.health.wait_until_healthy()
+        except TimeoutError:
+            return False
+        return asyncio.get_running_loop().time() < self._away_since + LONGEST_WAIT_FOR_STORE_S
 
     def settle(self, tenant: str, key: str, request_id: str) -> None:
         """The request of the key runs, or is known elsewhere."""
