@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from gateway.front_ends import add_front_ends
+from gateway.live_page import live_page
 from gateway.relay import Relay
 from gateway.service import InferenceService
 from kvrelay.config import GatewaySettings
@@ -71,7 +72,9 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store, service_names):
             await server.start()
             async with (
-                serving_http(settings.server.host, settings.server.http_port, lambda: _http_health(relay, store)) as http_port,
+                serving_http(
+                    settings.server.host, settings.server.http_port, lambda: _http_health(relay, store), live_page(relay)
+                ) as http_port,
                 showing_life(settings.server.watchdog_socket),
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
