@@ -41,9 +41,11 @@ def is_final(response: pb.ModelInferResponse) -> bool:
     return response.parameters["triton_final_response"].bool_param
 
 
-async def streamed(gateway: Gateway, requests: Sequence[pb.ModelInferRequest], **call: Any) -> dict[str, list[Any]]:
-    """Messages of a stream that sends these requests, by the requests' ids."""
-    messages: dict[str, list[Any]] = {}
+async def streamed(
+    gateway: Gateway, requests: Sequence[pb.ModelInferRequest], messages: dict[str, list[Any]] | None = None, **call: Any
+) -> dict[str, list[Any]]:
+    """Messages of a stream that sends these requests, by the requests' ids; they are put into `messages` as they come."""
+    messages = {} if messages is None else messages
     async with asyncio.timeout(BOUND_S):
         async for message in stub_of(gateway).ModelStreamInfer(iter_of(requests), **call):
             messages.setdefault(message.infer_response.id, []).append(message)
@@ -104,15 +106,15 @@ async def test_requests_of_one_stream_are_answered_side_by_side(bench: Bench) ->
     texts = {f"r{number}": f"prompt {number}" for number in range(5)}
     requests = [ask(8, text, stream=True, id=name) for name, text in texts.items()]
     requests.append(ask(4, id="whole"))
-    reading = asyncio.create_task(streamed(gateway, requests))
-    await decode.wait_for("token:6")
+    messages: dict[str, list[Any]] = {}
+    reading = asyncio.create_task(streamed(gateway, requests, messages))
 
-    async def all_run() -> bool:
-        return len(decode.jobs) == len(texts)  # "whole" has ended, though it came last
+    async def all_have_begun() -> bool:
+        return messages.keys() == {*texts, "whole"} and len(decode.jobs) == len(texts)  # "whole" has ended, though it came last
 
-    await eventually(all_run)
+    await eventually(all_have_begun)
     decode.release("token:6")
-    messages = await reading
+    await reading
     for name, text in texts.items():
         assert len(messages[name]) > 1
         check_stream(messages[name], 8, text)
