@@ -35,7 +35,7 @@ async def take_screenshot(url: str, path: Path, width: int = 1440, height: int =
     options = [f"--screenshot={path}", f"--window-size={width},{height}", "--hide-scrollbars"]
     # 0 is what the engine calls dark.
     await _run(url, *options, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
-    if not path.exists():
+    if not await asyncio.to_thread(path.exists):
         raise BrowserError(f"no picture was written to {path}")
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/live-page.png anew: a cluster runs requests, the decode worker of one dies in the middle, and the page shows its waterfall.
+"""Makes docs/live-page.png anew: the decode worker of a request dies in the middle, and the page shows the request's waterfall.
 
 python -m tools.page_screenshot                  the real model (SmolLM2-135M-Instruct); needs Chromium
 python -m tools.page_screenshot --tiny --dark    a tiny model with random weights, the dark colours

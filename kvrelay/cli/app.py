@@ -15,6 +15,7 @@ from kvrelay.cli import (
     plan_command,
     serve_commands,
     status_commands,
+    watch_commands,
 )
 from kvrelay.cli.output import print_error
 from kvrelay.errors import ConfigError, KvrelayError
@@ -36,6 +37,8 @@ for command in (
     status_commands.status,
     status_commands.requests,
     status_commands.health,
+    watch_commands.top,
+    watch_commands.trace,
     client_commands.cancel,
     client_commands.tokenize,
     client_commands.detokenize,
