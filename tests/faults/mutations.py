@@ -50,9 +50,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a new attempt forgets what was emitted",
-        "gateway/request_lifecycle.py",
-        "token_ids=prompt + tuple(self.emitted[first_sequence]),",
-        "token_ids=prompt,",
+        "gateway/sequence_outputs.py",
+        "token_ids=request.prompt_token_ids + tuple(self.emitted[first_sequence]),",
+        "token_ids=request.prompt_token_ids,",
         "test_worker_deaths.py::test_d_dies_after_token_n",
     ),
     Mutation(
