@@ -10,12 +10,14 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvrelay.error_status import DETAILS_METADATA_KEY, status_of
 from kvrelay.errors import InternalError, InvalidRequestError, KvrelayError, StartupError
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+"""What newer clients ask first: the messages of v1alpha under another name. The library has only the older name."""
 
 _log = structlog.get_logger(__name__)
 
@@ -81,7 +83,7 @@ def bind_server(server: grpc.aio.Server, host: str, port: int, service_names: It
     """
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    _add_reflection(server, (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     try:
         bound_port = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as failure:
@@ -90,6 +92,16 @@ def bind_server(server: grpc.aio.Server, host: str, port: int, service_names: It
         )
         raise StartupError(message) from failure
     return BoundServer(server, bound_port, health_servicer)
+
+
+def _add_reflection(server: grpc.aio.Server, service_names: tuple[str, ...]) -> None:
+    reflection.enable_server_reflection(service_names, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(service_names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),))
 
 
 def create_channel(address: str) -> grpc.aio.Channel:

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from kvrelay import errors, rpc
 from kvrelay.error_status import code_of, error_of, error_of_rpc, status_of
@@ -144,9 +144,13 @@ async def test_health_follows_what_is_set(bound: rpc.BoundServer, channel: grpc.
         assert (answer.status == health_pb2.HealthCheckResponse.SERVING) is serving
 
 
-async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
-    make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types know the blocking channel only
-    stub = make_stub(channel)
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
+@pytest.mark.parametrize("service", ["grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection"])
+async def test_reflection_lists_the_services(channel: grpc.aio.Channel, service: str) -> None:
+    ask: Any = channel.stream_stream(
+        f"/{service}/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    call = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
     names = [service.name async for answer in call for service in answer.list_services_response.service]
     assert {SERVICE, "grpc.health.v1.Health"} <= set(names)

@@ -32,7 +32,7 @@ def triton_client_folder() -> Path:
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"]
+            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check", "--no-deps"]
             command = [*pip, "--target", str(unfinished), *REQUIREMENTS]
             subprocess.run(command, check=True, timeout=INSTALL_TIMEOUT_S)
             unfinished.rename(folder)

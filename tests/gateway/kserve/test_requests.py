@@ -229,7 +229,7 @@ def test_whatever_json_comes_is_taken_or_refused(values: dict[str, Any]) -> None
 def test_whatever_bytes_come_are_taken_or_refused() -> None:
     generator = random.Random(1)
     values: dict[str, str | bool] = {"text_input": TEXT, "stream": True, "sampling_parameters": '{"max_tokens": 5, "stop": "x"}'}
-    parameters = {"timeout": 5, "tenant": "t"}
+    parameters: dict[str, str | int | bool] = {"timeout": 5, "tenant": "t"}
     raw, plain = (
         infer_request(values, raw=raw, outputs=("text_output",), parameters=parameters).SerializeToString()
         for raw in (True, False)
