@@ -77,6 +77,13 @@ MUTATIONS = (
         "test_worker_deaths.py::test_a_prompt_that_kills_workers_is_quarantined_after_two_deaths",
     ),
     Mutation(
+        "a connection that breaks is taken for a death",
+        "gateway/worker_sessions.py",
+        "self._on_fate(worker_id, found_worker_id != worker_id)",
+        "self._on_fate(worker_id, True)",
+        "test_worker_deaths.py::test_connections_that_break_under_a_request_again_and_again_are_no_deaths",
+    ),
+    Mutation(
         "gateways do not ask each other's keys",
         "gateway/idempotency.py",
         "        return claim.request_id",

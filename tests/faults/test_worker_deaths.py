@@ -6,6 +6,7 @@ import pytest
 
 from kvrelay.errors import InternalError
 from kvrelay.fault_points import FaultAction
+from kvrelay.testing import wait_until
 from kvrelay.testing.load import Outcome, TokenCheck
 from tests.faults.conftest import BLOCK_SIZE, Rig
 
@@ -130,3 +131,27 @@ async def test_a_prompt_that_kills_workers_is_quarantined_after_two_deaths(rig: 
         assert_unharmed(other, tokens)
     assert num_deaths == 2
     assert isinstance(outcome.error, InternalError)
+
+
+async def test_connections_that_break_under_a_request_again_and_again_are_no_deaths(rig: Rig) -> None:
+    """Both times in a step of it, and the second while it ran alone: it would be guilty if anybody had died."""
+    request = rig.request(num_tokens=NUM_TOKENS, tenant="unlucky")
+    expected = await rig.expected(request)
+    workers = rig.cluster.of_role("decode")
+    faults = [worker.arm("decode.step_begins", FaultAction.WAIT, match="unlucky") for worker in workers]
+    running = asyncio.create_task(rig.run(request))
+    broken: set[int] = set()
+
+    def held_workers() -> list[int]:
+        return [number for number, fault in enumerate(faults) if fault.num_fired and number not in broken]
+
+    for _ in range(2):
+        await wait_until(lambda: bool(held_workers()), "it is in a step of another worker")
+        (number,) = held_workers()
+        assert workers[number].link_from("gateway").close() > 0
+        broken.add(number)
+    for fault in faults:
+        fault.disarm()
+    outcome = await running
+    assert_unharmed(outcome, expected)
+    assert outcome.num_attempts > len(broken)
