@@ -218,8 +218,8 @@ class KVChunk(_message.Message):
     token_end: _builtins.int
     """One past the last token."""
     payload: _builtins.bytes
-    """For each layer K, then V, each [tokens, kv_heads, head_dim] in the model's KV dtype, little endian, without padding. Some MiB at
-    the most. Empty when `shared` is set.
+    """For each layer K, then V, each [tokens, kv_heads, head_dim] in the model's KV dtype, little endian, without padding; a KV dtype
+    of int8 has a float32 scale behind each row of head_dim values. Some MiB at the most. Empty when `shared` is set.
     """
     digest: _builtins.bytes
     """xxh3-128 over ticket, attempt, layer range, token range and payload; 16 bytes, big endian."""
