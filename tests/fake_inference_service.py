@@ -75,6 +75,9 @@ class FakeInferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def ListRequests(self, request: Any, context: Any) -> Any:
         return self._answer("ListRequests", request)
 
+    async def GetTimeline(self, request: Any, context: Any) -> Any:
+        return self._answer("GetTimeline", request)
+
     async def CancelRequest(self, request: Any, context: Any) -> Any:
         return self._answer("CancelRequest", request)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTLE_MS = 6000
 """Of the page's own time, which runs as fast as its requests are answered."""
+PICTURE_AFTER_MS = 4500
+"""Of real time, so that there are rates to be seen."""
 TIMEOUT_S = 90.0
 NO_CHROMIUM = "there is no Chromium on this machine: `apt-get install chromium` brings one"
 
@@ -27,14 +29,14 @@ def find_chromium() -> str | None:
 
 async def dump_dom(url: str) -> str:
     """The page's elements as HTML, after its scripts have run for a while."""
-    return await _run(url, "--dump-dom")
+    return await _run(url, f"--virtual-time-budget={SETTLE_MS}", "--dump-dom")
 
 
-async def take_screenshot(url: str, path: Path, width: int = 1440, height: int = 1060, dark: bool = False) -> None:
+async def take_screenshot(url: str, path: Path, width: int = 1440, height: int = 780, dark: bool = False) -> None:
     """A PNG of the page."""
     options = [f"--screenshot={path}", f"--window-size={width},{height}", "--hide-scrollbars"]
     # 0 is what the engine calls dark.
-    await _run(url, *options, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    await _run(url, f"--timeout={PICTURE_AFTER_MS}", *options, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
     if not await asyncio.to_thread(path.exists):
         raise BrowserError(f"no picture was written to {path}")
 
@@ -46,7 +48,7 @@ async def _run(url: str, *options: str) -> str:
     with tempfile.TemporaryDirectory(prefix="kvrelay-browser-", ignore_cleanup_errors=True) as profile:
         common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         common += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio"]
-        command = [chromium, *common, f"--user-data-dir={profile}", f"--virtual-time-budget={SETTLE_MS}", *options, url]
+        command = [chromium, *common, f"--user-data-dir={profile}", *options, url]
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )

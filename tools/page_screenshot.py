@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvrelay.client import AsyncClient
 from kvrelay.client.results import RequestTimeline
+from kvrelay.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
 from kvrelay.testing.waiting import wait_until
 from kvrelay.timeline import WorkOutcome
@@ -21,7 +22,7 @@ DEFAULT_PATH = Path(__file__).resolve().parent.parent / "docs/live-page.png"
 REAL_MODEL = "smollm2-135m-instruct"
 NUM_TOKENS = 48
 DEATH_AFTER_TOKENS = 18
-PROMPT_TOKENS = 480
+PROMPT_TOKENS = 400
 
 
 class WatchedCluster:
@@ -63,11 +64,17 @@ class WatchedCluster:
         # Others before it, so that what happens only once is not in the picture.
         for number in (1, 2):
             await client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=4, ignore_eos=True).completion()
-        fault = self.faults.arm_one_of("decode", "decode.tokens_reported", at=DEATH_AFTER_TOKENS)
+        # It is held before the step of the next token, so that the client has all tokens before it when it is killed.
+        fault = self.faults.arm_one_of("decode", "decode.step_begins", FaultAction.WAIT, at=DEATH_AFTER_TOKENS)
         stream = client.generate(token_ids=prompt(PROMPT_TOKENS, 5), max_tokens=num_tokens, temperature=0, ignore_eos=True)
-        request_id = (await stream.completion()).accepted.request_id
-        await fault.wait_until_fired()
-        fault.disarm()
+        num_seen = 0
+        async for delta in stream:
+            num_seen += len(delta.tokens)
+            if num_seen == DEATH_AFTER_TOKENS:
+                await (await fault.wait_until_fired()).kill()
+                fault.disarm()
+        assert stream.accepted is not None
+        request_id = stream.accepted.request_id
         await wait_until(lambda: _has_ended(client, request_id), "the request has ended")
         survivor = await client.timeline(request_id)
         check_survivor(survivor, num_tokens)
@@ -99,8 +106,11 @@ async def main(arguments: argparse.Namespace) -> None:
     cluster = WatchedCluster(None if arguments.tiny else REAL_MODEL)
     async with cluster.faults, cluster.faults.client() as client:
         survivor = await cluster.survive_a_death(client, arguments.num_tokens)
-        # What runs while the picture is taken.
-        streams = [client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=400, ignore_eos=True) for number in (7, 8)]
+        # What runs while the picture is taken; a tiny model has no room for more.
+        num_more = 100 if arguments.tiny else 800
+        streams = [
+            client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=num_more, ignore_eos=True) for number in (7, 8)
+        ]
         for stream in streams:
             await anext(aiter(stream))
         await take_screenshot(f"{cluster.url}#request={survivor.request.request_id}", arguments.path, dark=arguments.dark)

@@ -172,9 +172,7 @@ def _remarks(timeline: Timeline) -> Iterable[Text]:
         if not timeline.is_contiguous(sequence):
             yield Text(f"sequence {sequence}: the token indices are not contiguous", style="bold red")
         for begin, end in timeline.pauses(sequence):
-            yield Text(
-                f"paused for {milliseconds(end - begin)} at {milliseconds(begin)}: no token is missing or there twice", "red"
-            )
+            yield Text(f"paused for {milliseconds(end - begin)} at {milliseconds(begin)}, and went on with the next token", "red")
 
 
 def short(identifier: str) -> str:

@@ -30,6 +30,8 @@ class Gateway:
 
     def __init__(self, address: str, channel: grpc.aio.Channel, stop: asyncio.Event, task: "asyncio.Task[None]") -> None:
         self.address = address
+        self.http_url = ""
+        """Of the gateway's HTTP port, where it has one."""
         self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.channel = channel
         self.task = task
@@ -101,12 +103,13 @@ class Bench:
 
 
 @asynccontextmanager
-async def running_gateway(redis_url: str, **relay: Any) -> AsyncIterator[Gateway]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+async def running_gateway(redis_url: str, *, http: bool = False, **relay: Any) -> AsyncIterator[Gateway]:
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as free_for_http:
+        port, http_port = free.getsockname()[1], free_for_http.getsockname()[1]
     settings = GatewaySettings(
         server=ServerSettings(
             port=port,
+            http_port=http_port if http else None,
             redis_url=redis_url,
             lease_ms=LEASE_MS,
             drain_timeout_ms=5000,
@@ -120,6 +123,7 @@ async def running_gateway(redis_url: str, **relay: Any) -> AsyncIterator[Gateway
     try:
         async with create_channel(f"127.0.0.1:{port}") as channel:
             gateway = Gateway(f"127.0.0.1:{port}", channel, stop, task)
+            gateway.http_url = f"http://127.0.0.1:{http_port}" if http else ""
             ready = asyncio.create_task(channel.channel_ready())
             async with asyncio.timeout(BOUND_S):
                 await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
