@@ -87,7 +87,9 @@ class Reference:
         return output.sequences[0, len(prompt) :].tolist(), gaps
 
     def check(self, prompt: Sequence[int], actual: Sequence[int], ties: NearTies) -> None:
-        """Checks that `actual` is what greedy generation gives, token for token: by one pass, and by generating where that is not clear.
+        """Checks that `actual` is what greedy generation gives, token for token.
+
+        By one pass, and by generating where that is not clear.
 
         Raises:
             AssertionError: names the first wrong position.
