@@ -12,8 +12,8 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTLE_MS = 6000
 """Of the page's own time, which runs as fast as its requests are answered."""
-PICTURE_AFTER_MS = 4500
-"""Of real time, so that there are rates to be seen."""
+PICTURE_SETTLE_MS = 90_000
+"""The same before a picture: so many looks at a gateway take some seconds of real time, and there are rates to be seen."""
 TIMEOUT_S = 90.0
 NO_CHROMIUM = "there is no Chromium on this machine: `apt-get install chromium` brings one"
 
@@ -32,11 +32,11 @@ async def dump_dom(url: str) -> str:
     return await _run(url, f"--virtual-time-budget={SETTLE_MS}", "--dump-dom")
 
 
-async def take_screenshot(url: str, path: Path, width: int = 1440, height: int = 780, dark: bool = False) -> None:
+async def take_screenshot(url: str, path: Path, width: int = 1440, height: int = 720, dark: bool = False) -> None:
     """A PNG of the page."""
-    options = [f"--screenshot={path}", f"--window-size={width},{height}", "--hide-scrollbars"]
+    options = [f"--virtual-time-budget={PICTURE_SETTLE_MS}", f"--screenshot={path}", f"--window-size={width},{height}"]
     # 0 is what the engine calls dark.
-    await _run(url, f"--timeout={PICTURE_AFTER_MS}", *options, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    await _run(url, *options, "--hide-scrollbars", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
     if not await asyncio.to_thread(path.exists):
         raise BrowserError(f"no picture was written to {path}")
 
