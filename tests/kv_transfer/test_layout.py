@@ -9,7 +9,11 @@ from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, split_span, take_c
 from kvrelay.model_spec import KVLayout
 
 layouts = st.builds(
-    KVLayout, st.integers(1, 6), st.integers(1, 3), st.integers(1, 16), st.sampled_from(["float32", "bfloat16", "float16", "int8"])
+    KVLayout,
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.sampled_from(["float32", "bfloat16", "float16", "int8"]),
 )
 
 
