@@ -10,6 +10,7 @@ from gateway.relay import Relay
 from gateway.timeline_spans import timeline_of
 from kvrelay.error_status import error_of_rpc
 from kvrelay.errors import RequestNotFoundError
+from kvrelay.request_record import RequestSummary
 from kvrelay.rpc import create_channel
 from kvrelay.timeline_messages import timeline_to_pb
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
@@ -28,15 +29,14 @@ async def get_timeline(relay: Relay, request_id: str, *, forwarded: bool) -> inf
         RequestNotFoundError: no such request, or its timeline is kept nowhere any more.
         UnavailableError: the gateway that ran it does not answer.
     """
-    recorded = relay.timelines.find(request_id)
     runner = relay.requests.find(request_id)
-    if recorded is not None and runner is not None:
-        timeline = timeline_of(recorded, relay.gateway_id, asyncio.get_running_loop().time())
-        request = request_info(runner.journal.record)
-        return inference_pb2.GetTimelineResponse(request=request, timeline=timeline_to_pb(timeline))
-    record = await relay.store.get(request_id)
+    record: RequestSummary | None = runner.journal.record if runner is not None else await relay.store.get(request_id)
     if record is None:
         raise RequestNotFoundError(f"request {request_id!r} is not known, or was forgotten; check the id")
+    recorded = relay.timelines.find(request_id)
+    if recorded is not None and record.gateway_id == relay.gateway_id:
+        timeline = timeline_of(recorded, relay.gateway_id, asyncio.get_running_loop().time())
+        return inference_pb2.GetTimelineResponse(request=request_info(record), timeline=timeline_to_pb(timeline))
     owners = [member for member in relay.members(MemberRole.GATEWAY) if member.instance_id == record.gateway_id]
     if forwarded or not owners or record.gateway_id == relay.gateway_id:
         why = "it is too long ago, or the gateway that ran it is gone"

@@ -137,13 +137,11 @@ def test_a_lost_worker_ends_an_attempt_and_the_next_goes_on_with_the_next_index(
     bench.end(220)
     told = bench.told()
     assert [work.outcome for work in told.works] == [WorkOutcome.RETRIED, WorkOutcome.COMPLETED]
-    assert (told.works[0].end_reason, told.works[0].failed_worker_id, told.works[0].end_ms) == (
-        "d1 was lost",
-        "d1",
-        pytest.approx(150),
-    )
+    assert (told.works[0].end_reason, told.works[0].failed_worker_id) == ("d1 was lost", "d1")
+    assert told.works[0].end_ms == pytest.approx(150)
     assert told.is_contiguous(0)
-    assert told.pauses(0) == [(pytest.approx(120), pytest.approx(210))]
+    (pause,) = told.pauses(0)
+    assert pause == pytest.approx((120, 210))
     assert (told.num_attempts, told.works[1].num_prompt_tokens) == (2, 43)
     unreported = told.works[0].span(SpanKind.TRANSFER)
     assert unreported is not None
@@ -171,7 +169,8 @@ def test_a_request_that_fails_says_so_at_what_was_running() -> None:
     bench.begin(make_work())
     bench.end(80, RequestState.FAILED, OverloadedError("read faster"))
     (work,) = bench.told().works
-    assert (work.outcome, work.end_reason, work.end_ms) == (WorkOutcome.ENDED, "read faster", pytest.approx(80))
+    assert (work.outcome, work.end_reason) == (WorkOutcome.ENDED, "read faster")
+    assert work.end_ms == pytest.approx(80)
 
 
 def test_while_a_request_runs_its_open_phase_goes_on_until_now() -> None:
@@ -179,7 +178,8 @@ def test_while_a_request_runs_its_open_phase_goes_on_until_now() -> None:
     bench.begin(make_work())
     span = bench.told(now_ms=500).works[0].span(SpanKind.PREFILL)
     assert span is not None
-    assert (span.end_ms, span.unreported) == (pytest.approx(500), True)
+    assert span.end_ms == pytest.approx(500)
+    assert span.unreported
     assert not bench.told(500).ended
 
 
