@@ -19,6 +19,8 @@ from kvrelay.work import FailureKind, SequenceToken, WorkId
 from kvrelay.worker_session import WorkerSession
 from kvrelay.worker_sessions import WorkerSessions
 
+ENDS = (events.WorkEnded, events.WorkFailed)
+
 
 class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     """Serves sessions.
@@ -60,8 +62,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         for event in report.events:
             if isinstance(event, events.WorkEnded):
                 self.sessions.leases.end(event.work_id)
-        if not report.tokens and all(isinstance(event, events.WorkEnded) for event in report.events):
-            # What was freed is news to the router, and nothing else tells of it.
+        if any(isinstance(event, ENDS) for event in report.events) or not (report.events or report.tokens):
+            # What was freed is news to the router, and perhaps nothing else tells of it.
             self.sessions.broadcast_load()
 
     def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:
@@ -124,7 +126,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             if session is not None:
                 by_session.setdefault(session, []).append(sequence_token_to_pb(token))
         for session, messages in by_session.items():
-            session.send(step_output=decode_pb2.StepOutput(tokens=messages))
+            self.sessions.send_to(session, step_output=decode_pb2.StepOutput(tokens=messages))
         fault_point("decode.tokens_reported", tokens)
 
 

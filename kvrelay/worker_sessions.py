@@ -59,6 +59,8 @@ class WorkerSessions:
         self._sessions: dict[WorkerSession, None] = {}
         """In the order of their beginning: what goes to all goes in an order that does not change from run to run."""
         self._load = WorkerLoad()
+        self._informed: set[WorkerSession] = set()
+        """Those whose gateways have been sent something since the load changed, and so the load too."""
         self._draining = False
         self._drained = asyncio.Event()
         self._kv_transfer_bytes = 0
@@ -88,6 +90,7 @@ class WorkerSessions:
             raise
         finally:
             self._sessions.pop(session, None)
+            self._informed.discard(session)
             works = self.leases.end_session(session)
             for work_id in works:
                 self._give_up(work_id)
@@ -114,7 +117,7 @@ class WorkerSessions:
 
     def refuse(self, session: WorkerSession, work_id: WorkId, kind: FailureKind, message: str) -> None:
         """Tells a gateway that a work that has no lease failed."""
-        session.send(work_failed=_failed_to_pb(work_id, kind, message))
+        self.send_to(session, work_failed=_failed_to_pb(work_id, kind, message))
 
     def cancel(self, session: WorkerSession, work_id: WorkId) -> None:
         """The gateway gives a work of its own up."""
@@ -126,7 +129,12 @@ class WorkerSessions:
         """An event of a work, to its gateway; dropped when the work has been given up."""
         session = self.leases.session_of(work_id)
         if session is not None:
-            session.send(**message)
+            self.send_to(session, **message)
+
+    def send_to(self, session: WorkerSession, **message: Any) -> None:
+        """Events to a gateway, and the load with them."""
+        session.send(**message)
+        self._informed.add(session)
 
     def report_failure(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
         """A work has failed: tells its gateway and ends its lease."""
@@ -140,15 +148,18 @@ class WorkerSessions:
     def update_load(self, load: WorkerLoad) -> None:
         """The engine's load of now; rides on whatever is sent next."""
         self._load = load
+        self._informed.clear()
 
     def broadcast_load(self) -> None:
-        """Tells every gateway the load at once."""
+        """Tells every gateway the load at once that has not heard of it since it changed."""
         for session in self._sessions:
-            session.send()
+            if session not in self._informed:
+                self.send_to(session)
 
     async def drain(self, timeout_ms: int) -> None:
         """Takes no new work, lets running work end, fails what is left after the timeout, and ends all sessions."""
         self._draining = True
+        self._informed.clear()
         self.broadcast_load()
         _log.info("draining", num_works=len(self.leases), timeout_ms=timeout_ms)
         with contextlib.suppress(TimeoutError):

@@ -26,6 +26,7 @@ from kvrelay.worker_sessions import WorkerSessions
 from prefill_worker import commands, events
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 
+ENDS = (events.WorkEnded, events.WorkFailed)
 NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, wire_ms=0.0, num_resent_chunks=0)
 
 
@@ -76,8 +77,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self.sessions.update_load(report.load)
         for event in report.events:
             self._handle_event(event)
-        if all(isinstance(event, events.WorkEnded) for event in report.events):
-            # What was freed is news to the router, and nothing else tells of it.
+        if not report.events or any(isinstance(event, ENDS) for event in report.events):
+            # What was freed is news to the router, and perhaps nothing else tells of it.
             self.sessions.broadcast_load()
 
     def announce(self, layer: int, written: tuple[events.WrittenTokens, ...]) -> None:

@@ -308,6 +308,35 @@ async def test_prefill_that_is_cancelled_before_its_push_connects_is_freed(engin
         await worker.wait_until_idle()
 
 
+NO_HEARTBEATS_MS = 60_000
+"""A window in which no heartbeat brings the load before a test gives up."""
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+async def test_every_gateway_hears_at_once_of_blocks_that_are_free_again(engine: WorkerEngine, num_sequences: int) -> None:
+    work = make_work(PROMPT, LONG, num_sequences=num_sequences)
+    async with (
+        decode_with(engine, window_ms=NO_HEARTBEATS_MS) as (worker, session),
+        session_with("decode", worker.address, NO_HEARTBEATS_MS) as other,
+    ):
+        await run_locally(session, work)
+        await session.expect("step_output")
+        await session.cancel_work(work.work_id)
+        await asyncio.gather(*(each.expect_load(num_running=0, num_used_blocks=0) for each in (session, other)))
+
+
+async def test_a_gateway_hears_at_once_of_prompts_that_it_gave_up_at_any_moment(engine: WorkerEngine) -> None:
+    async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address, NO_HEARTBEATS_MS) as session:
+        for number in range(20):
+            work = make_work(PROMPT, 5, request_id=f"{number:032x}", cache_salt=str(number))
+            await session.send(start_prefill=start_prefill_to_pb(work, bytes(16), "127.0.0.1:1", 0))
+            for _ in range(number):
+                await asyncio.sleep(0)  # anywhere between its arrival and the failure of its push
+            await session.cancel_work(work.work_id)
+            await worker.wait_until_idle()
+        await session.expect_load(num_running=0, num_waiting=0, num_used_blocks=0)
+
+
 class HeldExports:
     """Keeps KV from leaving the pool, so that a push is in the middle for as long as a test wants."""
 
