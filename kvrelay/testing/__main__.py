@@ -10,6 +10,7 @@ from typing import Any
 
 from kvrelay.testing.scenarios.disconnects import disconnects
 from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
+from kvrelay.testing.scenarios.random_faults import random_faults
 from kvrelay.testing.scenarios.redis_stopped import redis_stopped
 
 Scenario = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
@@ -20,6 +21,7 @@ SCENARIOS: dict[str, Scenario] = {
     "zombies": zombies,
     "redis-stopped": redis_stopped,
     "disconnects": disconnects,
+    "random-faults": random_faults,
 }
 
 

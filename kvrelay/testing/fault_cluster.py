@@ -38,6 +38,7 @@ from kvrelay.testing.invariants import Baseline, check_at_rest, take_baseline
 from kvrelay.testing.process import FaultProcess
 from kvrelay.testing.process_files import owner_of_local_port
 from kvrelay.testing.proxy import FaultProxy
+from kvrelay.testing.state_watch import StateWatch
 from kvrelay.testing.tiny_model import make_tiny_llama
 from kvrelay.testing.waiting import wait_until
 
@@ -81,6 +82,8 @@ class FaultCluster:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="kvrelay-faults-")), init=False)
     valkey: EmbeddedValkey = field(init=False)
     valkey_proxy: FaultProxy = field(init=False)
+    state_watch: StateWatch = field(init=False)
+    """Sees every state that is stored, from the start on."""
     processes: dict[str, FaultProcess] = field(default_factory=dict, init=False)
     """By name: gateway, gateway-1, ..., prefill-0, ..., decode-0, ..."""
     baseline: Baseline | None = field(default=None, init=False)
@@ -102,6 +105,8 @@ class FaultCluster:
         self.valkey = EmbeddedValkey(self.valkey_mib)
         try:
             await self.valkey.start()
+            self.state_watch = StateWatch("127.0.0.1", _port_of(self.valkey.url))
+            await self.state_watch.start()
             self.valkey_proxy = FaultProxy("127.0.0.1", _port_of(self.valkey.url), self._name_of_source)
             await self.valkey_proxy.start()
             self._cluster = self._build_cluster()
@@ -123,6 +128,8 @@ class FaultCluster:
             await process.proxy.stop()
         if hasattr(self, "valkey_proxy"):
             await self.valkey_proxy.stop()
+        if hasattr(self, "state_watch"):
+            await self.state_watch.stop()
         await self.valkey.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 

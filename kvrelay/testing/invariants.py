@@ -1,6 +1,8 @@
-"""What must hold when no request runs: nothing of those that ended is left anywhere (I3), and every one has an end (I6).
+"""What must hold when no request runs: nothing of those that ended is left anywhere (I3), every one has an end (I6), and came
+there along allowed edges only (I7).
 
-Blocks and queues are read from the gateways' view of the workers, objects and tasks from the processes, keys from Redis.
+Blocks and queues are read from the gateways' view of the workers, objects and tasks from the processes, keys from Redis, and
+moves from what Redis shows of its commands.
 """
 
 from collections.abc import Mapping
@@ -69,6 +71,8 @@ async def check_at_rest(cluster: "FaultCluster", timeout_s: float) -> None:
     for name in sorted(serving):
         await _check_process(cluster, name, timeout_s)
     await _check_redis(cluster, timeout_s)
+    violations = cluster.state_watch.history.violations
+    assert not violations, f"{len(violations)} moves that are not allowed: {'; '.join(violations[:5])}"
 
 
 async def _check_workers(client: AsyncClient, timeout_s: float) -> None:

@@ -57,6 +57,7 @@ async def disconnects(num_rounds: int = 20, points: tuple[str, ...] = tuple(POIN
         "p99_ms": round(percentile(everything, 0.99), 1),
         "worst_ms": round(everything[-1], 1),
         "slowest_point": max(times_ms, key=lambda point: max(times_ms[point])),
+        "worst_ms_by_point": {point: round(max(times), 1) for point, times in times_ms.items()},
     }
 
 
