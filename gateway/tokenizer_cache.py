@@ -58,16 +58,23 @@ class TokenizerCache:
             self._tokenizers.popitem(last=False)
         return tokenizer
 
-    async def _fetch_from_any(self, fingerprint: str) -> ModelTokenizer:
+    async def files(self, fingerprint: str) -> dict[str, bytes]:
+        """The tokenizer's files by name, fetched anew from a worker.
+
+        Raises:
+            UnavailableError, PreconditionError: as `get`.
+        """
         failure: KvrelayError = UnavailableError("no worker of the model is connected now; try again later")
         for session in list(self._sessions()):
             if session.identity.model.fingerprint == fingerprint:
                 try:
-                    files = await fetch_files(session.channel, fingerprint)
-                    return await asyncio.to_thread(ModelTokenizer, files)
+                    return await fetch_files(session.channel, fingerprint)
                 except UnavailableError as error:
                     failure = error
         raise failure
+
+    async def _fetch_from_any(self, fingerprint: str) -> ModelTokenizer:
+        return await asyncio.to_thread(ModelTokenizer, await self.files(fingerprint))
 
 
 async def fetch_files(channel: grpc.aio.Channel, fingerprint: str) -> dict[str, bytes]:

@@ -63,6 +63,7 @@ EDGE_MODULES = {
     "gateway.session_messages",
     "gateway.timeline_view",
     "gateway.tokenizer_cache",
+    "gateway.vllm_engine.service",
     "gateway.worker_session",
     "prefill_worker.main",
     "prefill_worker.service",
