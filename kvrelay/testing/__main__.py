@@ -12,6 +12,7 @@ from kvrelay.testing.scenarios.disconnects import disconnects
 from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
 from kvrelay.testing.scenarios.random_faults import random_faults
 from kvrelay.testing.scenarios.redis_stopped import redis_stopped
+from kvrelay.testing.scenarios.soak import soak
 
 Scenario = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 SCENARIOS: dict[str, Scenario] = {
@@ -22,6 +23,7 @@ SCENARIOS: dict[str, Scenario] = {
     "redis-stopped": redis_stopped,
     "disconnects": disconnects,
     "random-faults": random_faults,
+    "soak": soak,
 }
 
 

@@ -1,0 +1,60 @@
+"""Hours of streams under random faults: whether the processes that live through them hold more at the end than at the start."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kvrelay.testing.fault_cluster import FaultCluster
+from kvrelay.testing.fault_storm import FaultStorm
+from kvrelay.testing.footprint import Footprint, footprint_of
+from kvrelay.testing.load import fault_free_tokens
+from kvrelay.testing.scenarios.random_faults import ENGINE, RELAY, Streams, make_requests, run_beside, storm_figures
+
+MORTAL = frozenset({"gateway-1", "prefill-1", "decode-1"})
+"""These are killed; the others live from the start to the end, are stopped and cut off, and are what is measured."""
+MAX_GROWTH_PERCENT = 5.0
+REST_S = 0.2
+
+
+async def soak(
+    minutes: float = 60.0, num_clients: int = 4, num_tokens: int = 120, num_warm_up_streams: int = 1600, seed: int = 1
+) -> dict[str, Any]:
+    """Streams under random faults; growth of memory, descriptors, threads and tasks of the processes that live through it all.
+
+    Args:
+        minutes: of faults.
+        num_clients: at once.
+        num_tokens: of the longest outputs.
+        num_warm_up_streams: before the first measurement, so that what a process keeps within bounds is full.
+        seed: of the requests and the faults.
+    """
+    async with FaultCluster(num_gateways=2, num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE) as cluster:
+        async with cluster.client() as client:
+            expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
+        storm, streams = FaultStorm(cluster, seed, MORTAL), Streams(cluster.addresses, expected, seed)
+        await streams.run(num_clients, num_warm_up_streams)
+        await cluster.check()
+        await cluster.take_baseline()
+        before = await footprints(cluster)
+        begin = time.monotonic()
+        await run_beside(storm, streams.run(num_clients, None, begin + minutes * 60, REST_S))
+        duration_s = time.monotonic() - begin
+        await cluster.check()  # blocks, references, buffers, tasks, keys, and descriptors
+        after = await footprints(cluster)
+        streams.report.violations += cluster.state_watch.history.violations
+    growth = {name: after[name].growth_since(before[name]) for name in before}
+    return {
+        **streams.report.figures(),
+        **storm_figures(storm),
+        "minutes": round(duration_s / 60, 1),
+        "at_the_start": {name: footprint.figures() for name, footprint in before.items()},
+        "at_the_end": {name: footprint.figures() for name, footprint in after.items()},
+        "growth_percent": growth,
+        "most_memory_growth_percent": max(each["resident_bytes"] for each in growth.values()),
+    }
+
+
+async def footprints(cluster: FaultCluster) -> Mapping[str, Footprint]:
+    """Of every process that is never killed."""
+    survivors = [process for name, process in cluster.processes.items() if name not in MORTAL]
+    return {process.name: await footprint_of(process) for process in survivors}
