@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from kvrelay.testing.scenarios.detection import detection
 from kvrelay.testing.scenarios.disconnects import disconnects
 from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
+from kvrelay.testing.scenarios.overload import overload
 from kvrelay.testing.scenarios.random_faults import random_faults
 from kvrelay.testing.scenarios.redis_stopped import redis_stopped
 from kvrelay.testing.scenarios.soak import soak
@@ -22,6 +24,8 @@ SCENARIOS: dict[str, Scenario] = {
     "zombies": zombies,
     "redis-stopped": redis_stopped,
     "disconnects": disconnects,
+    "detection": detection,
+    "overload": overload,
     "random-faults": random_faults,
     "soak": soak,
 }
