@@ -41,3 +41,12 @@ def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
     assert process.stdout.read() == b"done\n"  # while its standard error is full
     _, log = process.communicate()
     assert len(log) >= 4096
+
+
+def test_a_full_disk_loses_lines_and_ends_nothing() -> None:
+    code = "from kvrelay.telemetry import configure_logging; import structlog; configure_logging('info', 'json')\n"
+    code += "for _ in range(10): structlog.get_logger().info('x' * 9000)\nprint('done')"
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
+    assert process.stdout == b"done\n"
+    assert process.returncode == 0
