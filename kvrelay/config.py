@@ -214,6 +214,12 @@ class ClusterSettings(Settings):
 
     num_prefill: int = Field(default=1, ge=0, le=64, description="Prefill workers to start.")
     num_decode: int = Field(default=1, ge=1, le=64, description="Decode workers to start.")
+    openai_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port for OpenAI's HTTP API; 0 takes a free one. Default: none. Needs the extra openai.",
+    )
     startup_timeout_s: float = Field(default=180.0, gt=0, description="Most time until everything is up, in seconds.")
     restart: bool = Field(default=True, description="Start a process again, with back-off, when it ends by itself or hangs.")
     hang_timeout_s: float = Field(

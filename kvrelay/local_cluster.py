@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
+from kvrelay import openai_front
 from kvrelay.child_process import ChildProcess, LineSink
 from kvrelay.client import AsyncClient, Cluster, WorkerRole
 from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings
@@ -28,7 +29,7 @@ from kvrelay.settings_sources import environment_for
 from kvrelay.signs_of_life import LifeListener
 from kvrelay.supervision import describe_exit, keep_running
 
-Role = Literal["gateway", "prefill", "decode"]
+Role = Literal["gateway", "prefill", "decode", "openai"]
 WorkerRoleName = Literal["prefill", "decode"]
 SettingsT = TypeVar("SettingsT", GatewaySettings, PrefillSettings, DecodeSettings)
 WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
@@ -36,6 +37,7 @@ AnySettings = GatewaySettings | PrefillSettings | DecodeSettings
 
 GATEWAY_NAME = "gateway"
 VALKEY_NAME = "valkey"
+OPENAI_NAME = "openai"
 
 _STOP_GRACE_S = 3.2
 """From SIGTERM to SIGKILL: everything has to be gone within 5 s."""
@@ -72,6 +74,7 @@ class LocalCluster:
         num_gateways: gateway processes.
         prefill, decode: settings of each worker, one process for each.
         redis_url: an existing Redis; None starts an embedded Valkey.
+        openai_port: where OpenAI's HTTP API is served, on the gateway's host; 0 takes a free port, None serves none.
         restart: start a process again when it ends by itself, the embedded Valkey too: the gateway restores what that has lost.
         hang_timeout_s: with `restart`, a process without a sign of life for so long is killed, and so started again.
         startup_timeout_s: most time until everything is connected.
@@ -85,6 +88,7 @@ class LocalCluster:
     prefill: Sequence[PrefillSettings] = (PrefillSettings(),)
     decode: Sequence[DecodeSettings] = (DecodeSettings(),)
     redis_url: str | None = None
+    openai_port: int | None = None
     restart: bool = False
     hang_timeout_s: float = 10.0
     startup_timeout_s: float = 180.0
@@ -98,6 +102,8 @@ class LocalCluster:
     """host:port of every gateway."""
     http_addresses: dict[str, str] = field(default_factory=dict, init=False)
     """host:port for HTTP of each process that has one, by the process's name."""
+    openai_address: str = field(default="", init=False)
+    """host:port of OpenAI's HTTP API, where it is served."""
     _members: dict[str, _Member] = field(default_factory=dict, init=False)
     _supervisors: list[asyncio.Task[None]] = field(default_factory=list, init=False)
     _sockets: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
@@ -116,6 +122,8 @@ class LocalCluster:
             StartupError: a process ended or did not get ready in time; has the end of its output.
         """
         try:
+            if self.openai_port is not None:
+                openai_front.check_installed()
             if self.redis_url is None:
                 self.valkey = EmbeddedValkey()
                 await self.valkey.start()
@@ -127,6 +135,8 @@ class LocalCluster:
             for decode_settings in self.decode:
                 await self._add_worker("decode", decode_settings)
             await self.wait_until_ready()
+            if self.openai_port is not None:
+                await self._add_openai_front(self.openai_port)
         except BaseException:
             await self.stop()
             raise
@@ -230,6 +240,21 @@ class LocalCluster:
         self.gateway_addresses += (_dialled(settings.server.host, settings.server.port),)
         await self._add(GATEWAY_NAME if number == 0 else f"{GATEWAY_NAME}-{number}", "gateway", settings)
 
+    async def _add_openai_front(self, port: int) -> None:
+        """After the gateways are ready: it asks them for the model when it starts."""
+        self.openai_port = port = _choose_port(self.gateway.server.host, port, "--openai-port")
+        self.openai_address = _dialled(self.gateway.server.host, port)
+        environment = openai_front.environment()
+        process = await self._start_process(OPENAI_NAME, "openai", environment)
+        self._members[OPENAI_NAME] = _Member(OPENAI_NAME, "openai", environment, process)
+        ready = asyncio.create_task(openai_front.wait_until_ready(self.openai_address))
+        ended = asyncio.create_task(process.wait())
+        done, waiting = await asyncio.wait([ready, ended], timeout=self.startup_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if ready not in done:
+            raise StartupError(f"smg did not answer on {self.openai_address}; its output:\n{self.tail(OPENAI_NAME)}")
+
     async def _add_worker(self, role: WorkerRoleName, settings: WorkerSettingsT) -> _Member:
         number = sum(member.role == role for member in self._members.values())
         settings = self._with_cores(_of_another(settings))
@@ -273,9 +298,15 @@ class LocalCluster:
         return life
 
     async def _start_process(self, name: str, role: Role, environment: Mapping[str, str]) -> ChildProcess:
-        process = ChildProcess(name, self.command(role), environment, self.on_line)
+        process = ChildProcess(name, self._command_of(role), environment, self.on_line)
         await process.start()
         return process
+
+    def _command_of(self, role: Role) -> Sequence[str]:
+        if role != "openai":
+            return self.command(role)
+        assert self.openai_port is not None, "asked for"
+        return openai_front.command(self.gateway.server.host, self.openai_port, self.gateway_addresses)
 
     def _supervise_member(self, member: _Member) -> None:
         async def start_again() -> None:

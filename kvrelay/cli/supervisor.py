@@ -44,6 +44,7 @@ def cluster_of(sources: SettingsSources, on_line: LineSink) -> LocalCluster:
         prefill=[sources.load("prefill", PrefillSettings)] * cluster.num_prefill,
         decode=[sources.load("decode", DecodeSettings)] * cluster.num_decode,
         redis_url=gateway.server.redis_url,
+        openai_port=cluster.openai_port,
         restart=cluster.restart,
         hang_timeout_s=cluster.hang_timeout_s,
         startup_timeout_s=cluster.startup_timeout_s,
@@ -86,7 +87,8 @@ async def run_until_signal(cluster: LocalCluster, printer: LogPrinter) -> None:
         if start.done():
             start.result()
             http = "".join(f"; HTTP of {name} is http://{address}" for name, address in cluster.http_addresses.items())
-            printer(_OWN_NAME, f"ready: the gateway is {cluster.gateway_address}{http}; Ctrl-C ends everything")
+            openai = f"; OpenAI's API is http://{cluster.openai_address}/v1" if cluster.openai_address else ""
+            printer(_OWN_NAME, f"ready: the gateway is {cluster.gateway_address}{http}{openai}; Ctrl-C ends everything")
             await stopped
         printer(_OWN_NAME, "ending")
     finally:
