@@ -8,7 +8,7 @@ from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.fault_storm import FaultStorm
 from kvrelay.testing.footprint import Footprint, footprint_of
 from kvrelay.testing.load import fault_free_tokens
-from kvrelay.testing.scenarios.random_faults import ENGINE, RELAY, Streams, make_requests, run_beside, storm_figures
+from kvrelay.testing.scenarios.random_faults import ENGINE, RELAY, Streams, check_end, make_requests, run_beside, storm_figures
 
 MORTAL = frozenset({"gateway-1", "prefill-1", "decode-1"})
 """These are killed; the others live from the start to the end, are stopped and cut off, and are what is measured."""
@@ -39,9 +39,8 @@ async def soak(
         begin = time.monotonic()
         await run_beside(storm, streams.run(num_clients, None, begin + minutes * 60, REST_S))
         duration_s = time.monotonic() - begin
-        await cluster.check()  # blocks, references, buffers, tasks, keys, and descriptors
+        await check_end(cluster, streams.report)  # blocks, references, buffers, tasks, keys, descriptors, moves
         after = await footprints(cluster)
-        streams.report.violations += cluster.state_watch.history.violations
     growth = {name: after[name].growth_since(before[name]) for name in before}
     return {
         **streams.report.figures(),
