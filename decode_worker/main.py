@@ -87,7 +87,9 @@ def build_services(
         transfer_threads.shutdown()
         thread.stop()
 
-    return WorkerServices(service.sessions, add_to, start, stop, lambda: thread.turn_s)
+    return WorkerServices(
+        service.sessions, add_to, start, stop, lambda: thread.turn_s, lambda: thread.busy_s, service.metrics.samples
+    )
 
 
 def _limits(settings: DecodeSettings, engine: WorkerEngine) -> DecodeLimits:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from decode_worker import commands, events
+from decode_worker.metrics import DecodeMetrics
 from kvrelay.fault_points import fault_point
 from kvrelay.model_spec import ModelSpec
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
@@ -45,6 +46,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._push_address = push_address
         self._submit = submit
         self._submit_work = submit_work
+        self.metrics = DecodeMetrics()
         self.sessions = WorkerSessions(hello, decode_pb2.DecodeServiceSessionResponse, model, self._give_up, self._fail)
 
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
@@ -54,6 +56,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
     def report(self, report: events.StepReport) -> None:
         """What the engine thread has to say; called on the event loop, in order."""
+        self.metrics.note_report(report)
         self.sessions.update_load(report.load)
         for event in report.events:
             self._send_event(event)

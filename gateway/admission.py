@@ -72,11 +72,18 @@ class Admitted:
         self._queued = True
         self._running = True
 
-    def note_first_token(self, now: float) -> None:
-        """Its prompt waits no more. Idempotent."""
-        if self._queued:
-            self._queued = False
-            self._admission._leave_queue(self._num_prompt_tokens, now - self._begin)
+    @property
+    def waits(self) -> bool:
+        """Whether it has no first token yet."""
+        return self._queued
+
+    def note_first_token(self, now: float) -> bool:
+        """Its prompt waits no more. Idempotent; whether it did wait."""
+        if not self._queued:
+            return False
+        self._queued = False
+        self._admission._leave_queue(self._num_prompt_tokens, now - self._begin)
+        return True
 
     def release(self, now: float) -> None:
         """It ended. Idempotent."""

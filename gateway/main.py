@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 import grpc
 import structlog
 
+from gateway import live_metrics
 from gateway.front_ends import add_front_ends
 from gateway.live_page import live_page
 from gateway.relay import Relay
@@ -18,7 +19,8 @@ from kvrelay.config import GatewaySettings
 from kvrelay.errors import ConfigError
 from kvrelay.fault_points import enable_fault_points
 from kvrelay.garbage_collection import keep_what_is_loaded
-from kvrelay.http_server import Health, serving_http
+from kvrelay.http_server import AddRoutes, Health, serving_http
+from kvrelay.metrics.exposition import metrics_route
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
 from kvrelay.signs_of_life import showing_life
@@ -73,7 +75,10 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
             await server.start()
             async with (
                 serving_http(
-                    settings.server.host, settings.server.http_port, lambda: _http_health(relay, store), live_page(relay)
+                    settings.server.host,
+                    settings.server.http_port,
+                    lambda: _http_health(relay, store),
+                    *_http_routes(settings, relay),
                 ) as http_port,
                 showing_life(settings.server.watchdog_socket),
             ):
@@ -121,6 +126,13 @@ async def _health(bound: BoundServer, store: StateStore, service_names: Iterable
     finally:
         watching.cancel()
         await asyncio.wait([watching])
+
+
+def _http_routes(settings: GatewaySettings, relay: Relay) -> list[AddRoutes]:
+    sources = [lambda: live_metrics.samples(relay)]
+    if settings.server.vllm_metrics:
+        sources.append(lambda: live_metrics.vllm_samples(relay))
+    return [metrics_route("gateway", *sources), live_page(relay)]
 
 
 def _http_health(relay: Relay, store: StateStore) -> Health:

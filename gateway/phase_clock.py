@@ -13,19 +13,23 @@ class PhaseClock:
         self._first_token: float | None = None
         self._second_token: float | None = None
         self._last_token: float | None = None
+        self._last_of_sequence: dict[int, float] = {}
 
     def note_prompt_sent(self, now: float) -> None:
         """A worker was told to compute the prompt; of several attempts the last counts, until there is a token."""
         if self._first_token is None:
             self._prompt_sent = now
 
-    def note_token(self, sequence: int, index: int, now: float) -> None:
-        """A token was emitted."""
+    def note_token(self, sequence: int, index: int, now: float) -> float | None:
+        """A token was emitted: so many seconds after the one before of its sequence; None for the first one seen of it."""
         if self._first_token is None:
             self._first_token = now
         if self._second_token is None and sequence == 0 and index == 1:
             self._second_token = now
         self._last_token = now
+        before = self._last_of_sequence.get(sequence)
+        self._last_of_sequence[sequence] = now
+        return None if before is None else now - before
 
     def phases(self, report: AttemptReport, num_attempts: int, now: float) -> Phases:
         """Where the time went, at the end of the request."""

@@ -13,6 +13,7 @@ from gateway.admission import Admission, Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
 from gateway.lifecycle_messages import LifecycleRequest
+from gateway.metrics import GatewayMetrics
 from gateway.orphan_sweeper import OrphanSweeper
 from gateway.peers import GatewayPeers
 from gateway.request_journal import RequestJournal
@@ -28,7 +29,7 @@ from gateway.turnstile import Turnstile
 from gateway.worker_session import SessionSettings
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import GatewaySettings
-from kvrelay.errors import PreconditionError, UnavailableError
+from kvrelay.errors import OverloadedError, PreconditionError, UnavailableError
 from kvrelay.request_record import RequestRecord
 from kvrelay.request_state import RequestState
 from kvrelay.state_store import StateStore
@@ -76,6 +77,7 @@ class Relay:
         self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
         """Requests that are just being taken over, so that each is once."""
         self.timelines = Timelines(self.settings.timeline_requests)
+        self.metrics = GatewayMetrics()
         self.turnstile = Turnstile()
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
@@ -136,7 +138,12 @@ class Relay:
         self.check_open()
         if request.sampling.stop and self.tokenizers.cached(request.fingerprint) is None:
             raise PreconditionError("the model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
-        admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
+        try:
+            admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
+        except OverloadedError as error:
+            self.metrics.note_refused(error)
+            raise
+        self.metrics.of_model(request.model).note_admitted(len(request.prompt_token_ids))
         lifecycle_request = LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt)
         journal = RequestJournal(self._new_record(request), RequestOutput(), request.deadline)
         return self._run(request, admitted, lifecycle_request, journal)
@@ -154,6 +161,7 @@ class Relay:
             frozenset(output.finish_reasons()),
         )
         admitted = self.admission.admit_anyway(len(request.prompt_token_ids), time.monotonic())
+        self.metrics.of_model(request.model).note_taken_over()
         journal = RequestJournal(record, output, request.deadline, created=True)
         return self._run(request, admitted, lifecycle_request, journal)
 
@@ -173,6 +181,7 @@ class Relay:
             settings=self.settings,
             turnstile=self.turnstile,
             on_end=self._note_ended,
+            metrics=self.metrics.of_model(request.model),
         )
         if not journal.output.frames:
             seed = request.sampling.seed

@@ -15,6 +15,7 @@ from gateway import lifecycle_messages as m
 from gateway.admission import Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
+from gateway.metrics import ModelMetrics
 from gateway.output_frames import Frame
 from gateway.phase_clock import PhaseClock
 from gateway.request_journal import RequestJournal
@@ -58,6 +59,7 @@ class RequestRunner:
         settings: waiting times.
         turnstile: that readers pass.
         on_end: called once, after the terminal; must not raise.
+        metrics: where the requests of its model are counted.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class RequestRunner:
         settings: RelaySettings,
         turnstile: Turnstile,
         on_end: Callable[["RequestRunner"], None],
+        metrics: ModelMetrics | None = None,
     ) -> None:
         self.request = request
         self.lifecycle = lifecycle
@@ -88,6 +91,9 @@ class RequestRunner:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._clock = PhaseClock(request.submit_time)
+        self._metrics = metrics or ModelMetrics()
+        self._cause: m.Event | None = None
+        """The event that is being handled."""
         self._reasons: dict[int, FinishReason] = output.finish_reasons()
         self._events: deque[m.Event] = deque()
         self._handling = False
@@ -107,6 +113,11 @@ class RequestRunner:
     @property
     def ended(self) -> bool:
         return self.output.ended
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no first token yet."""
+        return self._admitted.waits
 
     def start(self) -> None:
         """Begins the first attempt; the deadline runs from now on."""
@@ -132,7 +143,7 @@ class RequestRunner:
         self._handling = True
         try:
             while self._events:
-                event = self._events.popleft()
+                self._cause = event = self._events.popleft()
                 self.timeline.note_event(event, self._loop.time())
                 for action in self.lifecycle.handle(event):
                     self._act(action)
@@ -199,6 +210,8 @@ class RequestRunner:
                 self._send(action)
             case m.SetState(state, attempt, decode_worker_id, prefill_worker_id):
                 self.journal.move(state, attempt, decode_worker_id, prefill_worker_id)
+                if state is RequestState.QUEUED:
+                    self._metrics.note_retry(self._cause)
             case m.RetryLater(delay_ms):
                 self._wait_for_worker(delay_ms / 1000)
             case m.StartTimer(attempt, delay_ms):
@@ -265,9 +278,10 @@ class RequestRunner:
         if reason is not None:
             self._reasons[sequence] = reason
         now = self._loop.time()
-        self._clock.note_token(sequence, token.index, now)
+        self._metrics.note_token(self._clock.note_token(sequence, token.index, now))
         self.timeline.note_token(token, reason is not None, now)
-        self._admitted.note_first_token(now)
+        if self._admitted.note_first_token(now) and token.index == 0:
+            self._metrics.first_token.observe(now - self.request.submit_time)
         self.output.append_delta(sequence, token.index, token.token, text, reason)
         if self._num_unread > self._settings.max_unread_tokens and not self._paused and self._readers:
             self._pause(True)
@@ -299,6 +313,7 @@ class RequestRunner:
             phases = self._clock.phases(report, self.lifecycle.attempt, now)
             self.timeline.phases = phases
             self.output.finish(reasons, len(self.request.prompt_token_ids), report.num_cached_tokens, phases)
+            self._metrics.note_succeeded(phases, reasons, report.num_cached_tokens, self.output.num_output_tokens)
         else:
             self.output.fail(error)
         self._close(state, error)
@@ -318,10 +333,13 @@ class RequestRunner:
             timer.cancel()
         self._timers.clear()
         self._events.clear()
-        self._admitted.release(self._loop.time())
+        now = self._loop.time()
+        self._admitted.release(now)
+        released = error is not None and self.journal.released
+        self._metrics.note_ended(state, error, now - self.request.submit_time, released=released)
         self._sessions.forget(self.request_id)
         self.timeline.note_end(state, error, self._loop.time())
-        if error is None or not self.journal.released:
+        if not released:
             self.journal.end(state, error)
         self._on_end(self)
 

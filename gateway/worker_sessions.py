@@ -4,6 +4,7 @@ A worker is the same only if its worker id is: after a restart at the same addre
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -64,6 +65,8 @@ class WorkerSessions:
         self._tasks: dict[_Place, asyncio.Task[None]] = {}
         self._wanted: set[_Place] = set()
         self._sessions: dict[str, WorkerSession] = {}
+        self.num_lost: Counter[tuple[MemberRole, bool]] = Counter()
+        """Sessions that ended, by the worker's role and whether their stream broke."""
         self._failed_pairs = FailedPairs()
         self._doubts: dict[_Place, tuple[str, asyncio.TimerHandle]] = {}
         """The worker whose session broke at a place, until it is known whether it lives, and when that is waited for no more."""
@@ -219,6 +222,7 @@ class WorkerSessions:
     def _remove(self, session: WorkerSession) -> None:
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
+            self.num_lost[session.role, session.died] += 1
             self._on_lost(session.worker_id, session.died)
             if session.died:
                 self._doubt((session.role, session.address), session.worker_id)

@@ -34,6 +34,7 @@ class ServerSettings(Settings):
         description="Port for HTTP: /metrics and /healthz; 0 takes a free one. "
         "Default: none; with `serve all` the gateway's --port + 30.",
     )
+    vllm_metrics: bool = Field(default=False, description="Serve /metrics under the names that vLLM uses, too.")
     advertise_address: str | None = Field(
         default=None, description="host:port under which others reach this process. Default: the host and port listened on."
     )

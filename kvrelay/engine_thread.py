@@ -70,6 +70,8 @@ class EngineThread(Generic[CommandT]):
         self._changed = threading.Condition()
         self._stopped = False
         self._turn_began_at: float | None = None
+        self.busy_s = 0.0
+        """For how long there has been something to do, in seconds, without the current turn. Written by the thread."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -115,6 +117,8 @@ class EngineThread(Generic[CommandT]):
                 for command in commands:
                     self._handle(command)
                 busy = self._step()
+                if commands or busy:
+                    self.busy_s += time.monotonic() - self._turn_began_at
                 self._turn_began_at = None
         except Exception:
             _log.critical("the engine thread cannot go on", exc_info=True)

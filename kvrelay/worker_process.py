@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -18,8 +18,11 @@ import structlog
 
 from kvrelay.config import ServerSettings
 from kvrelay.errors import ConfigError
-from kvrelay.http_server import Health, serving_http
+from kvrelay.http_server import AddRoutes, Health, serving_http
 from kvrelay.liveness import PROTOCOL_VERSION
+from kvrelay.metrics.exposition import metrics_route
+from kvrelay.metrics.families import Sample
+from kvrelay.metrics.worker_metrics import WorkerMetrics
 from kvrelay.model_service import TokenizerService
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.rpc import BoundServer, bind_server, create_server
@@ -50,6 +53,10 @@ class WorkerServices:
     """Stops its engine thread, and waits for that."""
     turn_s: Callable[[], float]
     """For how long the engine thread's current turn has been going on, in seconds."""
+    busy_s: Callable[[], float]
+    """For how long the engine thread has had something to do, in seconds."""
+    samples: Callable[[], Iterable[Sample]]
+    """What only its kind of worker counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,12 @@ async def serve_worker(
             await server.start()
             registry = WorkerRegistry(connection, settings.lease_ms)
             async with (
-                serving_http(settings.host, settings.http_port, lambda: _http_health(services, connection)) as http_port,
+                serving_http(
+                    settings.host,
+                    settings.http_port,
+                    lambda: _http_health(services, connection),
+                    _metrics(kind, engine, services, settings),
+                ) as http_port,
                 registry.lease(member),
                 showing_life(settings.watchdog_socket),
             ):
@@ -158,6 +170,13 @@ def _hello(worker_id: str, engine: WorkerEngine) -> session_pb2.WorkerHello:
         block_size=engine.blocks.block_size,
         max_sequence_tokens=engine.max_sequence_tokens,
     )
+
+
+def _metrics(kind: WorkerKind, engine: WorkerEngine, services: WorkerServices, settings: ServerSettings) -> AddRoutes:
+    block_size = engine.blocks.block_size
+    metrics = WorkerMetrics(engine.model.name, block_size, services.sessions, services.busy_s, services.samples)
+    sources = [metrics.samples, metrics.vllm_samples] if settings.vllm_metrics else [metrics.samples]
+    return metrics_route(kind.role.value, *sources)
 
 
 def _http_health(services: WorkerServices, connection: RedisConnection) -> Health:

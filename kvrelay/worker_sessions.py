@@ -7,6 +7,7 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -64,12 +65,23 @@ class WorkerSessions:
         self._draining = False
         self._drained = asyncio.Event()
         self._kv_transfer_bytes = 0
+        self.num_lost = 0
+        """Sessions whose gateway fell silent, or did not read."""
+        self.num_works = 0
+        """Works that were taken on."""
+        self.failures: Counter[FailureKind] = Counter(dict.fromkeys(FailureKind, 0))
+        """Works that failed or were refused."""
         self.leases: WorkLeases[WorkerSession] = WorkLeases(self._expire, give_up)
 
     @property
     def load(self) -> WorkerLoad:
         """As of the engine's last report."""
         return replace(self._load, draining=self._draining, kv_transfer_bytes=self._kv_transfer_bytes)
+
+    @property
+    def num_sessions(self) -> int:
+        """Gateways that are connected."""
+        return len(self._sessions)
 
     @property
     def draining(self) -> bool:
@@ -86,6 +98,7 @@ class WorkerSessions:
         try:
             await session.serve(self._drained)
         except UnavailableError as error:
+            self.num_lost += 1
             _log.warning("session lost", gateway=session.gateway_id, reason=error.message)
             raise
         finally:
@@ -112,11 +125,13 @@ class WorkerSessions:
         elif not self.leases.begin(work_id, session, work.deadline_ms):
             self.refuse(session, work_id, FailureKind.SUPERSEDED, "this attempt, or a newer one, is known already")
         else:
+            self.num_works += 1
             return work
         return None
 
     def refuse(self, session: WorkerSession, work_id: WorkId, kind: FailureKind, message: str) -> None:
         """Tells a gateway that a work that has no lease failed."""
+        self.failures[kind] += 1
         self.send_to(session, work_failed=_failed_to_pb(work_id, kind, message))
 
     def cancel(self, session: WorkerSession, work_id: WorkId) -> None:
@@ -138,6 +153,7 @@ class WorkerSessions:
 
     def report_failure(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
         """A work has failed: tells its gateway and ends its lease."""
+        self.failures[kind] += 1
         self.send(work_id, work_failed=_failed_to_pb(work_id, kind, message))
         self.leases.end(work_id)
 

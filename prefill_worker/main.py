@@ -88,7 +88,15 @@ def build_services(
         transfer_threads.shutdown()
         thread.stop()
 
-    return WorkerServices(service.sessions, add_to, thread.start, stop, lambda: thread.turn_s)
+    return WorkerServices(
+        service.sessions,
+        add_to,
+        thread.start,
+        stop,
+        lambda: thread.turn_s,
+        lambda: thread.busy_s,
+        lambda: service.metrics.samples(service.num_senders),
+    )
 
 
 class _Publisher:

@@ -25,6 +25,7 @@ from kvrelay.worker_session import WorkerSession
 from kvrelay.worker_sessions import WorkerSessions
 from prefill_worker import commands, events
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
+from prefill_worker.metrics import PrefillMetrics
 
 ENDS = (events.WorkEnded, events.WorkFailed)
 NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, wire_ms=0.0, num_resent_chunks=0)
@@ -65,6 +66,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._submit_work = submit_work
         self._targets: dict[WorkId, PushTarget] = {}
         self._senders: dict[WorkId, KVSender] = {}
+        self.metrics = PrefillMetrics()
         self.sessions = WorkerSessions(hello, prefill_pb2.PrefillServiceSessionResponse, model, self._give_up, self._fail)
 
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
@@ -157,6 +159,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         sender.announce_cached(event.num_cached_tokens)
 
     def _report_computed(self, event: events.PromptComputed) -> None:
+        self.metrics.note_computed(event)
         done = prefill_pb2.PrefillDone(
             work_id=work_id_to_pb(event.work_id),
             tokens=[sequence_token_to_pb(token) for token in event.tokens],
@@ -177,9 +180,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         if isinstance(outcome, TransferResult):
             fault_point("prefill.transfer_acknowledged", work_id)
             self.sessions.add_kv_bytes(outcome.kv_bytes)
+            self.metrics.note_transferred(outcome)
             self._report_transferred(work_id, outcome)
             self._submit(commands.SenderEnded(work_id, None))
         else:
+            self.metrics.num_failed_transfers += 1
             self._submit(commands.SenderEnded(work_id, outcome.message))
 
     def _report_transferred(self, work_id: WorkId, result: TransferResult) -> None:
