@@ -1,0 +1,227 @@
+"""OpenAI's API by smg over a cluster with the real model: the unmodified openai SDK, curl, and the KV bytes of requests."""
+
+import asyncio
+import re
+import shlex
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+from transformers import AutoConfig
+
+from kvrelay.client import AsyncClient, Completion
+from kvrelay.local_cluster import LocalCluster
+from tests.integration.clusters import assert_at_rest, cluster_of, engine
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.real_model,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(600),
+]
+
+PAGE = (Path(__file__).parents[2] / "docs/clients.md").read_text("utf-8")
+PAGE_ADDRESS = "127.0.0.1:8000"
+MODEL = "smollm2-135m-instruct"
+CALL_TIMEOUT_S = 120.0
+
+
+def chat(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def cluster(smollm2_path: Path) -> AsyncIterator[LocalCluster]:
+    # Without a prefix cache every prompt's KV travels as a whole, also of prompts that begin alike.
+    settings = engine(smollm2_path, kv_cache_mib=256, prefix_cache=False, served_model_name=MODEL)
+    cluster = cluster_of([settings], [settings], local_prefill_tokens=0)
+    cluster.openai_port = 0
+    async with cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(cluster.gateway_address) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def sdk(cluster: LocalCluster) -> AsyncIterator[AsyncOpenAI]:
+    url = f"http://{cluster.openai_address}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=CALL_TIMEOUT_S) as sdk:
+        yield sdk
+
+
+@pytest.fixture(scope="module")
+def bytes_per_token(smollm2_path: Path) -> int:
+    config: Any = AutoConfig.from_pretrained(smollm2_path)
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
+
+
+async def last_completion(client: AsyncClient) -> Completion:
+    """Of the newest request that the gateway knows: smg's requests have ids of their own."""
+    newest = (await client.cluster()).running_requests or (await client.list_requests(page_size=1)).requests
+    return await client.resume(newest[0].request_id).completion()
+
+
+async def assert_kv_travelled(client: AsyncClient, num_prompt_tokens: int, bytes_per_token: int) -> None:
+    """All of the last prompt's KV came over the wire."""
+    finished = (await last_completion(client)).finished
+    assert finished.usage.num_prompt_tokens == num_prompt_tokens
+    assert finished.phases.transfer_bytes == bytes_per_token * num_prompt_tokens > 0
+
+
+async def test_a_chat_and_its_stream_give_the_text_that_our_own_client_gets(
+    sdk: AsyncOpenAI, client: AsyncClient, bytes_per_token: int
+) -> None:
+    messages = chat("What is the capital of France?")
+    expected = await client.complete(messages=messages, max_tokens=24, temperature=0)
+    options: Any = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
+
+    answer = await sdk.chat.completions.create(**options)
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.finished.usage.num_prompt_tokens
+    assert answer.usage.completion_tokens == expected.finished.usage.num_output_tokens
+    await assert_kv_travelled(client, answer.usage.prompt_tokens, bytes_per_token)
+
+    events = [
+        event async for event in await sdk.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    ]
+    assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == expected.outputs[0].text
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "stop"
+    assert len(events) > expected.finished.usage.num_output_tokens // 2, "it came in pieces"
+    assert events[-1].usage == answer.usage
+    await assert_kv_travelled(client, answer.usage.prompt_tokens, bytes_per_token)
+    await assert_at_rest(client)
+
+
+async def test_completions_of_one_and_several_prompts_stream_and_stop_at_length(
+    sdk: AsyncOpenAI, client: AsyncClient, bytes_per_token: int
+) -> None:
+    prompts = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
+    expected = [(await client.complete(prompt, max_tokens=8, temperature=0)).outputs[0].text for prompt in prompts]
+    both = await sdk.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=8)
+    assert [choice.text for choice in both.choices] == expected
+    assert {choice.finish_reason for choice in both.choices} == {"length"}
+
+    stream = await sdk.completions.create(model=MODEL, prompt=prompts[0], temperature=0, max_tokens=8, stream=True)
+    assert "".join([event.choices[0].text async for event in stream]) == expected[0]
+    await assert_kv_travelled(client, len(await client.tokenize(prompts[0])), bytes_per_token)
+
+
+async def test_output_ends_before_a_stop_string_streamed_or_not(sdk: AsyncOpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": chat("Count from one to five."), "temperature": 0, "max_tokens": 40}
+    whole = (await sdk.chat.completions.create(**options)).choices[0].message.content or ""
+    assert "3." in whole
+    stopped = (await sdk.chat.completions.create(**options, stop=["3."])).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (whole.partition("3.")[0], "stop")
+    events = [event.choices[0] async for event in await sdk.chat.completions.create(**options, stop=["3."], stream=True)]
+    assert "".join(event.delta.content or "" for event in events) == whole.partition("3.")[0]
+    assert events[-1].finish_reason == "stop"
+
+
+async def test_log_probabilities_are_those_of_our_own_client(sdk: AsyncOpenAI, client: AsyncClient) -> None:
+    messages = chat("What is the capital of France?")
+    expected = (await client.complete(messages=messages, max_tokens=4, temperature=0, logprobs=3)).outputs[0].tokens
+    answer = await sdk.chat.completions.create(
+        model=MODEL, messages=messages, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [entry.logprob for entry in logprobs.content] == pytest.approx([token.logprob for token in expected], rel=1e-4)
+    for entry, token in zip(logprobs.content, expected, strict=True):
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx([top.logprob for top in token.top_logprobs], rel=1e-4)
+
+
+async def test_several_choices_differ_and_come_again_with_the_same_seed(
+    sdk: AsyncOpenAI, client: AsyncClient, bytes_per_token: int
+) -> None:
+    options: Any = {"model": MODEL, "messages": chat("Tell me a story."), "temperature": 1, "n": 3, "seed": 7, "max_tokens": 10}
+    first = await sdk.chat.completions.create(**options)
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) == 3
+    assert first.usage is not None
+    await assert_kv_travelled(client, first.usage.prompt_tokens, bytes_per_token)
+    streamed = ["", "", ""]
+    async for event in await sdk.chat.completions.create(**options, stream=True):
+        for choice in event.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+async def test_what_is_wrong_is_told_with_the_status_that_openai_would_give(sdk: AsyncOpenAI) -> None:
+    messages = chat("Hello")
+    with pytest.raises(openai.NotFoundError):
+        await sdk.chat.completions.create(model="unknown", messages=messages)
+    with pytest.raises(openai.BadRequestError):
+        await sdk.chat.completions.create(model=MODEL, messages=messages, temperature=-1)
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        await sdk.completions.create(model=MODEL, prompt="hello " * 9000, max_tokens=4)
+    with pytest.raises(openai.InternalServerError, match="embeddings are not computed"):
+        await sdk.embeddings.create(model=MODEL, input="hello")
+
+
+async def test_a_client_that_hangs_up_leaves_nothing_behind(sdk: AsyncOpenAI, client: AsyncClient) -> None:
+    stream = await sdk.completions.create(model=MODEL, prompt="One day", temperature=0, max_tokens=4000, stream=True)
+    async for _ in stream:
+        break
+    assert len((await client.cluster()).running_requests) == 1
+    await stream.close()
+    await assert_at_rest(client)
+
+
+async def test_a_models_calls_of_tools_are_parsed_and_what_tools_answered_is_in_the_prompt(sdk: AsyncOpenAI) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Tells the weather", "parameters": parameters},
+    }
+    asked = chat("What is the weather in Paris?")
+    options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 4}
+    # So small a model calls nothing by itself; the conversation about a call must be taken all the same.
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    talk = [
+        *asked,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "Rain"},
+    ]
+    without = await sdk.chat.completions.create(**options, messages=asked)
+    answer = await sdk.chat.completions.create(**options, messages=talk, tools=[tool])
+    assert answer.usage is not None
+    assert without.usage is not None
+    assert answer.usage.prompt_tokens > without.usage.prompt_tokens
+    assert answer.choices[0].finish_reason == "length"
+
+
+async def test_the_pages_examples_run_as_they_stand(cluster: LocalCluster) -> None:
+    section = PAGE.partition("\n## OpenAI\n")[2].partition("\n## ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    commands = [line for line in section.splitlines() if line.startswith("curl ")]
+    assert (len(code), len(commands)) == (1, 2)
+    programs = [[sys.executable, "-c", code[0]], *map(shlex.split, commands)]
+    outputs = [await output_of([part.replace(PAGE_ADDRESS, cluster.openai_address) for part in program]) for program in programs]
+    assert outputs[0].startswith("The capital of France is Paris")
+    assert MODEL in outputs[1]
+    assert "The capital of France is Paris" in outputs[2]
+
+
+async def output_of(command: list[str]) -> str:
+    """Standard output of a program that must succeed."""
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            output, _ = await process.communicate()
+    except BaseException:
+        process.kill()
+        raise
+    assert process.returncode == 0, shlex.join(command)
+    return output.decode()
