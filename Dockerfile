@@ -24,7 +24,7 @@ COPY prefill_worker prefill_worker
 COPY decode_worker decode_worker
 
 FROM source AS gateway
-RUN pip install --quiet -c constraints.txt . && ! python -c "import torch" 2>/dev/null
+RUN pip install --quiet -c constraints.txt ".[openai]" && ! python -c "import torch" 2>/dev/null
 USER kvrelay
 WORKDIR /home/kvrelay
 EXPOSE 50050
@@ -33,7 +33,7 @@ CMD ["serve", "gateway", "--host", "0.0.0.0", "--port", "50050"]
 
 FROM worker-packages AS worker
 COPY --from=source /src /src
-RUN pip install --quiet -c constraints.txt ".[worker]"
+RUN pip install --quiet -c constraints.txt ".[worker,openai]"
 USER kvrelay
 WORKDIR /home/kvrelay
 EXPOSE 50051
