@@ -306,7 +306,8 @@ class LocalCluster:
         if role != "openai":
             return self.command(role)
         assert self.openai_port is not None, "asked for"
-        return openai_front.command(self.gateway.server.host, self.openai_port, self.gateway_addresses)
+        metrics_port = _choose_port("127.0.0.1", 0, "a port for smg's metrics")
+        return openai_front.command(self.gateway.server.host, self.openai_port, metrics_port, self.gateway_addresses)
 
     def _supervise_member(self, member: _Member) -> None:
         async def start_again() -> None:

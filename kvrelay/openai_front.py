@@ -14,6 +14,8 @@ import aiohttp
 
 from kvrelay.errors import StartupError
 
+_PATIENCE_S = "300"
+"""A worker that says nothing for so long is left out by smg. By itself it takes a prompt of three seconds for a hang."""
 _POLL_INTERVAL_S = 0.05
 _POLL_TIMEOUT_S = 2.0
 
@@ -24,13 +26,27 @@ def check_installed() -> None:
         raise StartupError("--openai-port needs smg, which is not installed: pip install 'kvrelay[openai]'")
 
 
-def command(host: str, port: int, gateway_addresses: Sequence[str]) -> list[str]:
-    """What starts smg on host:port before those gateways."""
+def command(host: str, port: int, metrics_port: int, gateway_addresses: Sequence[str]) -> list[str]:
+    """What starts smg on host:port before those gateways. Its own metrics are on `metrics_port`, for this machine only."""
+    return [*_launch(host, port, metrics_port), "--worker-urls", *(f"grpc://{address}" for address in gateway_addresses)]
+
+
+def command_without_gateway(
+    host: str, port: int, metrics_port: int, prefill_addresses: Sequence[str], decode_addresses: Sequence[str]
+) -> list[str]:
+    """What starts smg straight before workers, in its prefill-decode mode."""
+    prefill = [part for address in prefill_addresses for part in ("--prefill", f"grpc://{address}")]
+    decode = [part for address in decode_addresses for part in ("--decode", f"grpc://{address}")]
+    return [*_launch(host, port, metrics_port), "--pd-disaggregation", *prefill, *decode]
+
+
+def _launch(host: str, port: int, metrics_port: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "smg", "launch", "--host", host, "--port", str(port)),
-        *("--worker-urls", *(f"grpc://{address}" for address in gateway_addresses)),
-        # Gateways know the workers' caches and loads, and recover requests themselves; what they refuse is the clients' to know.
-        *("--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker", "--disable-worker-overload-protection"),
+        *(sys.executable, "-m", "smg", "launch", "--host", host, "--port", str(port), "--policy", "round_robin"),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
+        # Who is behind it knows loads and liveness itself, and recovers requests; what is refused there is the clients' to know.
+        *("--disable-retries", "--disable-circuit-breaker", "--disable-worker-overload-protection"),
+        *("--worker-stall-secs", _PATIENCE_S, "--worker-wedge-secs", _PATIENCE_S),
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2", "--shutdown-grace-period-secs", "1"),
         *("--log-level", "warn"),
     ]
