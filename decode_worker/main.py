@@ -14,6 +14,7 @@ from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from decode_worker.service import DecodeService
 from decode_worker.speculation import SpeculationLimits
+from kvrelay import vllm_engine
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.fault_points import enable_fault_points
@@ -26,7 +27,7 @@ from kvrelay.worker_engine import WorkerEngine, build_engine
 from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
 from kvrelay.worker_registry import MemberRole
 
-SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService")
+SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService", *vllm_engine.service_names())
 NUM_TRANSFER_THREADS = 2
 LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU = 16
 """A core reads the weights once for about ten rows in the time that it computes them: more rows lengthen everybody's step."""
@@ -77,6 +78,11 @@ def build_services(
     def add_to(server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, server)
         receiver.add_to(server)
+        if vllm_engine.is_installed():
+            from decode_worker.vllm_engine import add_vllm_engine
+            from kvrelay.vllm_engine.served_engine import served_engine
+
+            add_vllm_engine(server, served_engine(engine, settings.engine, "kv_consumer"), service)
 
     def start() -> None:
         shared_memory.start()

@@ -52,7 +52,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        await self.sessions.serve(context, self._on_command)
+        await self.sessions.serve(context, self.take_command)
 
     def report(self, report: events.StepReport) -> None:
         """What the engine thread has to say; called on the event loop, in order."""
@@ -69,7 +69,8 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
             # What was freed is news to the router, and perhaps nothing else tells of it.
             self.sessions.broadcast_load()
 
-    def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:
+    def take_command(self, session: WorkerSession, name: str, message: Any) -> None:
+        """A message of a session, by the name of its field."""
         match name:
             case "reserve":
                 self._reserve(session, message)

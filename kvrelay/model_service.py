@@ -45,12 +45,21 @@ class TokenizerService(session_pb2_grpc.ModelServiceServicer):
     ) -> AsyncIterator[session_pb2.GetTokenizerResponse]:
         if request.fingerprint != self._fingerprint:
             raise FingerprintError("this worker serves another model than the one that was asked for")
-        paths = [self._folder / name for name in TOKENIZER_FILES if (self._folder / name).is_file()]
-        if not any(path.name == "tokenizer.json" for path in paths):
-            raise PreconditionError("the model's folder has no tokenizer.json; text cannot be served, token ids can")
-        for path in paths:
+        for path in tokenizer_files(self._folder):
             for piece in _pieces(path):
                 yield session_pb2.GetTokenizerResponse(file_name=path.name, content=piece)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a model's folder.
+
+    Raises:
+        PreconditionError: the main one is missing.
+    """
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name == "tokenizer.json" for path in paths):
+        raise PreconditionError("the model's folder has no tokenizer.json; text cannot be served, token ids can")
+    return paths
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

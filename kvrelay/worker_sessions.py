@@ -103,11 +103,16 @@ class WorkerSessions:
             raise
         finally:
             self._sessions.pop(session, None)
-            self._informed.discard(session)
-            works = self.leases.end_session(session)
-            for work_id in works:
-                self._give_up(work_id)
-            _log.info("session ended", gateway=session.gateway_id, num_works=len(works))
+            num_works = self.end_works_of(session)
+            _log.info("session ended", gateway=session.gateway_id, num_works=num_works)
+
+    def end_works_of(self, session: WorkerSession) -> int:
+        """A session has ended: gives up all its works; how many these were."""
+        self._informed.discard(session)
+        works = self.leases.end_session(session)
+        for work_id in works:
+            self._give_up(work_id)
+        return len(works)
 
     def admit(self, session: WorkerSession, message: decode_pb2.Reserve | prefill_pb2.StartPrefill) -> Work | None:
         """Takes a work on. None when it was refused, which the gateway has been told."""

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from kvrelay import vllm_engine
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.fault_points import enable_fault_points
@@ -25,7 +26,7 @@ from prefill_worker.kv_sender import SenderContext
 from prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from prefill_worker.service import PrefillService
 
-SERVICE_NAMES = ("kvrelay.v1.PrefillService",)
+SERVICE_NAMES = ("kvrelay.v1.PrefillService", *vllm_engine.service_names())
 NUM_TRANSFER_THREADS = 2
 BYTES_PER_KIB = 1024
 
@@ -50,7 +51,7 @@ async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.E
     transport = create_transport(settings.transfer)
 
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
-        return build_services(settings, engine, transport, hello)
+        return build_services(settings, engine, transport, hello, address)
 
     try:
         kind = WorkerKind(MemberRole.PREFILL, SERVICE_NAMES, build)
@@ -60,7 +61,7 @@ async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.E
 
 
 def build_services(
-    settings: PrefillSettings, engine: WorkerEngine, transport: KVTransport, hello: session_pb2.WorkerHello
+    settings: PrefillSettings, engine: WorkerEngine, transport: KVTransport, hello: session_pb2.WorkerHello, address: str
 ) -> WorkerServices:
     """Puts engine thread, senders and service together."""
     keep_message_memory()
@@ -83,6 +84,11 @@ def build_services(
 
     def add_to(server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(service, server)
+        if vllm_engine.is_installed():
+            from kvrelay.vllm_engine.served_engine import served_engine
+            from prefill_worker.vllm_engine import add_vllm_engine
+
+            add_vllm_engine(server, served_engine(engine, settings.engine, "kv_producer"), service, address)
 
     def stop() -> None:
         transfer_threads.shutdown()

@@ -72,7 +72,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        await self.sessions.serve(context, self._on_command)
+        await self.sessions.serve(context, self.take_command)
 
     def report(self, report: events.Report) -> None:
         """What the engine thread has to say; called on the event loop, in order."""
@@ -94,7 +94,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         """Pushes under way."""
         return len(self._senders)
 
-    def _on_command(self, session: WorkerSession, name: str, message: Any) -> None:
+    def take_command(self, session: WorkerSession, name: str, message: Any) -> None:
+        """A message of a session, by the name of its field."""
         match name:
             case "start_prefill":
                 self._start_prefill(session, message)

@@ -67,9 +67,12 @@ EDGE_MODULES = {
     "gateway.worker_session",
     "prefill_worker.main",
     "prefill_worker.service",
+    "prefill_worker.vllm_engine",
     "decode_worker.kv_receiver",
     "decode_worker.main",
+    "decode_worker.remote_prefill",
     "decode_worker.service",
+    "decode_worker.vllm_engine",
 }
 
 

@@ -76,7 +76,7 @@ async def running_prefill_worker(
     transport = create_transport(worker_settings.transfer)
 
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
-        return prefill_worker.main.build_services(worker_settings, engine, transport, hello)
+        return prefill_worker.main.build_services(worker_settings, engine, transport, hello, address)
 
     try:
         async with _running(engine, build) as worker:

@@ -9,6 +9,11 @@ from importlib.util import find_spec
 SERVICE_NAME = "vllm.grpc.engine.VllmEngine"
 
 
+def service_names() -> tuple[str, ...]:
+    """The service's name where it is installed."""
+    return (SERVICE_NAME,) if is_installed() else ()
+
+
 def is_installed() -> bool:
     """Whether the service's messages are there: the extra `openai`."""
     return find_spec("smg_grpc_proto") is not None

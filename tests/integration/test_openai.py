@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shlex
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 from transformers import AutoConfig
 
-from kvrelay.client import AsyncClient, Completion
+from kvrelay import openai_front
+from kvrelay.child_process import ChildProcess
+from kvrelay.client import AsyncClient, Cluster, Completion, WorkerRole
 from kvrelay.local_cluster import LocalCluster
-from tests.integration.clusters import assert_at_rest, cluster_of, engine
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, wait_until, workers
 
 pytestmark = [
     pytest.mark.integration,
@@ -156,6 +159,56 @@ async def test_several_choices_differ_and_come_again_with_the_same_seed(
         for choice in event.choices:
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == texts
+
+
+async def test_smg_in_its_prefill_decode_mode_straight_on_the_workers_gives_our_gateways_text(
+    client: AsyncClient, bytes_per_token: int
+) -> None:
+    messages = chat("Name three rivers of Europe and where they end.")
+    expected = (await client.complete(messages=messages, max_tokens=24, temperature=0, tenant="expected")).outputs[0].text
+    cluster = await client.cluster()
+    before = kv_bytes(cluster)
+    (prefill,), (decode,) = workers(cluster, WorkerRole.PREFILL), workers(cluster, WorkerRole.DECODE)
+    port = free_port()
+    command = openai_front.command_without_gateway("127.0.0.1", port, free_port(), [prefill.address], [decode.address])
+    process = ChildProcess("smg", command, openai_front.environment(), lambda name, line: None)
+    await process.start()
+    try:
+        async with asyncio.timeout(60):
+            await openai_front.wait_until_ready(f"127.0.0.1:{port}")
+        async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as sdk:
+            options: Any = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
+            answer = await sdk.chat.completions.create(**options)
+            assert answer.choices[0].message.content == expected
+            stream = await sdk.chat.completions.create(**options, stream=True)
+            assert "".join([event.choices[0].delta.content or "" async for event in stream]) == expected
+            both = await sdk.chat.completions.create(**(options | {"n": 2, "temperature": 1, "seed": 3}))
+            assert len({choice.message.content for choice in both.choices}) == 2
+    finally:
+        await process.stop(5.0)
+    assert answer.usage is not None
+    pushed = 2 * bytes_per_token * answer.usage.prompt_tokens  # not for two choices: what is pushed continues once
+    await wait_until(lambda: has_kv_bytes(client, before[0] + pushed, before[1] + pushed), "both workers tell what was pushed")
+    await assert_at_rest(client)
+
+
+def kv_bytes(cluster: Cluster) -> tuple[int, int]:
+    """KV bytes that prefill workers sent and decode workers received."""
+    sent, received = (
+        sum(worker.load.kv_transfer_bytes for worker in workers(cluster, role))
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE)
+    )
+    return sent, received
+
+
+async def has_kv_bytes(client: AsyncClient, sent: int, received: int) -> bool:
+    return kv_bytes(await client.cluster()) == (sent, received)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def test_what_is_wrong_is_told_with_the_status_that_openai_would_give(sdk: AsyncOpenAI) -> None:
