@@ -143,6 +143,31 @@ async def test_a_break_before_the_requests_id_sends_the_same_request_again(fake:
     assert first.idempotency_key
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+async def test_a_request_that_no_gateway_knows_any_more_is_made_again_with_its_seed(
+    fake: Fake, client: AsyncClient, seed: int | None
+) -> None:
+    fake.service.generate = [
+        then_break(accepted(), delta(0, "a")),
+        then_break(),
+        play(accepted(), delta(0, "ab", num_tokens=2), delta(2, "c", last=True), finished()),
+    ]
+    fake.service.resume = [then_raise(errors.RequestNotFoundError("never heard of it"))]
+    stream = client.generate("x", resumable=True, idempotency_key="key", **({} if seed is None else {"seed": seed}))
+    deltas = [item async for item in stream]
+    assert [(item.index, len(item.tokens), item.text) for item in deltas] == [(0, 1, "a"), (1, 1, "b"), (2, 1, "c")]
+    first, _, again, once_more = fake.service.calls
+    assert again == once_more
+    assert again.sampling.seed == 7
+    assert (again.idempotency_key == first.idempotency_key) == (seed == 7), "with a seed it is another body"
+
+
+async def test_a_resumed_stream_of_a_request_that_is_not_known_is_an_error(fake: Fake, client: AsyncClient) -> None:
+    fake.service.resume = [then_break(accepted(), delta(0, "a")), then_raise(errors.RequestNotFoundError("forgotten"))]
+    with pytest.raises(errors.RequestNotFoundError):
+        await client.resume(REQUEST_ID).text()
+
+
 async def test_a_stream_is_resumed_at_another_address(fake: Fake) -> None:
     other = FakeInferenceService()
     bound, address = await start_fake(other)

@@ -4,6 +4,7 @@ What cannot be put into a message at all is refused here with the same error tha
 server's.
 """
 
+import hashlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,21 @@ def generate_request(
         request.token_ids.ids.extend(_token_ids(token_ids or ()))
         request.token_ids.SetInParent()
     return request
+
+
+def generate_again(request: inference_pb2.GenerateRequest, seed: int) -> inference_pb2.GenerateRequest:
+    """The same request once more, with the seed that it was given by the gateway, if it had none itself.
+
+    It is another body then, for which its idempotency key does not stand; it gets one of its own, always the same.
+    """
+    if request.sampling.HasField("seed"):
+        return request
+    again = inference_pb2.GenerateRequest()
+    again.CopyFrom(request)
+    again.sampling.seed = seed
+    if request.idempotency_key:
+        again.idempotency_key = hashlib.sha256(f"{request.idempotency_key} {seed}".encode()).hexdigest()
+    return again
 
 
 def converse_request(

@@ -16,7 +16,7 @@ from kvrelay.backoff import Backoff
 from kvrelay.client import requests
 from kvrelay.client.results import Accepted, Completion, Delta, Event, Finished, Output
 from kvrelay.error_status import DETAILS_METADATA_KEY, error_of_rpc
-from kvrelay.errors import DeadlineError, InternalError, KvrelayError, UnavailableError
+from kvrelay.errors import DeadlineError, InternalError, KvrelayError, RequestNotFoundError, UnavailableError
 from kvrelay.v1 import inference_pb2
 from kvrelay.work import FinishReason, Token
 
@@ -64,15 +64,19 @@ class StreamState:
             return self._take_delta(event)
         return None
 
-    def next_request(self, first: StreamRequest) -> StreamRequest:
+    def next_request(self, first: StreamRequest, *, is_lost: bool = False) -> StreamRequest:
         """What to ask for when a stream begins: `first`, or, once the request is accepted, its output again from `from_index`.
 
-        Before that, a repeated `first` joins the request it may have made, by its idempotency key.
+        Before that, a repeated `first` joins the request it may have made, by its idempotency key. A request that is lost is made
+        once more, with the seed that it had: its output is the same.
         """
         if self.accepted is None:
             return first
         for output in self._outputs.values():
             output.num_characters_to_skip = len(output.text)
+        if is_lost:
+            assert isinstance(first, inference_pb2.GenerateRequest), "only what was generated can be again"
+            return requests.generate_again(first, self.accepted.seed)
         coalesce_ms = first.coalesce_ms if first.HasField("coalesce_ms") else None
         return requests.resume_request(self.accepted.request_id, self.from_index, coalesce_ms)
 
@@ -120,11 +124,20 @@ class Recovery:
     that a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun. A gateway that is shutting
     down says when to come again, and is not believed to be the last: others, or its successor, are asked until the deadline.
 
-    A request that is not resumable is sent again only as long as nothing of it has begun.
+    A request that is not resumable is sent again only as long as nothing of it has begun. One that is may be lost all the same,
+    when its gateway died just before it wrote it down, or Redis lost it: then nobody knows it any more, and it is begun again.
+
+    Args:
+        resumable: whether the request may be sent again once it has begun.
+        addresses: of gateways.
+        can_begin_again: whether the stream began with the request itself, so that a lost one can be made once more.
     """
 
-    def __init__(self, resumable: bool, addresses: Sequence[str]) -> None:
+    def __init__(self, resumable: bool, addresses: Sequence[str], *, can_begin_again: bool = False) -> None:
+        self.request_is_lost = False
+        """Whether the request is to be made once more, for no gateway knows it."""
         self._resumable = resumable
+        self._can_begin_again = resumable and can_begin_again
         self._addresses = addresses
         self._begun = False
         self._announced = False
@@ -135,6 +148,7 @@ class Recovery:
     def received(self, *, new: bool) -> None:
         """Something arrived: new output, or only what was known before."""
         self._begun = True
+        self.request_is_lost = False
         if not new:
             return
         self._announced = self._told_to_wait = False
@@ -152,11 +166,13 @@ class Recovery:
             KvrelayError: it is not to be resumed.
         """
         error = _stream_error(failure, self._addresses)
-        if not is_broken(failure) or not (self._resumable or self._may_send_again(error)):
+        if self._begun and self._can_begin_again and isinstance(error, RequestNotFoundError):
+            self.request_is_lost = True
+        elif not is_broken(failure) or not (self._resumable or self._may_send_again(error)):
             raise error
         if isinstance(error, UnavailableError) and error.retry_after_ms is not None:
             self._told_to_wait = True
-        elif failure is not None and not self._told_to_wait and (says_so_itself(failure) or not self._begun):
+        elif self._is_refusal(failure):
             if self._num_refusals_left == 0:
                 raise error
             self._num_refusals_left -= 1
@@ -167,6 +183,11 @@ class Recovery:
         if delay_s >= remaining_s:
             raise DeadlineError(f"the stream broke and could not be resumed before the deadline: {error.message}")
         return delay_s
+
+    def _is_refusal(self, failure: grpc.RpcError | None) -> bool:
+        if failure is None or self._told_to_wait or self.request_is_lost:
+            return False
+        return says_so_itself(failure) or not self._begun
 
     def _may_send_again(self, error: KvrelayError) -> bool:
         """Whether nothing of the request has begun, so that another gateway may be asked for all of it."""

@@ -27,7 +27,8 @@ class Stream:
         self._addresses = addresses
         self._request = request
         self._state = state
-        self._recovery = Recovery(resumable, addresses.all)
+        can_begin_again = isinstance(request, inference_pb2.GenerateRequest)
+        self._recovery = Recovery(resumable, addresses.all, can_begin_again=can_begin_again)
         self._timeout_s = timeout_s
         self._call: Any = None
         self._cancelled = False
@@ -108,7 +109,7 @@ class Stream:
         if remaining_s <= 0:
             raise DeadlineError("no answer within the timeout")
         stub = self._stub(self._addresses.current)
-        request = self._state.next_request(self._request)
+        request = self._state.next_request(self._request, is_lost=self._recovery.request_is_lost)
         if isinstance(request, inference_pb2.ResumeRequest):
             return stub.Resume(request, timeout=remaining_s)
         return stub.Generate(request, timeout=remaining_s)
