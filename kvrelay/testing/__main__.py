@@ -10,11 +10,14 @@ from typing import Any
 
 from kvrelay.testing.scenarios.detection import detection
 from kvrelay.testing.scenarios.disconnects import disconnects
-from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
+from kvrelay.testing.scenarios.kill_matrix import kill_matrix
 from kvrelay.testing.scenarios.overload import overload
 from kvrelay.testing.scenarios.random_faults import random_faults
-from kvrelay.testing.scenarios.redis_stopped import redis_stopped
+from kvrelay.testing.scenarios.redis_stopped import redis_full, redis_stopped
+from kvrelay.testing.scenarios.rolling_restart import rolling_restart
 from kvrelay.testing.scenarios.soak import soak
+from kvrelay.testing.scenarios.sole_decode_worker import sole_decode_worker
+from kvrelay.testing.scenarios.zombies import zombies
 
 Scenario = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 SCENARIOS: dict[str, Scenario] = {
@@ -23,6 +26,7 @@ SCENARIOS: dict[str, Scenario] = {
     "rolling-restart": rolling_restart,
     "zombies": zombies,
     "redis-stopped": redis_stopped,
+    "redis-full": redis_full,
     "disconnects": disconnects,
     "detection": detection,
     "overload": overload,
@@ -47,7 +51,7 @@ def main(arguments: list[str]) -> int:
     figures = asyncio.run(SCENARIOS[name](**options))
     figures.pop("_report", None)
     print(json.dumps({"scenario": name, **figures}, indent=1))
-    return 1 if figures.get("failed") or figures.get("wrong") else 0
+    return 1 if any(figures.get(name) for name in ("failed", "wrong", "stored_wrong", "not_stored")) else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import redis.asyncio
 
 from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
+from kvrelay.redis_connection import MAX_CONNECTIONS
 from kvrelay.request_state import RequestState, is_terminal
 from kvrelay.testing.waiting import wait_until
 
@@ -35,8 +36,8 @@ REQUEST_TASKS = ("push", "takeover", "request")
 """Beginnings of the names of tasks that live no longer than a request."""
 ORPHANS_TIMEOUT_S = 20.0
 """Requests of a gateway that died are ended by another two leases later."""
-MAX_MORE_DESCRIPTORS = 8
-"""Sessions that were made again, and sockets that the kernel has not let go of yet."""
+MAX_MORE_DESCRIPTORS = 8 + MAX_CONNECTIONS
+"""Sessions that were made again, sockets that the kernel has not let go of yet, and connections to Redis, which are kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class Outcome:
     num_attempts: int
     duration_s: float
     longest_pause_s: float
+    request_id: str | None = None
+    """None when it was never accepted."""
 
 
 async def run_request(client: AsyncClient, request: Request) -> Outcome:
@@ -93,7 +95,8 @@ async def run_request(client: AsyncClient, request: Request) -> Outcome:
     except (KvrelayError, AssertionError) as failure:
         error = failure
     num_attempts = stream.finished.phases.num_attempts if stream.finished is not None else 0
-    return Outcome(request, check.result, error, num_attempts, time.monotonic() - begin, pause_s)
+    request_id = stream.accepted.request_id if stream.accepted is not None else None
+    return Outcome(request, check.result, error, num_attempts, time.monotonic() - begin, pause_s, request_id)
 
 
 async def fault_free_tokens(client: AsyncClient, requests: Iterable[Request], concurrency: int = 4) -> dict[Request, Tokens]:

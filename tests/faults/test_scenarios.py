@@ -1,11 +1,16 @@
 """The long scenarios, in a size that a soak can afford; docs/reliability.md has the figures of the full ones."""
 
+from typing import Any
+
 import pytest
 
 from kvrelay.testing.__main__ import main
 from kvrelay.testing.scenarios.disconnects import disconnects
-from kvrelay.testing.scenarios.kill_matrix import kill_matrix, rolling_restart, sole_decode_worker, zombies
-from kvrelay.testing.scenarios.redis_stopped import redis_stopped
+from kvrelay.testing.scenarios.kill_matrix import kill_matrix
+from kvrelay.testing.scenarios.redis_stopped import redis_full, redis_stopped
+from kvrelay.testing.scenarios.rolling_restart import rolling_restart
+from kvrelay.testing.scenarios.sole_decode_worker import sole_decode_worker
+from kvrelay.testing.scenarios.zombies import zombies
 
 pytestmark = [pytest.mark.integration, pytest.mark.soak, pytest.mark.timeout(3000)]
 
@@ -21,25 +26,43 @@ async def test_sole_decode_worker() -> None:
     figures = await sole_decode_worker()
     figures["_report"].check()
     assert figures["kills"] == 3
+    assert figures["retried"] > 0
 
 
 async def test_rolling_restart() -> None:
-    figures = await rolling_restart()
+    figures = await rolling_restart(num_rounds=1)
     figures["_report"].check()
-    assert figures["restarts"] >= 6
+    assert figures["restarts"] == 6
+    check_stored(figures)
 
 
 async def test_zombies() -> None:
     figures = await zombies(num_stops=20)
     figures["_report"].check()
     assert figures["stops"] == 20
+    assert figures["stops_by_role"].keys() == {"decode", "prefill", "gateway"}
     assert figures["retried"] > 0
+    check_stored(figures)
 
 
 async def test_redis_stopped() -> None:
-    figures = await redis_stopped()
+    figures = await redis_stopped(redis_timeout_ms=2000)
     figures["_report"].check()
-    assert figures["recovery_s"] < 1.0
+    assert figures["ended_meanwhile"] > 0
+    check_stored(figures)
+
+
+async def test_redis_full() -> None:
+    figures = await redis_full(redis_timeout_ms=2000)
+    figures["_report"].check()
+    assert figures["refused"] > 0
+    check_stored(figures)
+
+
+def check_stored(figures: dict[str, Any]) -> None:
+    """Redis has all outputs as the clients got them."""
+    assert figures["stored"] > 0
+    assert (figures["stored_wrong"], figures["not_stored"]) == (0, 0)
 
 
 async def test_disconnects() -> None:

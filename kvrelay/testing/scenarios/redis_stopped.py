@@ -1,57 +1,147 @@
-"""Redis stands still under load: streams go on, and once it is back, its state is whole again."""
+"""Redis stands still, or is out of memory, under load: what runs goes on, and once Redis is well, all of its state is there."""
 
 import asyncio
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import redis.asyncio
+
+from kvrelay.client import AsyncClient
+from kvrelay.errors import KvrelayError, OverloadedError
+from kvrelay.redis_connection import RedisConnection
+from kvrelay.request_state import is_terminal
+from kvrelay.state_store import StateStore
 from kvrelay.testing.fault_cluster import FaultCluster
+from kvrelay.testing.load import LoadReport, make_request, run_request
 from kvrelay.testing.process_files import state_of
-from kvrelay.testing.scenarios.kill_matrix import RELAY, make_requests, run_under_faults
+from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, compare_stored, make_requests
 from kvrelay.testing.waiting import wait_until
+
+BEFORE_AND_AFTER_S = 2.0
+RECOVERY_TIMEOUT_S = 60.0
 
 
 async def redis_stopped(
-    num_clients: int = 8, num_requests: int = 60, num_tokens: int = 300, stop_s: float = 30.0
+    num_clients: int = 8, num_tokens: int = 300, stop_s: float = 30.0, redis_timeout_ms: int = 200
 ) -> dict[str, Any]:
-    """Valkey is stopped for `stop_s` while requests run; seconds until the gateway says that it is not degraded any more."""
-    recovery_s: list[float] = []
-    server = {"redis_timeout_ms": 200}
-    async with FaultCluster(relay=RELAY, engine={"num_kv_blocks": 512}, server=server) as cluster, cluster.client() as client:
+    """Valkey is stopped while requests run; seconds until the gateway has noticed, and until what it missed is stored.
 
-        async def harm() -> None:
-            await asyncio.sleep(1.0)
+    Args:
+        num_clients: at once.
+        num_tokens: of each output.
+        stop_s: for how long.
+        redis_timeout_ms: of every process; on a busy machine, Redis seems to be away with the default.
+    """
+    figures: dict[str, float] = {}
+    server = {"redis_timeout_ms": redis_timeout_ms}
+    async with FaultCluster(relay=RELAY, engine=ENGINE, server=server) as cluster, cluster.client() as client:
+        load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens), num_clients)
+
+        async def stop() -> None:
+            await asyncio.sleep(BEFORE_AND_AFTER_S)
+            num_before = len(load.report.outcomes)
             pid = cluster.valkey.pid
             os.kill(pid, signal.SIGSTOP)
-            await wait_until(lambda: state_of(pid) == "T", "Valkey is stopped")
+            try:
+                await wait_until(lambda: state_of(pid) == "T", "Valkey is stopped")
+                await asyncio.sleep(stop_s)
+                assert (await client.cluster()).degraded, "the gateway has noticed"
+                assert state_of(pid) == "T", "nobody else has continued it"
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            missed = [each.request_id for each in load.report.outcomes[num_before:] if each.request_id is not None]
+            figures["ended_meanwhile"] = len(missed)
             begin = time.monotonic()
-            await asyncio.sleep(stop_s)
-            assert (await client.cluster()).degraded
-            os.kill(pid, signal.SIGCONT)
+            await _wait(lambda: _is_well(client), "the gateway keeps state again")
+            figures["recovery_s"] = round(time.monotonic() - begin, 2)
+            await _wait(lambda: _are_stored(cluster, missed), "what was missed is stored")
+            figures["caught_up_s"] = round(time.monotonic() - begin, 2)
+            await asyncio.sleep(BEFORE_AND_AFTER_S)
+
+        await load.run(stop)
+        await cluster.check()
+        stored = await compare_stored(cluster, load.report)
+    return {**load.figures(), **stored, "stopped_s": stop_s, **figures}
+
+
+async def redis_full(
+    num_clients: int = 8,
+    num_tokens: int = 300,
+    full_s: float = 10.0,
+    max_memory_kib: int = 1024,
+    redis_timeout_ms: int = 200,
+) -> dict[str, Any]:
+    """Valkey is out of memory: what was accepted goes on, the rest is refused with RESOURCE_EXHAUSTED and when to retry.
+
+    Args:
+        num_clients: at once.
+        num_tokens: of each output.
+        full_s: for how long.
+        max_memory_kib: Valkey's maxmemory meanwhile: less than it has at its start.
+        redis_timeout_ms: as for `redis_stopped`.
+    """
+    figures: dict[str, float] = {}
+    server = {"redis_timeout_ms": redis_timeout_ms}
+    async with FaultCluster(relay=RELAY, engine=ENGINE, server=server) as cluster, cluster.client() as client:
+        load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens), num_clients)
+
+        async def fill() -> None:
+            await asyncio.sleep(BEFORE_AND_AFTER_S)
+            store: redis.asyncio.Redis
+            async with redis.asyncio.Redis.from_url(cluster.redis_url, protocol=2) as store:
+                await store.config_set("maxmemory", f"{max_memory_kib}kb")
+                try:
+                    await asyncio.sleep(full_s)
+                finally:
+                    await store.config_set("maxmemory", f"{cluster.valkey_mib}mb")
             begin = time.monotonic()
+            await _wait(lambda: _is_accepted(client), "new requests are accepted")
+            figures["accepted_again_s"] = round(time.monotonic() - begin, 2)
+            await asyncio.sleep(BEFORE_AND_AFTER_S)
 
-            async def healthy() -> bool:
-                return not (await client.cluster()).degraded
+        await load.run(fill)
+        await cluster.check()
+        refused = _take_refused(load.report)
+        assert refused > 0, "nothing was refused: the fault did not happen"
+        stored = await compare_stored(cluster, load.report)
+    return {**load.figures(), **stored, "full_s": full_s, "refused": refused, **figures}
 
-            await wait_until(healthy, "the breaker closes")
-            recovery_s.append(time.monotonic() - begin)
 
-        requests = make_requests(num_clients * num_requests, num_tokens=num_tokens)
-        harming: asyncio.Task[None] | None = None
+def _take_refused(report: LoadReport) -> int:
+    """Takes what was refused in order out of the report: with the right error, a time to retry, and before it was accepted."""
+    refused = [
+        outcome
+        for outcome in report.outcomes
+        if isinstance(outcome.error, OverloadedError) and outcome.error.retry_after_ms > 0 and outcome.request_id is None
+    ]
+    report.outcomes = [outcome for outcome in report.outcomes if outcome not in refused]
+    return len(refused)
 
-        async def harm_and_note() -> None:
-            nonlocal harming
-            harming = asyncio.create_task(harm())
 
-        report, duration_s = await run_under_faults(cluster, requests, num_clients, harm_and_note)
-        assert harming is not None
-        await harming
-        await cluster.check(30.0)
-    return {
-        **report.figures(),
-        "stopped_s": stop_s,
-        "recovery_s": round(recovery_s[0], 2),
-        "seconds": round(duration_s, 1),
-        "_report": report,
-    }
+async def _is_well(client: AsyncClient) -> bool:
+    return not (await client.cluster()).degraded
+
+
+async def _is_accepted(client: AsyncClient) -> bool:
+    return (await run_request(client, make_request(0, num_tokens=2, tenant="probe"))).error is None
+
+
+async def _are_stored(cluster: FaultCluster, request_ids: list[str]) -> bool:
+    """Whether Redis has the ends of all these requests."""
+    async with RedisConnection(cluster.redis_url, 5000) as connection:
+        store = StateStore(connection, "scenario")
+        records = [await store.get(request_id) for request_id in request_ids]
+    return all(record is not None and is_terminal(record.state) for record in records)
+
+
+async def _wait(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    async def is_so() -> bool:
+        try:
+            return await condition()
+        except KvrelayError:
+            return False
+
+    await wait_until(is_so, what, RECOVERY_TIMEOUT_S)

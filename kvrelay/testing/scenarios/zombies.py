@@ -1,0 +1,141 @@
+"""Processes of all kinds stand still for longer than others believe in them, and then go on with what they were at.
+
+A worker is continued once every gateway has given it up, a gateway once what it ran has been taken over by another: so each
+is a zombie for certain, whatever the machine's speed. What a zombie does then would show in a client's tokens, in a block that
+another request has by now (and so in that one's tokens), or in what Redis has of the requests.
+"""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from kvrelay.client import AsyncClient
+from kvrelay.errors import KvrelayError
+from kvrelay.testing.fault_cluster import CLIENT, FaultCluster
+from kvrelay.testing.process import FaultProcess
+from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, compare_stored, make_requests
+from kvrelay.testing.waiting import wait_until
+
+LEASE_MS = 2000
+GIVEN_UP_TIMEOUT_S = 60.0
+
+
+async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 200) -> dict[str, Any]:
+    """Workers and gateways are stopped with SIGSTOP until they are given up, and continued. All at once: one of each kind.
+
+    Args:
+        num_clients: at once.
+        num_tokens: of each output.
+        num_stops: of all processes together.
+    """
+    async with FaultCluster(
+        num_gateways=2, num_prefill=2, num_decode=3, relay=RELAY, engine=ENGINE, server={"lease_ms": LEASE_MS}
+    ) as cluster:
+        load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens, resumable=True), num_clients)
+        stops = Stops(load, num_stops)
+        await load.run(stops.run)
+        await cluster.wait_until_ready()
+        await cluster.check()
+        stored = await compare_stored(cluster, load.report)
+    return {**load.figures(), **stored, "stops": stops.counts.total(), "stops_by_role": dict(stops.counts)}
+
+
+class Stops:
+    """Stops and continues processes until there were enough of it.
+
+    Args:
+        load: on a cluster of at least two processes of each kind, so that somebody is there to give up the stopped ones.
+        num_stops: in all.
+    """
+
+    def __init__(self, load: LastingLoad, num_stops: int) -> None:
+        self.counts: Counter[str] = Counter()
+        """Zombies so far, by role."""
+        self._load = load
+        self._cluster = load.cluster
+        self._num_left = num_stops
+        self._clients: dict[FaultProcess, AsyncClient] = {}
+
+    async def run(self) -> None:
+        """Makes all the zombies; three at a time, of each kind one."""
+        self._clients = {gateway: self._cluster.client(gateway.name) for gateway in self._cluster.of_role("gateway")}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for role in ("decode", "prefill", "gateway"):
+                    group.create_task(self._stop_in_turn(role, self._cluster.of_role(role)))
+        finally:
+            for client in self._clients.values():
+                await client.close()
+
+    async def _stop_in_turn(self, role: str, victims: Sequence[FaultProcess]) -> None:
+        for victim in itertools.cycle(victims):
+            if self._num_left == 0:
+                return
+            self._num_left -= 1
+            await (self._make_zombie_gateway(victim) if role == "gateway" else self._make_zombie_worker(victim))
+            self.counts[role] += 1
+
+    async def _make_zombie_worker(self, victim: FaultProcess) -> None:
+        await self._stop_until(victim, lambda: self._is_connected_nowhere(victim))
+        await self._wait(lambda: self._is_connected_everywhere(victim), f"{victim.name} is back")
+
+    async def _make_zombie_gateway(self, victim: FaultProcess) -> None:
+        """Its clients lose it too, as behind a load balancer: they hear nothing of what it goes on with."""
+        gateway_id = (await self._clients[victim].cluster()).gateway_id
+        await self._stop_until(victim, lambda: self._is_taken_over(gateway_id), lambda: victim.link_from(CLIENT).close())
+        await self._wait(lambda: self._has_workers(victim), f"{victim.name} is back")
+
+    async def _stop_until(
+        self, victim: FaultProcess, given_up: Callable[[], Awaitable[bool]], when_stopped: Callable[[], object] = lambda: None
+    ) -> None:
+        await victim.stop()
+        try:
+            when_stopped()
+            await self._wait(given_up, f"{victim.name} is given up")
+            assert victim.state == "T", "nobody else has continued it"
+        finally:
+            await victim.resume()
+
+    @staticmethod
+    async def _wait(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+        async def is_so() -> bool:
+            try:
+                return await condition()
+            except KvrelayError:
+                return False  # the asked gateway has just been stopped
+
+        await wait_until(is_so, what, GIVEN_UP_TIMEOUT_S)
+
+    def _running_gateways(self) -> list[AsyncClient]:
+        return [client for gateway, client in self._clients.items() if gateway.state != "T"]
+
+    async def _connections(self, victim: FaultProcess) -> list[bool]:
+        """Whether it has a session with each gateway that is not stopped."""
+        seen = [await client.cluster(timeout_s=2.0) for client in self._running_gateways()]
+        return [any(worker.connected for worker in cluster.workers if worker.address == victim.proxy.address) for cluster in seen]
+
+    async def _is_connected_nowhere(self, victim: FaultProcess) -> bool:
+        return not any(await self._connections(victim))
+
+    async def _is_connected_everywhere(self, victim: FaultProcess) -> bool:
+        return all(await self._connections(victim))
+
+    async def _is_taken_over(self, gateway_id: str) -> bool:
+        """Whether its lease has run out, and others run what clients wait for. What nobody resumes is left until its deadline."""
+        (other,) = self._running_gateways()
+        if any(gateway.gateway_id == gateway_id for gateway in (await other.cluster(timeout_s=2.0)).gateways):
+            return False
+        active = (await other.list_requests(page_size=1000, active_only=True, timeout_s=2.0)).requests
+        left = {request.tenant for request in active if request.gateway_id == gateway_id}
+        return not left & self._load.tenants_waiting
+
+    async def _has_workers(self, gateway: FaultProcess) -> bool:
+        workers = (await self._clients[gateway].cluster(timeout_s=2.0)).workers
+        connected = {worker.address for worker in workers if worker.connected}
+        return all(
+            process.proxy.address in connected
+            for process in self._cluster.processes.values()
+            if not process.name.startswith("gateway") and process.state != "T"
+        )
