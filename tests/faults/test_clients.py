@@ -8,8 +8,8 @@ import pytest
 
 from kvrelay.client import Delta
 from kvrelay.errors import DeadlineError, IdempotencyConflictError, KvrelayError, UnavailableError
-from kvrelay.testing import FaultAction, wait_until
-from kvrelay.testing.load import TokenCheck
+from kvrelay.testing import FaultAction, FaultCluster, make_tiny_llama, wait_until
+from kvrelay.testing.load import TokenCheck, fault_free_tokens, make_request, run_request
 from kvrelay.testing.scenarios.disconnects import POINTS, disconnect_at
 from tests.faults.conftest import Rig
 
@@ -77,6 +77,36 @@ async def test_a_slow_client_delays_nobody_else_and_gets_everything(rig: Rig) ->
             assert all(outcome.error is None for outcome in outcomes)
     assert num_pauses == 3
     assert check.result == expected
+
+
+@pytest.mark.soak
+async def test_a_client_that_reads_one_frame_a_second_pauses_its_own_sequences_only() -> None:
+    """More is on its way to it than the buffers between take: its own work is paused, and nobody else's."""
+    slow = make_request(1, num_tokens=1500, num_sequences=8, timeout_s=240.0)
+    others = [make_request(number, num_tokens=60) for number in range(2, 6)]
+    cluster = FaultCluster(
+        model=make_tiny_llama(max_context_tokens=2048), engine={"num_kv_blocks": 4096}, relay={"max_unread_tokens": 64}
+    )
+    async with cluster, cluster.client() as client, cluster.client() as other_client:
+        expected = await fault_free_tokens(client, [slow, *others])
+        paused = cluster["gateway"].arm("gateway.set_paused_sent", FaultAction.COUNT, times=None)
+        check = TokenCheck(slow.num_sequences)
+        was_paused, num_pauses = False, 0
+        async for delta in client.generate(**slow.options):
+            check.take(delta)
+            if was_paused:
+                continue
+            await asyncio.sleep(1.0)
+            if paused.num_fired:
+                was_paused = True
+                outcomes = await asyncio.gather(*(run_request(other_client, other) for other in others))
+                assert [outcome.tokens for outcome in outcomes] == [expected[other] for other in others]
+                assert [outcome.num_attempts for outcome in outcomes] == [1] * len(others)
+                num_pauses = paused.num_fired
+        assert was_paused
+        assert check.result == expected[slow]
+        assert paused.num_fired > num_pauses, "it was still paused when the others had ended, and went on"
+        await cluster.check()
 
 
 async def test_the_same_idempotency_key_fifty_times_at_once_is_one_request(rig: Rig) -> None:

@@ -29,6 +29,23 @@ async def test_d_out_of_blocks_preempts_and_never_deadlocks_and_other_models_are
         await check_small_pool(cluster, model, requests)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"kv_dtype": "bfloat16"}, {"kv_dtype": "int8"}], ids=str)
+async def test_workers_whose_kv_differs_are_not_paired(changes: dict[str, object]) -> None:
+    """The same weights under the same name, in another type or layout: no prefill worker pushes to it."""
+    cluster = FaultCluster(num_decode=3, decode_engines={2: changes}, relay={"local_prefill_tokens": 0})
+    async with cluster, cluster.client() as client:
+        workers = {cluster.name_of_worker(worker): worker for worker in (await client.cluster()).workers}
+        others = {worker.model.fingerprint for name, worker in workers.items() if name != "decode-2"}
+        assert len(others) == 1
+        assert workers["decode-2"].model.fingerprint not in others
+        for number in range(12):
+            phases = (await client.complete(**make_request(number).options)).finished.phases
+            assert phases.transfer_bytes > 0
+            assert phases.decode_worker_id != workers["decode-2"].worker_id
+        await cluster.check()
+
+
 async def check_small_pool(cluster: FaultCluster, model: str, requests: list[Request]) -> None:
     async with cluster.client() as client:
         expected = {}
