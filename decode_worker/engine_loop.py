@@ -13,6 +13,7 @@ from decode_worker import commands, events
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeScheduler
 from kvrelay.chunk_times import ChunkLog, ChunkTime
+from kvrelay.errors import InvalidRequestError
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
@@ -121,17 +122,17 @@ class DecodeEngineLoop:
     def _run(self, step: Step) -> tuple[SequenceToken, ...]:
         try:
             tokens = self._step_runner.run(step)
-        except Exception:
+        except Exception as error:
             _log.exception("a step failed", num_sequences=len(step.entries))
-            return self._run_apart(step)
+            return self._run_apart(step, error)
         self._scheduler.complete(step, tokens)
         return tuple(tokens)
 
-    def _run_apart(self, step: Step) -> tuple[SequenceToken, ...]:
+    def _run_apart(self, step: Step, error: Exception) -> tuple[SequenceToken, ...]:
         """A step failed: only those of its sequences fail that cannot be computed by themselves either."""
         parts = step.apart()
         if len(parts) == 1:
-            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            self._fail_step(step, error)
             return ()
         tokens: list[SequenceToken] = []
         for part in parts:
@@ -139,13 +140,21 @@ class DecodeEngineLoop:
                 continue  # of a work that has failed with an earlier part
             try:
                 computed = self._step_runner.run(part)
-            except Exception:
-                _log.exception("a sequence fails its step", request_id=part.entries[0].work_id.request_id)
-                self._scheduler.fail_step(part, INTERNAL_MESSAGE)
+            except Exception as error_of_part:
+                _log.exception("a sequence fails its step", **part.entries[0].sequence.work.log_fields)
+                self._fail_step(part, error_of_part)
                 continue
             self._scheduler.complete(part, computed)
             tokens.extend(computed)
         return tuple(tokens)
+
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        """Of one entry. What is wrong with the request itself is its client's to know, and no other worker's to try."""
+        if isinstance(error, InvalidRequestError):
+            for work_id in step.work_ids:
+                self._scheduler.fail(work_id, FailureKind.INVALID, error.message)
+        else:
+            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
 
     def _note_begun(self, step: Step) -> list[_BegunChunk]:
         """Chunks of prompts that are computed here and begin now; with most steps there is none."""

@@ -12,10 +12,11 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 import asyncio
 import hmac
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -33,9 +34,11 @@ from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.pool import KVImporter
 from kvrelay.kv_transfer.shared_memory import SharedRegion
 from kvrelay.model_spec import WIRE_VERSION, ModelSpec
+from kvrelay.trace_context import current_trace
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.wire import sequence_token_from_pb, work_id_from_pb
 from kvrelay.work import SequenceToken, Work
+from kvrelay.work_traces import WorkTraces
 
 HEADER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
@@ -61,6 +64,7 @@ class ReceiverContext:
     """To the engine; called in any thread."""
     shared_memory: HandoverServer | None = None
     """Regions that were handed over; None when none are taken."""
+    traces: WorkTraces = field(default_factory=WorkTraces)
 
 
 class KVReceiver:
@@ -148,6 +152,7 @@ class _IncomingPush:
         """Receives everything. Whatever happens, the engine learns of the end once no write is under way."""
         failure: KvrelayError | None = None
         is_complete = False
+        began_at = time.monotonic()
         try:
             self._check_range(header)
             if header.shared_region:
@@ -162,6 +167,7 @@ class _IncomingPush:
             failure = error
         finally:
             problem = "the prefill worker broke the push off" if failure is None else failure.message
+            self._trace(began_at, "" if is_complete else problem)
             self._end(self._first_tokens if is_complete else None, problem)
         # The engine goes on while the sender is told.
         await self._send_answers()
@@ -169,6 +175,18 @@ class _IncomingPush:
             raise failure
         complete = kv_transfer_pb2.PushComplete(kv_bytes=self._assembly.kv_bytes)
         await self._answer(kv_transfer_pb2.PushResponse(complete=complete))
+
+    def _trace(self, began_at: float, problem: str) -> None:
+        """The push as a child of the sender's span, whose ids came with the call."""
+        self._context.traces.record(
+            self._permit.work.work_id,
+            "kv.receive",
+            time.monotonic() - began_at,
+            parent=current_trace(),
+            kind="consumer",
+            error=problem,
+            attributes={"kvrelay.kv_bytes": self._assembly.kv_bytes},
+        )
 
     def _check_range(self, header: kv_transfer_pb2.PushHeader) -> None:
         expected = (self._permit.token_begin, self._permit.token_end)
@@ -262,7 +280,7 @@ class _IncomingPush:
     def _note(self, span: KVSpan, problem: str | None) -> None:
         """A chunk was written or refused. One answer goes for all that are accepted in a row."""
         if problem is not None:
-            _log.warning("refused a KV chunk", request_id=self._permit.work.work_id.request_id, problem=problem)
+            _log.warning("refused a KV chunk", problem=problem, **self._permit.work.log_fields)
             self._answers.append(_refused(span, problem))
             self._assembly.refuse(span, problem)
             return

@@ -22,7 +22,9 @@ from kvrelay.garbage_collection import keep_what_is_loaded
 from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.telemetry import configure_logging
+from kvrelay.tracing import create_tracing
 from kvrelay.v1 import decode_pb2_grpc, session_pb2
+from kvrelay.work_traces import WorkTraces
 from kvrelay.worker_engine import WorkerEngine, build_engine
 from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
 from kvrelay.worker_registry import MemberRole
@@ -71,8 +73,12 @@ def build_services(
     transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv import")
     event_loop = asyncio.get_running_loop()
     shared_memory = HandoverServer()
-    receiver = KVReceiver(ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit, shared_memory))
-    service = DecodeService(hello, engine.model, address, thread.submit, thread.submit_work)
+    tracing = create_tracing(settings.server.otlp_endpoint, "decode", hello.worker_id)
+    traces = WorkTraces(tracing)
+    receiver = KVReceiver(
+        ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit, shared_memory, traces)
+    )
+    service = DecodeService(hello, engine.model, address, thread.submit, thread.submit_work, traces, engine.grammars.compile)
     publish.report = service.report
 
     def add_to(server: grpc.aio.Server) -> None:
@@ -92,6 +98,8 @@ def build_services(
         event_loop.call_soon_threadsafe(shared_memory.close)
         transfer_threads.shutdown()
         thread.stop()
+        if tracing is not None:
+            tracing.close()
 
     return WorkerServices(
         service.sessions, add_to, start, stop, lambda: thread.turn_s, lambda: thread.busy_s, service.metrics.samples

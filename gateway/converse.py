@@ -4,7 +4,7 @@ import asyncio
 
 from gateway.conversation import MAX_MESSAGES, Conversation
 from gateway.output_frames import DeltaFrame, Frame
-from gateway.prompt_preparation import make_request
+from gateway.prompt_preparation import check_response_format, make_request
 from gateway.relay import Relay
 from gateway.request_runner import OutputReader, RequestRunner
 from gateway.request_validation import ModelLimits, check_key_length, parse_messages, parse_sampling
@@ -46,6 +46,7 @@ class Converser:
         conversation, limits = await self._open(turn)
         if conversation.num_messages + len(messages) > MAX_MESSAGES:
             raise InvalidRequestError("messages", f"make the conversation longer than {MAX_MESSAGES} messages; begin a new one")
+        await check_response_format(self._sampling, self._relay, limits)
         request = make_request(
             limits,
             await conversation.add_messages(messages),

@@ -26,6 +26,7 @@ from kvrelay.rpc import BoundServer, bind_server, create_server
 from kvrelay.signs_of_life import showing_life
 from kvrelay.state_store import StateStore
 from kvrelay.telemetry import configure_logging
+from kvrelay.tracing import create_tracing
 from kvrelay.v1 import inference_pb2_grpc
 from kvrelay.worker_registry import Member, MemberRole, WorkerRegistry
 
@@ -64,7 +65,8 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
     stop = stop or _stop_on_signals()
     async with RedisConnection(redis_url, settings.server.redis_timeout_ms) as connection:
         store = StateStore(connection, gateway_id, settings.relay.retention_ms)
-        relay = Relay(gateway_id, settings, store, WorkerRegistry(connection, settings.server.lease_ms))
+        tracing = create_tracing(settings.server.otlp_endpoint, "gateway", gateway_id, settings.relay.trace_ratio)
+        relay = Relay(gateway_id, settings, store, WorkerRegistry(connection, settings.server.lease_ms), tracing)
         server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
         service_names = (SERVICE_NAME, *add_front_ends(server, relay))
@@ -85,6 +87,8 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()
                 await _drain(relay, bound, service_names, settings.server.drain_timeout_ms)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
     _log.info("stopped")
 
 

@@ -110,6 +110,18 @@ FAMILIES = (
 )
 
 
+def attempt_cause(event: m.Event | None) -> str:
+    """Why an attempt follows on another, by the event at which the lifecycle gave that up."""
+    match event:
+        case m.WorkFailed(kind=kind):
+            return str(kind.value)
+        case m.WorkerLost():
+            return "worker_lost"
+        case m.TimerFired():  # nothing came from a prefill worker that is gone
+            return "transfer"
+    return "internal"
+
+
 def _sizes() -> Histogram:
     return Histogram(SIZE_BOUNDS)
 
@@ -153,18 +165,6 @@ class ModelMetrics:
     def note_taken_over(self) -> None:
         """A request of a dead gateway goes on here."""
         self.attempts["takeover"] += 1
-
-    def note_retry(self, cause: m.Event | None) -> None:
-        """Another attempt begins, because of that event."""
-        match cause:
-            case m.WorkFailed(kind=kind):
-                self.attempts[kind.value] += 1
-            case m.WorkerLost():
-                self.attempts["worker_lost"] += 1
-            case m.TimerFired():
-                self.attempts["transfer"] += 1
-            case _:
-                self.attempts["internal"] += 1
 
     def note_token(self, gap_s: float | None) -> None:
         """A token goes to the client, so long after the one before of its sequence."""

@@ -14,6 +14,7 @@ from kvrelay.errors import DeadlineError, KvrelayError, UnavailableError
 from kvrelay.request_record import RequestSummary
 from kvrelay.request_state import ACTIVE_STATES, RequestState
 from kvrelay.state_store import StateStore
+from kvrelay.trace_context import log_fields
 
 LOOK_INTERVAL_S = 0.5
 PAGE_SIZE = 100
@@ -117,6 +118,5 @@ class OrphanSweeper:
             state, error = RequestState.FAILED, UnavailableError("the gateway that ran the request has died; send it again")
         fields = {"error_message": error.message, "error_reason": error.reason}
         if await self._store.transition(record.request_id, record.attempt, state, fields=fields, owner=record.gateway_id):
-            _log.info(
-                "ended a dead gateway's request", request_id=record.request_id, gateway=record.gateway_id, state=state.value
-            )
+            about = log_fields(record.request_id, record.attempt, None)
+            _log.info("ended a dead gateway's request", gateway=record.gateway_id, state=state.value, **about)

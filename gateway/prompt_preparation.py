@@ -46,6 +46,7 @@ async def prepare(request: inference_pb2.GenerateRequest, relay: Relay, submit_t
     if kind is None:
         raise InvalidRequestError("prompt", "is absent; send text, chat or token_ids")
     limits = await relay.models.wait_and_select(request.model, _wait_s(relay, deadline))
+    await check_response_format(sampling, relay, limits)
     token_ids = await _prompt_token_ids(request, kind, relay, limits)
     return make_request(
         limits,
@@ -56,6 +57,25 @@ async def prepare(request: inference_pb2.GenerateRequest, relay: Relay, submit_t
         deadline=deadline,
         resumable=request.resumable,
     )
+
+
+async def check_response_format(sampling: SamplingParams, relay: Relay, limits: ModelLimits) -> None:
+    """Before anything is spent on the request. To be awaited by whatever makes requests.
+
+    Raises:
+        InvalidRequestError: the form is wrong, too complex or not supported.
+        OverloadedError: too many forms are checked now.
+        PreconditionError: the model cannot end an output where its form does.
+    """
+    form = sampling.response_format
+    if form is None:
+        return
+    if not limits.model.eos_token_ids:
+        raise PreconditionError("the model has no end-of-sequence token, with which structured output ends; use another model")
+    try:
+        await relay.forms.get(form)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"sampling.{error.field}", error.problem) from None
 
 
 def make_request(

@@ -20,6 +20,7 @@ from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.request_runner import RequestRunner
+from gateway.request_trace import RequestTrace
 from gateway.running_requests import RunningRequests
 from gateway.served_models import ServedModels
 from gateway.state_writer import StateWriter
@@ -30,9 +31,13 @@ from gateway.worker_session import SessionSettings
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import GatewaySettings
 from kvrelay.errors import OverloadedError, PreconditionError, UnavailableError
+from kvrelay.form_compiler import FormCompiler
+from kvrelay.grammar import check_form
 from kvrelay.request_record import RequestRecord
 from kvrelay.request_state import RequestState
 from kvrelay.state_store import StateStore
+from kvrelay.trace_context import current_trace
+from kvrelay.tracing import Tracing
 from kvrelay.work import WorkId
 from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegistry
 
@@ -52,9 +57,17 @@ class Relay:
         settings: of the gateway.
         store: request state.
         registry: who is alive.
+        tracing: where spans go; None traces nothing.
     """
 
-    def __init__(self, gateway_id: str, settings: GatewaySettings, store: StateStore, registry: WorkerRegistry) -> None:
+    def __init__(
+        self,
+        gateway_id: str,
+        settings: GatewaySettings,
+        store: StateStore,
+        registry: WorkerRegistry,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.gateway_id = gateway_id
         self.address = ""
         """host:port under which others reach this gateway; known once it listens."""
@@ -74,6 +87,8 @@ class Relay:
         self.peers = GatewayPeers(gateway_id)
         self.models = ServedModels(self.sessions.views, self.members)
         self.tokenizers = TokenizerCache(self.sessions.sessions)
+        self.forms: FormCompiler[None] = FormCompiler(check_form)
+        """Whether response formats can be compiled."""
         self.takeovers: dict[str, asyncio.Future[RequestRunner | None]] = {}
         """Requests that are just being taken over, so that each is once."""
         self.timelines = Timelines(self.settings.timeline_requests)
@@ -81,6 +96,7 @@ class Relay:
         self.turnstile = Turnstile()
         self.writer = StateWriter(store, self.requests.supersede)
         self.registry = registry
+        self._tracing = tracing
         self._lease_ms = settings.server.lease_ms
         self._members: MemberView | None = None
 
@@ -145,7 +161,7 @@ class Relay:
             raise
         self.metrics.of_model(request.model).note_admitted(len(request.prompt_token_ids))
         lifecycle_request = LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt)
-        journal = RequestJournal(self._new_record(request), RequestOutput(), request.deadline)
+        journal = RequestJournal(self._new_record(request), RequestOutput(), request.deadline, trace=current_trace())
         return self._run(request, admitted, lifecycle_request, journal)
 
     def continue_request(self, request: GenerationRequest, record: RequestRecord, output: RequestOutput) -> RequestRunner:
@@ -162,7 +178,7 @@ class Relay:
         )
         admitted = self.admission.admit_anyway(len(request.prompt_token_ids), time.monotonic())
         self.metrics.of_model(request.model).note_taken_over()
-        journal = RequestJournal(record, output, request.deadline, created=True)
+        journal = RequestJournal(record, output, request.deadline, created=True, trace=current_trace())
         return self._run(request, admitted, lifecycle_request, journal)
 
     def _run(
@@ -182,6 +198,7 @@ class Relay:
             turnstile=self.turnstile,
             on_end=self._note_ended,
             metrics=self.metrics.of_model(request.model),
+            trace=RequestTrace(request.request_id, current_trace(), self._tracing),
         )
         if not journal.output.frames:
             seed = request.sampling.seed

@@ -8,6 +8,7 @@ from gateway.request_output import RequestOutput
 from kvrelay.errors import KvrelayError
 from kvrelay.request_record import RequestRecord
 from kvrelay.request_state import RequestState, is_terminal
+from kvrelay.trace_context import TraceContext, log_fields
 
 MAX_FRAMES_PER_WRITE = 256
 
@@ -30,9 +31,18 @@ class RequestJournal:
         output: the request's frames.
         deadline: monotonic seconds.
         created: whether the store has the record already, with all frames there are.
+        trace: that its client named.
     """
 
-    def __init__(self, record: RequestRecord, output: RequestOutput, deadline: float, *, created: bool = False) -> None:
+    def __init__(
+        self,
+        record: RequestRecord,
+        output: RequestOutput,
+        deadline: float,
+        *,
+        created: bool = False,
+        trace: TraceContext | None = None,
+    ) -> None:
         self.output = output
         self.created = created
         self.num_written_frames = len(output.frames) if created else 0
@@ -43,10 +53,16 @@ class RequestJournal:
         self._initial_record = record
         self._record = record
         self._deadline = deadline
+        self._trace = trace
 
     @property
     def request_id(self) -> str:
         return self._record.request_id
+
+    @property
+    def log_fields(self) -> dict[str, str | int]:
+        """What a line of the log about it has."""
+        return log_fields(self._record.request_id, self._record.attempt, self._trace)
 
     @property
     def ended(self) -> bool:

@@ -15,13 +15,14 @@ from gateway import lifecycle_messages as m
 from gateway.admission import Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
-from gateway.metrics import ModelMetrics
+from gateway.metrics import ModelMetrics, attempt_cause
 from gateway.output_frames import Frame
 from gateway.phase_clock import PhaseClock
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.request_timeline import RequestTimeline
+from gateway.request_trace import RequestTrace
 from gateway.router import RouteQuery
 from gateway.session_messages import Command
 from gateway.turnstile import Turnstile
@@ -60,6 +61,7 @@ class RequestRunner:
         turnstile: that readers pass.
         on_end: called once, after the terminal; must not raise.
         metrics: where the requests of its model are counted.
+        trace: that the request is part of.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class RequestRunner:
         turnstile: Turnstile,
         on_end: Callable[["RequestRunner"], None],
         metrics: ModelMetrics | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         self.request = request
         self.lifecycle = lifecycle
@@ -92,6 +95,7 @@ class RequestRunner:
         self._loop = asyncio.get_running_loop()
         self._clock = PhaseClock(request.submit_time)
         self._metrics = metrics or ModelMetrics()
+        self._trace = trace or RequestTrace(request.request_id)
         self._cause: m.Event | None = None
         """The event that is being handled."""
         self._reasons: dict[int, FinishReason] = output.finish_reasons()
@@ -115,6 +119,11 @@ class RequestRunner:
         return self.output.ended
 
     @property
+    def log_fields(self) -> dict[str, str | int]:
+        """What a line of the log about it has."""
+        return self._trace.log_fields(self.lifecycle.attempt)
+
+    @property
     def waits(self) -> bool:
         """Whether it has no first token yet."""
         return self._admitted.waits
@@ -122,6 +131,8 @@ class RequestRunner:
     def start(self) -> None:
         """Begins the first attempt; the deadline runs from now on."""
         self._set_timer("deadline", max(self.request.deadline - self._loop.time(), 0.0), m.DeadlinePassed())
+        self._trace.begin_attempt(self.lifecycle.attempt, self._loop.time())
+        _log.debug("request begins", num_prompt_tokens=len(self.request.prompt_token_ids), **self.log_fields)
         fault_point("gateway.admitted", self.request)
         self.post(m.Start())
 
@@ -131,7 +142,7 @@ class RequestRunner:
 
     def release(self) -> None:
         """The request goes on at another gateway, or may. Workers are freed, readers get UNAVAILABLE, the state stays."""
-        _log.info("request is left to another gateway", request_id=self.request_id)
+        _log.info("request is left to another gateway", **self.log_fields)
         self.journal.released = True
         self.post(m.CancelRequested())
 
@@ -148,7 +159,7 @@ class RequestRunner:
                 for action in self.lifecycle.handle(event):
                     self._act(action)
         except Exception:
-            _log.exception("a request failed by a defect", request_id=self.request_id)
+            _log.exception("a request failed by a defect", **self.log_fields)
             self._end_by_defect()
         finally:
             self._handling = False
@@ -205,13 +216,14 @@ class RequestRunner:
             case m.Route():
                 self._route(action)
             case m.SendReserve() | m.SendStartPrefill():
-                self._send(replace(action, work=replace(action.work, deadline_ms=self._remaining_ms())))
+                work = replace(action.work, deadline_ms=self._remaining_ms(), trace=self._trace.for_workers)
+                self._send(replace(action, work=work))
             case m.SendRunPrompt() | m.SendCancel() | m.SendFinishSequence() | m.SendSetPaused():
                 self._send(action)
             case m.SetState(state, attempt, decode_worker_id, prefill_worker_id):
                 self.journal.move(state, attempt, decode_worker_id, prefill_worker_id)
                 if state is RequestState.QUEUED:
-                    self._metrics.note_retry(self._cause)
+                    self._note_retry(attempt)
             case m.RetryLater(delay_ms):
                 self._wait_for_worker(delay_ms / 1000)
             case m.StartTimer(attempt, delay_ms):
@@ -220,6 +232,12 @@ class RequestRunner:
                 self._sessions.avoid_pair((decode_worker_id, prefill_worker_id))
             case m.Finish(state, error):
                 self._finish(state, error)
+
+    def _note_retry(self, attempt: int) -> None:
+        cause = attempt_cause(self._cause)
+        self._metrics.attempts[cause] += 1
+        self._trace.begin_attempt(attempt, self._loop.time(), cause)
+        _log.info("request is attempted again", cause=cause, **self.log_fields)
 
     def _route(self, action: m.Route) -> None:
         is_paid = action.is_paid_retry and self._paid_attempt != action.work.work_id.attempt
@@ -266,6 +284,7 @@ class RequestRunner:
     def _send(self, action: Command) -> None:
         if isinstance(action, m.SendStartPrefill | m.SendRunPrompt):
             self._clock.note_prompt_sent(self._loop.time())
+            self._trace.note_prompt_sent(self._loop.time())
         if not self._sessions.send(action, self.request.fingerprint):
             self._events.append(m.WorkerLost(action.worker_id))
         fault_point(_FAULT_POINTS[type(action)], action)
@@ -337,6 +356,19 @@ class RequestRunner:
         self._admitted.release(now)
         released = error is not None and self.journal.released
         self._metrics.note_ended(state, error, now - self.request.submit_time, released=released)
+        self._trace.end(
+            state,
+            error,
+            self.request.submit_time,
+            now,
+            {
+                "gen_ai.request.model": self.request.model,
+                "gen_ai.usage.input_tokens": len(self.request.prompt_token_ids),
+                "gen_ai.usage.output_tokens": self.output.num_output_tokens,
+            },
+        )
+        reason = None if error is None else error.reason
+        _log.debug("request ended", state=state.value, reason=reason, **self.log_fields)
         self._sessions.forget(self.request_id)
         self.timeline.note_end(state, error, self._loop.time())
         if not released:

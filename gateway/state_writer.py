@@ -155,7 +155,7 @@ class StateWriter:
         except SupersededError:
             self._give_up(journal)
         except Exception:
-            _log.exception("a request's state cannot be written", request_id=journal.request_id)
+            _log.exception("a request's state cannot be written", **journal.log_fields)
             self._forget(journal)
 
     async def _write_all(self, journal: RequestJournal) -> None:
@@ -192,7 +192,7 @@ class StateWriter:
         if not await self._store.restore(record, frames):
             raise SupersededError("the request goes on elsewhere")
         journal.created = True
-        _log.info("restored a request that redis had lost", request_id=journal.request_id)
+        _log.info("restored a request that redis had lost", **journal.log_fields)
         journal.num_written_frames = len(frames)
         if is_terminal(record.state):
             self._forget(journal)

@@ -12,6 +12,7 @@ from gateway.request_output import RequestOutput
 from gateway.request_runner import RequestRunner
 from kvrelay.errors import PreconditionError
 from kvrelay.request_record import RequestRecord
+from kvrelay.trace_context import current_trace, log_fields
 
 FRAMES_PER_READ = 256
 
@@ -44,7 +45,8 @@ async def _take_over(relay: Relay, seen: RequestRecord) -> RequestRunner | None:
     record = await relay.store.take_over(seen.request_id, seen.gateway_id, seen.attempt)
     if record is None:
         return None
-    _log.info("took a request over", request_id=record.request_id, from_gateway=seen.gateway_id, attempt=record.attempt)
+    about = log_fields(record.request_id, record.attempt, current_trace())
+    _log.info("took a request over", from_gateway=seen.gateway_id, **about)
     now = asyncio.get_running_loop().time()
     request = GenerationRequest(
         request_id=record.request_id,

@@ -35,6 +35,10 @@ class ServerSettings(Settings):
         "Default: none; with `serve all` the gateway's --port + 30.",
     )
     vllm_metrics: bool = Field(default=False, description="Serve /metrics under the names that vLLM uses, too.")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318: gets requests' spans, as OTLP over HTTP.",
+    )
     advertise_address: str | None = Field(
         default=None, description="host:port under which others reach this process. Default: the host and port listened on."
     )
@@ -183,6 +187,12 @@ class RelaySettings(Settings):
     resume_grace_ms: int = Field(default=60000, ge=0, description="How long a resumable request runs on without any client.")
     timeline_requests: int = Field(
         default=256, ge=1, description="Requests whose timeline is kept; each takes some kB, 150 at the most."
+    )
+    trace_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced where their clients say nothing; see --otlp-endpoint.",
     )
     retention_ms: int = Field(default=3600000, ge=1000, description="How long an ended request is known.")
 

@@ -124,6 +124,7 @@ class LocalCluster:
         try:
             if self.openai_port is not None:
                 openai_front.check_installed()
+                _choose_port(self.gateway.server.host, self.openai_port, "--openai-port")  # taken: better said now than later
             if self.redis_url is None:
                 self.valkey = EmbeddedValkey()
                 await self.valkey.start()

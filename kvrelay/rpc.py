@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvrelay.error_status import DETAILS_METADATA_KEY, status_of
 from kvrelay.errors import InternalError, InvalidRequestError, KvrelayError, StartupError
+from kvrelay.trace_context import adopt
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -189,6 +190,7 @@ def _accept_bytes(serializer: Any) -> Callable[[Any], bytes]:
 
 def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        adopt(context.invocation_metadata() or ())
         try:
             return await behaviour(_checked(request), context)
         except grpc.aio.AbortError:
@@ -201,6 +203,7 @@ def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Calla
 
 def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        adopt(context.invocation_metadata() or ())
         # HealthServicer.Watch and its like are coroutines that write to the context; ours are generators.
         try:
             answer = behaviour(_checked(request), context)

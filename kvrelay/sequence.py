@@ -1,9 +1,13 @@
 """A sequence inside an engine: its tokens, how many of them have KV, and its blocks."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvrelay.kv_cache.block_manager import BlockTable
 from kvrelay.work import Work
+
+if TYPE_CHECKING:
+    from kvrelay.grammar import GrammarMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +29,8 @@ class Sequence:
     num_computed_tokens: int = 0
     output_counts: dict[int, int] = field(default_factory=dict)
     """How often each token was generated; for penalties."""
+    matcher: "GrammarMatcher | None" = None
+    """Which tokens its form lets it say; None: any."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +54,8 @@ class Sequence:
 def start_sequence(work: Work, number: int) -> Sequence:
     """A sequence at the start of its work; the tokens emitted by earlier attempts count as output."""
     sequence = Sequence(work, number, list(work.token_ids))
+    if work.grammar is not None:
+        sequence.matcher = work.grammar.matcher()
     for token_id in work.token_ids[work.num_prompt_tokens :]:
         sequence.output_counts[token_id] = sequence.output_counts.get(token_id, 0) + 1
     return sequence

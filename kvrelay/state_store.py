@@ -26,6 +26,7 @@ from kvrelay.redis_connection import RedisConnection, StoreHealth
 from kvrelay.request_list import RequestList, RequestPage
 from kvrelay.request_record import CHANGEABLE_FIELDS, RequestRecord, decode_record, decode_state, encode_record
 from kvrelay.request_state import TERMINAL_STATES, RequestState, edges_argument, paths_argument, terminal_argument
+from kvrelay.trace_context import log_fields
 
 RESTORED_FRAMES_PER_OPERATION = 1000
 
@@ -270,7 +271,8 @@ class StateStore:
         try:
             await self._request_list.add(record.request_id, record.create_time_ms, time_to_live_ms)
         except UnreadableStateError as error:
-            _log.error("a request is not in the list of requests", request_id=record.request_id, problem=repr(error.__cause__))
+            about = log_fields(record.request_id, record.attempt, None)
+            _log.error("a request is not in the list of requests", problem=repr(error.__cause__), **about)
 
 
 def _request_key(request_id: str) -> str:

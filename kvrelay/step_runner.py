@@ -35,12 +35,15 @@ class StepRunner:
         Returns:
             For each entry in order, one token for each of its `continued` sequences, with its finish reason; with drafts, as many
             more as were right.
+
+        Raises:
+            InvalidRequestError: a sequence's grammar lets nothing follow; nothing was computed.
         """
+        sampled = [entry for entry in step.entries if entry.continued]
+        inputs = [item for entry in sampled for item in _sampling_inputs(entry, self._model)]
         if step.copies:
             self._runner.cache.copy_blocks(step.copies)
         logits = self._runner.run([_step_input(entry) for entry in step.entries], on_layer_written)
-        sampled = [entry for entry in step.entries if entry.continued]
-        inputs = [item for entry in sampled for item in _sampling_inputs(entry, self._model)]
         if len(inputs) > logits.shape[0]:
             # Sequences that share a prompt draw their first tokens from the same row.
             logits = logits[_rows_by_input(sampled)]
@@ -74,11 +77,22 @@ def _sampling_inputs(entry: StepEntry, model: ModelSpec) -> list[SamplingInput]:
     prompt_token_ids = work.token_ids[: work.num_prompt_tokens]
     ending = ending_token_ids(work.sampling, model) if work.sampling.min_tokens else frozenset()
     index, counts = sequence.next_index, sequence.output_counts
-    inputs = [SamplingInput(work.sampling, number, index, prompt_token_ids, counts, ending) for number in entry.continued]
-    for draft in entry.drafts:
+    mask, *masks_of_drafts = _masks(entry, model)
+    inputs = [SamplingInput(work.sampling, number, index, prompt_token_ids, counts, ending, mask) for number in entry.continued]
+    for draft, mask in zip(entry.drafts, masks_of_drafts, strict=True):
         index += 1
         if work.sampling.penalised:
             # As if the drafts up to here were output: where they are not, the row's token is dropped.
             counts = {**counts, draft: counts.get(draft, 0) + 1}
-        inputs.append(SamplingInput(work.sampling, entry.continued[0], index, prompt_token_ids, counts, ending))
+        inputs.append(SamplingInput(work.sampling, entry.continued[0], index, prompt_token_ids, counts, ending, mask))
     return inputs
+
+
+def _masks(entry: StepEntry, model: ModelSpec) -> list[bytes | None]:
+    """Which tokens each row may choose, that of the last token and that of every draft; None: any."""
+    sequence = entry.sequence
+    if sequence.matcher is None:
+        return [None] * (1 + len(entry.drafts))
+    work = sequence.work
+    output = sequence.token_ids[work.num_prompt_tokens :]
+    return sequence.matcher.masks(output, entry.drafts, ending_token_ids(work.sampling, model))

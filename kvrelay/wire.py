@@ -6,6 +6,7 @@ from kvrelay.chunk_times import ChunkTime
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.response_format import FormatKind, ResponseFormat
 from kvrelay.sampling_params import SamplingParams
+from kvrelay.trace_context import parse_traceparent
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.work import FailureKind, FinishReason, SequenceToken, Token, TopLogprob, Work, WorkerLoad, WorkId
 
@@ -178,6 +179,7 @@ def reserve_to_pb(work: Work, fingerprint: str) -> decode_pb2.Reserve:
         cache_salt=work.cache_salt,
         deadline_ms=work.deadline_ms,
         runs_alone=work.runs_alone,
+        traceparent=_traceparent(work),
     )
 
 
@@ -193,7 +195,12 @@ def start_prefill_to_pb(work: Work, ticket: bytes, push_address: str, num_cached
         ticket=ticket,
         push_address=push_address,
         num_cached_tokens=num_cached_tokens,
+        traceparent=_traceparent(work),
     )
+
+
+def _traceparent(work: Work) -> str:
+    return "" if work.trace is None else work.trace.traceparent
 
 
 def work_from_pb(message: decode_pb2.Reserve | prefill_pb2.StartPrefill) -> Work:
@@ -206,6 +213,7 @@ def work_from_pb(message: decode_pb2.Reserve | prefill_pb2.StartPrefill) -> Work
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,
         runs_alone=isinstance(message, decode_pb2.Reserve) and message.runs_alone,
+        trace=parse_traceparent(message.traceparent) if message.traceparent else None,
     )
 
 

@@ -6,8 +6,13 @@ next attempt, because its prompt is the client's prompt plus the tokens already 
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from kvrelay.sampling_params import SamplingParams
+from kvrelay.trace_context import TraceContext, log_fields
+
+if TYPE_CHECKING:
+    from kvrelay.grammar import CompiledGrammar  # it compiles in threads
 
 
 class FinishReason(Enum):
@@ -59,11 +64,20 @@ class Work:
     """What was left of the deadline when the work was sent."""
     runs_alone: bool = False
     """A worker may have died of it: a decode worker computes nothing else from its reservation until its second tokens."""
+    trace: TraceContext | None = None
+    """Of the attempt; None where nothing is traced."""
+    grammar: "CompiledGrammar | None" = None
+    """What `sampling.response_format` says, over the model's tokens. Set by the worker that runs the work; never on the wire."""
 
     @property
     def first_index(self) -> int:
         """Output index of the first token that this work samples."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def log_fields(self) -> dict[str, str | int]:
+        """What a line of the log about it has."""
+        return log_fields(self.work_id.request_id, self.work_id.attempt, self.trace)
 
     @property
     def sequences(self) -> range:

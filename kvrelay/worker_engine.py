@@ -21,6 +21,7 @@ from kvrelay.kv_cache.memory_planning import blocks_for_budget
 from kvrelay.model_spec import KVLayout, ModelSpec
 from kvrelay.model_store import DEMO_MODEL, ModelStore, default_model_dir
 from kvrelay.step_runner import StepRunner
+from kvrelay.worker_grammars import GrammarLoader
 
 BYTES_PER_MIB = 1024 * 1024
 
@@ -37,6 +38,7 @@ class WorkerEngine:
     blocks: BlockManager
     model_runner: ModelRunner
     step_runner: StepRunner
+    grammars: GrammarLoader
     thread_cores: tuple[int, ...] = ()
     """Where the engine thread runs; empty: anywhere."""
 
@@ -93,6 +95,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         blocks=BlockManager(num_blocks, settings.block_size, settings.prefix_cache),
         model_runner=model_runner,
         step_runner=StepRunner(model_runner),
+        grammars=GrammarLoader(folder, model.spec),
         # Torch's threads start from the engine's and may go where it may; the kernels' are pinned one by one.
         thread_cores=cores[:1] if model.kernels is not None else cores,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from kvrelay.chunk_times import ChunkLog, ChunkTime
+from kvrelay.errors import InvalidRequestError
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
 from kvrelay.step_runner import StepRunner
@@ -96,31 +97,40 @@ class PrefillEngineLoop:
         announced: set[int] = set()
         try:
             tokens = self._step_runner.run(step, self._announcer(step, announced))
-        except Exception:
+        except Exception as error:
             _log.exception("a step failed", num_prompts=len(step.entries))
-            self._run_apart(step, announced)
+            self._run_apart(step, announced, error)
             return
         self._scheduler.complete(step, tokens)
 
-    def _run_apart(self, step: Step, announced: set[int]) -> None:
+    def _run_apart(self, step: Step, announced: set[int], error: Exception) -> None:
         """A step failed: only those of its prompts fail that cannot be computed by themselves either.
 
         Args:
             step: that failed.
             announced: layers that the senders know already; what is computed again is the same.
+            error: why it failed.
         """
         parts = step.apart()
         if len(parts) == 1:
-            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
+            self._fail_step(step, error)
             return
         for part in parts:
             try:
                 tokens = self._step_runner.run(part, self._announcer(part, set(announced)))
-            except Exception:
-                _log.exception("a prompt fails its step", request_id=part.entries[0].work_id.request_id)
-                self._scheduler.fail_step(part, INTERNAL_MESSAGE)
+            except Exception as error_of_part:
+                _log.exception("a prompt fails its step", **part.entries[0].sequence.work.log_fields)
+                self._fail_step(part, error_of_part)
                 continue
             self._scheduler.complete(part, tokens)
+
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        """Of one entry. What is wrong with the request itself is its client's to know, and no other worker's to try."""
+        if isinstance(error, InvalidRequestError):
+            for work_id in step.work_ids:
+                self._scheduler.fail(work_id, FailureKind.INVALID, error.message)
+        else:
+            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
 
     def _announcer(self, step: Step, announced: set[int]) -> Callable[[int], None]:
         """Tells the senders of each layer that is not among those announced, and adds it to them."""

@@ -25,6 +25,7 @@ from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_chunk
 from kvrelay.kv_transfer.pool import KVExporter
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
 from kvrelay.model_spec import KVLayout
+from kvrelay.trace_context import log_fields
 from kvrelay.work import SequenceToken, WorkId
 
 MAX_COALESCED_BYTES = 1024 * 1024
@@ -140,6 +141,10 @@ class KVSender:
         self._sampled_at = self._context.now()
         self._changed.set()
 
+    @property
+    def _log_fields(self) -> dict[str, str | int]:
+        return log_fields(self._plan.work_id.request_id, self._plan.work_id.attempt, self._plan.trace)
+
     def stop(self) -> None:
         """Breaks the push off."""
         self._task.cancel()
@@ -153,7 +158,7 @@ class KVSender:
         except KvrelayError as error:
             self._outcome = TransferError(error.message)
         except Exception:
-            _log.exception("a push failed", request_id=self._plan.work_id.request_id)
+            _log.exception("a push failed", **self._log_fields)
             self._outcome = TransferError("the push failed; the prefill worker's log has the detail")
         finally:
             if push is not None:
@@ -298,7 +303,7 @@ class KVSender:
         self._kv_bytes -= span.num_bytes(self._context.layout)
         if name in self._resent:
             raise TransferError(f"the decode worker refused a chunk twice: {message}")
-        _log.warning("a chunk was refused and is sent once more", request_id=self._plan.work_id.request_id, message=message)
+        _log.warning("a chunk was refused and is sent once more", message=message, **self._log_fields)
         self._resent.add(name)
         self._spans.appendleft(span)
 

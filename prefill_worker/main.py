@@ -15,7 +15,9 @@ from kvrelay.kv_transfer.message_memory import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
 from kvrelay.kv_transfer.transports import KVTransport
 from kvrelay.telemetry import configure_logging
+from kvrelay.tracing import create_tracing
 from kvrelay.v1 import prefill_pb2_grpc, session_pb2
+from kvrelay.work_traces import WorkTraces
 from kvrelay.worker_engine import BYTES_PER_MIB, WorkerEngine, build_engine
 from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
 from kvrelay.worker_registry import MemberRole
@@ -79,7 +81,10 @@ def build_services(
         max_message_bytes=settings.transfer.transfer_message_kib * BYTES_PER_KIB,
         max_window_bytes=settings.transfer.transfer_window_mib * BYTES_PER_MIB,
     )
-    service = PrefillService(hello, engine.model, context, thread.submit, thread.submit_work)
+    tracing = create_tracing(settings.server.otlp_endpoint, "prefill", hello.worker_id)
+    service = PrefillService(
+        hello, engine.model, context, thread.submit, thread.submit_work, WorkTraces(tracing), engine.grammars.compile
+    )
     publish.connect(service)
 
     def add_to(server: grpc.aio.Server) -> None:
@@ -93,6 +98,8 @@ def build_services(
     def stop() -> None:
         transfer_threads.shutdown()
         thread.stop()
+        if tracing is not None:
+            tracing.close()
 
     return WorkerServices(
         service.sessions,

@@ -12,20 +12,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 
 from kvrelay.errors import TransferError
 from kvrelay.fault_points import fault_point
+from kvrelay.grammar import CompiledGrammar
 from kvrelay.kv_transfer.codec import TICKET_BYTES
 from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.model_spec import ModelSpec
+from kvrelay.response_format import ResponseFormat
+from kvrelay.trace_context import TraceContext
 from kvrelay.v1 import prefill_pb2, prefill_pb2_grpc, session_pb2
 from kvrelay.wire import chunk_time_to_pb, sequence_token_to_pb, work_id_from_pb, work_id_to_pb
-from kvrelay.work import FailureKind, WorkId
+from kvrelay.work import FailureKind, Work, WorkId
+from kvrelay.work_traces import WorkTraces
+from kvrelay.worker_grammars import WorkPreparation, refuse_form
 from kvrelay.worker_session import WorkerSession
 from kvrelay.worker_sessions import WorkerSessions
 from prefill_worker import commands, events
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 from prefill_worker.metrics import PrefillMetrics
+
+_log = structlog.get_logger(__name__)
 
 ENDS = (events.WorkEnded, events.WorkFailed)
 NOTHING_SENT = TransferResult(kv_bytes=0, transfer_ms=0.0, exposed_ms=0.0, wire_ms=0.0, num_resent_chunks=0)
@@ -50,6 +58,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         sender_context: shared by all pushes.
         submit: to the engine thread; called in any thread.
         submit_work: the same for new works; False when its inbox is full.
+        traces: spans of works; by default none.
+        compile_form: called in threads, gives the grammar that a form is; by default refuses all.
     """
 
     def __init__(
@@ -59,6 +69,8 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         sender_context: SenderContext,
         submit: Callable[[commands.Command], None],
         submit_work: Callable[[commands.Command], bool],
+        traces: WorkTraces | None = None,
+        compile_form: Callable[[ResponseFormat], CompiledGrammar] = refuse_form,
     ) -> None:
         self._model = model
         self._sender_context = sender_context
@@ -67,7 +79,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self._targets: dict[WorkId, PushTarget] = {}
         self._senders: dict[WorkId, KVSender] = {}
         self.metrics = PrefillMetrics()
+        self._traces = traces or WorkTraces()
         self.sessions = WorkerSessions(hello, prefill_pb2.PrefillServiceSessionResponse, model, self._give_up, self._fail)
+        self._preparation = WorkPreparation(compile_form, self._report_failure)
 
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
@@ -110,19 +124,34 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         work = self.sessions.admit(session, message)
         if work is None:
             return
+        self._traces.begin(work)
+        _log.debug("a prompt came", num_tokens=len(work.token_ids), **work.log_fields)
         fault_point("prefill.work_received", work)
         self._targets[work.work_id] = PushTarget(message.ticket, message.push_address, message.num_cached_tokens)
-        if not self._submit_work(commands.StartPrompt(work, time.monotonic())):
+        received_at = time.monotonic()
+        self._preparation.prepare(work, lambda prepared: self._submit_prompt(prepared, received_at))
+
+    def _submit_prompt(self, work: Work, received_at: float) -> None:
+        if not self._submit_work(commands.StartPrompt(work, received_at)):
             del self._targets[work.work_id]
             self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
 
     def _give_up(self, work_id: WorkId) -> None:
         self._stop_sender(work_id)
-        self._submit(commands.GiveUp(work_id))
+        if self._preparation.drop(work_id):
+            self._handle_event(events.WorkEnded(work_id))
+        else:
+            self._submit(commands.GiveUp(work_id))
 
     def _fail(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
         self._stop_sender(work_id)
-        self._submit(commands.Fail(work_id, kind, message))
+        if self._preparation.drop(work_id):
+            self._report_failure(work_id, kind, message)
+        else:
+            self._submit(commands.Fail(work_id, kind, message))
+
+    def _report_failure(self, work_id: WorkId, kind: FailureKind, message: str) -> None:
+        self._handle_event(events.WorkFailed(work_id, kind, message))
 
     def _stop_sender(self, work_id: WorkId) -> None:
         """Without waiting for the engine thread, which may be in a long step."""
@@ -141,26 +170,33 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             case events.WorkFailed(work_id, kind, message):
                 self._targets.pop(work_id, None)
                 self.sessions.report_failure(work_id, kind, message)
+                self._traces.record(work_id, "failed", 0.0, error=kind.value)
+                self._traces.end(work_id)
             case events.WorkEnded(work_id):
                 self._targets.pop(work_id, None)
                 self.sessions.leases.end(work_id)
+                self._traces.end(work_id)
 
     def _start_sender(self, event: events.PromptStarted) -> None:
         work, target = event.work, self._targets[event.work.work_id]
-        plan = PushPlan(work.work_id, target.ticket, self._model.fingerprint, target.num_cached_tokens, len(work.token_ids))
+        trace = self._traces.new_child(work.work_id) or work.trace
+        plan = PushPlan(
+            work.work_id, target.ticket, self._model.fingerprint, target.num_cached_tokens, len(work.token_ids), trace
+        )
         loop = asyncio.get_running_loop()
         sender = KVSender(
             self._sender_context,
             target.address,
             plan,
             event.block_ids,
-            on_ended=lambda work_id, outcome: _call_soon(loop, self._on_sender_ended, work_id, outcome),
+            on_ended=lambda work_id, outcome: _call_soon(loop, self._on_sender_ended, work_id, outcome, trace),
         )
         self._senders[work.work_id] = sender
         sender.announce_cached(event.num_cached_tokens)
 
     def _report_computed(self, event: events.PromptComputed) -> None:
         self.metrics.note_computed(event)
+        self._trace_prompt(event)
         done = prefill_pb2.PrefillDone(
             work_id=work_id_to_pb(event.work_id),
             tokens=[sequence_token_to_pb(token) for token in event.tokens],
@@ -176,8 +212,9 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         elif sender := self._senders.get(event.work_id):
             sender.finish(event.tokens)
 
-    def _on_sender_ended(self, work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+    def _on_sender_ended(self, work_id: WorkId, outcome: TransferResult | TransferError, trace: TraceContext | None) -> None:
         del self._senders[work_id]
+        self._trace_push(work_id, outcome, trace)
         if isinstance(outcome, TransferResult):
             fault_point("prefill.transfer_acknowledged", work_id)
             self.sessions.add_kv_bytes(outcome.kv_bytes)
@@ -187,6 +224,29 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         else:
             self.metrics.num_failed_transfers += 1
             self._submit(commands.SenderEnded(work_id, outcome.message))
+
+    def _trace_push(self, work_id: WorkId, outcome: TransferResult | TransferError, trace: TraceContext | None) -> None:
+        if isinstance(outcome, TransferError):
+            self._traces.record(work_id, "kv.send", 0.0, own=trace, kind="producer", error=outcome.message)
+            return
+        self._traces.record(
+            work_id,
+            "kv.send",
+            outcome.transfer_ms / 1000,
+            own=trace,
+            kind="producer",
+            attributes={
+                "kvrelay.kv_bytes": outcome.kv_bytes,
+                "kvrelay.exposed_ms": outcome.exposed_ms,
+                "kvrelay.transport": outcome.transport,
+            },
+        )
+
+    def _trace_prompt(self, event: events.PromptComputed) -> None:
+        prefill_s = event.prefill_ms / 1000
+        self._traces.record(event.work_id, "prefill.queue", event.queue_ms / 1000, prefill_s)
+        num_cached = {"kvrelay.num_cached_tokens": event.num_cached_tokens}
+        self._traces.record(event.work_id, "prefill", prefill_s, attributes=num_cached)
 
     def _report_transferred(self, work_id: WorkId, result: TransferResult) -> None:
         done = prefill_pb2.TransferDone(

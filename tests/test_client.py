@@ -153,7 +153,8 @@ async def test_a_request_that_no_gateway_knows_any_more_is_made_again_with_its_s
         play(accepted(), delta(0, "ab", num_tokens=2), delta(2, "c", last=True), finished()),
     ]
     fake.service.resume = [then_raise(errors.RequestNotFoundError("never heard of it"))]
-    stream = client.generate("x", resumable=True, idempotency_key="key", **({} if seed is None else {"seed": seed}))
+    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    stream = client.generate("x", resumable=True, idempotency_key="key", **options)
     deltas = [item async for item in stream]
     assert [(item.index, len(item.tokens), item.text) for item in deltas] == [(0, 1, "a"), (1, 1, "b"), (2, 1, "c")]
     first, _, again, once_more = fake.service.calls

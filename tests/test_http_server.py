@@ -53,7 +53,8 @@ from kvrelay.http_server import Health, serving_http
 import gateway.main, kvrelay.cli.app
 async def main():
     async with serving_http("127.0.0.1", None, lambda: Health.SERVING) as port:
-        print(port, {"aiohttp", "prometheus_client", "opentelemetry"} & {name.partition(".")[0] for name in sys.modules})
+        # Not the SDK of opentelemetry: the redis client imports that by itself where it is installed.
+        print(port, {"aiohttp", "prometheus_client", "opentelemetry.exporter"} & set(sys.modules))
 asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)  # noqa: ASYNC221

@@ -3,7 +3,7 @@
 import asyncio
 
 from gateway.generation_request import GenerationRequest
-from gateway.prompt_preparation import encode_text, make_request
+from gateway.prompt_preparation import check_response_format, encode_text, make_request
 from gateway.relay import Relay
 from gateway.request_validation import ModelLimits, check_token_ids
 from kvrelay.errors import InvalidRequestError, UnsupportedError
@@ -35,6 +35,7 @@ async def prepare(message: Message, relay: Relay, deadline: float) -> Generation
     now = asyncio.get_running_loop().time()
     wait_s = max(min(relay.settings.worker_wait_ms / 1000, deadline - now), 0.0)
     limits = await relay.models.wait_and_select(ANY_MODEL, wait_s)
+    await check_response_format(sampling, relay, limits)
     token_ids = await _prompt_token_ids(message, relay, limits)
     sampling = with_room(sampling, limits.max_tokens - len(token_ids))
     return make_request(limits, token_ids, sampling, tenant="", submit_time=now, deadline=deadline)

@@ -1,7 +1,8 @@
 """Chooses one token per row of logits. The same row gives the same token alone, in any batch, and whenever it is run again.
 
-Order: penalties, logit bias, no ending before min_tokens, temperature, top-k, top-p, min-p, choice. Log probabilities are those
-of the model: of the logits before any of this. Knows nothing of sequences' ends; `kvrelay.finish_rules` does.
+Order: penalties, logit bias, no ending before min_tokens, what the form allows, temperature, top-k, top-p, min-p, choice.
+Log probabilities are those of the model: of the logits before any of this. Knows nothing of sequences' ends:
+`kvrelay.finish_rules` does.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -43,6 +45,8 @@ class SamplingInput:
     """How often each token was generated."""
     ending_token_ids: frozenset[int] = frozenset()
     """Not chosen before `min_tokens`."""
+    allowed: bytes | None = None
+    """A bit for each token that may be chosen, as `kvrelay.grammar.GrammarMatcher.masks` gives them; None: all."""
 
 
 def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[Token]:
@@ -83,19 +87,34 @@ def uniform(seed: int, sequence: int, index: int) -> float:
 
 
 def _adjust(raw: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    """Penalties, bias and min_tokens. Copies only when some row needs it."""
+    """Penalties, bias, min_tokens and forms. Copies only when some row needs it."""
     rows = [row for row, item in enumerate(inputs) if _is_adjusted(item)]
     if not rows:
         return raw
     adjusted = raw.clone()
     for row in rows:
         _adjust_row(adjusted[row], raw[row], inputs[row])
+    masks = {row: mask for row in rows if (mask := inputs[row].allowed) is not None}
+    if masks:
+        index = torch.tensor(list(masks), device=adjusted.device)
+        allowed = _allowed(list(masks.values()), adjusted.shape[1]).to(adjusted.device)
+        adjusted[index] = adjusted[index].masked_fill_(~allowed, -math.inf)
     return adjusted
+
+
+def _allowed(masks: Sequence[bytes], vocab_size: int) -> Tensor:
+    """Which tokens the masks allow: bool [len(masks), vocab_size]. What a mask is too short for is not allowed."""
+    packed = np.zeros((len(masks), -(-vocab_size // 8)), dtype=np.uint8)
+    for row, mask in enumerate(masks):
+        num_bytes = min(len(mask), packed.shape[1])
+        packed[row, :num_bytes] = np.frombuffer(mask, dtype=np.uint8, count=num_bytes)
+    return torch.from_numpy(np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
 
 
 def _is_adjusted(item: SamplingInput) -> bool:
     sampling = item.sampling
-    return sampling.penalised or bool(sampling.logit_bias) or item.index < sampling.min_tokens
+    is_masked = item.allowed is not None
+    return is_masked or sampling.penalised or bool(sampling.logit_bias) or item.index < sampling.min_tokens
 
 
 def _adjust_row(row: Tensor, raw: Tensor, item: SamplingInput) -> None:

@@ -22,6 +22,7 @@ from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.memory_handover import HandoverOffer
 from kvrelay.model_spec import WIRE_VERSION
 from kvrelay.rpc import create_channel
+from kvrelay.trace_context import METADATA_KEY, TraceContext
 from kvrelay.v1 import kv_transfer_pb2
 from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
 from kvrelay.work import SequenceToken, WorkId
@@ -40,6 +41,8 @@ class PushPlan:
     fingerprint: str
     token_begin: int
     token_end: int
+    trace: TraceContext | None = None
+    """Of the push, if the work is traced: goes along as metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class GrpcTransport:
             TransferError: it cannot be reached in time, or the transport is closed.
         """
         channel = self._channel(address)
-        push = GrpcPush(channel, self._max_payload_bytes)
+        push = GrpcPush(channel, self._max_payload_bytes, plan.trace)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 # Connects first. Waiting for the state of the channel instead would leave a watch behind when cancelled.
@@ -228,11 +231,12 @@ class GrpcPush:
     Args:
         channel: to the receiver.
         max_payload_bytes: largest payload of one message.
+        trace: that the call is part of.
     """
 
     transport_name = "grpc"
 
-    def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int, trace: TraceContext | None = None) -> None:
         method = channel.stream_stream(
             PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
         )
@@ -242,7 +246,8 @@ class GrpcPush:
         self._messages: dict[KVSpan, ChunkMessage] = {}
         """Whose payloads are being written."""
         # A receiver that is just starting is waited for, as long as the opener allows.
-        self._call: Any = method(wait_for_ready=True)
+        metadata = None if trace is None else ((METADATA_KEY, trace.traceparent),)
+        self._call: Any = method(wait_for_ready=True, metadata=metadata)
 
     def has_room(self) -> bool:
         return True

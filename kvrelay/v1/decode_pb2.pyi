@@ -170,6 +170,7 @@ class Reserve(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     RUNS_ALONE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """The model fingerprint that the gateway routed by; a worker of another one refuses."""
     num_prompt_tokens: _builtins.int
@@ -183,6 +184,10 @@ class Reserve(_message.Message):
     runs_alone: _builtins.bool
     """A worker may have died of this work. From Reserved on, the worker computes nothing else until each of the work's sequences has
     two tokens or has ended; so whoever reserved it knows what the worker computed if it dies. Default false.
+    """
+    traceparent: _builtins.str
+    """W3C trace context of the attempt, as in the header traceparent: what the worker records becomes part of that trace. Empty where
+    the request is not traced; its trace id is then its request id.
     """
     @_builtins.property
     def work_id(self) -> _session_pb2.WorkId:
@@ -208,10 +213,11 @@ class Reserve(_message.Message):
         cache_salt: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
         runs_alone: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "runs_alone", b"runs_alone", "sampling", b"sampling", "token_ids", b"token_ids", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "runs_alone", b"runs_alone", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

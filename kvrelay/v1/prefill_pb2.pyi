@@ -147,6 +147,7 @@ class StartPrefill(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """How many of token_ids are the client's prompt; the rest is output already emitted."""
     num_sequences: _builtins.int
@@ -161,6 +162,10 @@ class StartPrefill(_message.Message):
     """host:port of the decode worker's KVTransferService."""
     num_cached_tokens: _builtins.int
     """Leading tokens that the decode worker already holds; the push starts behind them."""
+    traceparent: _builtins.str
+    """W3C trace context of the attempt, as in the header traceparent: what the worker records becomes part of that trace. Empty where
+    the request is not traced; its trace id is then its request id.
+    """
     @_builtins.property
     def work_id(self) -> _session_pb2.WorkId:
         """The work."""
@@ -186,10 +191,11 @@ class StartPrefill(_message.Message):
         ticket: _builtins.bytes = ...,
         push_address: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "work_id", b"work_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "push_address", b"push_address", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "push_address", b"push_address", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "traceparent", b"traceparent", "work_id", b"work_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ Zeroes of fields that cannot be absent mean their defaults, as everywhere in tha
 from dataclasses import replace
 
 from kvrelay.errors import InvalidRequestError, UnsupportedError
+from kvrelay.response_format import ResponseFormat
 from kvrelay.sampling_params import MAX_LOGPROBS, SamplingParams
 from kvrelay.vllm_engine.messages import Message
 
@@ -39,6 +40,7 @@ def sampling_from_vllm(message: Message) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         logprobs=_logprobs(message),
         n=message.n or 1,
+        response_format=_response_format(message),
     )
     try:
         sampling.validate()
@@ -57,8 +59,8 @@ def _refuse_what_is_not_offered(message: Message) -> None:
         raise UnsupportedError("log probabilities of the prompt are not computed; leave prompt_logprobs out")
     if message.HasField("truncate_prompt_tokens"):
         raise UnsupportedError("prompts are not truncated; shorten it and leave truncate_prompt_tokens out")
-    if (constraint := message.WhichOneof("constraint")) is not None:
-        raise UnsupportedError(f"{constraint} is not offered: output cannot be constrained")
+    if message.HasField("structural_tag"):
+        raise UnsupportedError("structural_tag is not offered; send a json_schema, regex, grammar, choice or json_object")
 
 
 def _logprobs(message: Message) -> int | None:
@@ -67,6 +69,22 @@ def _logprobs(message: Message) -> int | None:
     if message.logprobs < 0:
         raise InvalidRequestError(f"{FIELD}.logprobs", f"is {message.logprobs}; it must lie between 0 and {MAX_LOGPROBS}")
     return int(message.logprobs)
+
+
+def _response_format(message: Message) -> ResponseFormat | None:
+    match message.WhichOneof("constraint"):
+        case "json_schema":
+            return ResponseFormat.json_schema(message.json_schema)
+        case "json_object":
+            return ResponseFormat.json_object() if message.json_object else None
+        case "regex":
+            return ResponseFormat.regex(message.regex)
+        case "grammar":
+            return ResponseFormat.grammar(message.grammar)
+        case "choice":
+            return ResponseFormat.choice(message.choice.choices)
+        case _:
+            return None
 
 
 def _logit_bias(message: Message) -> dict[int, float]:

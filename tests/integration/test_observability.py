@@ -1,8 +1,14 @@
-"""What a cluster shows of itself: its metrics are what its clients counted. Real processes, one cluster for all of it."""
+"""What a cluster shows of itself: metrics that are what its clients counted, one trace over all processes, and logs that name it.
+
+Real processes, one cluster for all of it. The last test kills a worker.
+"""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -10,12 +16,15 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import metrics as gateway_metrics
-from kvrelay.client import AsyncClient, Completion
-from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings, RelaySettings, ServerSettings
-from kvrelay.local_cluster import LocalCluster
+from kvrelay.client import Completion
 from kvrelay.metrics import vllm_names
-from tests.integration.clusters import assert_at_rest, engine, greedy, random_prompt, token_ids
+from kvrelay.rpc import create_channel
+from kvrelay.testing.fault_cluster import FaultCluster
+from kvrelay.testing.waiting import wait_until
+from kvrelay.v1 import inference_pb2, inference_pb2_grpc, session_pb2
+from tests.integration.clusters import assert_at_rest, greedy, random_prompt, token_ids
 from tests.metrics_lint import problems
+from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, receiving
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -24,28 +33,66 @@ LOCAL_TOKENS = 24
 PROMPT_LENGTHS = (8, 40, 70, 130)
 NUM_TOKENS = 12
 MODEL = "llama"
+SERVICES = {"kvrelay-gateway", "kvrelay-prefill", "kvrelay-decode"}
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+PARENT_ID = "b7ad6b7169203331"
 
 Value = Callable[..., float]
 
 
+@dataclass(slots=True)
+class Observed:
+    """The cluster, with all that it says."""
+
+    faults: FaultCluster
+    collector: OtlpReceiver
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Of each process's log."""
+
+    def take_line(self, name: str, line: str) -> None:
+        if line.startswith("{"):
+            self.lines.setdefault(name, []).append(json.loads(line))
+
+    @property
+    def http_addresses(self) -> dict[str, str]:
+        """Of each process, by its name: where its log said that it listens."""
+        ready = {name: line for name, lines in self.lines.items() for line in lines if line["event"] == "ready"}
+        return {name: f"127.0.0.1:{line['http_port']}" for name, line in ready.items()}
+
+    def lines_about(self, request_id: str) -> dict[str, list[dict[str, Any]]]:
+        """Lines that name the request, by process."""
+        about = {name: [line for line in lines if request_id in json.dumps(line)] for name, lines in self.lines.items()}
+        return {name: lines for name, lines in about.items() if lines}
+
+
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Observed]:
     model: Path = make_tiny_model("llama", tmp_path_factory.mktemp("models"))
-    server = ServerSettings(http_port=0, vllm_metrics=True, log_format="json")
-    settings = engine(model, served_model_name=MODEL, step_timeout_ms=60000)
-    async with LocalCluster(
-        gateway=GatewaySettings(server=server, relay=RelaySettings(local_prefill_tokens=LOCAL_TOKENS)),
-        prefill=[PrefillSettings(server=server, engine=settings)],
-        decode=[DecodeSettings(server=server, engine=settings)] * 2,
-        startup_timeout_s=240,
-    ) as cluster:
-        yield cluster
+    async with receiving() as collector:
+        server = {
+            "http_port": 0,
+            "vllm_metrics": True,
+            "log_format": "json",
+            "log_level": "debug",
+            "otlp_endpoint": collector.endpoint,
+        }
+        faults = FaultCluster(
+            num_decode=2,
+            model=model,
+            server=server,
+            relay={"local_prefill_tokens": LOCAL_TOKENS},
+            engine={"served_model_name": MODEL, "block_size": 16},
+        )
+        observed = Observed(faults, collector)
+        faults.on_line = observed.take_line
+        async with faults:
+            yield observed
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def completions(cluster: LocalCluster) -> list[Completion]:
+async def completions(cluster: Observed) -> list[Completion]:
     """Requests of several lengths, one of two sequences, and what clients got."""
-    async with AsyncClient(cluster.gateway_address) as client:
+    async with cluster.faults.client() as client:
         prompts = [random_prompt(seed, length) for seed, length in enumerate(PROMPT_LENGTHS)]
         done = await asyncio.gather(*(greedy(client, prompt, NUM_TOKENS) for prompt in prompts))
         two = await greedy(client, random_prompt(9, 50), NUM_TOKENS, n=2, temperature=1.0, seed=5)
@@ -53,15 +100,21 @@ async def completions(cluster: LocalCluster) -> list[Completion]:
     return [*done, two]
 
 
-async def scrape(cluster: LocalCluster, accept: str = "text/plain") -> dict[str, str]:
+async def scrape(cluster: Observed, accept: str = "text/plain") -> dict[str, str]:
     """Each process's page."""
     pages = {}
-    async with aiohttp.ClientSession(headers={"Accept": accept}) as session:
-        for name, address in cluster.http_addresses.items():
-            async with session.get(f"http://{address}/metrics") as response:
-                assert response.status == 200
-                pages[name] = await response.text()
+    for name in cluster.http_addresses:
+        pages[name] = await scrape_one(cluster, name, accept)
+    assert len(pages) == 4
     return pages
+
+
+async def scrape_one(cluster: Observed, name: str, accept: str = "text/plain") -> str:
+    """A process's page."""
+    url = f"http://{cluster.http_addresses[name]}/metrics"
+    async with aiohttp.ClientSession(headers={"Accept": accept}) as session, session.get(url) as response:
+        assert response.status == 200
+        return await response.text()
 
 
 def reader(pages: Mapping[str, str], role: str) -> Value:
@@ -78,7 +131,7 @@ def reader(pages: Mapping[str, str], role: str) -> Value:
     return value
 
 
-async def test_metrics_are_what_clients_counted(cluster: LocalCluster, completions: list[Completion]) -> None:
+async def test_metrics_are_what_clients_counted(cluster: Observed, completions: list[Completion]) -> None:
     pages = await scrape(cluster)
     gateway, prefill, decode = reader(pages, "gateway"), reader(pages, "prefill"), reader(pages, "decode")
     finished = [completion.finished for completion in completions]
@@ -118,7 +171,7 @@ async def test_metrics_are_what_clients_counted(cluster: LocalCluster, completio
     assert decode("kvrelay_worker_engine_busy_seconds_total") > 0
 
 
-async def test_metrics_have_vllms_names_too(cluster: LocalCluster, completions: list[Completion]) -> None:
+async def test_metrics_have_vllms_names_too(cluster: Observed, completions: list[Completion]) -> None:
     pages = await scrape(cluster)
     gateway, decode = reader(pages, "gateway"), reader(pages, "decode")
     assert gateway("vllm:generation_tokens_total", model_name=MODEL, engine="0") == gateway("kvrelay_output_tokens_total")
@@ -131,7 +184,7 @@ async def test_metrics_have_vllms_names_too(cluster: LocalCluster, completions: 
     assert {name for name in shown if name.startswith("vllm:")} == declared
 
 
-async def test_metrics_are_named_and_typed_as_prometheus_wants_them(cluster: LocalCluster, completions: list[Completion]) -> None:
+async def test_metrics_are_named_and_typed_as_prometheus_wants_them(cluster: Observed, completions: list[Completion]) -> None:
     for name, page in (await scrape(cluster)).items():
         assert problems(page, "kvrelay_") == [], name
         assert [each for each in problems(page, "vllm:") if "is told" in each or "help" in each or "twice" in each] == []
@@ -140,8 +193,110 @@ async def test_metrics_are_named_and_typed_as_prometheus_wants_them(cluster: Loc
     assert all(page.endswith("# EOF\n") for page in openmetrics.values())
 
 
-async def test_every_family_of_the_gateway_is_shown(cluster: LocalCluster, completions: list[Completion]) -> None:
+async def test_every_family_of_the_gateway_is_shown(cluster: Observed, completions: list[Completion]) -> None:
     page = (await scrape(cluster))["gateway"]
     missing = {family.name for family in gateway_metrics.FAMILIES if f"# TYPE {family.name} " not in page}
     # These have series only once there is something to count.
     assert missing == {"kvrelay_request_failures_total", "kvrelay_requests_refused_total"}
+
+
+# --- traces and logs ----------------------------------------------------------------------------------------------------------
+
+
+async def generate(
+    cluster: Observed, prompt: list[int], num_tokens: int, traceparent: str | None, tenant: str = ""
+) -> tuple[str, list[int]]:
+    """A greedy request by a client that speaks gRPC and nothing of ours; its id and its tokens."""
+    sampling = session_pb2.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    message = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=prompt), sampling=sampling, tenant=tenant)
+    metadata = () if traceparent is None else (("traceparent", traceparent),)
+    request_id = ""
+    tokens: list[int] = []
+    async with create_channel(cluster.faults.addresses[0]) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        async for response in stub.Generate(message, metadata=metadata, timeout=120):
+            if response.HasField("accepted"):
+                request_id = response.accepted.request_id
+            tokens.extend(token.token_id for token in response.delta.tokens)
+    return request_id, tokens
+
+
+async def spans_of(cluster: Observed, trace_id: str, names: set[str]) -> dict[str, list[ReceivedSpan]]:
+    """The trace's spans by name, once there are all of these names."""
+
+    def arrived() -> bool:
+        return names <= {span.name for span in cluster.collector.of_trace(trace_id)}
+
+    await wait_until(arrived, f"spans {names} arrive")
+    spans: dict[str, list[ReceivedSpan]] = {}
+    for span in cluster.collector.of_trace(trace_id):
+        spans.setdefault(span.name, []).append(span)
+    return spans
+
+
+WHOLE = {"generate", "attempt", "queue", "reserve", "prefill.queue", "prefill", "kv.send", "kv.receive", "decode"}
+
+
+async def test_a_trace_of_the_client_goes_through_all_processes(cluster: Observed, completions: list[Completion]) -> None:
+    request_id, tokens = await generate(cluster, random_prompt(20, 60), NUM_TOKENS, f"00-{TRACE_ID}-{PARENT_ID}-01")
+    assert len(tokens) == NUM_TOKENS
+    spans = await spans_of(cluster, TRACE_ID, WHOLE)
+    assert {name: len(found) for name, found in spans.items()} == dict.fromkeys(WHOLE, 1)
+    (root,), (attempt,) = spans["generate"], spans["attempt"]
+    assert {span.service for found in spans.values() for span in found} == SERVICES
+    assert {span.attributes["kvrelay.request_id"] for found in spans.values() for span in found} == {request_id}
+    assert (root.parent_id, attempt.parent_id) == (PARENT_ID, root.span_id)
+    assert root.attributes["gen_ai.usage.output_tokens"] == NUM_TOKENS
+    for name in WHOLE - {"generate", "attempt", "kv.receive"}:
+        assert spans[name][0].parent_id == attempt.span_id, name
+    (sent,), (received,) = spans["kv.send"], spans["kv.receive"]
+    assert received.parent_id == sent.span_id
+    assert sent.attributes["kvrelay.kv_bytes"] == received.attributes["kvrelay.kv_bytes"]
+    assert int(sent.attributes["kvrelay.kv_bytes"]) > 0
+    assert (sent.service, received.service) == ("kvrelay-prefill", "kvrelay-decode")
+    assert all(span.error is None and span.began_ns <= span.ended_ns for found in spans.values() for span in found)
+
+
+async def test_a_request_without_a_trace_begins_one_that_has_its_id(cluster: Observed, completions: list[Completion]) -> None:
+    request_id, _ = await generate(cluster, random_prompt(21, 60), NUM_TOKENS, None)
+    spans = await spans_of(cluster, request_id, WHOLE)
+    assert spans["generate"][0].parent_id == ""
+
+
+async def test_a_client_may_want_no_spans(cluster: Observed, completions: list[Completion]) -> None:
+    unsampled = TRACE_ID[::-1]
+    await generate(cluster, random_prompt(22, 60), NUM_TOKENS, f"00-{unsampled}-{PARENT_ID}-00")
+    later, _ = await generate(cluster, random_prompt(23, 60), NUM_TOKENS, None)
+    await spans_of(cluster, later, WHOLE)
+    assert cluster.collector.of_trace(unsampled) == []
+
+
+async def test_lines_about_a_request_name_it_its_attempt_and_its_trace(cluster: Observed, completions: list[Completion]) -> None:
+    trace_id = TRACE_ID.replace("0af7", "0bf7")
+    request_id, _ = await generate(cluster, random_prompt(24, 60), NUM_TOKENS, f"00-{trace_id}-{PARENT_ID}-01")
+    await wait_until(lambda: len(cluster.lines_about(request_id)) == 3, "three processes log about the request")
+    for name, lines in cluster.lines_about(request_id).items():
+        for line in lines:
+            assert {"request_id": request_id, "attempt": 1, "trace_id": trace_id}.items() <= line.items(), (name, line)
+
+
+async def test_an_attempt_after_a_death_is_part_of_the_same_trace(cluster: Observed, completions: list[Completion]) -> None:
+    trace_id = TRACE_ID.replace("0af7", "0cf7")
+    prompt = random_prompt(25, 60)
+    # Another tenant: cached blocks would leave nothing for the prefill worker.
+    _, undisturbed = await generate(cluster, prompt, NUM_TOKENS, None, tenant="undisturbed")
+    fault = cluster.faults.arm_one_of("decode", "decode.step_computed", at=5)
+    request_id, tokens = await generate(cluster, prompt, NUM_TOKENS, f"00-{trace_id}-{PARENT_ID}-01")
+    assert (tokens, fault.num_fired) == (undisturbed, 1)
+    spans = await spans_of(cluster, trace_id, {"generate", "attempt", "prefill", "decode"})
+    first, second = spans["attempt"]
+    assert [attempt.attributes["kvrelay.attempt"] for attempt in (first, second)] == [1, 2]
+    assert (first.error, second.error, spans["generate"][0].error) == ("worker_lost", None, None)
+    assert first.parent_id == second.parent_id == spans["generate"][0].span_id
+    assert [span.parent_id for span in spans["decode"]] == [second.span_id]  # the dead worker's was never told
+    assert {span.service for found in spans.values() for span in found} == SERVICES
+    value = reader({"gateway": await scrape_one(cluster, "gateway")}, "gateway")
+    assert value("kvrelay_attempts_total", cause="worker_lost") == 1
+    assert value("kvrelay_session_losses_total", role="decode", cause="broken") == 1
+    retried = [line for line in cluster.lines["gateway"] if line["event"] == "request is attempted again"]
+    assert [(line["request_id"], line["attempt"], line["trace_id"]) for line in retried] == [(request_id, 2, trace_id)]

@@ -1,6 +1,7 @@
 """OpenAI's API by smg over a cluster with the real model: the unmodified openai SDK, curl, and the KV bytes of requests."""
 
 import asyncio
+import json
 import re
 import shlex
 import socket
@@ -232,27 +233,47 @@ async def test_a_client_that_hangs_up_leaves_nothing_behind(sdk: AsyncOpenAI, cl
     await assert_at_rest(client)
 
 
-async def test_a_models_calls_of_tools_are_parsed_and_what_tools_answered_is_in_the_prompt(sdk: AsyncOpenAI) -> None:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+async def test_a_tool_that_must_be_called_is_and_what_it_answered_is_in_the_next_prompt(sdk: AsyncOpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
     tool: Any = {
         "type": "function",
         "function": {"name": "get_weather", "description": "Tells the weather", "parameters": parameters},
     }
     asked = chat("What is the weather in Paris?")
-    options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 4}
-    # So small a model calls nothing by itself; the conversation about a call must be taken all the same.
-    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
-    talk = [
-        *asked,
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "Rain"},
-    ]
-    without = await sdk.chat.completions.create(**options, messages=asked)
-    answer = await sdk.chat.completions.create(**options, messages=talk, tools=[tool])
-    assert answer.usage is not None
-    assert without.usage is not None
-    assert answer.usage.prompt_tokens > without.usage.prompt_tokens
-    assert answer.choices[0].finish_reason == "length"
+    options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 60, "tools": [tool]}
+    called = (await sdk.chat.completions.create(**options, messages=asked, tool_choice="required")).choices[0]
+    assert called.finish_reason == "tool_calls"
+    assert called.message.tool_calls is not None
+    call: Any = called.message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+
+    asking: Any = called.message.model_dump(exclude_none=True) | {"content": ""}  # the model's template wants one
+    answer: Any = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
+    first = await sdk.chat.completions.create(**options | {"max_tokens": 1}, messages=asked)
+    second = await sdk.chat.completions.create(**options | {"max_tokens": 1}, messages=[*asked, asking, answer])
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+async def test_output_has_the_form_that_a_schema_asks_for(sdk: AsyncOpenAI) -> None:
+    properties = {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150}}
+    schema = {"type": "object", "properties": properties, "required": ["name", "age"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+    messages = chat("Invent a person.")
+    answer = await sdk.chat.completions.create(model=MODEL, messages=messages, seed=5, max_tokens=80, response_format=wanted)
+    assert answer.choices[0].finish_reason == "stop"
+    person = json.loads(answer.choices[0].message.content or "")
+    assert (type(person["name"]), type(person["age"]), len(person)) == (str, int, 2)
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError):
+        await sdk.chat.completions.create(model=MODEL, messages=messages, response_format=wrong)
 
 
 async def test_the_pages_examples_run_as_they_stand(cluster: LocalCluster) -> None:

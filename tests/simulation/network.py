@@ -420,7 +420,9 @@ class SimulatedChannel:
         return None
 
     def stream_stream(self, method: str, **options: Any) -> Callable[..., ClientCall]:
-        def call(request_iterator: None = None, *, wait_for_ready: bool = False, timeout: float | None = None) -> ClientCall:
+        def call(
+            request_iterator: None = None, *, wait_for_ready: bool = False, timeout: float | None = None, metadata: Any = None
+        ) -> ClientCall:
             made = ClientCall(self._network, self._place, self._address, method, timeout)
             made.connect(waits=wait_for_ready)
             return made
