@@ -11,6 +11,7 @@ from kvrelay.cli.client_session import open_client
 from kvrelay.cli.output import console, print_json, print_note, write_text
 from kvrelay.cli.sampling_options import takes_sampling
 from kvrelay.cli.setting_options import takes_settings
+from kvrelay.cli.typed_line import read_typed_line
 from kvrelay.config import MAX_COALESCE_MS, ClientSettings
 from kvrelay.errors import InvalidRequestError, KvrelayError
 from kvrelay.settings_sources import SettingsSources
@@ -164,12 +165,10 @@ def _lines(source: TextIO) -> Iterator[str]:
     """Turns typed on a terminal, or the lines of a pipe, until /exit or the end. Empty ones are skipped."""
     interactive = source.isatty()
     if interactive:
-        import readline  # noqa: F401  # gives input() its editing and history
-
         print_note("Type a message; /exit or Ctrl-D ends.")
     while True:
         try:
-            line = input("> ") if interactive else next(source)
+            line = read_typed_line("> ") if interactive else next(source)
         except StopIteration:
             return
         except EOFError:

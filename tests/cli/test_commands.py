@@ -1,11 +1,8 @@
 """Commands as a user types them, against a scripted gateway: what they print, where, and how they exit."""
 
 import asyncio
-import contextlib
 import io
 import json
-import os
-import pty
 import signal
 import subprocess
 import sys
@@ -87,25 +84,6 @@ async def begin_complete(service: FakeInferenceService, behaviour: Behaviour) ->
 
 def cancelled_ids(service: FakeInferenceService) -> list[str]:
     return [call.request_id for call in service.calls if isinstance(call, inference_pb2.CancelRequestRequest)]
-
-
-@pytest.mark.parametrize(("key", "exit_code"), [(b"\x04", 0), (b"\x03", 130)], ids=["Ctrl-D", "Ctrl-C"])
-def test_a_chat_that_is_left_leaves_the_shell_a_line_of_its_own(key: bytes, exit_code: int) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "kvrelay.cli", "chat"])
-    with open(terminal, "r+b", buffering=0) as screen:
-        shown = b""
-        while not shown.endswith(b"> "):
-            shown += screen.read(1)
-        screen.write(key)
-        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
-            while rest := screen.read(1024):
-                shown += rest
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == exit_code
-    assert shown.endswith(b"\r\n")
-    assert b"Traceback" not in shown
 
 
 async def test_ctrl_c_cancels_the_request(service: FakeInferenceService) -> None:
