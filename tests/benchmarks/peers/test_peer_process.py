@@ -1,5 +1,6 @@
 """The protocol between runner and adapters, with an adapter of a real process and an engine that computes nothing."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,6 +20,15 @@ OPTIONS = Options(model_folder="", converted_folder="", weights="f32", cores=[0,
 def peer(tmp_path: Path) -> Iterator[PeerProcess]:
     with PeerProcess([sys.executable, "-m", "tests.benchmarks.peers.fake_adapter"], {}, tmp_path / "log") as process:
         yield process
+
+
+def adapter_process() -> psutil.Process:
+    """That of the one running adapter. Other children of this process end whenever they do, and have no command line then."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "tests.benchmarks.peers.fake_adapter" in child.cmdline():
+                return child
+    raise AssertionError("no adapter is running")
 
 
 def test_each_request_comes_back_with_all_its_tokens_and_their_times(peer: PeerProcess) -> None:
@@ -50,7 +60,7 @@ def test_an_engine_that_ends_is_an_error_that_shows_what_it_wrote(peer: PeerProc
 
 def test_a_paused_peer_is_stopped_and_goes_on_when_resumed(peer: PeerProcess) -> None:
     peer.load(OPTIONS)
-    (child,) = [each for each in psutil.Process().children() if "fake_adapter" in " ".join(each.cmdline())]
+    child = adapter_process()
     peer.pause()
     while child.status() != psutil.STATUS_STOPPED:  # a process on another core takes the signal a moment later
         os.sched_yield()
@@ -60,7 +70,7 @@ def test_a_paused_peer_is_stopped_and_goes_on_when_resumed(peer: PeerProcess) ->
 
 def test_closing_a_paused_peer_ends_it(peer: PeerProcess) -> None:
     peer.load(OPTIONS)
-    (child,) = [each for each in psutil.Process().children() if "fake_adapter" in " ".join(each.cmdline())]
+    child = adapter_process()
     child.send_signal(signal.SIGSTOP)
     peer.close()
     assert not child.is_running()
