@@ -40,7 +40,7 @@ class Reference:
         auto_model: Any = AutoModelForCausalLM
         self._model: Any = auto_model.from_pretrained(model_path, dtype=torch.float32).eval()
         self._generated: dict[tuple[tuple[int, ...], int], tuple[list[int], list[float]]] = {}
-        self._confirmed: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        self._confirmed: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def generate(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
         """`transformers.generate` without end of sequence: `num_tokens` tokens, and for each the two best logits' difference."""
@@ -53,11 +53,15 @@ class Reference:
         """Whether each token of `actual` is clearly the greedy one behind those before it: one causal pass over all of them.
 
         Then greedy generation gives `actual`, by induction, for a fraction of the work. False says nothing: see `check`.
+        Nothing is computed for what begins an answer to the same prompt that was confirmed before.
         """
-        key = (tuple(prompt), tuple(actual))
-        if key not in self._confirmed and self._is_clearly_greedy(prompt, actual):
-            self._confirmed.add(key)
-        return key in self._confirmed
+        confirmed = self._confirmed.get(tuple(prompt), ())
+        if confirmed[: len(actual)] == tuple(actual):
+            return True
+        if self._is_clearly_greedy(prompt, actual):
+            self._confirmed[tuple(prompt)] = tuple(actual)
+            return True
+        return False
 
     def _is_clearly_greedy(self, prompt: Sequence[int], actual: Sequence[int]) -> bool:
         with torch.inference_mode():
