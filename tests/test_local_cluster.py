@@ -19,7 +19,8 @@ from kvrelay.errors import StartupError, UnavailableError
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.supervision import keep_running
-from tests.fake_cluster import FOLDER_VARIABLE, WORKER_VARIABLE, fake_command
+from tests.fake_cluster import fake_command
+from tests.fake_worker import FOLDER_VARIABLE, WORKER_VARIABLE
 
 FREE_PORT = GatewaySettings().model_copy(update={"server": GatewaySettings().server.model_copy(update={"port": 0})})
 
