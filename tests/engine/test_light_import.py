@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 FIRST_LINE = "import sys; from kvrelay.engine.light_import import light_imports, transformers; import torch\n"
 
 
@@ -16,8 +18,13 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def test_a_worker_loads_a_model_without_the_compiler_symbolic_algebra_or_distributed_tensors() -> None:
-    code = """
+NAMES = "len(transformers.models.__all__), sorted(transformers.models.__all__)[::500]"
+
+
+@pytest.fixture(scope="module")
+def worker_output() -> list[str]:
+    """What a process said that loaded a model as a worker does: which modules it has then, and models' names."""
+    code = f"""
 import kvrelay.worker_engine
 config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
 with light_imports():
@@ -26,8 +33,13 @@ with light_imports():
 model = transformers.AutoModelForCausalLM.from_config(config)
 assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
 print([name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", "scipy", "sklearn") if name in sys.modules])
+print({NAMES})
 """
-    assert run(code).strip() == "[]"
+    return run(code).splitlines()
+
+
+def test_a_worker_loads_a_model_without_the_compiler_symbolic_algebra_or_distributed_tensors(worker_output: list[str]) -> None:
+    assert worker_output[0] == "[]"
 
 
 def test_afterwards_torch_is_as_it_was_and_gives_its_compiler_to_whoever_asks() -> None:
@@ -56,8 +68,7 @@ with light_imports():
     run(code)
 
 
-def test_the_names_of_models_are_those_of_a_plain_import() -> None:
-    plain = "import transformers.models; print(len(transformers.models.__all__), sorted(transformers.models.__all__)[::500])"
-    light = run(plain)
+def test_the_names_of_models_are_those_of_a_plain_import(worker_output: list[str]) -> None:
+    plain = f"import transformers.models; print({NAMES})"
     result = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
-    assert light == result.stdout
+    assert worker_output[1:] == result.stdout.splitlines()
