@@ -8,6 +8,8 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from kvrelay.client import AsyncClient, Cluster, Completion, WorkerInfo, WorkerRole
 from kvrelay.config import (
     DecodeSettings,
@@ -52,6 +54,12 @@ def random_prompt(seed: int, num_tokens: int) -> list[int]:
     """Token ids of a tiny model's vocabulary, without special ones."""
     generator = random.Random(seed)
     return [generator.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(num_tokens)]
+
+
+def values_under_test(request: pytest.FixtureRequest, parameter: str) -> list[str]:
+    """The values that a parameter has in the module's tests that run: a cluster needs no workers for others."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    return list(dict.fromkeys(call.params[parameter] for call in calls if call is not None and parameter in call.params))
 
 
 async def greedy(client: AsyncClient, prompt: Sequence[int], num_tokens: int, **options: object) -> Completion:

@@ -34,8 +34,8 @@ async def address(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str
     without_template = make_tiny_model("qwen3", folder)
     for file in without_template.glob("chat_template*"):
         file.unlink()
-    engines = [engine(with_template), engine(without_template)]
-    async with cluster_of(engines, engines, local_prefill_tokens=0) as cluster:
+    prefill, decode = [engine(with_template)], [engine(with_template), engine(without_template)]
+    async with cluster_of(prefill, decode, local_prefill_tokens=0) as cluster:
         yield cluster.gateway_address
 
 

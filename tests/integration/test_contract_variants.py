@@ -9,22 +9,35 @@ import pytest_asyncio
 
 from kvrelay.client import AsyncClient, WorkerRole
 from kvrelay.config import DecodingSettings
-from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids, workers
-from tests.integration.test_contract_tiny_models import KINDS
+from tests.integration.clusters import (
+    assert_at_rest,
+    cluster_of,
+    engine,
+    greedy,
+    random_prompt,
+    token_ids,
+    values_under_test,
+    workers,
+)
 from tests.reference import NearTies, Reference
 from tests.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
+KINDS = (
+    "gpt_bigcode",  # one KV head for all
+    "gemma3_text",  # one for each group, and a sliding window
+    *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("gpt2", "llama", "qwen3", "mixtral")),
+)
 BLOCK_SIZE = 16
 NUM_TOKENS = 24
 LOCAL_PREFILL_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: make_tiny_model(kind, folder) for kind in KINDS}
+    return {kind: make_tiny_model(kind, folder) for kind in values_under_test(request, "kind")}
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +89,18 @@ async def test_whole_prompts_in_one_chunk_together_give_the_reference_tokens(
     print(f"{kind}: {ties}")
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text"])
 async def test_without_a_prefill_worker_the_decode_worker_computes_every_prompt(
-    models: dict[str, Path], references: dict[str, Reference]
+    kind: str, models: dict[str, Path], references: dict[str, Reference]
 ) -> None:
     """And with speculation the tokens are the same. This model repeats itself, so that some guesses are right."""
-    decode_engine = engine(models["gemma3_text"], block_size=BLOCK_SIZE)
+    decode_engine = engine(models[kind], block_size=BLOCK_SIZE)
     cluster = cluster_of([], [decode_engine], decoding=DecodingSettings(speculative_tokens=8, speculative_max_rows=64))
     async with cluster, AsyncClient(cluster.gateway_address) as client:
         prompts = [random_prompt(200, 200), random_prompt(21, 7) * 8, random_prompt(5, 2) * 3]
         completions = await asyncio.gather(*(greedy(client, prompt, 4 * NUM_TOKENS) for prompt in prompts))
         for prompt, completion in zip(prompts, completions, strict=True):
-            references["gemma3_text"].check(prompt, token_ids(completion), NearTies())
+            references[kind].check(prompt, token_ids(completion), NearTies())
             assert completion.finished.phases.prefilled_on_decode_worker
         [decode_worker] = workers(await client.cluster(), WorkerRole.DECODE)
         assert 0 < decode_worker.load.num_accepted_tokens < decode_worker.load.num_drafted_tokens

@@ -11,7 +11,16 @@ import pytest_asyncio
 from kvrelay.client import AsyncClient, WorkerRole
 from kvrelay.engine.native import load_library
 from kvrelay.local_cluster import LocalCluster
-from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt, token_ids, workers
+from tests.integration.clusters import (
+    assert_at_rest,
+    cluster_of,
+    engine,
+    greedy,
+    random_prompt,
+    token_ids,
+    values_under_test,
+    workers,
+)
 from tests.integration.test_recovery import listening_ports
 from tests.tiny_models import make_tiny_model
 
@@ -22,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(load_library() is None, reason="no C compiler"),
 ]
 
-KV_DTYPES = {"with-kv-in-float32": "auto", "with-kv-in-int8": "int8"}
+KV_DTYPES = {"with-kv-in-int8": "int8", "with-kv-in-float32": "auto"}
 """By the name that a model with int8 weights is served under."""
 NUM_CONCURRENT = 16
 NUM_PROMPT_TOKENS, NUM_TOKENS = 70, 60
@@ -38,10 +47,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def cluster(model: Path) -> AsyncIterator[LocalCluster]:
+async def cluster(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[LocalCluster]:
     """One prefill and two decode workers of each kind, and nothing is found in a cache: every prompt's KV is shipped."""
     changes = {"quantize": "int8", "prefix_cache": False, "prefill_chunk_tokens": 32}
-    kinds = [engine(model, **changes, kv_dtype=kv_dtype, served_model_name=name) for name, kv_dtype in KV_DTYPES.items()]
+    names = values_under_test(request, "model_name")
+    kinds = [engine(model, **changes, kv_dtype=KV_DTYPES[name], served_model_name=name) for name in names]
     async with cluster_of(kinds, [*kinds, *kinds], local_prefill_tokens=0) as cluster:
         yield cluster
 
@@ -60,7 +70,7 @@ async def processes(cluster: LocalCluster, client: AsyncClient) -> dict[str, str
     return {worker.worker_id: ports[int(worker.address.rpartition(":")[2])] for worker in decoding}
 
 
-@pytest.mark.parametrize("model_name", KV_DTYPES)
+@pytest.mark.parametrize("model_name", ["with-kv-in-int8", pytest.param("with-kv-in-float32", marks=pytest.mark.soak)])
 async def test_tokens_are_the_same_alone_in_a_batch_and_after_their_decode_worker_was_killed(
     cluster: LocalCluster, client: AsyncClient, processes: dict[str, str], model_name: str
 ) -> None:
