@@ -61,7 +61,7 @@ def wall_clock_offset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("clock") / OFFSET_NAME
 
 
-@pytest_asyncio.fixture(loop_scope="session", scope="session")
+@pytest_asyncio.fixture(loop_scope="session", scope="package")
 async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "wall_clock"), prepend=os.pathsep)
