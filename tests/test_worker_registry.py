@@ -118,16 +118,22 @@ async def test_changes_give_the_latest_and_the_callback_each(registry: WorkerReg
 
 async def test_the_last_known_members_stay_while_redis_hangs_and_are_back_when_it_is(server: EmbeddedValkey) -> None:
     seen: list[tuple[Member, ...]] = []
-    async with RedisConnection(server.url, 200) as connection:
+    async with RedisConnection(server.url, timeout_ms=1000) as connection:
         registry = WorkerRegistry(connection, LEASE_MS)
         async with registry.lease(PREFILL), registry.watch(LOOK_MS, seen.append) as view:
+            await until(view, lambda members: members == (PREFILL,))
             with stopped(server):
+                await eventually(lambda: is_away(connection))
                 await asyncio.sleep(3 * LEASE_MS / 1000)
                 assert not connection.health.healthy
                 assert view.members() == (PREFILL,)
-            await eventually(lambda: has_lease(registry, PREFILL), timeout_s=2)
+            await eventually(lambda: has_lease(registry, PREFILL))
             assert view.members() == (PREFILL,)
     assert seen == [(PREFILL,)], "the member never seemed gone"
+
+
+async def is_away(connection: RedisConnection) -> bool:
+    return not connection.health.healthy
 
 
 async def has_lease(registry: WorkerRegistry, member: Member) -> bool:

@@ -1,12 +1,12 @@
 """Rows of the catalogue in which a worker hangs, comes back as a zombie, or only stands still for a moment."""
 
 import asyncio
-import time
 
 import pytest
 
 from kvrelay.fault_points import FaultAction
-from kvrelay.testing.load import TokenCheck
+from kvrelay.testing import wait_until
+from kvrelay.testing.load import Outcome
 from tests.faults.conftest import STEP_TIMEOUT_S, Rig
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
@@ -15,49 +15,39 @@ LIVENESS_WINDOW_S = 1.5
 NUM_TOKENS = 400
 
 
-async def run_with_stop(rig: Rig, stop_s: float, *, after: int = 20) -> tuple[TokenCheck, int, float]:
-    """Stops the decode worker of a stream for so long; its tokens, its attempts, and its longest pause."""
+async def run_with_stop(rig: Rig, stop_s: float, *, at: int = 20) -> Outcome:
+    """Stops the decode worker of a stream at its `at`-th step, for so long; what came of the stream, with the right tokens."""
     request = rig.request(num_tokens=NUM_TOKENS)
     expected = await rig.expected(request)
-    check, pause_s, last = TokenCheck(1), 0.0, time.monotonic()
-    stopping: asyncio.Task[None] | None = None
-    stream = rig.client.generate(**request.options)
-
-    async def stop() -> None:
-        assert stream.accepted is not None
-        victim = await rig.cluster.worker_of(rig.client, stream.accepted.request_id)
-        await victim.stop()
-        await asyncio.sleep(stop_s)
-        assert victim.state == "T"
-        await victim.resume()
-
-    async for delta in stream:
-        check.take(delta)
-        pause_s, last = max(pause_s, time.monotonic() - last), time.monotonic()
-        if len(check.tokens[0]) >= after and stopping is None:
-            stopping = asyncio.create_task(stop())
-    assert stopping is not None
-    await stopping
-    assert check.result == expected
-    assert stream.finished is not None
-    return check, stream.finished.phases.num_attempts, pause_s
+    fault = rig.cluster.arm_one_of("decode", "decode.step_begins", FaultAction.STOP, at=at)
+    running = asyncio.create_task(rig.run(request))
+    victim = await fault.wait_until_fired()
+    await wait_until(lambda: victim.state == "T", f"{victim.name} has stopped itself")
+    await asyncio.sleep(stop_s)
+    assert victim.state == "T", "nobody else has continued it"
+    await victim.resume()
+    outcome = await running
+    assert fault.num_fired == 1
+    assert outcome.error is None
+    assert outcome.tokens == expected
+    return outcome
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])])
 async def test_a_zombie_that_comes_back_after_its_lease_is_not_heard(rig: Rig, times: int) -> None:
     """Stopped for longer than its window: the stream is elsewhere when it goes on, and all that it says is dropped."""
     for _ in range(times):
-        _, num_attempts, pause_s = await run_with_stop(rig, LIVENESS_WINDOW_S + 1.5)
-        assert num_attempts == 2
-        assert pause_s > 0.5, "it was stopped in the middle of the stream"
+        outcome = await run_with_stop(rig, LIVENESS_WINDOW_S + 1.5)
+        assert outcome.num_attempts == 2
+        assert outcome.longest_pause_s > 0.5, "it was stopped in the middle of the stream"
         await rig.cluster.wait_until_ready()
         await rig.cluster.check()
 
 
 async def test_a_stall_shorter_than_the_window_aborts_nothing(rig: Rig) -> None:
-    _, num_attempts, pause_s = await run_with_stop(rig, LIVENESS_WINDOW_S * 0.4)
-    assert num_attempts == 1
-    assert pause_s > LIVENESS_WINDOW_S * 0.3, "it was stopped in the middle of the stream"
+    outcome = await run_with_stop(rig, LIVENESS_WINDOW_S * 0.4)
+    assert outcome.num_attempts == 1
+    assert outcome.longest_pause_s > LIVENESS_WINDOW_S * 0.3, "it was stopped in the middle of the stream"
 
 
 @pytest.mark.parametrize(("role", "point"), [("decode", "decode.tokens_reported"), ("prefill", "prefill.work_received")])

@@ -25,6 +25,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 5},
     {"temperature": 0.8, "seed": 6, "n": 3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
 ]
+MAX_SIGNALS = 5
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -73,6 +74,16 @@ def assert_each_index_once(deltas: list[Delta], num_sequences: int, num_tokens: 
         assert indices == list(range(num_tokens))
 
 
+async def wait_until_back(cluster: LocalCluster, client: AsyncClient, name: str, num_restarts: int) -> None:
+    """Until a decode worker that had been restarted so often has been again, and both are connected."""
+
+    async def is_back() -> bool:
+        two = len(workers(await client.cluster(), WorkerRole.DECODE)) == 2
+        return two and cluster.num_restarts(name) > num_restarts
+
+    await wait_until(is_back, f"{name} is back", 60)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 async def test_the_stream_continues_at_the_next_index_when_its_decode_worker_ends(
@@ -82,30 +93,29 @@ async def test_the_stream_continues_at_the_next_index_when_its_decode_worker_end
     options: dict[str, Any] = {**sampling, "max_tokens": num_tokens, "ignore_eos": True, "timeout_s": 120}
     undisturbed = await client.complete(token_ids=prompt, tenant="undisturbed", **options)
 
-    deltas: list[Delta] = []
-    stream = client.generate(token_ids=prompt, tenant=f"disturbed by {number}", **options)
-    async for delta in stream:
-        deltas.append(delta)
-        if len(deltas) == 20:
-            assert stream.accepted is not None
-            name = await decode_process(cluster, client, stream.accepted.request_id)
-            num_restarts = cluster.num_restarts(name)
-            await cluster.kill(name, number)
-    assert_each_index_once(deltas, num_sequences, num_tokens)
-    for sequence in range(num_sequences):
-        ours = [token.token_id for delta in deltas if delta.sequence == sequence for token in delta.tokens]
-        assert ours == token_ids(undisturbed, sequence)
-        text = "".join(delta.text for delta in deltas if delta.sequence == sequence)
-        assert text == undisturbed.outputs[sequence].text
-    assert stream.finished is not None
-    if number == signal.SIGKILL:  # a draining worker may finish the stream itself
-        assert stream.finished.phases.num_attempts > 1
-
-    async def back() -> bool:
-        two = len(workers(await client.cluster(), WorkerRole.DECODE)) == 2
-        return two and cluster.num_restarts(name) > num_restarts
-
-    await wait_until(back, f"{name} is back", 60)
+    # On busy cores a worker may have computed all tokens before the signal reaches it: then once more.
+    for attempt in range(MAX_SIGNALS):
+        deltas: list[Delta] = []
+        stream = client.generate(token_ids=prompt, tenant=f"disturbed by {number}, {attempt}", **options)
+        async for delta in stream:
+            deltas.append(delta)
+            if len(deltas) == 20:
+                assert stream.accepted is not None
+                name = await decode_process(cluster, client, stream.accepted.request_id)
+                num_restarts = cluster.num_restarts(name)
+                await cluster.kill(name, number)
+        assert_each_index_once(deltas, num_sequences, num_tokens)
+        for sequence in range(num_sequences):
+            ours = [token.token_id for delta in deltas if delta.sequence == sequence for token in delta.tokens]
+            assert ours == token_ids(undisturbed, sequence)
+            text = "".join(delta.text for delta in deltas if delta.sequence == sequence)
+            assert text == undisturbed.outputs[sequence].text
+        await wait_until_back(cluster, client, name, num_restarts)
+        assert stream.finished is not None
+        if number == signal.SIGTERM or stream.finished.phases.num_attempts > 1:  # a draining worker may finish the stream itself
+            break
+    else:
+        raise AssertionError(f"none of {MAX_SIGNALS} signals came in the middle of a stream")
     await assert_at_rest(client)
 
 
