@@ -37,11 +37,13 @@ class FaultStorm:
         cluster: under load, or most faults find nothing to hit.
         seed: of what is drawn.
         mortal: names of processes that may be killed; the others are only stopped and cut off. None: all.
+        longest_pause_s: between two faults, drawn from 0 on.
     """
 
     cluster: FaultCluster
     seed: int
     mortal: frozenset[str] | None = None
+    longest_pause_s: float = LONGEST_PAUSE_S
     fired: Counter[str] = field(default_factory=Counter)
     """How often each kind of fault happened."""
     missed: Counter[str] = field(default_factory=Counter)
@@ -56,7 +58,7 @@ class FaultStorm:
         while True:
             for kind in self._generator.sample(list(KINDS), len(KINDS)):
                 await self.strike(kind)
-                await asyncio.sleep(self._generator.uniform(0.0, LONGEST_PAUSE_S))
+                await asyncio.sleep(self._generator.uniform(0.0, self.longest_pause_s))
 
     async def strike(self, kind: str) -> bool:
         """Lets one fault of a kind happen and makes the cluster whole again; whether it happened."""

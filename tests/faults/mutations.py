@@ -1,8 +1,10 @@
 """`python -m tests.faults.mutations`: removes a guard, or the fault, in a copy of the sources, and expects the test to fail.
 
-A test of a fault that passes without the fault, or without what protects from it, proves nothing.
+A test of a fault that passes without the fault, or without what protects from it, proves nothing. With `--check`, runs no test:
+only looks whether each mutation still finds what it replaces.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,16 @@ class Mutation:
     old: str
     new: str
     test: str
+
+    def apply(self, folder: Path) -> str:
+        """The file in that copy of the sources as it is with the mutation.
+
+        Raises:
+            AssertionError: the file has not what is replaced, or has it twice.
+        """
+        source = (folder / self.path).read_text("utf-8")
+        assert source.count(self.old) == 1, f"{self.path} has changed: {self.old!r}"
+        return source.replace(self.old, self.new)
 
 
 MUTATIONS = (
@@ -95,6 +107,13 @@ MUTATIONS = (
 
 def main() -> int:
     """Exit code: 0 when every mutation was noticed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.mutations", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only look whether the mutations still apply")
+    if parser.parse_args().check:
+        for mutation in MUTATIONS:
+            mutation.apply(ROOT)
+        print(f"all {len(MUTATIONS)} apply")
+        return 0
     unnoticed = [mutation.name for mutation in MUTATIONS if not is_noticed(mutation)]
     print("noticed all" if not unnoticed else f"not noticed: {unnoticed}")
     return len(unnoticed)
@@ -106,10 +125,7 @@ def is_noticed(mutation: Mutation) -> bool:
         for name in FOLDERS:
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        target = Path(folder) / mutation.path
-        source = target.read_text("utf-8")
-        assert source.count(mutation.old) == 1, f"{mutation.path} has changed: {mutation.old!r}"
-        target.write_text(source.replace(mutation.old, mutation.new))
+        (Path(folder) / mutation.path).write_text(mutation.apply(Path(folder)))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "soak or not soak", f"tests/faults/{mutation.test}"]
         try:
             result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

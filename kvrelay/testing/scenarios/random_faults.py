@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,7 +74,12 @@ class Streams:
         self._requests = list(expected)
         self._seed = seed
         self._next_number = 0
+        self._is_ended = False
         self.report = StreamReport()
+
+    def end(self) -> None:
+        """No stream begins any more, in this run or a later one; those under way go on to their ends."""
+        self._is_ended = True
 
     async def run(self, num_clients: int, num_streams: int | None, until: float | None = None, rest_s: float = 0.0) -> None:
         """Runs so many streams, or until that time of the monotonic clock.
@@ -90,12 +95,16 @@ class Streams:
         async def run_client(number: int) -> None:
             first = number % len(self._addresses)
             async with AsyncClient(self._addresses[first:] + self._addresses[:first]) as client:
-                while (last is None or self._next_number < last) and (until is None or time.monotonic() < until):
+                while self._goes_on(last, until):
                     self._next_number += 1
                     await self._run_stream(client, self._next_number)
                     await asyncio.sleep(rest_s)
 
         await asyncio.gather(*(run_client(number) for number in range(num_clients)))
+
+    def _goes_on(self, last: int | None, until: float | None) -> bool:
+        is_over = (last is not None and self._next_number >= last) or (until is not None and time.monotonic() >= until)
+        return not is_over and not self._is_ended
 
     async def _run_stream(self, client: AsyncClient, number: int) -> None:
         generator = random.Random(f"{self._seed} {number}")
@@ -169,31 +178,36 @@ async def random_faults(num_streams: int = 2000, num_clients: int = 8, num_token
         await cluster.check()
         await cluster.take_baseline()
         begin = time.monotonic()
-        await run_beside(storm, streams.run(num_clients, num_streams))
+        await run_beside(storm, streams.run(num_clients, num_streams), streams.report)
         duration_s = time.monotonic() - begin
         history = cluster.state_watch.history
         await check_end(cluster, streams.report)
     return {**streams.report.figures(), **storm_figures(storm), "moves": history.num_moves, "seconds": round(duration_s, 1)}
 
 
-async def run_beside(storm: FaultStorm, load: Any) -> None:
+async def run_beside(storm: FaultStorm, load: Coroutine[Any, Any, None], report: StreamReport) -> None:
     """Runs the load under the storm, and makes the cluster whole when the load is over.
 
-    Raises:
-        AssertionError: the cluster could not be made whole after a fault.
+    A cluster that cannot be made whole after a fault is a violation, and the end of both.
     """
-    raging = asyncio.ensure_future(storm.run())
-    loading = asyncio.ensure_future(load)
+    raging, loading = asyncio.ensure_future(storm.run()), asyncio.ensure_future(load)
     try:
         await asyncio.wait([raging, loading], return_when=asyncio.FIRST_COMPLETED)
         if raging.done():
             raging.result()
         await loading
+        await _cancel(raging)
+        await storm.make_whole()
+    except AssertionError as error:
+        report.violations.append(f"not whole after a fault: {error}")
     finally:
-        for task in (raging, loading):
-            task.cancel()
-        await asyncio.gather(raging, loading, return_exceptions=True)
-    await storm.make_whole()
+        await _cancel(raging, loading)
+
+
+async def _cancel(*tasks: "asyncio.Future[None]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def check_end(cluster: FaultCluster, report: StreamReport) -> None:
