@@ -9,13 +9,22 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gateway import lifecycle_messages as m
-from kvrelay.errors import KvrelayError
+from kvrelay.errors import (
+    InternalError,
+    InvalidRequestError,
+    KvrelayError,
+    OverloadedError,
+    StoreFullError,
+    UnavailableError,
+)
 from kvrelay.metrics.families import SIZE_BOUNDS, Family, Histogram, Sample
 from kvrelay.request_state import RequestState
 from kvrelay.telemetry import Phases
 from kvrelay.work import FailureKind, FinishReason
 
 OUTCOMES = ("succeeded", "failed", "cancelled", "expired", "left")
+REFUSAL_REASONS = tuple(kind.reason for kind in (OverloadedError, StoreFullError, UnavailableError))
+FAILURE_REASONS = tuple(kind.reason for kind in (InternalError, InvalidRequestError, OverloadedError, UnavailableError))
 PHASES = ("queue", "prefill", "transfer", "exposed_transfer", "handoff_gap", "decode")
 
 REQUESTS_STARTED = Family("kvrelay_requests_started_total", "counter", "Requests that were admitted.", ("model",))
@@ -144,7 +153,7 @@ class ModelMetrics:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     outcomes: Counter[str] = field(default_factory=lambda: _zeros(*OUTCOMES))
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=lambda: _zeros(*FAILURE_REASONS))
     attempts: Counter[str] = field(default_factory=lambda: _zeros("first", "takeover", "worker_lost", *map(_value, FailureKind)))
     finish_reasons: Counter[str] = field(default_factory=lambda: _zeros(*map(_value, FinishReason)))
     first_token: Histogram = field(default_factory=Histogram)
@@ -199,7 +208,7 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.models: dict[str, ModelMetrics] = {}
-        self.refusals: Counter[str] = Counter()
+        self.refusals = _zeros(*REFUSAL_REASONS)
 
     def of_model(self, model: str) -> ModelMetrics:
         """Of the model that is served under that name."""

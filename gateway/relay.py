@@ -30,7 +30,7 @@ from gateway.turnstile import Turnstile
 from gateway.worker_session import SessionSettings
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import GatewaySettings
-from kvrelay.errors import OverloadedError, PreconditionError, UnavailableError
+from kvrelay.errors import OverloadedError, PreconditionError, StoreFullError, UnavailableError
 from kvrelay.form_compiler import FormCompiler
 from kvrelay.grammar import check_form
 from kvrelay.request_record import RequestRecord
@@ -139,10 +139,14 @@ class Relay:
 
     def check_open(self) -> None:
         """Raises UnavailableError while the gateway takes no new requests, StoreFullError while their state could not be kept."""
-        if self.draining:
-            message = "this gateway is shutting down; send the request to another one, or again in a moment"
-            raise UnavailableError(message, DRAINING_RETRY_MS)
-        self.writer.check_room()
+        try:
+            if self.draining:
+                message = "this gateway is shutting down; send the request to another one, or again in a moment"
+                raise UnavailableError(message, DRAINING_RETRY_MS)
+            self.writer.check_room()
+        except (UnavailableError, StoreFullError) as error:
+            self.metrics.note_refused(error)
+            raise
 
     def start(self, request: GenerationRequest) -> RequestRunner:
         """Admits a request and starts it.

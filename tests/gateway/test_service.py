@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -271,7 +272,7 @@ async def test_health_tells_about_the_process_and_its_store(bench: Bench) -> Non
 
 async def test_a_draining_gateway_takes_nothing_new_and_lets_running_requests_end(bench: Bench) -> None:
     decode = await one_worker(bench)
-    gateway = await bench.gateway()
+    gateway = await bench.gateway(http=True)
     decode.hold("token:3")
     call = gateway.stub.Generate(token_request(PROMPT, 8))
     answer = Answer()
@@ -285,6 +286,8 @@ async def test_a_draining_gateway_takes_nothing_new_and_lets_running_requests_en
     error = await error_of(gateway.stub.Generate(token_request(PROMPT)))
     assert isinstance(error, errors.UnavailableError)
     assert error.retry_after_ms == DRAINING_RETRY_MS
+    async with aiohttp.ClientSession() as session, session.get(f"{gateway.http_url}/metrics") as page:
+        assert 'kvrelay_requests_refused_total{reason="UNAVAILABLE"} 1.0\n' in await page.text()
     decode.release("token:3")
     await read_into(answer, call)
     assert answer.token_ids[0] == expected_token_ids(PROMPT, 8)
