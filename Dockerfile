@@ -24,18 +24,18 @@ COPY prefill_worker prefill_worker
 COPY decode_worker decode_worker
 
 FROM source AS gateway
-RUN pip install --quiet -c constraints.txt ".[openai]" && ! python -c "import torch" 2>/dev/null
+RUN pip install --quiet -c constraints.txt ".[openai,otel]" && ! python -c "import torch" 2>/dev/null
 USER kvrelay
 WORKDIR /home/kvrelay
-EXPOSE 50050
+EXPOSE 50050 50080
 ENTRYPOINT ["kvrelay"]
 CMD ["serve", "gateway", "--host", "0.0.0.0", "--port", "50050"]
 
 FROM worker-packages AS worker
 COPY --from=source /src /src
-RUN pip install --quiet -c constraints.txt ".[worker,openai]"
+RUN pip install --quiet -c constraints.txt ".[worker,openai,otel]"
 USER kvrelay
 WORKDIR /home/kvrelay
-EXPOSE 50051
+EXPOSE 50051 50080
 ENTRYPOINT ["kvrelay"]
 CMD ["serve", "decode", "--host", "0.0.0.0", "--port", "50051"]
