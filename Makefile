@@ -18,6 +18,8 @@ PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-input $(if $(TORCH
 test soak: export OMP_NUM_THREADS ?= 1
 test soak: export MKL_NUM_THREADS ?= 1
 test soak: export TOKENIZERS_PARALLELISM ?= false
+# And they import the same modules: compiled once, also where the environment would have each of them compile anew.
+test soak: export PYTHONDONTWRITEBYTECODE :=
 # Two at once, each file in one of them: more would start more clusters than cores and memory hold.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
