@@ -236,7 +236,8 @@ class FaultProxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         source_port = int(writer.get_extra_info("peername")[1])
-        link = self.link(self._find_source(source_port))
+        # In a thread: it takes milliseconds, and on busy cores more, for which all that passes any proxy would stand still.
+        link = self.link(await asyncio.to_thread(self._find_source, source_port))
         link.num_connections += 1
         await link.to_target.wait_open()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
