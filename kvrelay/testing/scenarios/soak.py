@@ -64,6 +64,7 @@ async def soak(
         "at_the_start": {name: footprint.figures() for name, footprint in before.items()},
         "at_the_end": {name: footprint.figures() for name, footprint in after.items()},
         "growth_percent": growth,
+        "more_objects": {name: after[name].more_objects_since(before[name]) for name in before},
         "most_memory_growth_percent": max(each["resident_bytes"] for each in growth.values()),
     }
 
