@@ -24,6 +24,13 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def eos_token_id(tokenizer: Tokenizer) -> int:
+    """Of the token that ends a sequence."""
+    token_id = tokenizer.token_to_id(EOS_TOKEN)
+    assert token_id is not None
+    return token_id
+
+
 def tokenizer_files(*, chat_template: str | None = CHAT_TEMPLATE) -> dict[str, bytes]:
     """The files that a worker would send."""
     files = {

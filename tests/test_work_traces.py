@@ -1,0 +1,76 @@
+"""A worker's spans: children of the attempt that the gateway named, of works that are traced, and of no others."""
+
+import time
+
+from kvrelay.trace_context import TraceContext
+from kvrelay.work_traces import WorkTraces
+from tests.spans import Recorded, duration_s, parent_id, span_id, trace_id
+from tests.works import make_work
+
+ATTEMPT = TraceContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331", sampled=True)
+TRACED = make_work([1, 2], 4, attempt=3, trace=ATTEMPT)
+UNSAMPLED = make_work([1, 2], 4, "b" * 32, trace=TraceContext(ATTEMPT.trace_id, ATTEMPT.span_id, sampled=False))
+UNTRACED = make_work([1, 2], 4, "c" * 32)
+
+
+def test_spans_are_children_of_the_attempt_and_name_the_request() -> None:
+    recorded = Recorded()
+    traces = WorkTraces(recorded.tracing())
+    traces.begin(TRACED)
+    traces.record(TRACED.work_id, "prefill", 2.0, 1.0, attributes={"kvrelay.num_cached_tokens": 16})
+    span = recorded.span("prefill")
+    assert (trace_id(span), parent_id(span)) == (ATTEMPT.trace_id, ATTEMPT.span_id)
+    assert span_id(span) != ATTEMPT.span_id
+    assert round(duration_s(span), 3) == 2.0
+    assert dict(span.attributes or {}) == {
+        "kvrelay.request_id": TRACED.work_id.request_id,
+        "kvrelay.attempt": 3,
+        "kvrelay.num_cached_tokens": 16,
+    }
+    assert span.end_time is not None
+    assert abs(time.time_ns() - span.end_time - 1e9) < 5e8
+
+
+def test_a_span_may_have_children_before_it_is_recorded() -> None:
+    recorded = Recorded()
+    traces = WorkTraces(recorded.tracing())
+    traces.begin(TRACED)
+    own = traces.new_child(TRACED.work_id)
+    assert own is not None
+    traces.record(TRACED.work_id, "kv.receive", 1.0, parent=own)
+    traces.record(TRACED.work_id, "kv.send", 1.0, own=own)
+    assert parent_id(recorded.span("kv.receive")) == span_id(recorded.span("kv.send")) == own.span_id
+    assert parent_id(recorded.span("kv.send")) == ATTEMPT.span_id
+
+
+def test_what_is_marked_is_recorded_once() -> None:
+    recorded = Recorded()
+    traces = WorkTraces(recorded.tracing())
+    traces.begin(TRACED)
+    traces.record_since_mark(TRACED.work_id, "decode")
+    traces.mark(TRACED.work_id, "decode")
+    traces.record_since_mark(TRACED.work_id, "decode", error="worker_lost")
+    traces.record_since_mark(TRACED.work_id, "decode")
+    assert recorded.names == ["decode"]
+    assert recorded.span("decode").status.description == "worker_lost"
+
+
+def test_nothing_is_recorded_of_works_that_are_not_traced_or_are_over() -> None:
+    recorded = Recorded()
+    traces = WorkTraces(recorded.tracing())
+    for work in (UNSAMPLED, UNTRACED, TRACED):
+        traces.begin(work)
+    traces.end(TRACED.work_id)
+    traces.end(TRACED.work_id)
+    for work in (UNSAMPLED, UNTRACED, TRACED):
+        assert traces.new_child(work.work_id) is None
+        traces.mark(work.work_id, "decode")
+        traces.record_since_mark(work.work_id, "decode")
+        traces.record(work.work_id, "prefill", 1.0)
+    assert recorded.names == []
+
+
+def test_without_tracing_no_work_is_kept() -> None:
+    traces = WorkTraces()
+    traces.begin(TRACED)
+    assert traces.new_child(TRACED.work_id) is None
