@@ -277,15 +277,19 @@ async def test_output_has_the_form_that_a_schema_asks_for(sdk: AsyncOpenAI) -> N
 
 
 async def test_the_pages_examples_run_as_they_stand(cluster: LocalCluster) -> None:
-    section = PAGE.partition("\n## OpenAI\n")[2].partition("\n## ")[0]
+    section, structured = (
+        PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0] for title in ("OpenAI", "Structured output")
+    )
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code += [example for example in re.findall(r"```python\n(.*?)```", structured, re.DOTALL) if "openai" in example]
     commands = [line for line in section.splitlines() if line.startswith("curl ")]
-    assert (len(code), len(commands)) == (1, 2)
-    programs = [[sys.executable, "-c", code[0]], *map(shlex.split, commands)]
+    assert (len(code), len(commands)) == (2, 2)
+    programs = [*([sys.executable, "-c", example] for example in code), *map(shlex.split, commands)]
     outputs = [await output_of([part.replace(PAGE_ADDRESS, cluster.openai_address) for part in program]) for program in programs]
     assert outputs[0].startswith("The capital of France is Paris")
-    assert MODEL in outputs[1]
-    assert "The capital of France is Paris" in outputs[2]
+    assert outputs[1] in ('{"city": "Paris"}\n', '{"city": "Rome"}\n')
+    assert MODEL in outputs[2]
+    assert "The capital of France is Paris" in outputs[3]
 
 
 async def output_of(command: list[str]) -> str:

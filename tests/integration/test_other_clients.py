@@ -2,6 +2,7 @@
 one that has only reflection, a health probe. And every example of docs/clients.md that needs no other server.
 """
 
+import ast
 import asyncio
 import json
 import re
@@ -186,6 +187,23 @@ async def test_the_pages_examples_in_python_run_as_they_stand(
         assert output.startswith(text), output
 
     await asyncio.gather(*(check(code, None) for code in own), *(check(code, environment) for code in others))
+
+
+async def test_the_pages_examples_of_structured_output_run_as_they_stand(cluster: LocalCluster, triton_folder: Path) -> None:
+    """All but OpenAI's, which test_openai runs."""
+    own, _, tritons = (
+        example.replace(PAGE_ADDRESS, cluster.gateway_address) for example in blocks("Structured output", "python")
+    )
+    answers, triton_answer = await asyncio.gather(
+        output_of([sys.executable, "-c", own]), output_of([sys.executable, "-c", tritons], triton_environment(triton_folder))
+    )
+    person, date, choice, colours, refused = answers.splitlines()
+    assert set(ast.literal_eval(person)) == {"name", "age", "likes"}
+    assert re.fullmatch(r"regex [0-9]{4}-[01][0-9]-[0-3][0-9]", date)
+    assert choice in ("choice yes", "choice no", "choice perhaps")
+    assert re.fullmatch(r"grammar (red|green|blue)( and (red|green|blue))?", colours)
+    assert refused == "sampling.response_format.regex"
+    assert re.fullmatch(r"It is (red|green|blue)\.\n", triton_answer)
 
 
 async def test_the_pages_commands_do_what_they_say(cluster: LocalCluster) -> None:
