@@ -5,11 +5,14 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
 
 from benchmarks.registry import BENCHMARKS
+from decode_worker import metrics as decode_metrics
+from gateway import metrics as gateway_metrics
 from kvrelay.cli.app import app
 from kvrelay.config import (
     ClientSettings,
@@ -21,13 +24,16 @@ from kvrelay.config import (
     Settings,
     TransferSettings,
 )
+from kvrelay.metrics import worker_metrics
 from kvrelay.v1 import inference_pb2
+from prefill_worker import metrics as prefill_metrics
 from tests.fake_inference_service import FakeInferenceService, accepted, delta, finished, play, start_fake
 from tests.test_rpc import wire_errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 OPERATING = (ROOT / "docs/operating.md").read_text("utf-8")
+WATCHING = (ROOT / "docs/watching.md").read_text("utf-8")
 MEASURING = (ROOT / "docs/measuring.md").read_text("utf-8")
 PROTOCOL = (ROOT / "docs/protocol.md").read_text("utf-8")
 
@@ -65,6 +71,20 @@ def test_every_option_of_a_benchmark_stands_in_the_measuring_page(name: str) -> 
     documented = section + OPERATING + MEASURING.partition("\n## ")[0]
     assert section
     assert {option for option in options if f"| `{option}" not in documented} == set()
+
+
+@pytest.mark.parametrize(
+    "module", [gateway_metrics, worker_metrics, prefill_metrics, decode_metrics], ids=lambda module: module.__name__
+)
+def test_every_family_of_metrics_stands_in_the_watching_page(module: ModuleType) -> None:
+    rows = [f"| `{each.name}` | {each.kind} | {', '.join(each.labels)} | {each.help} |" for each in module.FAMILIES]
+    assert [row for row in rows if row not in WATCHING] == []
+
+
+def test_variables_of_compose_stand_in_the_operating_page() -> None:
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "docker-compose.yml").read_text("utf-8")))
+    assert len(variables) > 8
+    assert [name for name in sorted(variables) if f"`{name}`" not in OPERATING] == []
 
 
 def test_every_rpc_of_clients_is_described() -> None:
