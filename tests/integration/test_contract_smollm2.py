@@ -5,7 +5,7 @@ And seeded sampling: the same tokens alone, in a batch of eight, and after the d
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,17 @@ pytestmark = [
 ]
 
 PROMPT_LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 64, 100, 127, 128, 200, 333, 512, 777, 1024, 1500)
+FEWER_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 127, 128, 520)
+"""About the borders of blocks, and one that is computed in three chunks."""
 NUM_TOKENS = 64
+FEWER_TOKENS = 20
+"""More than a block: each decode enters a new one."""
+SIZES = [
+    pytest.param(FEWER_LENGTHS, FEWER_TOKENS, id="fewer"),
+    pytest.param(PROMPT_LENGTHS, NUM_TOKENS, id="all", marks=pytest.mark.soak),
+]
 TEXT = Path(__file__).parents[2] / "LICENSE"
-SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 48, "ignore_eos": True}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 32, "ignore_eos": True}
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -45,12 +53,16 @@ async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def prompts(client: AsyncClient) -> list[list[int]]:
-    """Twenty prompts of natural text, each from another place."""
-    ids = await client.tokenize(TEXT.read_text("utf-8"))
-    starts = [30 * number for number in range(len(PROMPT_LENGTHS))]
-    assert len(ids) >= starts[-1] + PROMPT_LENGTHS[-1]
-    return [list(ids[start : start + length]) for start, length in zip(starts, PROMPT_LENGTHS, strict=True)]
+async def text(client: AsyncClient) -> list[int]:
+    """Token ids of natural text."""
+    return list(await client.tokenize(TEXT.read_text("utf-8")))
+
+
+def prompts_of(text: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts of the text, each from another place."""
+    prompts = [text[30 * number :][:length] for number, length in enumerate(lengths)]
+    assert [len(prompt) for prompt in prompts] == list(lengths)
+    return prompts
 
 
 @pytest.fixture(scope="module")
@@ -64,50 +76,50 @@ def bytes_per_token(smollm2_path: Path) -> int:
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
 
 
+@pytest.mark.parametrize(("lengths", "num_tokens"), SIZES)
 async def test_alone_each_prompt_gives_the_reference_tokens(
-    client: AsyncClient, prompts: list[list[int]], reference: Reference, bytes_per_token: int
+    client: AsyncClient, text: list[int], reference: Reference, bytes_per_token: int, lengths: Sequence[int], num_tokens: int
 ) -> None:
     ties = NearTies()
     # The reference computes on the core that is free: one worker is idle while the other computes.
     async with asyncio.TaskGroup() as group:
-        for prompt, length in zip(prompts, PROMPT_LENGTHS, strict=True):
-            completion = await greedy(client, prompt, NUM_TOKENS, tenant=f"alone {length}")
-            assert completion.finished.phases.transfer_bytes == bytes_per_token * length
+        for prompt in prompts_of(text, lengths):
+            completion = await greedy(client, prompt, num_tokens, tenant=f"alone {len(prompt)}")
+            assert completion.finished.phases.transfer_bytes == bytes_per_token * len(prompt)
             group.create_task(asyncio.to_thread(reference.check, prompt, token_ids(completion), ties))
     print(ties)
     await assert_at_rest(client)
 
 
+@pytest.mark.parametrize(("lengths", "num_tokens"), SIZES)
 async def test_eight_at_once_each_prompt_gives_the_reference_tokens(
-    client: AsyncClient, prompts: list[list[int]], reference: Reference, bytes_per_token: int
+    client: AsyncClient, text: list[int], reference: Reference, bytes_per_token: int, lengths: Sequence[int], num_tokens: int
 ) -> None:
     ties = NearTies()
     places = asyncio.Semaphore(8)
 
     async def run(prompt: list[int]) -> None:
         async with places:
-            completion = await greedy(client, prompt, NUM_TOKENS, tenant=f"eight {len(prompt)}")
+            completion = await greedy(client, prompt, num_tokens, tenant=f"eight {len(prompt)}")
         assert completion.finished.phases.transfer_bytes == bytes_per_token * len(prompt)
         await asyncio.to_thread(reference.check, prompt, token_ids(completion), ties)
 
     async with asyncio.TaskGroup() as group:
-        for prompt in prompts:
+        for prompt in prompts_of(text, lengths):
             group.create_task(run(prompt))
     print(ties)
     await assert_at_rest(client)
 
 
 async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_the_decode_workers_death(
-    cluster: LocalCluster, client: AsyncClient, prompts: list[list[int]]
+    cluster: LocalCluster, client: AsyncClient, text: list[int]
 ) -> None:
-    prompt = prompts[PROMPT_LENGTHS.index(100)]
+    prompt, *others = prompts_of(text, (100, 7, 33, 64, 65, 128, 200, 333))
     alone = token_ids(await client.complete(token_ids=prompt, seed=11, tenant="alone", timeout_s=120, **SAMPLED))
 
-    others = [
-        client.complete(token_ids=prompts[-number], seed=number, tenant="batch", timeout_s=120, **SAMPLED)
-        for number in range(4, 11)
-    ]
-    batch = await asyncio.gather(client.complete(token_ids=prompt, seed=11, tenant="batch", timeout_s=120, **SAMPLED), *others)
+    seeded = [(11, prompt), *enumerate(others)]
+    runs = (client.complete(token_ids=each, seed=seed, tenant="batch", timeout_s=120, **SAMPLED) for seed, each in seeded)
+    batch = await asyncio.gather(*runs)
     assert token_ids(batch[0]) == alone
     assert token_ids(batch[1]) != alone
 
