@@ -9,6 +9,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from kvrelay.garbage_collection import keep_what_is_loaded, pause_collection
 from kvrelay.model_store import ModelStore, default_model_dir
 
 # Read when torch and the hub's library are first imported, which is later: test processes share few cores, and no test may
@@ -29,6 +30,15 @@ hypothesis.settings.load_profile("shared cores")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Tests, and all that they import, stay until the end: nobody need look for garbage among them, again and again.
+pause_collection()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    keep_what_is_loaded()
 
 
 @pytest.fixture(scope="session")
