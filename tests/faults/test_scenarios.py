@@ -5,10 +5,14 @@ from typing import Any
 import pytest
 
 from kvrelay.testing.__main__ import main
+from kvrelay.testing.scenarios.detection import HARMS, detection
 from kvrelay.testing.scenarios.disconnects import disconnects
 from kvrelay.testing.scenarios.kill_matrix import kill_matrix
+from kvrelay.testing.scenarios.overload import overload
+from kvrelay.testing.scenarios.random_faults import random_faults
 from kvrelay.testing.scenarios.redis_stopped import redis_full, redis_stopped
 from kvrelay.testing.scenarios.rolling_restart import rolling_restart
+from kvrelay.testing.scenarios.soak import soak
 from kvrelay.testing.scenarios.sole_decode_worker import sole_decode_worker
 from kvrelay.testing.scenarios.zombies import zombies
 
@@ -69,6 +73,39 @@ async def test_disconnects() -> None:
     figures = await disconnects()
     assert figures["points"] >= 12
     assert figures["p99_ms"] < 250
+
+
+async def test_detection() -> None:
+    figures = await detection(num_rounds=1)
+    assert figures["losses"] == 2 * len(HARMS)
+    assert figures["killed_worst_ms"] < 200
+    assert max(figures[f"{kind}_worst_ms"] for kind in HARMS) < 2000
+
+
+async def test_overload() -> None:
+    figures = await overload(seconds=10.0)
+    assert figures["goodput_share"] >= 0.9
+    assert figures["refused"] > 0
+    assert (figures["refused_without_retry_info"], figures["failed"]) == (0, 0)
+
+
+async def test_random_faults() -> None:
+    figures = await random_faults(num_streams=300)
+    check_streams(figures)
+    assert figures["retried"] > 0
+
+
+async def test_soak() -> None:
+    figures = await soak(minutes=1.0, num_warm_up_streams=100)
+    check_streams(figures)
+    assert figures["growth_percent"].keys() == {"gateway", "prefill-0", "decode-0"}
+
+
+def check_streams(figures: dict[str, Any]) -> None:
+    """Streams under random faults, and no violation."""
+    assert figures["streams"] > 0
+    assert figures["faults"] > 0
+    assert (figures["errors"], figures["violations"]) == ({}, [])
 
 
 def test_the_command_names_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
