@@ -38,14 +38,22 @@ class Admission:
         Raises:
             OverloadedError: a bound is reached; says when to come again.
         """
-        if self._num_running >= self._max_running_requests:
-            message = f"{self._num_running} requests are in progress, as many as are allowed; try again later"
-            raise OverloadedError(message, _retry_after_ms(self._mean_run_s / self._num_running))
+        self.check_room()
         num_tokens = self._num_queued_tokens + num_prompt_tokens
         if self._num_queued_tokens and num_tokens > self._max_queued_prompt_tokens:
             message = f"{self._num_queued_tokens} prompt tokens wait already, as many as are allowed; try again later"
             raise OverloadedError(message, _retry_after_ms(self._mean_queue_s))
         return self.admit_anyway(num_prompt_tokens, now)
+
+    def check_room(self) -> None:
+        """Whether there is room for one more request, whatever its prompt: to be asked before anything is spent on it.
+
+        Raises:
+            OverloadedError: there is none.
+        """
+        if self._num_running >= self._max_running_requests:
+            message = f"{self._num_running} requests are in progress, as many as are allowed; try again later"
+            raise OverloadedError(message, _retry_after_ms(self._mean_run_s / self._num_running))
 
     def admit_anyway(self, num_prompt_tokens: int, now: float) -> "Admitted":
         """Takes on a request that was admitted before, by another gateway; it counts like any other."""

@@ -39,6 +39,7 @@ class Converser:
             KvrelayError: the turn is refused.
         """
         self._relay.check_open()
+        self._relay.check_room()
         now = asyncio.get_running_loop().time()
         messages = parse_messages(turn.messages, "messages")
         if turn.HasField("sampling"):

@@ -38,7 +38,8 @@ class Generation:
         self._relay.check_open()
         now = asyncio.get_running_loop().time()
         if request.idempotency_key:
-            return await self._open_once(request, now, deadline)
+            return await self._open_once(request, now, deadline)  # it may run already: then it needs no room
+        self._relay.check_room()
         return self._relay.start(await prepare(request, self._relay, now, deadline)).open_reader()
 
     async def _open_once(self, request: inference_pb2.GenerateRequest, now: float, deadline: float) -> FrameReader:

@@ -148,6 +148,14 @@ class Relay:
             self.metrics.note_refused(error)
             raise
 
+    def check_room(self) -> None:
+        """Raises OverloadedError while no new request would be admitted: to be asked before its prompt is tokenized."""
+        try:
+            self.admission.check_room()
+        except OverloadedError as error:
+            self.metrics.note_refused(error)
+            raise
+
     def start(self, request: GenerationRequest) -> RequestRunner:
         """Admits a request and starts it.
 

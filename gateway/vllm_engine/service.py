@@ -41,6 +41,7 @@ class VllmEngineService(engine_grpc.VllmEngineServicer):  # type: ignore[misc]  
 
     async def Generate(self, request: Message, context: Context) -> AsyncIterator[Message]:
         self._relay.check_open()
+        self._relay.check_room()
         prepared = await prepare(request, self._relay, self._deadline(context))
         sampling = prepared.sampling
         answers = Answers(

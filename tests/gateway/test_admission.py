@@ -12,10 +12,13 @@ def test_requests_beyond_the_bound_are_refused_until_one_ends() -> None:
     admission.admit(10, now=0.0)
     with pytest.raises(OverloadedError) as refused:
         admission.admit(10, now=0.0)
+    with pytest.raises(OverloadedError):
+        admission.check_room()
     assert SHORTEST_RETRY_MS <= refused.value.retry_after_ms <= LONGEST_RETRY_MS
     first.release(now=1.0)
     first.release(now=1.0)
     assert admission.num_running_requests == 1
+    admission.check_room()
     admission.admit(10, now=1.0)
 
 

@@ -113,6 +113,8 @@ async def test_load_over_the_bound_is_refused_with_a_time_to_come_again(bench: B
     error = await error_of(gateway.stub.Generate(token_request(PROMPT)))
     assert isinstance(error, errors.OverloadedError)
     assert error.retry_after_ms > 0
+    error = await error_of(gateway.stub.Generate(pb.GenerateRequest()))
+    assert isinstance(error, errors.OverloadedError), "it is refused before its prompt is looked at"
     decode.release("token:3")
     call.cancel()
     await bench.at_rest()
