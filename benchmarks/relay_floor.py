@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from kvrelay import event_loop
 from kvrelay.rpc import create_server
 from kvrelay.v1 import inference_pb2, session_pb2
 
@@ -47,7 +48,7 @@ class FloorRecord:
 def run_floor(plan: FloorPlan, connection: Connection) -> None:
     """Sends its port, and a FloorRecord once all streams are written. Ends when it is told to."""
     os.sched_setaffinity(0, plan.cores)
-    asyncio.run(_FloorServer(plan).serve(connection))
+    event_loop.run(_FloorServer(plan).serve(connection))
 
 
 class _Stream:

@@ -23,6 +23,7 @@ import xxhash
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.push_permits import PushPermits
+from kvrelay import event_loop
 from kvrelay.config import TransferSettings
 from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
@@ -248,4 +249,4 @@ async def _serve(role: str, read: Callable[[], str]) -> None:
 if __name__ == "__main__":
     # A loop of its own and nothing else: what it measures is this process.
     configure_logging("warning", "console", role=sys.argv[1])
-    asyncio.run(_serve(sys.argv[1], sys.stdin.readline))
+    event_loop.run(_serve(sys.argv[1], sys.stdin.readline))

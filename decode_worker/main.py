@@ -14,7 +14,7 @@ from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from decode_worker.service import DecodeService
 from decode_worker.speculation import SpeculationLimits
-from kvrelay import vllm_engine
+from kvrelay import event_loop, vllm_engine
 from kvrelay.config import DecodeSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.fault_points import enable_fault_points
@@ -46,7 +46,7 @@ def run(settings: DecodeSettings) -> None:
     check_redis_url(settings.server)
     engine = build_engine(settings.engine)
     keep_what_is_loaded()
-    asyncio.run(serve(settings, engine))
+    event_loop.run(serve(settings, engine))
 
 
 async def serve(settings: DecodeSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:

@@ -15,6 +15,7 @@ from gateway.front_ends import add_front_ends
 from gateway.live_page import live_page
 from gateway.relay import Relay
 from gateway.service import InferenceService
+from kvrelay import event_loop
 from kvrelay.config import GatewaySettings
 from kvrelay.errors import ConfigError
 from kvrelay.fault_points import enable_fault_points
@@ -48,7 +49,7 @@ def run(settings: GatewaySettings) -> None:
     configure_logging(settings.server.log_level, settings.server.log_format, role="gateway")
     enable_fault_points(settings.server.fault_points)
     keep_what_is_loaded()
-    asyncio.run(serve(settings))
+    event_loop.run(serve(settings))
 
 
 async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) -> None:

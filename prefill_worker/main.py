@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from kvrelay import vllm_engine
+from kvrelay import event_loop, vllm_engine
 from kvrelay.config import PrefillSettings
 from kvrelay.engine_thread import EngineThread
 from kvrelay.fault_points import enable_fault_points
@@ -44,7 +44,7 @@ def run(settings: PrefillSettings) -> None:
     check_redis_url(settings.server)
     engine = build_engine(settings.engine)
     keep_what_is_loaded()
-    asyncio.run(serve(settings, engine))
+    event_loop.run(serve(settings, engine))
 
 
 async def serve(settings: PrefillSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:

@@ -1,0 +1,36 @@
+"""The loop that processes serve on: uvloop's with asyncio's clock, or asyncio's own."""
+
+import asyncio
+import sys
+import time
+
+import pytest
+
+from kvrelay import event_loop
+
+
+async def loop_and_difference_of_clocks() -> tuple[asyncio.AbstractEventLoop, float]:
+    loop = asyncio.get_running_loop()
+    time.sleep(0.01)  # noqa: ASYNC251  # a loop that looks at the clock once a turn does not notice
+    return loop, time.monotonic() - loop.time()
+
+
+def test_it_is_uvloops_with_the_clock_that_deadlines_are_on() -> None:
+    uvloop = pytest.importorskip("uvloop")
+    loop, difference_s = event_loop.run(loop_and_difference_of_clocks())
+    assert isinstance(loop, uvloop.Loop)
+    assert abs(difference_s) < 0.005
+
+
+def test_it_is_asyncios_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    loop, _ = event_loop.run(loop_and_difference_of_clocks())
+    assert type(loop).__module__.startswith("asyncio.")
+
+
+def test_what_main_raises_comes_out() -> None:
+    async def main() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        event_loop.run(main())
