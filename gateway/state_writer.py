@@ -130,16 +130,17 @@ class StateWriter:
     async def _write_urgent(self) -> None:
         """Writes the requests that began or ended; the tokens of others can wait."""
         urgent, self._urgent = self._urgent, set()
-        await self._write_journals(list(urgent))
+        self._urgent.update(await self._write_journals(list(urgent)))
 
-    async def _write_journals(self, request_ids: Sequence[str]) -> None:
-        """Those that are known still."""
+    async def _write_journals(self, request_ids: Sequence[str]) -> Sequence[str]:
+        """Writes those that are known still; which it did not come to, for the store went away."""
         for begin in range(0, len(request_ids), MAX_PARALLEL_WRITES):
             some = request_ids[begin : begin + MAX_PARALLEL_WRITES]
             journals = [self._journals[request_id] for request_id in some if request_id in self._journals]
             await asyncio.gather(*map(self._write, journals))
             if not self._store.healthy:
-                return
+                return request_ids[begin + MAX_PARALLEL_WRITES :]
+        return ()
 
     async def _write(self, journal: RequestJournal) -> None:
         try:

@@ -97,6 +97,49 @@ async def test_a_pass_comes_to_every_request_once_and_writes_all_its_frames_toge
     running.cancel()
 
 
+class FlappingStore(Store):
+    """Goes away once more, when a few requests are written that waited for it."""
+
+    def __init__(self, num_good: int) -> None:
+        super().__init__()
+        self._num_good = num_good
+
+    @property
+    def healthy(self) -> bool:  # type: ignore[override]
+        return self.health.healthy
+
+    async def create(self, record: RequestRecord) -> bool:
+        if len(self.created) == self._num_good:
+            self._num_good = -1
+            self.health.open(TimeoutError())
+        self.health.check()
+        return await super().create(record)
+
+
+async def test_what_is_urgent_is_so_still_when_the_store_is_back_after_it_went_away_in_the_middle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_parallel = state_writer.MAX_PARALLEL_WRITES
+    store = FlappingStore(num_good=3)
+    writer = StateWriter(cast(StateStore, store), lambda request_id: None)
+    monkeypatch.setattr(writer, "_begin_pass", lambda: None)  # no pass comes to them
+    for number in range(5 * num_parallel):
+        writer.track(journal_of(str(number)))
+    running = asyncio.create_task(writer.run())
+
+    async def is_away() -> bool:
+        return not store.health.healthy
+
+    async def others_created() -> bool:
+        return len(store.created) == 3 + 4 * num_parallel
+
+    await eventually(is_away)
+    assert len(store.created) == 3
+    store.health.close()
+    await eventually(others_created)
+    running.cancel()
+
+
 def test_what_is_kept_of_ended_requests_is_bounded_by_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_writer, "MAX_ENDED_FRAMES", 10)
     writer = StateWriter(cast(StateStore, Store()), lambda request_id: None)
