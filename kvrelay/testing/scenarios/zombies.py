@@ -57,6 +57,8 @@ class Stops:
         self._cluster = load.cluster
         self._num_left = num_stops
         self._clients: dict[FaultProcess, AsyncClient] = {}
+        self._missing = ""
+        """Why the gateway that was stopped last was not given up yet, when that was last asked."""
 
     async def run(self) -> None:
         """Makes all the zombies; three at a time, of each kind one."""
@@ -98,15 +100,18 @@ class Stops:
         finally:
             await victim.resume()
 
-    @staticmethod
-    async def _wait(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    async def _wait(self, condition: Callable[[], Awaitable[bool]], what: str) -> None:
         async def is_so() -> bool:
             try:
                 return await condition()
             except KvrelayError:
                 return False  # the asked gateway has just been stopped
 
-        await wait_until(is_so, what, GIVEN_UP_TIMEOUT_S)
+        try:
+            await wait_until(is_so, what, GIVEN_UP_TIMEOUT_S)
+        except AssertionError as error:
+            after = f"after {self.counts.total()} stops; of the gateway stopped last: {self._missing or 'nothing is missing'}"
+            raise AssertionError(f"{error}, {after}") from None
 
     def _running_gateways(self) -> list[AsyncClient]:
         return [client for gateway, client in self._clients.items() if gateway.state != "T"]
@@ -126,10 +131,12 @@ class Stops:
         """Whether its lease has run out, and others run what clients wait for. What nobody resumes is left until its deadline."""
         (other,) = self._running_gateways()
         if any(gateway.gateway_id == gateway_id for gateway in (await other.cluster(timeout_s=2.0)).gateways):
+            self._missing = "it has its lease"
             return False
         active = (await other.list_requests(page_size=1000, active_only=True, timeout_s=2.0)).requests
-        left = {request.tenant for request in active if request.gateway_id == gateway_id}
-        return not left & self._load.tenants_waiting
+        left = [each for each in active if each.gateway_id == gateway_id and each.tenant in self._load.tenants_waiting]
+        self._missing = "; ".join(f"{each.request_id} of {each.tenant!r} is {each.state.value} there" for each in left)
+        return not left
 
     async def _has_workers(self, gateway: FaultProcess) -> bool:
         workers = (await self._clients[gateway].cluster(timeout_s=2.0)).workers
