@@ -44,6 +44,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10000),
     ("grpc.keepalive_timeout_ms", 5000),
+    # Other pings, which measure the bandwidth, have a minute by default, and while one is under way none that asks for life
+    # follows: a server that stands still, or a network that is cut, would be noticed a minute later.
+    ("grpc.http2.ping_timeout_ms", 5000),
     ("grpc.use_local_subchannel_pool", 1),  # one connection per channel: closing a channel closes it
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Despite its name the time that one attempt to connect may take, up to the first answer: a busy server is not an absent one.

@@ -1,5 +1,6 @@
 """What handlers raise arrives at clients as the same typed error; defects arrive without their detail."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from kvrelay import errors, rpc
 from kvrelay.error_status import code_of, error_of, error_of_rpc, status_of
 from kvrelay.fault_points import InjectedFaultError
+from kvrelay.testing.proxy import FaultProxy
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = "kvrelay.v1.InferenceService"
@@ -154,3 +156,30 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel, service:
     call = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5)
     names = [service.name async for answer in call for service in answer.list_services_response.service]
     assert {SERVICE, "grpc.health.v1.Health"} <= set(names)
+
+
+async def read_to_the_end(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_server_that_falls_silent_in_the_middle_of_a_stream_is_noticed_long_before_a_minute() -> None:
+    async def stream(request: bytes, context: object) -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.1)
+
+    server = rpc.create_server()
+    handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Silence", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with FaultProxy("127.0.0.1", port) as proxy, rpc.create_channel(proxy.address) as channel:
+        call: Any = channel.unary_stream("/test.Silence/Stream")(b"")
+        for _ in range(10):
+            await anext(aiter(call))
+        proxy.link().blackhole()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(read_to_the_end(call), 30)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await server.stop(None)

@@ -135,7 +135,12 @@ class Stops:
             return False
         active = (await other.list_requests(page_size=1000, active_only=True, timeout_s=2.0)).requests
         left = [each for each in active if each.gateway_id == gateway_id and each.tenant in self._load.tenants_waiting]
-        self._missing = "; ".join(f"{each.request_id} of {each.tenant!r} is {each.state.value} there" for each in left)
+        tenants = {each.tenant for each in left}
+        self._missing = "; ".join(
+            f"{each.request_id} of {each.tenant!r} is {each.state.value} {'there' if each in left else 'elsewhere'}"
+            for each in active
+            if each.tenant in tenants
+        )
         return not left
 
     async def _has_workers(self, gateway: FaultProcess) -> bool:
