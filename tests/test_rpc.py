@@ -170,12 +170,13 @@ async def test_a_server_that_falls_silent_in_the_middle_of_a_stream_is_noticed_l
             await asyncio.sleep(0.1)
 
     server = rpc.create_server()
-    handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+    handlers: dict[str, Any] = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Silence", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with FaultProxy("127.0.0.1", port) as proxy, rpc.create_channel(proxy.address) as channel:
-        call: Any = channel.unary_stream("/test.Silence/Stream")(b"")
+        method: Any = channel.unary_stream("/test.Silence/Stream")
+        call = method(b"")
         for _ in range(10):
             await anext(aiter(call))
         proxy.link().blackhole()
