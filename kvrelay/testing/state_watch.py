@@ -31,6 +31,8 @@ class StateHistory:
 
     def __init__(self) -> None:
         self._known: dict[str, KnownState] = {}
+        self._has_forgotten = False
+        """Whether there may be records of which nothing is known here."""
         self.num_moves = 0
         """Moves seen, all of them along an allowed edge but for `violations`."""
         self.num_restored = 0
@@ -60,11 +62,11 @@ class StateHistory:
     def forget(self) -> None:
         """Redis has lost something, or may have: what comes next is taken as it is."""
         self._known.clear()
+        self._has_forgotten = True
 
-    @staticmethod
-    def _is_allowed(before: KnownState | None, after: KnownState, is_whole: bool) -> bool:
+    def _is_allowed(self, before: KnownState | None, after: KnownState, is_whole: bool) -> bool:
         if before is None:
-            return is_whole
+            return is_whole or self._has_forgotten
         if is_terminal(before.state):
             return False
         if not is_whole:

@@ -82,3 +82,12 @@ async def test_what_the_store_writes_is_seen_and_what_redis_lost_is_forgotten() 
         await connection.run(lambda client: client.hset(f"kvrelay:{{{record.request_id}}}:request", "state", "DECODING"))
         await watch.stop()
     assert not watch.history.violations
+
+
+def test_records_that_redis_got_back_from_a_dump_go_on_from_wherever_they_were() -> None:
+    history = history_of(created(), moved("RESERVING"))
+    history.forget()
+    history.note(KEY, {name: str(value) for name, value in moved("PREFILLING").items()})
+    assert not history.violations
+    history.note(KEY, {name: str(value) for name, value in moved("RESERVING").items()})
+    assert len(history.violations) == 1
