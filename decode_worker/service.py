@@ -113,7 +113,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
 
     def _submit_reservation(self, work: Work) -> None:
         if not self._submit_work(commands.ReserveBlocks(work)):
-            self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
+            self._report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
 
     def _submit_own(
         self, session: WorkerSession, command: commands.ComputePrompt | commands.EndSequence | commands.SetPaused

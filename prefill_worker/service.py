@@ -133,8 +133,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def _submit_prompt(self, work: Work, received_at: float) -> None:
         if not self._submit_work(commands.StartPrompt(work, received_at)):
-            del self._targets[work.work_id]
-            self.sessions.report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
+            self._report_failure(work.work_id, FailureKind.OUT_OF_CAPACITY, "the worker's inbox is full")
 
     def _give_up(self, work_id: WorkId) -> None:
         self._stop_sender(work_id)
