@@ -31,8 +31,8 @@ class StateHistory:
 
     def __init__(self) -> None:
         self._known: dict[str, KnownState] = {}
-        self._has_forgotten = False
-        """Whether there may be records of which nothing is known here."""
+        self._lost: set[str] = set()
+        """Keys of records that may have come back, as they are or from a dump, in a state that is not known here."""
         self.num_moves = 0
         """Moves seen, all of them along an allowed edge but for `violations`."""
         self.num_restored = 0
@@ -56,17 +56,17 @@ class StateHistory:
         self.num_moves += 1
         is_whole = "create_time_ms" in fields
         self.num_restored += is_whole and before is not None
-        if not self._is_allowed(before, after, is_whole):
+        if not self._is_allowed(key, before, after, is_whole):
             self.violations.append(f"{key} went from {before and (before.state.value, before.attempt)} to {after}")
 
     def forget(self) -> None:
         """Redis has lost something, or may have: what comes next is taken as it is."""
+        self._lost.update(self._known)
         self._known.clear()
-        self._has_forgotten = True
 
-    def _is_allowed(self, before: KnownState | None, after: KnownState, is_whole: bool) -> bool:
+    def _is_allowed(self, key: str, before: KnownState | None, after: KnownState, is_whole: bool) -> bool:
         if before is None:
-            return is_whole or self._has_forgotten
+            return is_whole or key in self._lost
         if is_terminal(before.state):
             return False
         if not is_whole:
