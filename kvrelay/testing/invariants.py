@@ -36,11 +36,8 @@ REQUEST_TASKS = ("push", "takeover", "request")
 """Beginnings of the names of tasks that live no longer than a request."""
 ORPHANS_TIMEOUT_S = 20.0
 """Requests of a gateway that died are ended by another two leases later."""
-MAX_FOLLOWERS_AT_ONCE = 16
-"""More clients than that do not follow streams of other gateways at once in tests."""
-MAX_MORE_DESCRIPTORS = 8 + MAX_CONNECTIONS + MAX_FOLLOWERS_AT_ONCE
-"""Sessions that were made again, sockets that the kernel has not let go of yet, and connections to Redis, which are kept: for
-operations, and for following streams of other gateways."""
+MAX_MORE_DESCRIPTORS = 8 + MAX_CONNECTIONS
+"""Sessions that were made again, sockets that the kernel has not let go of yet, and connections to Redis, which are kept."""
 
 
 @dataclass(frozen=True, slots=True)
