@@ -11,12 +11,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
+
 from kvrelay.errors import InvalidRequestError, KvrelayError, PreconditionError
 from kvrelay.form_compiler import FormCompiler
 from kvrelay.grammar import CompiledGrammar, TokenVocabulary
 from kvrelay.model_spec import ModelSpec
 from kvrelay.response_format import ResponseFormat
 from kvrelay.work import FailureKind, Work, WorkId
+
+_log = structlog.get_logger(__name__)
 
 
 def refuse_form(form: ResponseFormat) -> CompiledGrammar:
@@ -104,6 +108,12 @@ class WorkPreparation:
                 is_invalid = isinstance(error, InvalidRequestError | PreconditionError)
                 kind = FailureKind.INVALID if is_invalid else FailureKind.OUT_OF_CAPACITY
                 self._fail(work.work_id, kind, error.message)
+            return
+        except Exception:  # the top of a task: without word of it the work would wait until its deadline
+            _log.exception("a form cannot be compiled", **work.log_fields)
+            if self.drop(work.work_id):
+                message = "the output's form could not be compiled; the worker's log has the detail"
+                self._fail(work.work_id, FailureKind.INTERNAL, message)
             return
         deferred = self._deferred.pop(work.work_id, None)
         if deferred is None:  # given up

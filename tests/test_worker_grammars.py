@@ -104,6 +104,15 @@ async def test_a_form_that_cannot_be_compiled_fails_its_work(error: Exception, k
     assert not prepared.preparation.drop(FORMED.work_id)
 
 
+async def test_a_defect_of_the_compiler_fails_its_work_at_once_and_its_detail_stays_in_the_log() -> None:
+    prepared = Prepared(RuntimeError("secret"))
+    prepared.preparation.prepare(FORMED, prepared.run)
+    prepared.go_on.set()
+    await wait_until(lambda: bool(prepared.said), "the failure is told")
+    message = "the output's form could not be compiled; the worker's log has the detail"
+    assert prepared.said == [(FORMED.work_id, FailureKind.INTERNAL, message)]
+
+
 # --- GrammarLoader -----------------------------------------------------------------------------------------------------------
 
 
