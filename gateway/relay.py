@@ -117,6 +117,8 @@ class Relay:
             try:
                 yield
             finally:
+                for takeover in self.takeovers.values():
+                    takeover.cancel()
                 for runner in self.requests.running():
                     runner.release()
                 writing.cancel()

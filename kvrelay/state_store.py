@@ -221,7 +221,7 @@ class StateStore:
         return await self._request_list.read_page(page_size, page_token, active_only)
 
     async def take_over(
-        self, request_id: str, expected_owner: str, expected_attempt: int, new_owner: str | None = None
+        self, request_id: str, expected_owner: str, expected_attempt: int, new_owner: str | None = None, token: str | None = None
     ) -> RequestRecord | None:
         """Makes an active request this gateway's: attempt + 1, QUEUED.
 
@@ -230,15 +230,18 @@ class StateStore:
             expected_owner: the dead gateway.
             expected_attempt: its attempt.
             new_owner: default this gateway.
+            token: names this takeover: with the same one a repeat is the same takeover. Default a new one.
 
         Returns:
             The record as it is now, or None when it is not as expected, final or gone. Its frames: `read_frames`.
         """
-        # The token makes a repeat of this very call harmless, and a second one at this gateway fail.
-        token = secrets.token_hex(8)
-        arguments = (expected_owner, expected_attempt, new_owner or self._gateway_id, token, terminal_argument())
-        taken = await self._connection.run_script("take_over", [_request_key(request_id)], arguments)
-        return await self.get(request_id) if taken else None
+        owner = new_owner or self._gateway_id
+        arguments = (expected_owner, expected_attempt, owner, token or secrets.token_hex(8), terminal_argument())
+        if not await self._connection.run_script("take_over", [_request_key(request_id)], arguments):
+            return None
+        record = await self.get(request_id)
+        is_mine = record is not None and (record.gateway_id, record.attempt) == (owner, expected_attempt + 1)
+        return record if is_mine else None
 
     async def claim_idempotency_key(
         self, tenant: str, key: str, body_digest: str, request_id: str, ttl_ms: int

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.idempotency import body_digest
 from kvrelay.error_status import error_of_rpc
-from kvrelay.errors import IdempotencyConflictError, StoreFullError
+from kvrelay.errors import IdempotencyConflictError, StoreFullError, UnavailableError
 from kvrelay.redis_connection import RedisConnection
 from kvrelay.state_store import StateStore
 from kvrelay.v1 import inference_pb2 as pb
@@ -271,6 +271,48 @@ async def test_many_who_resume_a_dead_gateways_request_share_one_takeover(bench:
     assert all(one.token_ids[0] == EXPECTED for one in again)
     info = await third.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(answer)))
     assert info.request.attempt == 2
+
+
+@pytest.mark.parametrize("operation", ["take_over", "read_frames"])
+async def test_a_takeover_whose_answer_from_the_store_is_lost_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    _, decode = await two_workers(bench)
+    owner, other = await bench.gateway(), await bench.gateway()
+    decode.hold("token:10")
+    answer, _ = await begin(owner, 10, resumable=True)
+    await wait_for_state(other, id_of(answer), "DECODING")
+    await owner.stop_at_once()
+    await bench.at_rest()
+    decode.release("token:10")
+    lost = lose_an_answer(monkeypatch, operation)
+    assert (await resume(other, id_of(answer))).token_ids[0] == EXPECTED
+    assert lost == [operation]
+    info = await other.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(answer)))
+    assert info.request.attempt == 2
+
+
+def lose_an_answer(monkeypatch: pytest.MonkeyPatch, operation: str) -> list[str]:
+    """The first answer of an operation of the store, from a takeover on, is lost though it was carried out."""
+    begun: list[str] = []
+    lost: list[str] = []
+
+    def wrap(name: str) -> None:
+        method = getattr(StateStore, name)
+
+        async def wrapped(self: StateStore, *arguments: Any, **options: Any) -> Any:
+            begun.extend([name] if name == "take_over" else [])
+            result = await method(self, *arguments, **options)
+            if begun and name == operation and not lost:
+                lost.append(name)
+                raise UnavailableError("the answer is lost")
+            return result
+
+        monkeypatch.setattr(StateStore, name, wrapped)
+
+    wrap("take_over")
+    wrap("read_frames")
+    return lost
 
 
 async def test_a_store_without_memory_refuses_new_requests_until_it_has_some(bench: Bench) -> None:
