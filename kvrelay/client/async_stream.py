@@ -87,7 +87,8 @@ class AsyncStream:
             failure: grpc.RpcError | None = None
             self._call = self._open(deadline_s - time.monotonic())
             try:
-                async for message in self._call:
+                # Not `async for`: a call and its iterator hold each other, and the connection until the next collection.
+                while (message := await self._call.read()) is not grpc.aio.EOF:
                     delta = self._state.take(event_from_pb(message))
                     self._recovery.received(new=delta is not None)
                     if delta is not None:

@@ -13,12 +13,13 @@ import redis.asyncio
 
 from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
-from kvrelay.redis_connection import MAX_CONNECTIONS
+from kvrelay.redis_connection import MAX_CONNECTIONS, MAX_FOLLOWERS
 from kvrelay.request_state import RequestState, is_terminal
 from kvrelay.testing.waiting import wait_until
 
 if TYPE_CHECKING:
     from kvrelay.testing.fault_cluster import FaultCluster
+    from kvrelay.testing.process import FaultProcess
 
 REQUEST_CLASSES = (
     "prefill_worker.kv_sender.KVSender",
@@ -36,8 +37,10 @@ REQUEST_TASKS = ("push", "takeover", "request")
 """Beginnings of the names of tasks that live no longer than a request."""
 ORPHANS_TIMEOUT_S = 20.0
 """Requests of a gateway that died are ended by another two leases later."""
-MAX_MORE_DESCRIPTORS = 8 + MAX_CONNECTIONS
-"""Sessions that were made again, sockets that the kernel has not let go of yet, and connections to Redis, which are kept."""
+MAX_MORE_DESCRIPTORS = 8
+"""Sessions that were made again, and sockets that the kernel has not let go of yet."""
+MAX_REDIS_CONNECTIONS = MAX_CONNECTIONS + 1 + MAX_FOLLOWERS
+"""A process keeps those it has needed at once, so they are counted apart from its other descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Baseline:
     """What each process holds at rest, by the process id of the run that it was."""
 
     descriptors: Mapping[int, int]
+    """Without connections to Redis."""
     resident_bytes: Mapping[int, int]
 
 
@@ -52,7 +56,7 @@ async def take_baseline(cluster: "FaultCluster") -> Baseline:
     """Of all processes that run."""
     running = [process for process in cluster.processes.values() if process.is_running]
     return Baseline(
-        {process.pid: process.num_descriptors() for process in running},
+        {process.pid: _num_own_descriptors(cluster, process) for process in running},
         {process.pid: process.resident_bytes() for process in running},
     )
 
@@ -125,11 +129,18 @@ def _problems_of_snapshot(name: str, snapshot: Mapping[str, Any]) -> list[str]:
 
 def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
     process, baseline = cluster[name], cluster.baseline
+    num_connections = process.num_connections_to(cluster.valkey_proxy.port)
+    if num_connections > MAX_REDIS_CONNECTIONS:
+        return [f"{name}: {num_connections} connections to Redis"]
     before = baseline.descriptors.get(process.pid) if baseline is not None else None
-    now = process.num_descriptors()
+    now = _num_own_descriptors(cluster, process)
     if before is None or now <= before + MAX_MORE_DESCRIPTORS:
         return []
     return [f"{name}: {now} descriptors, {before} at the beginning"]
+
+
+def _num_own_descriptors(cluster: "FaultCluster", process: "FaultProcess") -> int:
+    return process.num_descriptors() - process.num_connections_to(cluster.valkey_proxy.port)
 
 
 async def _check_redis(cluster: "FaultCluster", timeout_s: float) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from kvrelay.fault_points import FaultAction
 from kvrelay.local_cluster import LocalCluster
 from kvrelay.testing.faults import ArmedFault, FaultControl
-from kvrelay.testing.process_files import num_descriptors, resident_bytes, state_of
+from kvrelay.testing.process_files import num_connections_to, num_descriptors, resident_bytes, state_of
 from kvrelay.testing.proxy import FaultProxy, Link
 from kvrelay.testing.waiting import wait_until
 
 SIGNAL_TIMEOUT_S = 10.0
 TERMINATE_TIMEOUT_S = 40.0
+RESTART_TIMEOUT_S = 60.0
 
 
 class FaultProcess:
@@ -91,6 +92,10 @@ class FaultProcess:
         await asyncio.sleep(0)
         await self._cluster.start_again(self.name)
 
+    async def wait_until_restarted(self, num_restarts: int, timeout_s: float = RESTART_TIMEOUT_S) -> None:
+        """Waits until the supervisor has started it once more than so often; does not wait until it serves."""
+        await wait_until(lambda: self.num_restarts > num_restarts, f"{self.name} is started again", timeout_s)
+
     def fill_log(self) -> int:
         """Makes the pipe full that the process logs into, until `drain_log`; how many bytes it took."""
         self._cluster.read_output(self.name, False)
@@ -146,6 +151,10 @@ class FaultProcess:
 
     def num_descriptors(self) -> int:
         return num_descriptors(self.pid)
+
+    def num_connections_to(self, port: int) -> int:
+        """Established TCP connections to this port of any host."""
+        return num_connections_to(self.pid, port)
 
     def resident_bytes(self) -> int:
         return resident_bytes(self.pid)

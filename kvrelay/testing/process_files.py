@@ -1,7 +1,7 @@
 """What the kernel says of a process, read from /proc; Linux only. Knows nothing of what the processes are."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 _STATE_ESTABLISHED = "01"
@@ -20,6 +20,11 @@ def num_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def num_connections_to(pid: int, port: int) -> int:
+    """Established TCP connections of the process to this port of any host."""
+    return len(_inodes_of_remote_port(port) & set(_sockets(pid).values()))
+
+
 def resident_bytes(pid: int) -> int:
     """Memory that the process holds."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -35,15 +40,21 @@ def owner_of_local_port(port: int, pids: Iterable[int]) -> int | None:
 
 
 def _inodes_of_local_port(port: int) -> set[str]:
-    wanted, inodes = f":{port:04X}", set()
+    return {each[9] for each in _established() if each[1].endswith(f":{port:04X}")}
+
+
+def _inodes_of_remote_port(port: int) -> set[str]:
+    return {each[9] for each in _established() if each[2].endswith(f":{port:04X}")}
+
+
+def _established() -> Iterator[list[str]]:
+    """Fields of every established TCP connection's line; local address second, remote address third, inode tenth."""
     for table in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
         except FileNotFoundError:
             continue
-        fields = (line.split() for line in lines if wanted in line)
-        inodes |= {each[9] for each in fields if each[1].endswith(wanted) and each[3] == _STATE_ESTABLISHED}
-    return inodes
+        yield from (fields for fields in map(str.split, lines) if fields[3] == _STATE_ESTABLISHED)
 
 
 def _sockets(pid: int) -> Mapping[str, str]:
