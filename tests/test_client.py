@@ -260,8 +260,8 @@ async def test_a_timeout_ends_a_silent_stream(fake: Fake, client: AsyncClient) -
     cancelled = asyncio.Event()
 
     async def silent(request: Any, context: Any) -> AsyncIterator[Any]:
-        yield accepted()
         try:
+            yield accepted()
             await asyncio.sleep(60)
         finally:
             cancelled.set()
@@ -276,11 +276,11 @@ async def test_leaving_a_stream_cancels_it(fake: Fake, client: AsyncClient) -> N
     cancelled = asyncio.Event()
 
     async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
-        yield accepted()
-        yield delta(0, "a")
         try:
+            yield accepted()
+            yield delta(0, "a")
             await asyncio.sleep(60)
-        finally:
+        finally:  # also where the client left before the handler went on from its delta
             cancelled.set()
 
     fake.service.generate = [endless]

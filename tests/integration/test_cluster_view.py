@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 import redis.asyncio as redis
 
 from kvrelay.client import AsyncClient, RequestState
-from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings, RelaySettings, ServerSettings
-from kvrelay.local_cluster import LocalCluster
-from tests.integration.clusters import assert_at_rest, engine, random_prompt, wait_until
+from kvrelay.fault_points import FaultAction
+from kvrelay.testing import FaultCluster
+from tests.integration.clusters import assert_at_rest, random_prompt, wait_until
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -37,28 +36,22 @@ async def stored(store: "redis.Redis", request_id: str) -> dict[str, int]:
 
 
 async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
-    server = ServerSettings(liveness_window_ms=60000)  # so that a stopped worker is not taken for a dead one
-    settings = engine(make_tiny_model("llama", tmp_path))
-    cluster = LocalCluster(
-        gateway=GatewaySettings(server=server, relay=RelaySettings(local_prefill_tokens=0)),
-        prefill=[PrefillSettings(server=server, engine=settings)],
-        decode=[DecodeSettings(server=server, engine=settings)],
+    cluster = FaultCluster(
+        model=make_tiny_model("llama", tmp_path),
+        relay={"local_prefill_tokens": 0},
+        server={"liveness_window_ms": 60000},  # so that a stopped worker is not taken for a dead one
     )
-    async with cluster, AsyncClient(cluster.gateway_address) as client:
-        assert cluster.redis_url is not None
-        store = redis.Redis.from_url(cluster.redis_url, decode_responses=True)
-        num_tokens = 0
+    async with cluster, cluster.client() as client, redis.Redis.from_url(cluster.redis_url, decode_responses=True) as store:
+        worker = cluster["decode-0"]
+        fault = worker.arm("decode.step_begins", FaultAction.STOP, at=20)
         stream = client.generate(token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60)
-        async for delta in stream:
-            num_tokens += len(delta.tokens)
-            if num_tokens == 10:
-                await cluster.kill("decode-0", signal.SIGSTOP)
-                assert stream.accepted is not None
-                await assert_views_agree(client, cluster.gateway_address, store, stream.accepted.request_id)
-                await cluster.kill("decode-0", signal.SIGCONT)
-        assert num_tokens == 400
+        reading = asyncio.create_task(stream.completion())
+        await fault.wait_until_fired()
         assert stream.accepted is not None
         request_id = stream.accepted.request_id
+        await assert_views_agree(client, cluster["gateway"].proxy.address, store, request_id)
+        await worker.resume()
+        assert len((await reading).outputs[0].tokens) == 400
 
         async def succeeded() -> bool:
             return await store.hget(f"kvrelay:{{{request_id}}}:request", "state") == "SUCCEEDED"
@@ -70,7 +63,6 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
         assert lives
         assert all(0 < life_ms <= 3600000 for life_ms in lives.values())
         await assert_at_rest(client)
-        await store.aclose()
 
 
 async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Redis", request_id: str) -> None:

@@ -4,7 +4,6 @@ And seeded sampling: the same tokens alone, in a batch of eight, and after the d
 """
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 import pytest_asyncio
 from transformers import AutoConfig
 
-from kvrelay.client import AsyncClient, Delta
-from kvrelay.local_cluster import LocalCluster
-from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, token_ids
+from kvrelay.client import AsyncClient
+from kvrelay.testing import FaultCluster
+from tests.integration.clusters import assert_at_rest, greedy, token_ids
 from tests.reference import NearTies, Reference
 
 pytestmark = [
@@ -40,15 +39,16 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 32, 
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def cluster(smollm2_path: Path) -> AsyncIterator[LocalCluster]:
-    settings = engine(smollm2_path, kv_cache_mib=1024, prefill_chunk_tokens=256)
-    async with cluster_of([settings], [settings], local_prefill_tokens=0, restart=True, worker_wait_ms=120000) as cluster:
+async def cluster(smollm2_path: Path) -> AsyncIterator[FaultCluster]:
+    engine = {"num_kv_blocks": 1024, "block_size": 16, "prefill_chunk_tokens": 256}
+    relay = {"local_prefill_tokens": 0, "worker_wait_ms": 120000}
+    async with FaultCluster(model=smollm2_path, engine=engine, relay=relay, restart=True) as cluster:
         yield cluster
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(cluster.gateway_address) as client:
+async def client(cluster: FaultCluster) -> AsyncIterator[AsyncClient]:
+    async with cluster.client() as client:
         yield client
 
 
@@ -112,7 +112,7 @@ async def test_eight_at_once_each_prompt_gives_the_reference_tokens(
 
 
 async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_the_decode_workers_death(
-    cluster: LocalCluster, client: AsyncClient, text: list[int]
+    cluster: FaultCluster, client: AsyncClient, text: list[int]
 ) -> None:
     prompt, *others = prompts_of(text, (100, 7, 33, 64, 65, 128, 200, 333))
     alone = token_ids(await client.complete(token_ids=prompt, seed=11, tenant="alone", timeout_s=120, **SAMPLED))
@@ -123,15 +123,14 @@ async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_the_decode
     assert token_ids(batch[0]) == alone
     assert token_ids(batch[1]) != alone
 
-    deltas: list[Delta] = []
-    stream = client.generate(token_ids=prompt, seed=11, tenant="killed", timeout_s=180, **SAMPLED)
-    async for delta in stream:
-        deltas.append(delta)
-        if len(deltas) == 10:
-            await cluster.kill("decode-0", signal.SIGKILL)
+    worker = cluster["decode-0"]
+    with worker.arm("decode.step_begins", at=12) as fault:
+        stream = client.generate(token_ids=prompt, seed=11, tenant="killed", timeout_s=180, **SAMPLED)
+        deltas = [delta async for delta in stream]
+        assert fault.num_fired == 1
     assert [delta.index + place for delta in deltas for place in range(len(delta.tokens))] == list(range(len(alone)))
     assert [token.token_id for delta in deltas for token in delta.tokens] == alone
     assert stream.finished is not None
     assert stream.finished.phases.num_attempts > 1
-    assert cluster.num_restarts("decode-0") == 1
+    assert worker.num_restarts == 1
     await assert_at_rest(client)

@@ -1,7 +1,6 @@
 """int8 gives a sequence the same tokens alone, in a batch, and on another worker when its own was killed."""
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,18 +9,16 @@ import pytest_asyncio
 
 from kvrelay.client import AsyncClient, WorkerRole
 from kvrelay.engine.native import load_library
-from kvrelay.local_cluster import LocalCluster
+from kvrelay.fault_points import FaultAction
+from kvrelay.testing import FaultCluster
 from tests.integration.clusters import (
     assert_at_rest,
-    cluster_of,
-    engine,
     greedy,
     random_prompt,
     token_ids,
     values_under_test,
     workers,
 )
-from tests.integration.test_recovery import listening_ports
 from tests.tiny_models import make_tiny_model
 
 pytestmark = [
@@ -37,7 +34,7 @@ NUM_CONCURRENT = 16
 NUM_PROMPT_TOKENS, NUM_TOKENS = 70, 60
 ROW_BYTES = {"float32": 16 * 4, "int8": 16 + 4}
 """K of a token in one head of the tiny model."""
-NUM_LONG_TOKENS = 400
+NUM_LONG_TOKENS, NUM_STEPS_BEFORE_DEATH = 400, 150
 PROMPTS = [random_prompt(40 + number, NUM_PROMPT_TOKENS + 3 * number) for number in range(NUM_CONCURRENT)]
 
 
@@ -47,36 +44,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def cluster(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[LocalCluster]:
+async def cluster(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[FaultCluster]:
     """One prefill and two decode workers of each kind, and nothing is found in a cache: every prompt's KV is shipped."""
-    changes = {"quantize": "int8", "prefix_cache": False, "prefill_chunk_tokens": 32}
-    names = values_under_test(request, "model_name")
-    kinds = [engine(model, **changes, kv_dtype=KV_DTYPES[name], served_model_name=name) for name in names]
-    async with cluster_of(kinds, [*kinds, *kinds], local_prefill_tokens=0) as cluster:
+    kinds = [{"kv_dtype": KV_DTYPES[name], "served_model_name": name} for name in values_under_test(request, "model_name")]
+    cluster = FaultCluster(
+        num_prefill=len(kinds),
+        num_decode=2 * len(kinds),
+        model=model,
+        engine={"quantize": "int8", "prefix_cache": False, "prefill_chunk_tokens": 32, "num_kv_blocks": 1024},
+        relay={"local_prefill_tokens": 0},
+        prefill_engines=dict(enumerate(kinds)),
+        decode_engines=dict(enumerate([*kinds, *kinds])),
+    )
+    async with cluster:
         yield cluster
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def client(cluster: LocalCluster) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(cluster.gateway_address) as client:
+async def client(cluster: FaultCluster) -> AsyncIterator[AsyncClient]:
+    async with cluster.client() as client:
         yield client
-
-
-@pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def processes(cluster: LocalCluster, client: AsyncClient) -> dict[str, str]:
-    """Names of the decode workers' processes by worker id; found in advance, for a tiny model is done before one has looked."""
-    ports = {port: name for name in cluster.names for port in listening_ports(cluster.pid(name)) if name.startswith("decode")}
-    decoding = workers(await client.cluster(), WorkerRole.DECODE)
-    return {worker.worker_id: ports[int(worker.address.rpartition(":")[2])] for worker in decoding}
 
 
 @pytest.mark.parametrize("model_name", ["with-kv-in-int8", pytest.param("with-kv-in-float32", marks=pytest.mark.soak)])
 async def test_tokens_are_the_same_alone_in_a_batch_and_after_their_decode_worker_was_killed(
-    cluster: LocalCluster, client: AsyncClient, processes: dict[str, str], model_name: str
+    cluster: FaultCluster, client: AsyncClient, model_name: str
 ) -> None:
     alone = [await greedy(client, prompt, NUM_TOKENS, model=model_name) for prompt in PROMPTS]
-    decode_workers = workers(await client.cluster(), WorkerRole.DECODE, model_name)
-    layout = decode_workers[0].model.kv_layout
+    layout = workers(await client.cluster(), WorkerRole.DECODE, model_name)[0].model.kv_layout
     assert layout.bytes_per_layer_token == 2 * layout.num_kv_heads * ROW_BYTES[layout.dtype]
     for prompt, completion in zip(PROMPTS, alone, strict=True):
         assert completion.finished.phases.transfer_bytes == len(prompt) * layout.bytes_per_token
@@ -87,25 +82,14 @@ async def test_tokens_are_the_same_alone_in_a_batch_and_after_their_decode_worke
 
     assert await _generate_together(client, model_name) == expected
 
-    stream = client.generate(
-        token_ids=PROMPTS[0], model=model_name, temperature=0.0, max_tokens=NUM_LONG_TOKENS, ignore_eos=True, timeout_s=120
-    )
-    killed = [token.token_id for token in (await anext(stream)).tokens]
-    # A tiny model would be done before one has looked who computes it: both stand still meanwhile.
-    of_model = {worker.worker_id for worker in decode_workers}
-    for worker_id in of_model:
-        await cluster.kill(processes[worker_id], signal.SIGSTOP)
-    assert stream.accepted is not None
-    owner = (await client.get_request(stream.accepted.request_id)).decode_worker_id
-    await cluster.kill(processes[owner], signal.SIGKILL)
-    for worker_id in of_model - {owner}:
-        await cluster.kill(processes[worker_id], signal.SIGCONT)
+    fault = cluster.arm_one_of("decode", "decode.step_begins", FaultAction.KILL, at=NUM_STEPS_BEFORE_DEATH)
+    migrating = asyncio.create_task(greedy(client, PROMPTS[0], NUM_LONG_TOKENS, model=model_name))
+    victim = await fault.wait_until_fired()
     beside = asyncio.create_task(_generate_together(client, model_name))
-    async for delta in stream:
-        killed += [token.token_id for token in delta.tokens]
-    assert stream.finished is not None
-    assert stream.finished.phases.num_attempts > 1
-    assert killed == expected_long
+    migrated = await migrating
+    await victim.wait_until_gone()
+    assert migrated.finished.phases.num_attempts > 1
+    assert token_ids(migrated) == expected_long
     assert await beside == expected
     await assert_at_rest(client)
 

@@ -2,15 +2,10 @@
 
 import asyncio
 import time
-from functools import partial
 from typing import Any
 
 from kvrelay.testing.fault_cluster import FaultCluster
-from kvrelay.testing.process import FaultProcess
 from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, make_requests
-from kvrelay.testing.waiting import wait_until
-
-RESTART_TIMEOUT_S = 60.0
 
 
 async def sole_decode_worker(num_clients: int = 8, num_tokens: int = 300, num_kills: int = 3) -> dict[str, Any]:
@@ -28,9 +23,9 @@ async def sole_decode_worker(num_clients: int = 8, num_tokens: int = 300, num_ki
         async def kill_again_and_again() -> None:
             for _ in range(num_kills):
                 await asyncio.sleep(2.0)
-                begin, is_new = time.monotonic(), partial(_has_restarted, worker, worker.num_restarts)
+                begin, num_restarts = time.monotonic(), worker.num_restarts
                 await worker.kill()
-                await wait_until(is_new, "it is started again", RESTART_TIMEOUT_S)
+                await worker.wait_until_restarted(num_restarts)
                 await cluster.wait_until_ready()
                 back_after_s.append(time.monotonic() - begin)
             await asyncio.sleep(2.0)
@@ -39,7 +34,3 @@ async def sole_decode_worker(num_clients: int = 8, num_tokens: int = 300, num_ki
         await load.run(kill_again_and_again)
         await cluster.check()
     return {**load.figures(), "kills": len(back_after_s), "back_after_s": round(max(back_after_s), 2)}
-
-
-def _has_restarted(process: FaultProcess, num_restarts: int) -> bool:
-    return process.num_restarts > num_restarts
