@@ -102,11 +102,10 @@ class StateWriter:
         """Writes what is left when the gateway ends, for so long at the most."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._store.healthy:
-                    dirty = [request_id for request_id, journal in self._journals.items() if journal.dirty]
-                    if not dirty:
-                        break
+                while dirty := [request_id for request_id, journal in self._journals.items() if journal.dirty]:
+                    await self._store.health.wait_until_healthy()
                     await self._write_journals(dirty)
+                    await asyncio.sleep(PASS_INTERVAL_S)  # what was not written just now is not written at once either
         except TimeoutError:
             _log.warning("not all states were written at the end", num_left=len(self._journals))
 

@@ -233,12 +233,18 @@ def _has_claim(point: ArmedPoint) -> bool:
 def _snapshot() -> Mapping[str, Any]:
     gc.collect()
     try:
-        tasks = sorted(task.get_name() for task in asyncio.all_tasks())
+        tasks = sorted(map(_name_of, asyncio.all_tasks()))
     except RuntimeError:  # no loop runs
         tasks = []
     classes = (type(each) for each in gc.get_objects())
     names = Counter(f"{each.__module__}.{each.__qualname__}" for each in classes if _is_own(each))
     return {"tasks": tasks, "objects": dict(names), "threads": sorted(thread.name for thread in threading.enumerate())}
+
+
+def _name_of(task: "asyncio.Task[Any]") -> str:
+    """A task that was given no name is told by its coroutine."""
+    name = task.get_name()
+    return str(getattr(task.get_coro(), "__qualname__", name)) if name.startswith("Task-") else name
 
 
 def _is_own(kind: type) -> bool:

@@ -15,6 +15,7 @@ from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.redis_connection import MAX_CONNECTIONS, MAX_FOLLOWERS
 from kvrelay.request_state import RequestState, is_terminal
+from kvrelay.testing.process_files import kinds_of_descriptors
 from kvrelay.testing.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ async def check_at_rest(cluster: "FaultCluster", timeout_s: float) -> None:
             async with cluster.client(gateway.name) as client:
                 await _check_workers(client, timeout_s)
                 serving |= {gateway.name} | await cluster.connected_workers(client)
+    for name in sorted(serving):  # each collects its garbage, of which lost connections to the others may be
+        await cluster[name].snapshot()
     for name in sorted(serving):
         await _check_process(cluster, name, timeout_s)
     await _check_redis(cluster, timeout_s)
@@ -136,7 +139,8 @@ def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
     now = _num_own_descriptors(cluster, process)
     if before is None or now <= before + MAX_MORE_DESCRIPTORS:
         return []
-    return [f"{name}: {now} descriptors, {before} at the beginning"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_of_descriptors(process.pid).items()))
+    return [f"{name}: {now} descriptors without those to Redis, {before} at the beginning: {kinds}"]
 
 
 def _num_own_descriptors(cluster: "FaultCluster", process: "FaultProcess") -> int:

@@ -1,6 +1,7 @@
 """What the kernel says of a process, read from /proc; Linux only. Knows nothing of what the processes are."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,24 @@ def state_of(pid: int) -> str | None:
 def num_descriptors(pid: int) -> int:
     """Open files and sockets."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def kinds_of_descriptors(pid: int) -> Counter[str]:
+    """What is open, for people: pipes, files, and established TCP connections by both their ports."""
+    ports = {each[9]: f"tcp {_port(each[1])} to {_port(each[2])}" for each in _established()}
+    kinds: Counter[str] = Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue  # closed meanwhile
+        kind, _, inode = target.partition(":")
+        kinds[ports.get(inode.strip("[]"), kind)] += 1
+    return kinds
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)
 
 
 def num_connections_to(pid: int, port: int) -> int:

@@ -165,3 +165,27 @@ def test_requests_that_can_be_read_again_are_bounded_by_their_frames(monkeypatch
     for number in range(5):
         requests.note_ended(cast(RequestRunner, Ended(str(number))))
     assert [requests.find(str(number)) is not None for number in range(5)] == [False, False, False, True, True]
+
+
+async def test_the_last_writes_wait_for_a_store_that_is_away_for_a_moment() -> None:
+    store = Store()
+    writer = StateWriter(cast(StateStore, store), lambda request_id: None)
+    writer.track(journal_of("last", num_frames=3))
+    store.health.open(TimeoutError())
+    draining = asyncio.create_task(writer.drain(timeout_s=30))
+    await asyncio.sleep(0)
+    assert not draining.done()
+    assert not store.created
+    store.health.close()
+    await asyncio.wait_for(draining, 5)
+    assert store.created == ["last"]
+    assert store.appended == [("last", 3)]
+
+
+async def test_the_last_writes_wait_no_longer_than_they_may() -> None:
+    store = Store()
+    writer = StateWriter(cast(StateStore, store), lambda request_id: None)
+    writer.track(journal_of("last"))
+    store.health.open(TimeoutError())
+    await asyncio.wait_for(writer.drain(timeout_s=0.05), 5)
+    assert not store.created

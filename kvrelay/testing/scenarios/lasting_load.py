@@ -7,6 +7,7 @@ finds in a cache what its like has left there.
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,11 +110,12 @@ class LastingLoad:
                     await asyncio.sleep(outcome.error.retry_after_ms / 1000)
 
 
-async def compare_stored(cluster: FaultCluster, report: LoadReport) -> dict[str, int]:
+async def compare_stored(cluster: FaultCluster, report: LoadReport) -> dict[str, Any]:
     """Reads every output again, from gateways that know of it from Redis only: all are started anew.
 
     Returns:
-        Outputs that Redis has as the client got them (`stored`), otherwise (`stored_wrong`), or not at all (`not_stored`).
+        Outputs that Redis has as the client got them (`stored`), otherwise (`stored_wrong`), or not at all (`not_stored`,
+        with the errors that said so).
     """
     for gateway in cluster.of_role("gateway"):
         await gateway.terminate()
@@ -121,24 +123,27 @@ async def compare_stored(cluster: FaultCluster, report: LoadReport) -> dict[str,
     await cluster.wait_until_ready()
     waiting = [outcome for outcome in report.outcomes if outcome.error is None]
     found = {"stored": 0, "stored_wrong": 0, "not_stored": 0}
+    errors: Counter[str] = Counter()
 
     async def read(client: AsyncClient) -> None:
         while waiting:
             outcome = waiting.pop()
-            tokens = await _stored_tokens(client, outcome)
-            found["not_stored" if tokens is None else "stored" if tokens == outcome.tokens else "stored_wrong"] += 1
+            try:
+                tokens = await _stored_tokens(client, outcome)
+            except KvrelayError as error:
+                found["not_stored"] += 1
+                errors[f"{type(error).__name__}: {error.message}"] += 1
+                continue
+            found["stored" if tokens == outcome.tokens else "stored_wrong"] += 1
 
     async with cluster.client() as client:
         await asyncio.gather(*(read(client) for _ in range(NUM_READERS)))
-    return found
+    return {**found, "errors_of_not_stored": dict(errors)} if errors else found
 
 
-async def _stored_tokens(client: AsyncClient, outcome: Outcome) -> Tokens | None:
+async def _stored_tokens(client: AsyncClient, outcome: Outcome) -> Tokens:
     assert outcome.request_id is not None, "it succeeded, so it was accepted"
     check = TokenCheck(outcome.request.num_sequences)
-    try:
-        async for delta in client.resume(outcome.request_id, timeout_s=30.0):
-            check.take(delta)
-    except KvrelayError:
-        return None
+    async for delta in client.resume(outcome.request_id, timeout_s=30.0):
+        check.take(delta)
     return check.result
