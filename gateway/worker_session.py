@@ -3,7 +3,7 @@
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvrelay.worker_registry import MemberRole
 
 MAX_QUEUED_COMMANDS = 4096
 HELLO_TIMEOUT_S = 5.0
+LAST_READS_TIMEOUT_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -134,10 +135,12 @@ class WorkerSession:
             UnavailableError: the worker did not answer the greeting, or speaks another protocol version.
         """
         call = self._open_call()
+        # Not `call.read()`: that stops at a write that has failed, and a call with unread messages never ends.
+        responses = aiter(call)
         try:
-            self._identity = await self._greet(call)
+            self._identity = await self._greet(call, responses)
             on_greeted(self)
-            return await self._serve(call)
+            return await self._serve(call, responses)
         finally:
             call.cancel()
 
@@ -146,15 +149,15 @@ class WorkerSession:
             return decode_pb2_grpc.DecodeServiceStub(self.channel).Session()
         return prefill_pb2_grpc.PrefillServiceStub(self.channel).Session()
 
-    async def _greet(self, call: Any) -> WorkerIdentity:
+    async def _greet(self, call: Any, responses: AsyncIterator[Any]) -> WorkerIdentity:
         greeting = session_messages.hello(self.role, self._settings.gateway_id, self._settings.liveness_window_ms)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 await call.write(greeting)
-                response = await call.read()
+                response = await anext(responses, None)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as failure:
             raise UnavailableError(f"no session with {self.address}: {_reason(failure)}") from failure
-        if response is grpc.aio.EOF or response.WhichOneof("message") != "hello":
+        if response is None or response.WhichOneof("message") != "hello":
             raise UnavailableError(f"{self.address} did not answer the greeting")
         identity = session_messages.identity(response.hello)
         if identity.protocol_version != PROTOCOL_VERSION:
@@ -162,24 +165,28 @@ class WorkerSession:
         self._note_received(response)
         return identity
 
-    async def _serve(self, call: Any) -> str:
+    async def _serve(self, call: Any, responses: AsyncIterator[Any]) -> str:
+        receiving = asyncio.create_task(self._receive(responses), name=f"receive from {self.address}")
         tasks = [
-            asyncio.create_task(self._receive(call), name=f"receive from {self.address}"),
+            receiving,
             asyncio.create_task(self._send_queued(call), name=f"send to {self.address}"),
             asyncio.create_task(self._watch(), name=f"watch {self.address}"),
             asyncio.create_task(self._fail_on_overflow(), name=f"outbox of {self.address}"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return next(task.result() for task in tasks if task in done)
+            reason = next(task.result() for task in tasks if task in done)
+            if call.done():  # so cancelling it does nothing, and it ends by being read
+                await asyncio.wait([receiving], timeout=LAST_READS_TIMEOUT_S)
+            return receiving.result() if receiving.done() else reason
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _receive(self, call: Any) -> str:
+    async def _receive(self, responses: AsyncIterator[Any]) -> str:
         try:
-            while (response := await call.read()) is not grpc.aio.EOF:
+            async for response in responses:
                 self._note_received(response)
                 self._answer_heartbeat(response)
                 self._on_event(self, response)

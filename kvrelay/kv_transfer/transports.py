@@ -291,8 +291,7 @@ class GrpcPush:
 
     async def replies(self) -> AsyncIterator[Reply]:
         try:
-            # Not `async for`: a call and its iterator hold each other until the next collection.
-            while (response := await self._call.read()) is not grpc.aio.EOF:
+            async for response in self._call:
                 yield _reply_from_pb(response)
         except grpc.aio.AioRpcError as error:
             raise TransferError(f"the decode worker broke the push off: {error.details()}") from error

@@ -295,6 +295,9 @@ class ClientCall(End):
             raise self.failure
         return message
 
+    def done(self) -> bool:
+        return self.is_over
+
     async def _connection(self) -> None:
         if not self._connected.done():
             await asyncio.shield(self._connected)
