@@ -24,7 +24,7 @@ from kvrelay.worker_registry import MemberRole
 
 MAX_QUEUED_COMMANDS = 4096
 HELLO_TIMEOUT_S = 5.0
-LAST_READS_TIMEOUT_S = 1.0
+LAST_READS_TIMEOUT_S = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -70,6 +70,8 @@ class WorkerSession:
         self._num_assigned = 0
         self._num_assigned_tokens = 0
         self._overflown = asyncio.Event()
+        self._is_lost = False
+        """Nothing can be sent any more: what the worker still says is read and counts for nothing."""
         self.died = False
         """Whether the session ended by its stream breaking: neither by silence nor by the worker's own end."""
 
@@ -177,6 +179,7 @@ class WorkerSession:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             reason = next(task.result() for task in tasks if task in done)
             if call.done():  # so cancelling it does nothing, and it ends by being read
+                self._is_lost = True
                 await asyncio.wait([receiving], timeout=LAST_READS_TIMEOUT_S)
             return receiving.result() if receiving.done() else reason
         finally:
@@ -187,6 +190,8 @@ class WorkerSession:
     async def _receive(self, responses: AsyncIterator[Any]) -> str:
         try:
             async for response in responses:
+                if self._is_lost:
+                    continue
                 self._note_received(response)
                 self._answer_heartbeat(response)
                 self._on_event(self, response)

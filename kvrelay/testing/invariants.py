@@ -140,7 +140,8 @@ def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
     if before is None or now <= before + MAX_MORE_DESCRIPTORS:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_of_descriptors(process.pid).items()))
-    return [f"{name}: {now} descriptors without those to Redis, {before} at the beginning: {kinds}"]
+    links = ", ".join(f"{link.num_open} of {link.source}" for link in process.proxy.links())
+    return [f"{name}: {now} descriptors without those to Redis, {before} at the beginning: {kinds}; connections to it: {links}"]
 
 
 def _num_own_descriptors(cluster: "FaultCluster", process: "FaultProcess") -> int:

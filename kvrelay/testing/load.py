@@ -148,7 +148,7 @@ class LoadReport:
 
     def figures(self) -> dict[str, Any]:
         """For people and JSON."""
-        errors = Counter(type(outcome.error).__name__ for outcome in self.failed)
+        errors = Counter(f"{type(outcome.error).__name__}: {outcome.error}" for outcome in self.failed)
         return {
             "requests": len(self.outcomes),
             "failed": len(self.failed),

@@ -134,6 +134,11 @@ class Link:
     num_connections: int = 0
     _transports: set[asyncio.WriteTransport] = field(default_factory=set)
 
+    @property
+    def num_open(self) -> int:
+        """Connections that are open now."""
+        return len(self._transports) // 2
+
     def blackhole(self) -> None:
         """Neither side hears of the other any more, new connections included."""
         self.to_target.hold()

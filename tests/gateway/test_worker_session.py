@@ -66,10 +66,9 @@ def num_calls_under_way() -> int:
 
 async def test_the_call_of_a_session_that_ended_while_the_gateway_stood_still_ends_too(worker: tuple[Worker, str]) -> None:
     servicer, address = worker
-    received: list[Any] = []
     async with create_channel(address) as channel:
         settings = SessionSettings("gateway-1", liveness_window_ms=10000)
-        session = WorkerSession(MemberRole.DECODE, address, channel, settings, lambda _, message: received.append(message))
+        session = WorkerSession(MemberRole.DECODE, address, channel, settings, lambda *_: None)
         greeted = asyncio.Event()
         running = asyncio.create_task(session.run(lambda _: greeted.set()))
         await asyncio.wait_for(greeted.wait(), 5)
@@ -80,7 +79,6 @@ async def test_the_call_of_a_session_that_ended_while_the_gateway_stood_still_en
         assert servicer.has_ended.wait(5), "the loop stands still meanwhile"
         time.sleep(0.2)  # noqa: ASYNC251 - and until the end of the session has arrived
         assert await asyncio.wait_for(running, 5)
-        assert len(received) == NUM_MESSAGES
 
         async def has_ended() -> bool:
             return num_calls_under_way() == 0
