@@ -50,7 +50,7 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
 def worker() -> Iterator[tuple[Worker, str]]:
     """In threads of its own, so that it goes on while the test's loop stands still."""
     server, servicer = grpc.server(ThreadPoolExecutor(2)), Worker()
-    decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield servicer, f"127.0.0.1:{port}"
