@@ -24,6 +24,8 @@ MAX_CONNECTIONS = 16
 MAX_FOLLOWERS = 256
 FIRST_PING_DELAY_S = 0.02
 MAX_PING_DELAY_S = 0.5
+RETRY_AFTER_MS = 500
+NO_ANSWER_MESSAGE = "The state store does not answer; try again in a moment."
 
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
@@ -71,7 +73,7 @@ class StoreHealth:
     def check(self) -> None:
         """Raises UnavailableError while the breaker is open."""
         if not self.healthy:
-            raise UnavailableError("The state store does not answer; try again in a moment.")
+            raise UnavailableError(NO_ANSWER_MESSAGE, RETRY_AFTER_MS)
 
     def open(self, cause: BaseException) -> bool:
         """Redis failed; True when that is news."""
@@ -194,7 +196,7 @@ class RedisConnection:
             # Time spent waiting for other commands says nothing about Redis; theirs will.
             if sent:
                 self._fail(error)
-            raise UnavailableError("The state store does not answer; try again in a moment.") from error
+            raise UnavailableError(NO_ANSWER_MESSAGE, RETRY_AFTER_MS) from error
         except redis.exceptions.OutOfMemoryError as error:
             raise StoreFullError(
                 "The state store is out of memory; new work is taken when old requests are forgotten."

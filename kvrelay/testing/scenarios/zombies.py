@@ -20,6 +20,8 @@ from kvrelay.testing.waiting import wait_until
 
 LEASE_MS = 2000
 GIVEN_UP_TIMEOUT_S = 60.0
+MAX_ATTEMPTS = 64
+"""Workers are lost one after the other here; that a request is given up after its eighth is another matter."""
 
 
 async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 200) -> dict[str, Any]:
@@ -31,7 +33,12 @@ async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 
         num_stops: of all processes together.
     """
     async with FaultCluster(
-        num_gateways=2, num_prefill=2, num_decode=3, relay=RELAY, engine=ENGINE, server={"lease_ms": LEASE_MS}
+        num_gateways=2,
+        num_prefill=2,
+        num_decode=3,
+        relay=RELAY | {"max_attempts": MAX_ATTEMPTS},
+        engine=ENGINE,
+        server={"lease_ms": LEASE_MS},
     ) as cluster:
         load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens, resumable=True), num_clients)
         stops = Stops(load, num_stops)
