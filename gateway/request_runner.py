@@ -33,6 +33,8 @@ from kvrelay.fault_points import fault_point
 from kvrelay.request_state import RequestState
 from kvrelay.work import FinishReason, SequenceToken
 
+RELEASED_RETRY_MS = 100
+
 _FAULT_POINTS = {
     m.SendReserve: "gateway.reserve_sent",
     m.SendStartPrefill: "gateway.start_prefill_sent",
@@ -324,8 +326,7 @@ class RequestRunner:
         fault_point("gateway.request_ends", self.request)
         now = self._loop.time()
         if self.journal.released and error is not None:
-            way_out = "resume it" if self.request.resumable else "it is not resumable, so send it again,"
-            error = UnavailableError(f"this gateway does not run the request any more; {way_out} at another one")
+            error = self._error_of_released()
         if error is None:
             report = self.lifecycle.report
             reasons = [self._reasons[sequence] for sequence in range(self.request.sampling.n)]
@@ -336,6 +337,12 @@ class RequestRunner:
         else:
             self.output.fail(error)
         self._close(state, error)
+
+    def _error_of_released(self) -> UnavailableError:
+        problem = "this gateway does not run the request any more"
+        if self.request.resumable:  # somebody does, or will: none of the gateways that say so has the last word
+            return UnavailableError(f"{problem}; resume it at another one", RELEASED_RETRY_MS)
+        return UnavailableError(f"{problem}; it is not resumable, so send it again, at another one")
 
     def _end_by_defect(self) -> None:
         if self.ended:
