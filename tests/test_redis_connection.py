@@ -53,7 +53,7 @@ async def test_a_hanging_server_costs_the_timeout_once_and_then_nothing(server: 
             started = time.monotonic()
             with pytest.raises(UnavailableError):
                 await run()
-            assert time.monotonic() - started < 0.05, "fails fast"
+            assert time.monotonic() - started < TIMEOUT_MS / 1000 * 0.9, "it did not ask again"
         async with asyncio.timeout(1 + SLACK_S):
             await connection.health.wait_until_healthy()
 

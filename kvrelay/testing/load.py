@@ -94,6 +94,7 @@ async def run_request(client: AsyncClient, request: Request) -> Outcome:
             pause_s, last = max(pause_s, now - last), now
     except (KvrelayError, AssertionError) as failure:
         error = failure
+    pause_s = max(pause_s, time.monotonic() - last)
     num_attempts = stream.finished.phases.num_attempts if stream.finished is not None else 0
     request_id = stream.accepted.request_id if stream.accepted is not None else None
     return Outcome(request, check.result, error, num_attempts, time.monotonic() - begin, pause_s, request_id)
@@ -143,7 +144,7 @@ class LoadReport:
 
     @property
     def longest_pause_s(self) -> float:
-        """Longest time between two deltas of a stream, or before its first."""
+        """Longest time between two deltas of a stream, before its first, or until its end."""
         return max((outcome.longest_pause_s for outcome in self.outcomes), default=0.0)
 
     def figures(self) -> dict[str, Any]:

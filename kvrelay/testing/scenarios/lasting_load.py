@@ -22,7 +22,7 @@ ENGINE = {"num_kv_blocks": 512}
 NUM_READERS = 8
 
 
-def make_requests(number: int, *, num_tokens: int, resumable: bool | None = False) -> list[Request]:
+def make_requests(number: int, *, num_tokens: int, resumable: bool | None = False, timeout_s: float = 120.0) -> list[Request]:
     """Every second one greedy, the others seeded; every tenth has two sequences; `resumable` None: every third is not."""
     return [
         make_request(
@@ -31,7 +31,7 @@ def make_requests(number: int, *, num_tokens: int, resumable: bool | None = Fals
             num_tokens=num_tokens,
             num_sequences=1 + (each % 10 == 9),
             resumable=each % 3 > 0 if resumable is None else resumable,
-            timeout_s=120.0,
+            timeout_s=timeout_s,
         )
         for each in range(number)
     ]

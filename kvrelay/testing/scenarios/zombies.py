@@ -20,6 +20,8 @@ from kvrelay.testing.waiting import wait_until
 
 LEASE_MS = 2000
 GIVEN_UP_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 300.0
+"""Of every kind a process is always stopped, so a request gets on a little at a time; retries after failed transfers have a budget."""
 MAX_ATTEMPTS = 64
 """Workers are lost one after the other here; that a request is given up after its eighth is another matter."""
 
@@ -40,7 +42,8 @@ async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 
         engine=ENGINE,
         server={"lease_ms": LEASE_MS},
     ) as cluster:
-        load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens, resumable=True), num_clients)
+        requests = make_requests(8 * num_clients, num_tokens=num_tokens, resumable=True, timeout_s=REQUEST_TIMEOUT_S)
+        load = LastingLoad(cluster, requests, num_clients)
         stops = Stops(load, num_stops)
         await load.run(stops.run)
         await cluster.wait_until_ready()
