@@ -21,7 +21,7 @@ from kvrelay.testing.waiting import wait_until
 LEASE_MS = 2000
 GIVEN_UP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 300.0
-"""Of every kind a process is always stopped, so a request gets on a little at a time; retries after failed transfers have a budget."""
+"""Of every kind a process is always stopped, so requests get on a little at a time; retries of failed transfers have a budget."""
 MAX_ATTEMPTS = 64
 """Workers are lost one after the other here; that a request is given up after its eighth is another matter."""
 
