@@ -19,7 +19,8 @@ LONGEST_WAIT_FOR_STORE_S = 1.0
 @dataclass(slots=True)
 class _Entry:
     body_digest: str
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event | None = field(default_factory=asyncio.Event)
+    """None once it is set: thousands of settled entries are kept, and nobody waits for them."""
     request_id: str | None = None
     """None until settled, and for ever when the one who began gave up."""
 
@@ -68,7 +69,8 @@ class IdempotencyKeys:
                 return await self._begin(tenant, key, digest, ttl_ms, begin)
             if entry.body_digest != digest:
                 raise IdempotencyConflictError("idempotency_key was used with another request body; use a new key")
-            await entry.settled.wait()
+            if entry.settled is not None:
+                await entry.settled.wait()
             if entry.request_id is not None:
                 return Joined(entry.request_id)
 
@@ -112,9 +114,9 @@ class IdempotencyKeys:
         """The request of the key runs, or is known elsewhere."""
         entry = self._entries[tenant, key]
         entry.request_id = request_id
-        entry.settled.set()
+        _settle(entry)
         while len(self._entries) > MAX_KEYS:
-            del self._entries[next(name for name, other in self._entries.items() if other.settled.is_set())]
+            del self._entries[next(name for name, other in self._entries.items() if other.settled is None)]
 
     async def give_up(self, tenant: str, key: str, request_id: str) -> None:
         """The request was not begun after all: the next caller may."""
@@ -131,11 +133,17 @@ class IdempotencyKeys:
     def _abandon(self, tenant: str, key: str) -> None:
         entry = self._entries.pop((tenant, key), None)
         if entry is not None:
-            entry.settled.set()
+            _settle(entry)
 
     async def _release(self, tenant: str, key: str, request_id: str) -> None:
         with contextlib.suppress(UnavailableError):
             await self._store.release_idempotency_key(tenant, key, request_id)
+
+
+def _settle(entry: _Entry) -> None:
+    settled, entry.settled = entry.settled, None
+    if settled is not None:
+        settled.set()
 
 
 def body_digest(request: inference_pb2.GenerateRequest) -> str:

@@ -40,6 +40,9 @@ _AWAY = (
 )
 """What says that this Redis cannot be used now: no answer, still loading, or a replica."""
 
+_CLOSED = "the handler is closed"
+"""In uvloop's error for a write to a connection that has broken."""
+
 _REFUSALS = ("MISCONF", "BUSY ")
 """Beginnings of answers that redis-py has no error of its own for: it cannot save to its disk, or a script hangs in it."""
 
@@ -157,7 +160,7 @@ class RedisConnection:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                await execute(self._client, "PING")
+                await _attempt(lambda client: execute(client, "PING"), self._client)
         except (*_AWAY, redis.exceptions.RedisError) as error:
             raise UnavailableError(f"Redis does not answer: {error or type(error).__name__}. Check --redis-url.") from error
 
@@ -191,7 +194,7 @@ class RedisConnection:
             async with asyncio.timeout(limit_s), slots:
                 self._health.check()
                 sent = True
-                return await operation(client)
+                return await _attempt(operation, client)
         except _AWAY as error:
             # Time spent waiting for other commands says nothing about Redis; theirs will.
             if sent:
@@ -231,6 +234,25 @@ class RedisConnection:
 async def execute(client: "redis.asyncio.Redis", *command: str | int) -> Any:
     """One command; for use within `RedisConnection.run`."""
     return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+async def _attempt(operation: Callable[["redis.asyncio.Redis"], Awaitable[_Answer]], client: "redis.asyncio.Redis") -> _Answer:
+    """Runs it, and once more when uvloop says in its own way that the connection had broken: redis-py knows asyncio's only."""
+    try:
+        return await operation(client)
+    except RuntimeError as error:
+        _check_closed(error)
+    try:
+        return await operation(client)
+    except RuntimeError as error:
+        _check_closed(error)
+        raise redis.exceptions.ConnectionError(str(error)) from error
+
+
+def _check_closed(error: RuntimeError) -> None:
+    """Raises it again unless it is uvloop's for a write to a closed connection."""
+    if _CLOSED not in str(error):
+        raise error
 
 
 def _client(url: str, max_connections: int) -> "redis.asyncio.Redis":

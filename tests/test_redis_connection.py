@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import redis.asyncio
 import redis.exceptions
 
+from kvrelay import event_loop
 from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import ConfigError, UnavailableError
 from kvrelay.redis_connection import MAX_CONNECTIONS, RedisConnection, execute
@@ -22,6 +24,7 @@ server = redis_fixtures.server
 
 TIMEOUT_MS = 200
 SLACK_S = 2.0  # for a busy test machine
+CLOSED_TRANSPORT = "unable to perform operation on <TCPTransport closed=True reading=False 0x1>; the handler is closed"
 
 
 def operations(store: StateStore, registry: WorkerRegistry) -> list[Callable[[], Awaitable[object]]]:
@@ -270,3 +273,50 @@ async def test_no_operation_loses_a_connection_for_good_when_cancelled(server: E
             proxy.release()
         expected = [str(number) for number in range(3 * MAX_CONNECTIONS)]
         assert await asyncio.gather(*(ask(connection, text) for text in expected)) == expected
+
+
+async def test_a_connection_that_uvloop_finds_closed_is_made_anew_once(server: EmbeddedValkey) -> None:
+    async with RedisConnection(server.url, TIMEOUT_MS) as connection:
+        errors = [RuntimeError(CLOSED_TRANSPORT)]
+
+        async def ask(client: "redis.asyncio.Redis") -> Any:
+            if errors:
+                raise errors.pop()
+            return await client.ping()
+
+        assert await connection.run(ask)
+        assert connection.health.healthy
+        errors[:] = [RuntimeError(CLOSED_TRANSPORT), RuntimeError(CLOSED_TRANSPORT)]
+        with pytest.raises(UnavailableError):
+            await connection.run(ask)
+        async with asyncio.timeout(5):
+            await connection.health.wait_until_healthy()
+        errors[:] = [RuntimeError("a defect")]
+        with pytest.raises(RuntimeError, match="a defect"):
+            await connection.run(ask)
+
+
+def test_under_uvloop_a_broken_connection_is_not_taken_for_a_defect(server: EmbeddedValkey) -> None:
+    async def write_to_the_closed() -> None:
+        async with RedisConnection(server.url, 5000) as connection:
+            seen: list[str] = []
+
+            async def ask(client: "redis.asyncio.Redis") -> Any:
+                async with client.client() as one:
+                    await one.ping()
+                    if seen:
+                        return await one.ping()
+                    broken: Any = one.connection
+                    broken._writer.transport.abort()
+                    await asyncio.sleep(0.05)
+                    try:
+                        return await broken.send_command("PING")
+                    except RuntimeError as error:
+                        seen.append(str(error))
+                        raise
+
+            assert await connection.run(ask)
+            assert seen, "uvloop says so by a RuntimeError"
+            assert connection.health.healthy
+
+    event_loop.run(write_to_the_closed())
