@@ -386,7 +386,7 @@ class RequestLifecycle:
             self._complete()
             return
         for progress in self._attempt:
-            if progress.settling and not progress.decode_started and not self._outputs.is_done(progress.work):
+            if progress.settling and not progress.is_settled and not self._outputs.is_done(progress.work):
                 self._retry(FailureKind.TRANSFER, progress, progress.prefill_worker_id or "")
                 return
 

@@ -83,6 +83,11 @@ class WorkProgress:
         peer_id = self.prefill_worker_id if worker_id == self.decode_worker_id else self.decode_worker_id
         return peer_id is not None and not self.settling and self.may_be_in_step_of(peer_id)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the decode worker goes on with it and no token is missing, whatever was said of the transfer."""
+        return self.decode_started and self.decode_holds and self.order.first_tokens_known
+
     def note_worker_ended(self, token: SequenceToken) -> None:
         """The token's finish reason ends the sequence on the decode worker too: it made the token, or gets it with the push."""
         if token.finish_reason is not None:

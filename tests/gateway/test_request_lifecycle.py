@@ -46,6 +46,13 @@ def test_a_taken_over_request_continues_at_the_next_index(seed: int, lengths: li
     assert simulation.finishes[0].state is RequestState.SUCCEEDED
 
 
+def test_a_transfer_that_fails_after_decoding_began_is_tried_again() -> None:
+    lifecycle = make_lifecycle(2, emitted=((token_id_of(0, 0),), ()), attempt=3)
+    simulation = Simulation(Random(291), [4, 3], RECOVERABLE_FAULTS, lifecycle)
+    simulation.run()
+    assert simulation.finishes[0].state is RequestState.SUCCEEDED
+
+
 def test_simulated_faults_fire() -> None:
     counts: dict[str, int] = {}
     for seed in range(200):
