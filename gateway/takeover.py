@@ -45,6 +45,9 @@ async def take_over(relay: Relay, seen: RequestRecord) -> RequestRunner | None:
     limits = await relay.models.wait_and_select(seen.model, seen.remaining_ms / 1000)
     with contextlib.suppress(PreconditionError):  # a model without a tokenizer has output without text
         await relay.tokenizers.get(limits.model.fingerprint)
+    runner = relay.requests.find(seen.request_id)
+    if runner is not None:  # another caller's takeover has come to its end meanwhile
+        return runner
     pending = relay.takeovers.get(seen.request_id)
     if pending is None:
         pending = asyncio.ensure_future(_take_over(relay, seen, limits.model.fingerprint))
@@ -90,7 +93,8 @@ async def _take_over(relay: Relay, seen: RequestRecord, fingerprint: str) -> Req
         frames = [decode_frame(data) for data in stored]
     except UnreadableStateError as error:
         fields = {"error_message": error.message, "error_reason": error.reason}
-        await relay.store.transition(record.request_id, record.attempt, RequestState.FAILED, fields=fields)
+        end = partial(relay.store.transition, record.request_id, record.attempt, RequestState.FAILED, fields=fields)
+        await _insist(end, request.deadline)
         raise
     # A Finished without the end of its state: the end is made again.
     frames = [frame for frame in frames if not (isinstance(frame, EventFrame) and frame.finished)]
