@@ -258,15 +258,21 @@ async def test_what_the_store_lost_is_written_again(bench: Bench) -> None:
     assert (await resume(other, id_of(answer))).token_ids[0] == EXPECTED
 
 
-async def test_many_who_resume_a_dead_gateways_request_share_one_takeover(bench: Bench) -> None:
-    _, decode = await two_workers(bench)
-    owner, other, third = await bench.gateway(), await bench.gateway(), await bench.gateway()
+async def leave_a_request(bench: Bench, owner: Gateway, other: Gateway, decode: FakeDecodeWorker) -> Answer:
+    """A request of a gateway that dies after its tenth token; others know of it."""
     decode.hold("token:10")
     answer, _ = await begin(owner, 10, resumable=True)
     await wait_for_state(other, id_of(answer), "DECODING")
     await owner.stop_at_once()
     await bench.at_rest()
     decode.release("token:10")
+    return answer
+
+
+async def test_many_who_resume_a_dead_gateways_request_share_one_takeover(bench: Bench) -> None:
+    _, decode = await two_workers(bench)
+    owner, other, third = await bench.gateway(), await bench.gateway(), await bench.gateway()
+    answer = await leave_a_request(bench, owner, other, decode)
     again = await asyncio.gather(*(resume(gateway, id_of(answer)) for gateway in [other, third] * 5))
     assert all(one.token_ids[0] == EXPECTED for one in again)
     info = await third.stub.GetRequest(pb.GetRequestRequest(request_id=id_of(answer)))
@@ -279,12 +285,7 @@ async def test_a_takeover_whose_answer_from_the_store_is_lost_goes_on(
 ) -> None:
     _, decode = await two_workers(bench)
     owner, other = await bench.gateway(), await bench.gateway()
-    decode.hold("token:10")
-    answer, _ = await begin(owner, 10, resumable=True)
-    await wait_for_state(other, id_of(answer), "DECODING")
-    await owner.stop_at_once()
-    await bench.at_rest()
-    decode.release("token:10")
+    answer = await leave_a_request(bench, owner, other, decode)
     lost = lose_an_answer(monkeypatch, operation)
     assert (await resume(other, id_of(answer))).token_ids[0] == EXPECTED
     assert lost == [operation]
