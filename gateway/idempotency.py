@@ -11,7 +11,8 @@ from kvrelay.errors import IdempotencyConflictError, UnavailableError
 from kvrelay.state_store import StateStore
 from kvrelay.v1 import inference_pb2
 
-MAX_KEYS = 8192
+MAX_KEYS = 2048
+"""That are known here without the store, which knows all of them; what this gateway has while the store is away."""
 LONGEST_WAIT_FOR_STORE_S = 1.0
 """So long a store that has just gone away is waited for: often it was slow once. Later on nobody waits for it any more."""
 

@@ -37,7 +37,7 @@ def work_id_from_pb(message: session_pb2.WorkId) -> WorkId:
 
 
 # The same few come with every token, and to make a frozen value takes longer than to find it.
-_work_id = lru_cache(maxsize=4096)(WorkId)
+_work_id = lru_cache(maxsize=1024)(WorkId)
 _plain_token = lru_cache(maxsize=65_536)(Token)
 
 

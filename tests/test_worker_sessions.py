@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -29,7 +30,8 @@ from tests.works import make_work
 
 PROMPT = list(range(5, 45))
 LONG = 400
-"""More tokens than a test will wait for."""
+SLOW_STEP_S = 0.01
+"""Of every step of `slow_steps`: `LONG` tokens are four seconds, whatever the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,18 @@ def engine() -> WorkerEngine:
 @pytest.fixture(scope="module")
 def other_engine() -> WorkerEngine:
     return tiny_engine(num_kv_blocks=256)
+
+
+@pytest.fixture
+def slow_steps(engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `LONG` tokens more than a test will wait for."""
+    run = engine.step_runner.__class__.run
+
+    def run_slowly(self: Any, *arguments: Any) -> Any:
+        time.sleep(SLOW_STEP_S)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(engine.step_runner.__class__, "run", run_slowly)
 
 
 @asynccontextmanager
@@ -104,6 +118,7 @@ async def test_heartbeats_go_both_ways_and_a_silent_gateway_loses_its_session_an
         await worker.wait_until_idle()
 
 
+@pytest.mark.usefixtures("slow_steps")
 async def test_a_session_that_ends_frees_everything_of_it_and_nothing_else(engine: WorkerEngine) -> None:
     mine, other = make_work(PROMPT, LONG), make_work(PROMPT, 6, request_id="b" * 32, cache_salt="b")
     async with decode_with(engine) as (worker, session):
@@ -116,6 +131,7 @@ async def test_a_session_that_ends_frees_everything_of_it_and_nothing_else(engin
         await worker.wait_until_idle()
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("moment", ["reserved", "running", "prefilling"])
 async def test_cancelled_work_is_freed_without_a_word(engine: WorkerEngine, moment: str) -> None:
     work = make_work(PROMPT, LONG)
@@ -142,6 +158,7 @@ async def test_another_gateway_cannot_cancel_or_command_a_work(engine: WorkerEng
         assert stranger.seen() == []
 
 
+@pytest.mark.usefixtures("slow_steps")
 async def test_a_newer_attempt_ends_older_ones_and_older_ones_that_come_late_are_refused(engine: WorkerEngine) -> None:
     first, second = make_work(PROMPT, LONG), make_work(PROMPT, 6, attempt=2)
     async with decode_with(engine) as (worker, session):
@@ -165,6 +182,7 @@ async def collect_of_attempt(session: ScriptedSession, work: Work) -> list[int]:
                     return token_ids
 
 
+@pytest.mark.usefixtures("slow_steps")
 async def test_a_work_fails_by_its_deadline_and_is_freed_at_once(engine: WorkerEngine) -> None:
     running = make_work(PROMPT, LONG, deadline_ms=300)
     reserved = make_work(PROMPT, 5, request_id="b" * 32, deadline_ms=300)
@@ -209,6 +227,7 @@ async def test_another_fingerprint_is_refused_before_anything_is_reserved(engine
         assert worker.engine.blocks.num_used_blocks == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 async def test_a_stopped_sequence_ends_without_further_tokens(engine: WorkerEngine) -> None:
     work = make_work(PROMPT, LONG)
     async with decode_with(engine) as (worker, session):
@@ -251,6 +270,7 @@ async def test_a_draining_worker_refuses_new_work_lets_running_work_end_and_says
         await worker.wait_until_idle()
 
 
+@pytest.mark.usefixtures("slow_steps")
 async def test_what_does_not_end_within_the_drain_timeout_fails_with_draining(engine: WorkerEngine) -> None:
     endless, reserved = make_work(PROMPT, LONG), make_work(PROMPT, 5, request_id="b" * 32)
     async with decode_with(engine) as (worker, session):
@@ -312,6 +332,7 @@ NO_HEARTBEATS_MS = 60_000
 """A window in which no heartbeat brings the load before a test gives up."""
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("num_sequences", [1, 2])
 async def test_every_gateway_hears_at_once_of_blocks_that_are_free_again(engine: WorkerEngine, num_sequences: int) -> None:
     work = make_work(PROMPT, LONG, num_sequences=num_sequences)

@@ -220,12 +220,13 @@ async def generate(
 
 
 async def spans_of(cluster: Observed, trace_id: str, names: set[str]) -> dict[str, list[ReceivedSpan]]:
-    """The trace's spans by name, once there are all of these names."""
+    """The trace's spans by name, once these names are there, of all services: each exports its own in its time."""
 
     def arrived() -> bool:
-        return names <= {span.name for span in cluster.collector.of_trace(trace_id)}
+        spans = cluster.collector.of_trace(trace_id)
+        return names <= {span.name for span in spans} and {span.service for span in spans} == SERVICES
 
-    await wait_until(arrived, f"spans {names} arrive")
+    await wait_until(arrived, f"spans {names} of {SERVICES} arrive")
     spans: dict[str, list[ReceivedSpan]] = {}
     for span in cluster.collector.of_trace(trace_id):
         spans.setdefault(span.name, []).append(span)

@@ -1,8 +1,10 @@
 """Hours of streams under random faults: whether the processes that live through them hold more at the end than at the start."""
 
 import asyncio
+import json
 import resource
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +30,8 @@ async def soak(
 ) -> dict[str, Any]:
     """Streams under random faults; growth of memory, descriptors, threads and tasks of the processes that live through it all.
 
-    SIGTERM and SIGINT end it early: the streams under way end, and the figures are those of the time until then.
+    SIGTERM and SIGINT end it early: the streams under way end, and the figures are those of the time until then. What the
+    processes log as errors, tracebacks too, goes to stderr.
 
     Args:
         minutes: of faults.
@@ -40,7 +43,8 @@ async def soak(
         seed: of the requests and the faults.
     """
     began_at = time.monotonic()
-    async with FaultCluster(num_gateways=2, num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE) as cluster:
+    logging: dict[str, Any] = {"server": {"log_format": "json"}, "on_line": _show_error}
+    async with FaultCluster(num_gateways=2, num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE, **logging) as cluster:
         async with cluster.client() as client:
             expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
         storm, streams = FaultStorm(cluster, seed, MORTAL, longest_pause_s), Streams(cluster.addresses, expected, seed)
@@ -67,6 +71,11 @@ async def soak(
         "more_objects": {name: after[name].more_objects_since(before[name]) for name in before},
         "most_memory_growth_percent": max(each["resident_bytes"] for each in growth.values()),
     }
+
+
+def _show_error(name: str, line: str) -> None:
+    if line.startswith("{") and json.loads(line)["level"] == "error":
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 def _cpu_s() -> float:
