@@ -226,8 +226,8 @@ async def test_resuming_ends_at_the_deadline(fake: Fake, client: AsyncClient) ->
     fake.service.resume = [then_break()]
     begin = asyncio.get_running_loop().time()
     with pytest.raises(errors.DeadlineError):
-        await client.complete("x", resumable=True, timeout_s=0.6)
-    assert asyncio.get_running_loop().time() - begin < 2
+        await client.complete("x", resumable=True, timeout_s=2.0)
+    assert asyncio.get_running_loop().time() - begin < 6
     assert len(fake.service.calls) > 2
 
 

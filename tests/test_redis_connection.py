@@ -191,7 +191,7 @@ async def test_a_connection_can_be_closed_while_the_server_hangs(server: Embedde
     with stopped(server):
         with pytest.raises(UnavailableError):
             await StateStore(connection, "g1").get("r1")
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(1 + SLACK_S):
             await connection.close()
 
 
@@ -256,7 +256,7 @@ async def test_a_timed_out_command_leaves_no_answer_behind(server: EmbeddedValke
             await ask(connection, "late")
         assert proxy.holds.is_set()
         proxy.release()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(1 + SLACK_S):
             await connection.health.wait_until_healthy()
         assert await ask(connection, "next") == "next"
 

@@ -15,7 +15,8 @@ from tests.redis_fixtures import eventually, stopped
 
 server, connection = redis_fixtures.server, redis_fixtures.connection
 
-LEASE_MS = 600
+LEASE_MS = 1500
+"""A busy machine may be late by half of it."""
 LOOK_MS = 20
 
 PREFILL = Member("p1", MemberRole.PREFILL, "127.0.0.1:1", "model", "f" * 32)
@@ -29,7 +30,7 @@ def registry(connection: RedisConnection) -> WorkerRegistry:
 
 
 async def until(view: MemberView, condition: Callable[[tuple[Member, ...]], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         async for members in view.changes():
             if condition(members):
                 return
@@ -77,10 +78,10 @@ async def test_a_lease_outlives_its_first_term(registry: WorkerRegistry) -> None
 
 
 async def test_a_process_that_died_is_gone_after_its_lease(registry: WorkerRegistry) -> None:
+    started = time.monotonic()
     await die(registry, PREFILL)
     async with registry.lease(DECODE), registry.watch(LOOK_MS) as view:
         assert view.members() == (DECODE, PREFILL)
-        started = time.monotonic()
         await until(view, lambda members: members == (DECODE,))
         assert LEASE_MS / 1000 * 0.9 < time.monotonic() - started < 3 * LEASE_MS / 1000
 
@@ -160,7 +161,7 @@ async def test_entering_without_redis_works_and_the_lease_follows(server: Embedd
         registry = WorkerRegistry(connection, 60_000)
         with stopped(server):
             lease, watch = registry.lease(PREFILL), registry.watch(LOOK_MS)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(5):
                 await lease.__aenter__()
                 view = await watch.__aenter__()
             assert not await view.wait_until_looked(timeout_ms=50)
@@ -176,7 +177,7 @@ async def test_leaving_without_redis_does_not_fail(server: EmbeddedValkey) -> No
         async with WorkerRegistry(connection, LEASE_MS).lease(PREFILL):
             pass
         with stopped(server):
-            async with asyncio.timeout(2), WorkerRegistry(connection, LEASE_MS).lease(PREFILL):
+            async with asyncio.timeout(5), WorkerRegistry(connection, LEASE_MS).lease(PREFILL):
                 pass
 
 

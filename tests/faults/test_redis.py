@@ -68,12 +68,12 @@ async def test_a_slow_redis_costs_its_timeout_once(rig: Rig) -> None:
     request = rig.request()
     expected = await rig.expected(request)
     for link in rig.cluster.valkey_proxy.links():
-        link.to_source.latency_s = 3.0
+        link.to_source.latency_s = 6.0
     begin = time.monotonic()
     outcome = await rig.run(request)
     assert outcome.error is None
     assert outcome.tokens == expected
-    assert time.monotonic() - begin < 3.0, "nothing waits for it"
+    assert time.monotonic() - begin < 6.0, "nothing waits for it"
     rig.cluster.heal()
     assert await _recovers(rig)
 
