@@ -30,6 +30,7 @@ from kvrelay.work import SequenceToken, WorkId
 
 MAX_COALESCED_BYTES = 1024 * 1024
 """Layers wait for one another until they are so many bytes; chunks are larger only when more is ready than is sent."""
+LAST_REPLIES_TIMEOUT_S = 1.0
 STALL_TIMEOUT_S = 3.0
 """A decode worker that answers nothing for so long while it has something to answer is not reached. It outlasts a session's
 window, so that a worker which only stood still for a moment loses nothing."""
@@ -180,7 +181,12 @@ class KVSender:
         reader.add_done_callback(lambda _: self._changed.set())
         try:
             async with asyncio.timeout(None) as self._stall:
-                await self._send_until_complete(push, reader)
+                try:
+                    await self._send_until_complete(push, reader)
+                except TransferError:
+                    # A write that fails ends the call, which keeps its connection until what has come is read.
+                    await asyncio.wait([reader], timeout=LAST_REPLIES_TIMEOUT_S)
+                    raise
             reader.result()
         except TimeoutError:
             raise TransferError(f"the decode worker acknowledged nothing for {STALL_TIMEOUT_S:g} s") from None

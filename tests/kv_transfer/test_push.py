@@ -269,6 +269,34 @@ class TamperingTransport:
         """Closed by the bench."""
 
 
+class BrokenTransport(TamperingTransport):
+    """The second chunk cannot be written, while answers are on their way: all of them are read."""
+
+    def __init__(self, transport: Any) -> None:
+        super().__init__(transport, lambda chunk, number: chunk)
+        self.is_read_to_its_end = False
+
+    async def open(self, address: str, plan: PushPlan) -> Any:
+        push = await super().open(address, plan)
+        replies, send_chunk = push.replies, push.send_chunk
+        is_broken = asyncio.Event()
+
+        async def send(encoded: Any) -> None:
+            if is_broken.is_set():
+                raise TransferError("the call has ended")
+            is_broken.set()
+            await send_chunk(encoded)
+
+        async def replies_that_are_late() -> AsyncIterator[Any]:
+            await is_broken.wait()
+            await asyncio.sleep(0.02)
+            yield await anext(replies())
+            self.is_read_to_its_end = True
+
+        push.send_chunk, push.replies = send, replies_that_are_late
+        return push
+
+
 def flip(chunk: Chunk) -> Chunk:
     """Changes a bit, in place where the payload lies in memory of the push."""
     payload = chunk.payload if isinstance(chunk.payload, memoryview) else memoryview(bytearray(chunk.payload))
@@ -465,6 +493,16 @@ async def test_a_stopped_sender_ends_only_after_its_export(any_bench: Bench) -> 
     assert any_bench.outcomes.empty()
     source.gate.set()
     assert isinstance(await any_bench.outcome(), TransferError)
+
+
+async def test_answers_are_read_to_their_end_when_a_chunk_cannot_be_written(any_bench: Bench) -> None:
+    transport = BrokenTransport(any_bench.transport)
+    any_bench.send(FakePool(seed=1), transport).announce_cached(NUM_TOKENS)
+    outcome = await any_bench.outcome()
+    assert isinstance(outcome, TransferError)
+    assert outcome.message == "the call has ended"
+    assert transport.is_read_to_its_end
+    assert (await any_bench.end_at_receiver()).first_tokens is None
 
 
 async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(any_bench: Bench) -> None:
