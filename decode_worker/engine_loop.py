@@ -13,15 +13,13 @@ from decode_worker import commands, events
 from decode_worker.push_permits import PushPermits
 from decode_worker.scheduler import DecodeScheduler
 from kvrelay.chunk_times import ChunkLog, ChunkTime
-from kvrelay.errors import InvalidRequestError
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
+from kvrelay.step_failure import INTERNAL_MESSAGE, failure_of
 from kvrelay.step_runner import StepRunner
 from kvrelay.work import FailureKind, SequenceToken, WorkerLoad, WorkId
 
 _log = structlog.get_logger(__name__)
-
-INTERNAL_MESSAGE = "the worker failed to compute the step; its log has the detail"
 
 
 @dataclass(slots=True)
@@ -132,7 +130,7 @@ class DecodeEngineLoop:
         """A step failed: only those of its sequences fail that cannot be computed by themselves either."""
         parts = step.apart()
         if len(parts) == 1:
-            self._fail_step(step, error)
+            self._scheduler.fail_step(step, *failure_of(error))
             return ()
         tokens: list[SequenceToken] = []
         for part in parts:
@@ -142,19 +140,11 @@ class DecodeEngineLoop:
                 computed = self._step_runner.run(part)
             except Exception as error_of_part:
                 _log.exception("a sequence fails its step", **part.entries[0].sequence.work.log_fields)
-                self._fail_step(part, error_of_part)
+                self._scheduler.fail_step(part, *failure_of(error_of_part))
                 continue
             self._scheduler.complete(part, computed)
             tokens.extend(computed)
         return tuple(tokens)
-
-    def _fail_step(self, step: Step, error: Exception) -> None:
-        """Of one entry. What is wrong with the request itself is its client's to know, and no other worker's to try."""
-        if isinstance(error, InvalidRequestError):
-            for work_id in step.work_ids:
-                self._scheduler.fail(work_id, FailureKind.INVALID, error.message)
-        else:
-            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
 
     def _note_begun(self, step: Step) -> list[_BegunChunk]:
         """Chunks of prompts that are computed here and begin now; with most steps there is none."""

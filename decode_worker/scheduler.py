@@ -222,10 +222,10 @@ class DecodeScheduler:
                     self._continue(run, sampled)
         self._end_solo()
 
-    def fail_step(self, step: Step, message: str) -> None:
+    def fail_step(self, step: Step, kind: FailureKind, message: str) -> None:
         """The step could not be computed: ends all works in it."""
         for work_id in step.work_ids:
-            self.fail(work_id, FailureKind.INTERNAL, message)
+            self.fail(work_id, kind, message)
 
     # --- Admission
 

@@ -10,17 +10,15 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from kvrelay.chunk_times import ChunkLog, ChunkTime
-from kvrelay.errors import InvalidRequestError
 from kvrelay.fault_points import fault_point
 from kvrelay.step import Step
+from kvrelay.step_failure import INTERNAL_MESSAGE, failure_of
 from kvrelay.step_runner import StepRunner
 from kvrelay.work import FailureKind, WorkerLoad, WorkId
 from prefill_worker import commands, events
 from prefill_worker.scheduler import PrefillScheduler
 
 _log = structlog.get_logger(__name__)
-
-INTERNAL_MESSAGE = "the worker failed to compute the step; its log has the detail"
 
 
 @dataclass(slots=True)
@@ -113,24 +111,16 @@ class PrefillEngineLoop:
         """
         parts = step.apart()
         if len(parts) == 1:
-            self._fail_step(step, error)
+            self._scheduler.fail_step(step, *failure_of(error))
             return
         for part in parts:
             try:
                 tokens = self._step_runner.run(part, self._announcer(part, set(announced)))
             except Exception as error_of_part:
                 _log.exception("a prompt fails its step", **part.entries[0].sequence.work.log_fields)
-                self._fail_step(part, error_of_part)
+                self._scheduler.fail_step(part, *failure_of(error_of_part))
                 continue
             self._scheduler.complete(part, tokens)
-
-    def _fail_step(self, step: Step, error: Exception) -> None:
-        """Of one entry. What is wrong with the request itself is its client's to know, and no other worker's to try."""
-        if isinstance(error, InvalidRequestError):
-            for work_id in step.work_ids:
-                self._scheduler.fail(work_id, FailureKind.INVALID, error.message)
-        else:
-            self._scheduler.fail_step(step, INTERNAL_MESSAGE)
 
     def _announcer(self, step: Step, announced: set[int]) -> Callable[[int], None]:
         """Tells the senders of each layer that is not among those announced, and adds it to them."""

@@ -202,10 +202,10 @@ class PrefillScheduler:
             if sampled:
                 self._finish_prompt(state, sampled)
 
-    def fail_step(self, step: Step, message: str) -> None:
+    def fail_step(self, step: Step, kind: FailureKind, message: str) -> None:
         """The step could not be computed: ends all works in it."""
         for work_id in step.work_ids:
-            self.fail(work_id, FailureKind.INTERNAL, message)
+            self.fail(work_id, kind, message)
 
     # --- Below: parts of the above
 

@@ -237,7 +237,7 @@ def test_a_failed_step_ends_its_works_and_frees_them() -> None:
     bench.push(work)
     step = bench.scheduler.schedule()
     assert step is not None
-    bench.scheduler.fail_step(step, "broken")
+    bench.scheduler.fail_step(step, FailureKind.INTERNAL, "broken")
     assert bench.scheduler.take_events()[-1] == WorkFailed(work.work_id, FailureKind.INTERNAL, "broken")
     assert bench.blocks.num_used_blocks == 0
 
