@@ -1,7 +1,6 @@
 """Tokenizers of the models that are served: fetched from a worker once, kept by fingerprint. Knows no request."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import grpc
@@ -9,6 +8,7 @@ import grpc
 from gateway.tokenizer import KNOWN_FILES, ModelTokenizer
 from gateway.worker_session import WorkerSession
 from kvrelay.errors import KvrelayError, PreconditionError, UnavailableError
+from kvrelay.result_cache import ResultCache
 from kvrelay.v1 import session_pb2, session_pb2_grpc
 
 MAX_TOTAL_BYTES = 64 * 1024 * 1024
@@ -25,12 +25,11 @@ class TokenizerCache:
 
     def __init__(self, sessions: Callable[[], Iterable[WorkerSession]]) -> None:
         self._sessions = sessions
-        self._tokenizers: OrderedDict[str, ModelTokenizer] = OrderedDict()
-        self._fetches: dict[str, asyncio.Task[ModelTokenizer]] = {}
+        self._tokenizers: ResultCache[str, ModelTokenizer] = ResultCache(self._fetch_from_any, MAX_TOKENIZERS, "tokenizer")
 
     def cached(self, fingerprint: str) -> ModelTokenizer | None:
         """The tokenizer when it is here already."""
-        return self._tokenizers.get(fingerprint)
+        return self._tokenizers.kept(fingerprint)
 
     async def get(self, fingerprint: str) -> ModelTokenizer:
         """The tokenizer, fetched from a worker when it is not here. Many callers share one fetch.
@@ -39,24 +38,7 @@ class TokenizerCache:
             UnavailableError: no worker of the model answers.
             PreconditionError: the model's files are missing, too large or broken.
         """
-        if fingerprint in self._tokenizers:
-            self._tokenizers.move_to_end(fingerprint)
-            return self._tokenizers[fingerprint]
-        fetch = self._fetches.get(fingerprint)
-        if fetch is None:
-            fetch = asyncio.create_task(self._fetch_and_keep(fingerprint), name=f"tokenizer of {fingerprint}")
-            self._fetches[fingerprint] = fetch
-        return await asyncio.shield(fetch)
-
-    async def _fetch_and_keep(self, fingerprint: str) -> ModelTokenizer:
-        try:
-            tokenizer = await self._fetch_from_any(fingerprint)
-        finally:
-            del self._fetches[fingerprint]
-        self._tokenizers[fingerprint] = tokenizer
-        while len(self._tokenizers) > MAX_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return tokenizer
+        return await self._tokenizers.get(fingerprint)
 
     async def files(self, fingerprint: str) -> dict[str, bytes]:
         """The tokenizer's files by name, fetched anew from a worker.

@@ -1,20 +1,18 @@
 """Compiles forms off the event loop, few at a time and for a bounded time, and keeps the last results.
 
-    get -> kept? -> else one thread for all who ask for the same form -> kept, the least recently used dropped
-
 A thread cannot be stopped: one that takes too long is no longer waited for, but counts among the few until it has ended. Knows
 nothing of what the results are.
 """
 
 import asyncio
 import concurrent.futures
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from kvrelay.deep_stack import start_on_deep_stack
 from kvrelay.errors import InvalidRequestError, OverloadedError
 from kvrelay.response_format import ResponseFormat
+from kvrelay.result_cache import ResultCache
 
 ResultT = TypeVar("ResultT")
 
@@ -46,16 +44,14 @@ class FormCompiler(Generic[ResultT]):
         timeout_ms: int = TIMEOUT_MS,
     ) -> None:
         self._compile_form = compile_form
-        self._max_kept = max_kept
         self._max_waiting = max_waiting
         self._timeout_ms = timeout_ms
         self._turns = asyncio.Semaphore(num_threads)
-        self._kept: OrderedDict[ResponseFormat, ResultT] = OrderedDict()
-        self._running: dict[ResponseFormat, asyncio.Task[ResultT]] = {}
+        self._results: ResultCache[ResponseFormat, ResultT] = ResultCache(self._compile, max_kept, "compile of a form")
 
     @property
     def num_kept(self) -> int:
-        return len(self._kept)
+        return self._results.num_kept
 
     async def get(self, form: ResponseFormat) -> ResultT:
         """The compiled form.
@@ -64,27 +60,9 @@ class FormCompiler(Generic[ResultT]):
             InvalidRequestError: it cannot be compiled, or takes too long.
             OverloadedError: too many others are compiled now.
         """
-        if form in self._kept:
-            self._kept.move_to_end(form)
-            return self._kept[form]
-        running = self._running.get(form)
-        if running is None:
-            if len(self._running) >= self._max_waiting:
-                raise _overloaded()
-            running = asyncio.create_task(self._compile_and_keep(form), name="compile of a form")
-            running.add_done_callback(_look_at_failure)
-            self._running[form] = running
-        return await asyncio.shield(running)
-
-    async def _compile_and_keep(self, form: ResponseFormat) -> ResultT:
-        try:
-            result = await self._compile(form)
-        finally:
-            del self._running[form]
-        self._kept[form] = result
-        while len(self._kept) > self._max_kept:
-            self._kept.popitem(last=False)
-        return result
+        if form not in self._results and self._results.num_running >= self._max_waiting:
+            raise _overloaded()
+        return await self._results.get(form)
 
     async def _compile(self, form: ResponseFormat) -> ResultT:
         loop = asyncio.get_running_loop()
@@ -126,9 +104,3 @@ class FormCompiler(Generic[ResultT]):
 
 def _overloaded() -> OverloadedError:
     return OverloadedError("too many different response formats are compiled now; try again in a moment", RETRY_AFTER_MS)
-
-
-def _look_at_failure(task: "asyncio.Task[ResultT]") -> None:
-    """Those who asked may have gone; then nobody else does."""
-    if not task.cancelled():
-        task.exception()
