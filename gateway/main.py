@@ -19,7 +19,7 @@ from kvrelay import event_loop
 from kvrelay.config import GatewaySettings
 from kvrelay.errors import ConfigError
 from kvrelay.fault_points import enable_fault_points
-from kvrelay.garbage_collection import keep_what_is_loaded
+from kvrelay.garbage_collection import collecting_when_idle, keep_what_is_loaded
 from kvrelay.http_server import AddRoutes, Health, serving_http
 from kvrelay.metrics.exposition import metrics_route
 from kvrelay.redis_connection import RedisConnection
@@ -84,6 +84,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
                     *_http_routes(settings, relay),
                 ) as http_port,
                 showing_life(settings.server.watchdog_socket),
+                collecting_when_idle(lambda: not relay.requests.num_running),
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()

@@ -52,6 +52,10 @@ class RunningRequests:
         runner = self._running.get(request_id) or self._ended.get(request_id)
         return None if runner is None or runner.journal.released else runner
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     def running(self) -> list[RequestRunner]:
         """In the order of their start."""
         return list(self._running.values())

@@ -18,6 +18,7 @@ import structlog
 
 from kvrelay.config import ServerSettings
 from kvrelay.errors import ConfigError
+from kvrelay.garbage_collection import collecting_when_idle
 from kvrelay.http_server import AddRoutes, Health, serving_http
 from kvrelay.liveness import PROTOCOL_VERSION
 from kvrelay.metrics.exposition import metrics_route
@@ -114,6 +115,7 @@ async def serve_worker(
                 ) as http_port,
                 registry.lease(member),
                 showing_life(settings.watchdog_socket),
+                collecting_when_idle(lambda: services.sessions.is_idle),
             ):
                 if not connection.health.healthy:
                     _log.warning("Redis does not answer; gateways find this worker once it does. Check --redis-url.")

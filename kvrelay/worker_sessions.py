@@ -79,6 +79,11 @@ class WorkerSessions:
         return replace(self._load, draining=self._draining, kv_transfer_bytes=self._kv_transfer_bytes)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the engine had nothing to compute, as of its last report."""
+        return self._load.num_running == self._load.num_waiting == 0
+
+    @property
     def num_sessions(self) -> int:
         """Gateways that are connected."""
         return len(self._sessions)
