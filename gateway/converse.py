@@ -4,9 +4,10 @@ import asyncio
 
 from gateway.conversation import MAX_MESSAGES, Conversation
 from gateway.output_frames import DeltaFrame, Frame
+from gateway.output_readers import OutputReader
 from gateway.prompt_preparation import check_response_format, make_request
 from gateway.relay import Relay
-from gateway.request_runner import OutputReader, RequestRunner
+from gateway.request_runner import RequestRunner
 from gateway.request_validation import ModelLimits, check_key_length, parse_messages, parse_sampling
 from kvrelay.errors import InvalidRequestError
 from kvrelay.sampling_params import SamplingParams

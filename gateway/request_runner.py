@@ -1,4 +1,4 @@
-"""Runs one request: feeds its lifecycle with events, carries out the actions, and owns its timers, its text and its output.
+"""Runs one request: feeds its lifecycle with events, carries out the actions, and owns its timers, text, output and readers.
 
 Events are handled at once, on the loop, one after the other; nothing here waits. Owns no task.
 """
@@ -6,7 +6,7 @@ Events are handled at once, on the loop, one after the other; nothing here waits
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 
 import structlog
@@ -16,12 +16,13 @@ from gateway.admission import Admitted
 from gateway.detokenizer import Detokenizer
 from gateway.generation_request import GenerationRequest
 from gateway.metrics import ModelMetrics, attempt_cause
-from gateway.output_frames import Frame
+from gateway.output_readers import OutputReader, OutputReaders
 from gateway.phase_clock import PhaseClock
 from gateway.request_journal import RequestJournal
 from gateway.request_lifecycle import RequestLifecycle
 from gateway.request_output import RequestOutput
 from gateway.request_timeline import RequestTimeline
+from gateway.request_timers import RequestTimers
 from gateway.request_trace import RequestTrace
 from gateway.router import RouteQuery
 from gateway.session_messages import Command
@@ -103,10 +104,8 @@ class RequestRunner:
         self._reasons: dict[int, FinishReason] = output.finish_reasons()
         self._events: deque[m.Event] = deque()
         self._handling = False
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._readers: set[OutputReader] = set()
-        self._num_read = 0
-        """Frames that the reader furthest on is done with."""
+        self._timers = RequestTimers()
+        self._readers = OutputReaders(output, settings.max_unread_tokens)
         self._paused = False
         self._waits_for_turn = False
         self._paid_attempt = 0
@@ -132,7 +131,7 @@ class RequestRunner:
 
     def start(self) -> None:
         """Begins the first attempt; the deadline runs from now on."""
-        self._set_timer("deadline", max(self.request.deadline - self._loop.time(), 0.0), m.DeadlinePassed())
+        self._timers.set("deadline", max(self.request.deadline - self._loop.time(), 0.0), self.post, m.DeadlinePassed())
         self._trace.begin_attempt(self.lifecycle.attempt, self._loop.time())
         _log.debug("request begins", num_prompt_tokens=len(self.request.prompt_token_ids), **self.log_fields)
         fault_point("gateway.admitted", self.request)
@@ -168,34 +167,30 @@ class RequestRunner:
 
     # --- readers --------------------------------------------------------------------------------------------------------------
 
-    def open_reader(self, from_index: int = 0) -> "OutputReader":
+    def open_reader(self, from_index: int = 0) -> OutputReader:
         """A client's view of the output. Close it: a request that nobody reads is cancelled, a resumable one after a while."""
-        self._drop_timer("grace")
+        self._timers.drop("grace")
         reader = OutputReader(self, from_index)
         self._readers.add(reader)
         return reader
 
-    def note_read(self, reader: "OutputReader") -> None:
-        """A reader has got further. Those who read fast decide for all."""
-        self._num_read = max(self._num_read, reader.num_read)
-        if self._paused and self._num_unread <= self._settings.max_unread_tokens // 2:
+    def note_read(self, reader: OutputReader) -> None:
+        """A reader has got further."""
+        self._readers.note_read(reader)
+        if self._paused and self._readers.have_caught_up:
             self._pause(False)
-
-    @property
-    def _num_unread(self) -> int:
-        return len(self.output.frames) - self._num_read
 
     def _pause(self, paused: bool) -> None:
         self._paused = paused
         if paused:
-            self._set_timer("slow client", self._settings.slow_client_timeout_ms / 1000, m.ReadersTooSlow())
+            self._timers.set("slow client", self._settings.slow_client_timeout_ms / 1000, self.post, m.ReadersTooSlow())
         else:
-            self._drop_timer("slow client")
+            self._timers.drop("slow client")
         self.post(m.ReadersBehind(paused))
 
-    def _close_reader(self, reader: "OutputReader") -> None:
-        self._readers.discard(reader)
-        self._num_read = max((other.num_read for other in self._readers), default=0)
+    def close_reader(self, reader: OutputReader) -> None:
+        """A reader reads no more."""
+        self._readers.remove(reader)
         if self._readers or self.ended:
             return
         if self._paused:
@@ -203,7 +198,7 @@ class RequestRunner:
         if self._loop.time() >= self.request.deadline - 0.05:
             self.post(m.DeadlinePassed())  # gRPC ends the call at the same moment
         elif self.request.resumable:
-            self._set_timer("grace", self._settings.resume_grace_ms / 1000, m.CancelRequested())
+            self._timers.set("grace", self._settings.resume_grace_ms / 1000, self.post, m.CancelRequested())
         else:
             self.cancel()
 
@@ -229,7 +224,7 @@ class RequestRunner:
             case m.RetryLater(delay_ms):
                 self._wait_for_worker(delay_ms / 1000)
             case m.StartTimer(attempt, delay_ms):
-                self._set_timer("attempt", delay_ms / 1000, m.TimerFired(attempt))
+                self._timers.set("attempt", delay_ms / 1000, self.post, m.TimerFired(attempt))
             case m.AvoidPair(decode_worker_id, prefill_worker_id):
                 self._sessions.avoid_pair((decode_worker_id, prefill_worker_id))
             case m.Finish(state, error):
@@ -262,24 +257,24 @@ class RequestRunner:
         if is_paid:
             self._sessions.retries.spend()
             self._paid_attempt = action.work.work_id.attempt
-        self._drop_timer("give up")
+        self._timers.drop("give up")
         self._events.append(m.Routed(action.work.work_id, assignment.decode_worker_id, assignment.prefill_worker_id))
 
     def _wait_for_worker(self, delay_s: float) -> None:
         waits_for_turn = self._waits_for_turn
         self._waits_for_turn = False
         if waits_for_turn and self._sessions.has_decode_worker(self.request.fingerprint):
-            self._drop_timer("give up")  # workers are there, and others are tried before it: only its deadline bounds that
+            self._timers.drop("give up")  # workers are there, and others are tried before it: only its deadline bounds that
         elif "give up" not in self._timers:
-            self._set_timer("give up", self._settings.worker_wait_ms / 1000, m.GiveUpWaiting())
+            self._timers.set("give up", self._settings.worker_wait_ms / 1000, self.post, m.GiveUpWaiting())
         # Jitter, so that many requests do not ask the same worker at once.
-        self._set_timer("route", delay_s * random.uniform(0.5, 1.0), m.RouteAgain())
+        self._timers.set("route", delay_s * random.uniform(0.5, 1.0), self.post, m.RouteAgain())
 
     def workers_changed(self) -> bool:
         """A worker was found, or has room: need not wait any longer. Whether it did wait."""
         if "route" not in self._timers:
             return False
-        self._drop_timer("route")
+        self._timers.drop("route")
         self.post(m.RouteAgain())
         return True
 
@@ -304,7 +299,7 @@ class RequestRunner:
         if self._admitted.note_first_token(now) and token.index == 0:
             self._metrics.first_token.observe(now - self.request.submit_time)
         self.output.append_delta(sequence, token.index, token.token, text, reason)
-        if self._num_unread > self._settings.max_unread_tokens and not self._paused and self._readers:
+        if not self._paused and self._readers.are_behind:
             self._pause(True)
         fault_point("gateway.token_emitted", token)
 
@@ -355,9 +350,7 @@ class RequestRunner:
         self._close(RequestState.FAILED, error)
 
     def _close(self, state: RequestState, error: KvrelayError | None) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._timers.drop_all()
         self._events.clear()
         now = self._loop.time()
         self._admitted.release(now)
@@ -382,48 +375,5 @@ class RequestRunner:
             self.journal.end(state, error)
         self._on_end(self)
 
-    # --- timers ---------------------------------------------------------------------------------------------------------------
-
-    def _set_timer(self, name: str, delay_s: float, event: m.Event) -> None:
-        self._drop_timer(name)
-        self._timers[name] = self._loop.call_later(delay_s, self._fire, name, event)
-
-    def _drop_timer(self, name: str) -> None:
-        timer = self._timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _fire(self, name: str, event: m.Event) -> None:
-        self._timers.pop(name, None)
-        self.post(event)
-
     def _remaining_ms(self) -> int:
         return max(int((self.request.deadline - self._loop.time()) * 1000), 1)
-
-
-class OutputReader:
-    """One client's view of a request's output."""
-
-    def __init__(self, runner: RequestRunner, from_index: int) -> None:
-        self._runner = runner
-        self._from_index = from_index
-        self._closed = False
-        self.num_read = 0
-        """Frames that the client has been sent, as far as its connection takes them."""
-
-    def batches(self, coalesce_s: float = 0.0) -> AsyncIterator[list[Frame]]:
-        """Frames until the end, as `RequestOutput.read` has them."""
-        return self._runner.output.read(self._from_index, coalesce_s, self._runner.turnstile, self._note_read)
-
-    def _note_read(self, num_read: int) -> None:
-        self.num_read = num_read
-        self._runner.note_read(self)
-
-    def close(self) -> None:
-        """The client is gone, or has it all. Idempotent."""
-        if self._runner.output.error is not None:
-            # It is kept for as long as the ended request is known, and the frames it came through would be kept with it.
-            self._runner.output.error.__traceback__ = None
-        if not self._closed:
-            self._closed = True
-            self._runner._close_reader(self)

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from gateway.output_frames import DeltaFrame, Frame
+from gateway.output_readers import OutputReader
 from gateway.relay import Relay
-from gateway.request_runner import OutputReader, RequestRunner
+from gateway.request_runner import RequestRunner
 from gateway.vllm_engine import cluster_answers
 from gateway.vllm_engine.requests import ANY_MODEL, prepare
 from kvrelay.errors import CancelledRequestError, UnsupportedError

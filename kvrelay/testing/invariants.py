@@ -33,7 +33,7 @@ REQUEST_CLASSES = (
 )
 """Of none of these may there be one when no request runs. (A gateway keeps its last ended requests, bounded, to show them.)"""
 MAX_READERS = 1
-"""Of gateway.request_runner.OutputReader: gRPC keeps the last call until the next one comes."""
+"""Of gateway.output_readers.OutputReader: gRPC keeps the last call until the next one comes."""
 REQUEST_TASKS = ("push", "takeover", "request")
 """Beginnings of the names of tasks that live no longer than a request."""
 ORPHANS_TIMEOUT_S = 20.0
@@ -125,7 +125,7 @@ async def _check_process(cluster: "FaultCluster", name: str, timeout_s: float) -
 def _problems_of_snapshot(name: str, snapshot: Mapping[str, Any]) -> list[str]:
     objects = snapshot["objects"]
     problems = [f"{name}: {objects[each]} {each} are left" for each in REQUEST_CLASSES if objects.get(each)]
-    num_readers = objects.get("gateway.request_runner.OutputReader", 0)
+    num_readers = objects.get("gateway.output_readers.OutputReader", 0)
     problems += [f"{name}: {num_readers} readers of outputs are left"] if num_readers > MAX_READERS else []
     return problems + [f"{name}: the task {task!r} is left" for task in snapshot["tasks"] if task.startswith(REQUEST_TASKS)]
 

@@ -1,0 +1,39 @@
+"""Named timers of one request, at most one of each name."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+ArgumentT = TypeVar("ArgumentT")
+
+
+class RequestTimers:
+    """Used on one event loop. Knows its request only while a timer runs, so that one that is forgotten is gone at once."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the timer runs."""
+        return name in self._timers
+
+    def set(self, name: str, delay_s: float, post: Callable[[ArgumentT], None], event: ArgumentT) -> None:
+        """Starts the timer, anew if it runs already: `post` is called with the event when it fires."""
+        self.drop(name)
+        self._timers[name] = self._loop.call_later(delay_s, self._fire, name, post, event)
+
+    def drop(self, name: str) -> None:
+        """Stops the timer, if it runs."""
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def drop_all(self) -> None:
+        """Stops all of them."""
+        for name in list(self._timers):
+            self.drop(name)
+
+    def _fire(self, name: str, post: Callable[[ArgumentT], None], event: ArgumentT) -> None:
+        self._timers.pop(name, None)
+        post(event)
