@@ -8,6 +8,7 @@ Runs on the event loop. Knows nothing of scheduling; it says when it does not re
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -261,17 +262,18 @@ class KVSender:
         return push.encode(Chunk(span, buffer, digest))
 
     async def _read_replies(self, push: KVPush) -> None:
-        async for reply in push.replies():
-            match reply:
-                case ChunkAccepted(layer_begin, token_begin):
-                    self._settle_until(push, (layer_begin, token_begin))
-                case ChunkRefused(layer_begin, token_begin, message):
-                    self._send_again(push, (layer_begin, token_begin), message)
-                case PushComplete(kv_bytes):
-                    self._completed_bytes = kv_bytes
-                    return
-            self._await_answers()
-            self._changed.set()
+        async with contextlib.aclosing(push.replies()) as replies:
+            async for reply in replies:
+                match reply:
+                    case ChunkAccepted(layer_begin, token_begin):
+                        self._settle_until(push, (layer_begin, token_begin))
+                    case ChunkRefused(layer_begin, token_begin, message):
+                        self._send_again(push, (layer_begin, token_begin), message)
+                    case PushComplete(kv_bytes):
+                        self._completed_bytes = kv_bytes
+                        return
+                self._await_answers()
+                self._changed.set()
         raise TransferError("the decode worker ended the push without completing it")
 
     def _settle_until(self, push: KVPush, name: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ used again only after a push that was completed, so that nothing late can reach 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,7 @@ class SharedMemoryPush:
     async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
         await self._push.send_end(num_chunks, tokens)
 
-    def replies(self) -> AsyncIterator[Reply]:
+    def replies(self) -> AsyncGenerator[Reply, None]:
         return self._push.replies()
 
     def close(self, *, is_complete: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -105,8 +105,8 @@ class KVPush(Protocol):
     async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
         """Says that no chunk follows."""
 
-    def replies(self) -> AsyncIterator[Reply]:
-        """What the receiver says, in order, until it ends the push."""
+    def replies(self) -> AsyncGenerator[Reply, None]:
+        """What the receiver says, in order, until it ends the push. To be closed by who reads less than all."""
         raise NotImplementedError
 
     def close(self, *, is_complete: bool) -> None:
@@ -289,12 +289,16 @@ class GrpcPush:
         end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=messages, digest=digest)
         await self._write(kv_transfer_pb2.PushRequest(end=end).SerializeToString())
 
-    async def replies(self) -> AsyncIterator[Reply]:
+    async def replies(self) -> AsyncGenerator[Reply, None]:
+        responses: Any = aiter(self._call)
         try:
-            async for response in self._call:
+            async for response in responses:
                 yield _reply_from_pb(response)
         except grpc.aio.AioRpcError as error:
             raise TransferError(f"the decode worker broke the push off: {error.details()}") from error
+        finally:
+            # Call and iterator hold each other until it has ended, and so everything of the call until a full collection.
+            await responses.aclose()
 
     def close(self, *, is_complete: bool) -> None:
         self._call.cancel()
