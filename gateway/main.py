@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import secrets
 import signal
-import socket
 from collections.abc import AsyncIterator, Iterable
 
 import grpc
@@ -72,7 +71,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
         service_names = (SERVICE_NAME, *add_front_ends(server, relay))
         bound = bind_server(server, settings.server.host, settings.server.port, service_names)
-        relay.address = address = advertised_address(settings, bound.port)
+        relay.address = address = settings.server.address_of(bound.port)
         member = Member(gateway_id, MemberRole.GATEWAY, address)
         async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store, service_names):
             await server.start()
@@ -92,16 +91,6 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
     _log.info("stopped")
-
-
-def advertised_address(settings: GatewaySettings, port: int) -> str:
-    """host:port under which others reach this process."""
-    if settings.server.advertise_address:
-        return settings.server.advertise_address
-    host = settings.server.host
-    if host in ("0.0.0.0", "::", "[::]"):
-        host = socket.gethostname()
-    return f"{host}:{port}"
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -3,6 +3,7 @@
 A process gets one object composed of the concerns it has: `DecodeSettings(server=..., engine=..., ...)`.
 """
 
+import socket
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,8 @@ from kvrelay.core_set import CORES_PATTERN
 DEFAULT_GATEWAY_PORT = 50050
 HTTP_PORT_ABOVE = 30
 """Of `serve all`: its gateway's HTTP port is so far above the one for gRPC, 50080 by default."""
+ANY_HOST = ("0.0.0.0", "::", "[::]")
+"""Hosts that stand for all addresses of a machine, and are none that others reach it by."""
 MAX_COALESCE_MS = 50
 """Tokens are never held back for longer: a person sees them come one by one up to about there."""
 
@@ -63,6 +66,11 @@ class ServerSettings(Settings):
         default=None,
         description="For tests only: the folder through which kvrelay.testing makes named steps of this process fail.",
     )
+
+    def address_of(self, bound_port: int) -> str:
+        """host:port under which others reach the process that listens on that port."""
+        host = socket.gethostname() if self.host in ANY_HOST else self.host
+        return self.advertise_address or f"{host}:{bound_port}"
 
 
 class EngineSettings(Settings):

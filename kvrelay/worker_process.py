@@ -9,7 +9,6 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -95,7 +94,7 @@ async def serve_worker(
     worker_id = f"{kind.role.value}-{secrets.token_hex(8)}"
     server = create_server(takes_bulk=True)
     bound = bind_server(server, settings.host, settings.port, (*kind.service_names, MODEL_SERVICE))
-    address = advertised_address(settings, bound.port)
+    address = settings.address_of(bound.port)
     services = kind.build_services(_hello(worker_id, engine), address)
     services.add_to(server)
     session_pb2_grpc.add_ModelServiceServicer_to_server(TokenizerService(engine.folder, engine.model.fingerprint), server)
@@ -154,14 +153,6 @@ def check_redis_url(settings: ServerSettings) -> None:
     """Raises ConfigError when there is none; before a model is loaded in vain."""
     if settings.redis_url is None:
         raise ConfigError("redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own")
-
-
-def advertised_address(settings: ServerSettings, port: int) -> str:
-    """host:port under which others reach this process."""
-    if settings.advertise_address:
-        return settings.advertise_address
-    host = socket.gethostname() if settings.host in ("0.0.0.0", "::", "[::]") else settings.host
-    return f"{host}:{port}"
 
 
 def _hello(worker_id: str, engine: WorkerEngine) -> session_pb2.WorkerHello:

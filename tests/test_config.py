@@ -1,5 +1,6 @@
 """Settings: where values come from, which one wins, and what a wrong one says."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,16 @@ def test_a_child_finds_exactly_the_settings_it_was_given() -> None:
     environment = environment_for(settings, {"PATH": "/bin", "KVRELAY_PORT": "1", "KVRELAY_CONFIG": "/nowhere.yaml"})
     assert environment["PATH"] == "/bin"
     assert read_sources({}, environment=environment).load("decode", DecodeSettings) == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "address"),
+    [
+        (ServerSettings(host="10.0.0.7"), "10.0.0.7:50051"),
+        (ServerSettings(host="0.0.0.0"), f"{socket.gethostname()}:50051"),
+        (ServerSettings(host="[::]"), f"{socket.gethostname()}:50051"),
+        (ServerSettings(host="0.0.0.0", advertise_address="decode.example:1"), "decode.example:1"),
+    ],
+)
+def test_the_address_that_others_reach_a_process_by(settings: ServerSettings, address: str) -> None:
+    assert settings.address_of(50051) == address
