@@ -5,6 +5,7 @@ Per model, since that is what clients ask for. A request costs some tens of addi
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,7 +24,8 @@ from kvrelay.telemetry import Phases
 from kvrelay.work import FailureKind, FinishReason
 
 OUTCOMES = ("succeeded", "failed", "cancelled", "expired", "left")
-REFUSAL_REASONS = tuple(kind.reason for kind in (OverloadedError, StoreFullError, UnavailableError))
+REFUSALS_RAISED = (OverloadedError, StoreFullError, UnavailableError)
+REFUSAL_REASONS = tuple(kind.reason for kind in REFUSALS_RAISED)
 FAILURE_REASONS = tuple(kind.reason for kind in (InternalError, InvalidRequestError, OverloadedError, UnavailableError))
 PHASES = ("queue", "prefill", "transfer", "exposed_transfer", "handoff_gap", "decode")
 
@@ -214,9 +216,14 @@ class GatewayMetrics:
         """Of the model that is served under that name."""
         return self.models.setdefault(model, ModelMetrics())
 
-    def note_refused(self, error: KvrelayError) -> None:
-        """A request was not admitted."""
-        self.refusals[error.reason] += 1
+    @contextmanager
+    def noting_refusals(self) -> Iterator[None]:
+        """Around what refuses requests that are not at fault."""
+        try:
+            yield
+        except REFUSALS_RAISED as error:
+            self.refusals[error.reason] += 1
+            raise
 
     def samples(self) -> Iterator[Sample]:
         """All but what only the relay knows."""

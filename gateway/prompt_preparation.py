@@ -73,7 +73,8 @@ async def check_response_format(sampling: SamplingParams, relay: Relay, limits: 
     if not limits.model.eos_token_ids:
         raise PreconditionError("the model has no end-of-sequence token, with which structured output ends; use another model")
     try:
-        await relay.forms.get(form)
+        with relay.metrics.noting_refusals():
+            await relay.forms.get(form)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"sampling.{error.field}", error.problem) from None
 

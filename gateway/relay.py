@@ -30,7 +30,7 @@ from gateway.turnstile import Turnstile
 from gateway.worker_session import SessionSettings
 from gateway.worker_sessions import WorkerSessions
 from kvrelay.config import GatewaySettings
-from kvrelay.errors import OverloadedError, PreconditionError, StoreFullError, UnavailableError
+from kvrelay.errors import PreconditionError, UnavailableError
 from kvrelay.form_compiler import FormCompiler
 from kvrelay.grammar import check_form
 from kvrelay.request_record import RequestRecord
@@ -141,22 +141,16 @@ class Relay:
 
     def check_open(self) -> None:
         """Raises UnavailableError while the gateway takes no new requests, StoreFullError while their state could not be kept."""
-        try:
+        with self.metrics.noting_refusals():
             if self.draining:
                 message = "this gateway is shutting down; send the request to another one, or again in a moment"
                 raise UnavailableError(message, DRAINING_RETRY_MS)
             self.writer.check_room()
-        except (UnavailableError, StoreFullError) as error:
-            self.metrics.note_refused(error)
-            raise
 
     def check_room(self) -> None:
         """Raises OverloadedError while no new request would be admitted: to be asked before its prompt is tokenized."""
-        try:
+        with self.metrics.noting_refusals():
             self.admission.check_room()
-        except OverloadedError as error:
-            self.metrics.note_refused(error)
-            raise
 
     def start(self, request: GenerationRequest) -> RequestRunner:
         """Admits a request and starts it.
@@ -168,11 +162,8 @@ class Relay:
         self.check_open()
         if request.sampling.stop and self.tokenizers.cached(request.fingerprint) is None:
             raise PreconditionError("the model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
-        try:
+        with self.metrics.noting_refusals():
             admitted = self.admission.admit(len(request.prompt_token_ids), time.monotonic())
-        except OverloadedError as error:
-            self.metrics.note_refused(error)
-            raise
         self.metrics.of_model(request.model).note_admitted(len(request.prompt_token_ids))
         lifecycle_request = LifecycleRequest(request.request_id, request.prompt_token_ids, request.sampling, request.cache_salt)
         journal = RequestJournal(self._new_record(request), RequestOutput(), request.deadline, trace=current_trace())
