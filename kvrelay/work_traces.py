@@ -51,12 +51,20 @@ class WorkTraces:
             traced.marks[name] = time.monotonic()
 
     def record_since_mark(
-        self, work_id: WorkId, name: str, *, error: str = "", attributes: Mapping[str, AttributeValue] = NO_ATTRIBUTES
+        self,
+        work_id: WorkId,
+        name: str,
+        *,
+        own: TraceContext | None = None,
+        kind: Kind = "internal",
+        error: str = "",
+        attributes: Mapping[str, AttributeValue] = NO_ATTRIBUTES,
     ) -> None:
-        """The span that was marked ends, if there is one."""
+        """The span that was marked ends, if there is one. Arguments as of `record`."""
         traced = self._works.get(work_id)
         if traced is not None and (began_at := traced.marks.pop(name, None)) is not None:
-            self.record(work_id, name, time.monotonic() - began_at, error=error, attributes=attributes)
+            duration_s = time.monotonic() - began_at
+            self.record(work_id, name, duration_s, own=own, kind=kind, error=error, attributes=attributes)
 
     def record(
         self,

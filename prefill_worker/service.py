@@ -190,6 +190,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
             event.block_ids,
             on_ended=lambda work_id, outcome: _call_soon(loop, self._on_sender_ended, work_id, outcome, trace),
         )
+        self._traces.mark(work.work_id, "kv.send")
         self._senders[work.work_id] = sender
         sender.announce_cached(event.num_cached_tokens)
 
@@ -226,7 +227,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
 
     def _trace_push(self, work_id: WorkId, outcome: TransferResult | TransferError, trace: TraceContext | None) -> None:
         if isinstance(outcome, TransferError):
-            self._traces.record(work_id, "kv.send", 0.0, own=trace, kind="producer", error=outcome.message)
+            self._traces.record_since_mark(work_id, "kv.send", own=trace, kind="producer", error=outcome.message)
             return
         self._traces.record(
             work_id,

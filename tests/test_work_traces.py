@@ -55,6 +55,20 @@ def test_what_is_marked_is_recorded_once() -> None:
     assert recorded.span("decode").status.description == "worker_lost"
 
 
+def test_a_marked_span_lasts_from_its_mark_and_may_have_children_too() -> None:
+    recorded = Recorded()
+    traces = WorkTraces(recorded.tracing())
+    traces.begin(TRACED)
+    own = traces.new_child(TRACED.work_id)
+    assert own is not None
+    begin = time.monotonic()
+    traces.mark(TRACED.work_id, "kv.send")
+    time.sleep(0.02)
+    traces.record_since_mark(TRACED.work_id, "kv.send", own=own, kind="producer", error="broken off")
+    assert 0.019 < duration_s(recorded.span("kv.send")) < time.monotonic() - begin + 0.001
+    assert span_id(recorded.span("kv.send")) == own.span_id
+
+
 def test_nothing_is_recorded_of_works_that_are_not_traced_or_are_over() -> None:
     recorded = Recorded()
     traces = WorkTraces(recorded.tracing())
