@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.engine_thread import EngineThread
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.transports import GrpcTransport, PushPlan
@@ -305,6 +306,30 @@ async def test_a_failing_step_fails_its_works_and_the_worker_goes_on(
         assert len(await session.collect_tokens(works[1].work_id, 0)) == 5
         await worker.wait_until_idle()
     assert num_calls > 1
+
+
+async def test_work_for_a_full_inbox_is_refused_and_nothing_of_it_is_left(
+    engine: WorkerEngine, other_engine: WorkerEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = make_work(PROMPT, 5)
+    is_full = True
+    submit_work = EngineThread.submit_work
+    monkeypatch.setattr(EngineThread, "submit_work", lambda self, command: not is_full and submit_work(self, command))
+    async with (
+        decode_with(engine) as (worker, session),
+        running_prefill_worker(other_engine) as prefill,
+        session_with("prefill", prefill.address) as prefill_session,
+    ):
+        await session.send(reserve=reserve_to_pb(work, session.hello.model.fingerprint))
+        assert await expect_failure(session, work) == session_pb2.FAILURE_KIND_OUT_OF_CAPACITY
+        await prefill_session.send(start_prefill=start_prefill_to_pb(work, bytes(16), worker.address, 0))
+        assert await expect_failure(prefill_session, work) == session_pb2.FAILURE_KIND_OUT_OF_CAPACITY
+        await worker.wait_until_idle()
+        await prefill.wait_until_idle()
+        is_full = False
+        again = replace(work, work_id=replace(work.work_id, attempt=2))
+        await run_locally(session, again)
+        assert len(await session.collect_tokens(again.work_id, 0)) == 5
 
 
 async def test_prefill_with_a_receiver_that_is_not_there_fails_with_transfer(engine: WorkerEngine) -> None:
