@@ -104,12 +104,13 @@ class IdempotencyKeys:
         now = asyncio.get_running_loop().time()
         if self._away_since is None:
             self._away_since = now
+        give_up_at = self._away_since + LONGEST_WAIT_FOR_STORE_S  # others' claims may succeed while this one waits
         try:
-            async with asyncio.timeout_at(self._away_since + LONGEST_WAIT_FOR_STORE_S):
+            async with asyncio.timeout_at(give_up_at):
                 await self._store.health.wait_until_healthy()
         except TimeoutError:
             return False
-        return asyncio.get_running_loop().time() < self._away_since + LONGEST_WAIT_FOR_STORE_S
+        return asyncio.get_running_loop().time() < give_up_at
 
     def settle(self, tenant: str, key: str, request_id: str) -> None:
         """The request of the key runs, or is known elsewhere."""

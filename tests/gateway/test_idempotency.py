@@ -25,12 +25,14 @@ class OneSide:
     def __init__(self, store: SmallStore) -> None:
         self.health = StoreHealth()
         self.num_claims = 0
+        self.answers_at_once = False
         self._store = store
 
     async def claim_idempotency_key(self, tenant: str, key: str, digest: str, request_id: str, ttl_ms: int) -> Any:
         self.num_claims += 1
         self.health.check()
-        await asyncio.sleep(0)
+        if not self.answers_at_once:
+            await asyncio.sleep(0)
         owner = self._store.owners.setdefault(key, request_id)
         return IdempotencyClaim(owner, owner == request_id)
 
@@ -59,6 +61,20 @@ async def test_a_store_that_is_away_for_a_moment_is_waited_for() -> None:
     assert await begin(IdempotencyKeys(cast(StateStore, there)), "second") == "second"
     here.health.close()
     assert await first == "second"
+
+
+async def test_a_key_waits_for_the_store_while_another_key_is_claimed() -> None:
+    here = OneSide(SmallStore())
+    keys = IdempotencyKeys(cast(StateStore, here))
+    here.health.open(TimeoutError())
+    waiting = asyncio.create_task(begin(keys, "first", "a"))
+    while not here.num_claims:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    here.health.close()
+    here.answers_at_once = True
+    assert await begin(keys, "second", "b") == "second"  # before the first is told that the store is back
+    assert await waiting == "first"
+    assert here.num_claims == 3
 
 
 async def test_a_store_that_stays_away_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
