@@ -330,6 +330,7 @@ async def test_work_for_a_full_inbox_is_refused_and_nothing_of_it_is_left(
         again = replace(work, work_id=replace(work.work_id, attempt=2))
         await run_locally(session, again)
         assert len(await session.collect_tokens(again.work_id, 0)) == 5
+        await worker.wait_until_idle()
 
 
 async def test_prefill_with_a_receiver_that_is_not_there_fails_with_transfer(engine: WorkerEngine) -> None:
@@ -346,10 +347,7 @@ async def test_prefill_that_is_cancelled_before_its_push_connects_is_freed(engin
     async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address) as session:
         await session.send(start_prefill=start_prefill_to_pb(work, bytes(16), address, 0))
         await session.cancel_work(work.work_id)
-        # Commands are taken in order: when a work that needs no push is done, the cancelled one was there before it.
-        last = make_work(PROMPT, 1, request_id="b" * 32)
-        await session.send(start_prefill=start_prefill_to_pb(last, bytes(16), address, 0))
-        await session.expect("transfer_done")
+        await end_of_all_before(session)
         await worker.wait_until_idle()
 
 
@@ -381,6 +379,15 @@ async def test_a_gateway_hears_at_once_of_prompts_that_it_gave_up_at_any_moment(
             await session.cancel_work(work.work_id)
             await worker.wait_until_idle()
         await session.expect_load(num_running=0, num_waiting=0, num_used_blocks=0)
+        await end_of_all_before(session)  # the last may be on its way still
+        await worker.wait_until_idle()
+
+
+async def end_of_all_before(session: ScriptedSession) -> None:
+    """A prefill worker has handled all that it was sent before: a work that needs no push is done, and those were there first."""
+    last = make_work(PROMPT, 1, request_id="f" * 32)
+    await session.send(start_prefill=start_prefill_to_pb(last, bytes(16), "127.0.0.1:1", 0))
+    assert (await session.expect("transfer_done")).work_id == work_id_to_pb(last.work_id)
 
 
 class HeldExports:

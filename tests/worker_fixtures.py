@@ -38,10 +38,13 @@ class RunningWorker:
 
     async def wait_until_idle(self) -> None:
         """Waits until no work is left and every block is free or cached, and checks the pool (invariant I3)."""
-        blocks = self.engine.blocks
-        async with asyncio.timeout(IDLE_TIMEOUT_S):
-            while len(self.services.sessions.leases) or blocks.num_used_blocks:  # noqa: ASYNC110 - in another thread
-                await asyncio.sleep(0.005)
+        blocks, leases = self.engine.blocks, self.services.sessions.leases
+        try:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                while len(leases) or blocks.num_used_blocks:  # noqa: ASYNC110 - in another thread
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise AssertionError(f"{len(leases)} works and {blocks.num_used_blocks} used blocks are left") from None
         blocks.check_integrity()
 
 
@@ -102,7 +105,9 @@ async def _running(engine: WorkerEngine, build: Any) -> AsyncIterator[RunningWor
     services.start()
     await server.start()
     try:
-        yield RunningWorker(address, engine, services)
+        worker = RunningWorker(address, engine, services)
+        yield worker
+        await worker.wait_until_idle()  # engines are shared: who leaves something behind is found here
     finally:
         await server.stop(None)
         await asyncio.to_thread(services.stop)
