@@ -153,14 +153,15 @@ class MemberView:
     """The members, as last known. While Redis is away nobody joins and nobody leaves.
 
     Args:
-        grace_s: how long a member is kept whose lease vanished without being withdrawn.
+        grace_s: how long a member is kept whose lease vanished without being withdrawn, from the first look that misses it: while
+            Redis was away, leases ran out that are renewed when it is back.
         on_change: called with all members whenever they change.
     """
 
     def __init__(self, grace_s: float, on_change: Callable[[tuple[Member, ...]], None] | None = None) -> None:
         self._grace_s = grace_s
         self._on_change = on_change
-        self._last_seen: dict[str, float] = {}
+        self._missing_since: dict[str, float] = {}
         self._members: tuple[Member, ...] = ()
         self._looked = asyncio.Event()
         # Replaced with every change, so that each reader of `changes` waits for the one after what it saw.
@@ -189,11 +190,11 @@ class MemberView:
     def update(self, alive: tuple[Member, ...], withdrawn: frozenset[str], now: float) -> None:
         """Takes over what a look has found at a time in monotonic seconds."""
         self._looked.set()
-        self._last_seen |= {member.instance_id: now for member in alive}
-        missing = [member for member in self._members if member.instance_id not in {other.instance_id for other in alive}]
-        kept = [member for member in missing if member.instance_id not in withdrawn and self._in_grace(member, now)]
+        known = withdrawn | {member.instance_id for member in alive}
+        missing = [member for member in self._members if member.instance_id not in known]
+        self._missing_since = {each.instance_id: self._missing_since.get(each.instance_id, now) for each in missing}
+        kept = [member for member in missing if now - self._missing_since[member.instance_id] < self._grace_s]
         members = tuple(sorted([*alive, *kept], key=_order))
-        self._last_seen = {member.instance_id: self._last_seen[member.instance_id] for member in members}
         if members == self._members:
             return
         self._members = members
@@ -201,9 +202,6 @@ class MemberView:
         changed.set()
         if self._on_change is not None:
             self._on_change(members)
-
-    def _in_grace(self, member: Member, now: float) -> bool:
-        return now - self._last_seen[member.instance_id] < self._grace_s
 
 
 async def _end(task: asyncio.Task[None]) -> None:

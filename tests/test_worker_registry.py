@@ -133,6 +133,23 @@ async def test_the_last_known_members_stay_while_redis_hangs_and_are_back_when_i
     assert seen == [(PREFILL,)], "the member never seemed gone"
 
 
+def test_a_member_that_ran_out_while_nobody_could_look_is_kept_until_it_may_have_renewed() -> None:
+    seen: list[tuple[Member, ...]] = []
+    view = MemberView(grace_s=3.0, on_change=seen.append)
+    view.update((PREFILL, GATEWAY), frozenset(), now=0.0)
+    view.update((), frozenset(), now=100.0)  # the first look since Redis is back
+    assert view.members() == (GATEWAY, PREFILL)
+    view.update((GATEWAY,), frozenset(), now=102.0)
+    assert view.members() == (GATEWAY, PREFILL)
+    view.update((GATEWAY,), frozenset(), now=103.0)
+    assert view.members() == (GATEWAY,)
+    view.update((), frozenset(), now=104.0)  # not missing for long, this time
+    assert view.members() == (GATEWAY,)
+    view.update((), frozenset({GATEWAY.instance_id}), now=104.1)
+    assert view.members() == ()
+    assert seen == [(GATEWAY, PREFILL), (GATEWAY,), ()]
+
+
 async def is_away(connection: RedisConnection) -> bool:
     return not connection.health.healthy
 
