@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis.asyncio as redis
 
-from kvrelay.client import AsyncClient, RequestState
+from kvrelay.client import AsyncClient, AsyncStream, RequestState
 from kvrelay.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
 from tests.integration.clusters import assert_at_rest, random_prompt, wait_until
@@ -47,8 +47,7 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
         stream = client.generate(token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60)
         reading = asyncio.create_task(stream.completion())
         await fault.wait_until_fired()
-        assert stream.accepted is not None
-        request_id = stream.accepted.request_id
+        request_id = await accepted_id(stream)
         await assert_views_agree(client, cluster["gateway"].proxy.address, store, request_id)
         await worker.resume()
         assert len((await reading).outputs[0].tokens) == 400
@@ -63,6 +62,17 @@ async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
         assert lives
         assert all(0 < life_ms <= 3600000 for life_ms in lives.values())
         await assert_at_rest(client)
+
+
+async def accepted_id(stream: AsyncStream) -> str:
+    """Once the client has read it, which a busy one may do later than the worker computes."""
+
+    async def is_accepted() -> bool:
+        return stream.accepted is not None
+
+    await wait_until(is_accepted, "the client has read that its request was accepted")
+    assert stream.accepted is not None
+    return stream.accepted.request_id
 
 
 async def assert_views_agree(client: AsyncClient, address: str, store: "redis.Redis", request_id: str) -> None:
