@@ -101,6 +101,29 @@ def test_rows_are_the_same_bits_on_one_thread_and_on_three(tiny_models: Path) ->
         model.kernels.use_threads(1)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_decoding_rows_are_the_same_bits_in_every_batch_on_any_number_of_threads(
+    tiny_models: Path, kind: str, kv_dtype: str
+) -> None:
+    model = fused(tiny_models, kind, kv_dtype=kv_dtype)
+    assert model.kernels is not None
+    num_sequences, num_tokens, num_blocks = 16, [60 + 9 * number for number in range(16)], 50
+    tables = [list(range(number, num_sequences * num_blocks, num_sequences)) for number in range(num_sequences)]
+    runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, num_sequences * num_blocks, BLOCK_SIZE))
+    prompts = [tokens(20 + number, count) for number, count in enumerate(num_tokens)]
+    runner.run([StepInput(ids, 0, table, num_logits=0) for ids, table in zip(prompts, tables, strict=True)])
+    last = [StepInput(ids[-1:], len(ids) - 1, table, num_logits=1) for ids, table in zip(prompts, tables, strict=True)]
+    alone = torch.cat([runner.run([step]) for step in last])
+    try:
+        for num_threads, batch_size in ((1, 16), (2, 16), (3, 16), (3, 4), (3, 1)):
+            model.kernels.use_threads(num_threads)
+            batches = [last[begin : begin + batch_size] for begin in range(0, 16, batch_size)]
+            assert torch.equal(torch.cat([runner.run(batch) for batch in batches]), alone)
+    finally:
+        model.kernels.use_threads(1)
+
+
 def test_layers_are_announced_in_order_and_their_kv_is_there(tiny_models: Path) -> None:
     model = fused(tiny_models, "llama")
     runner = runner_of(model)

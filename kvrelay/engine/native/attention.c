@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FEW_ROWS = 12 };
+enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX };
 
 // What one tile of rows needs while its keys pass by; one per thread, kept.
 typedef struct {
@@ -39,13 +39,6 @@ static workspace *get_workspace(int64_t head_dim) {
     return &space;
 }
 
-static inline float bf16_to_f32(uint16_t v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
 static inline uint16_t f32_to_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
@@ -53,79 +46,46 @@ static inline uint16_t f32_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Finds up to TILE_KEYS keys from key_begin on, those up to `last`.
-static void find_keys(const kv_layer *kv, const segment *s, int64_t head, int64_t key_begin, int64_t last, key_tile *tile) {
-    int64_t head_items = kv_row_items(kv->dtype, kv->head_dim), row = kv->num_kv_heads * head_items;
-    int64_t block = key_begin / kv->block_size, within = key_begin % kv->block_size;
-    tile->num_keys = last + 1 - key_begin < TILE_KEYS ? last + 1 - key_begin : TILE_KEYS;
-    for (int64_t key = 0; key < tile->num_keys; block++, within = 0) {
-        int64_t offset = (s->block_ids[block] * kv->block_size + within) * row + head * head_items;
+// The layer as if it began with one of its heads.
+static kv_layer from_head(const kv_layer *kv, int64_t head) {
+    kv_layer of_head = *kv;
+    of_head.keys = (char *)kv->keys + head * kv_row_bytes(kv->dtype, kv->head_dim);
+    of_head.values = (char *)kv->values + head * kv_row_bytes(kv->dtype, kv->head_dim);
+    return of_head;
+}
+
+// Finds up to TILE_KEYS keys from key_begin on, those up to `last`; none when it lies behind.
+static void find_keys(const kv_layer *kv, const segment *s, int64_t key_begin, int64_t last, key_tile *tile) {
+    int64_t row = kv->num_kv_heads * kv_row_items(kv->dtype, kv->head_dim);
+    int64_t block = key_begin / kv->block_size, within = key_begin % kv->block_size, num_left = last + 1 - key_begin;
+    tile->num_keys = num_left < 0 ? 0 : num_left < TILE_KEYS ? num_left : TILE_KEYS;
+    int64_t key = 0;
+    for (; key < tile->num_keys; block++, within = 0) {
+        int64_t offset = (s->block_ids[block] * kv->block_size + within) * row;
         for (; within < kv->block_size && key < tile->num_keys; within++, key++, offset += row) tile->offsets[key] = offset;
     }
+    for (; key % PANEL != 0; key++) tile->offsets[key] = tile->offsets[key - 1];
 }
 
-// Eight floats of a key or value at `offset`.
-ALWAYS_INLINE f32x8 load_kv8(const void *side, int64_t dtype, int64_t offset) {
-    if (dtype == KV_F32) return load8((const float *)side + offset);
-    const uint16_t *p = (const uint16_t *)side + offset;
-#if HAVE_AVX2
-    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
-#else
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = bf16_to_f32(p[i]);
-    return v;
-#endif
+// A tile's rows of one side, of so many heads from the layer's first on.
+static row_fetch rows_to_fetch(const kv_layer *kv, const void *side, const key_tile *tile, int64_t num_heads) {
+    return (row_fetch){
+        .side = side, .tile = tile, .item_bytes = kv_item_bytes(kv->dtype),
+        .row_bytes = num_heads * kv_row_bytes(kv->dtype, kv->head_dim)};
 }
 
-// rows[i][j] -> to[j * stride + i]
-ALWAYS_INLINE void transpose8(f32x8 r[8], float *to, int64_t stride) {
-#if HAVE_AVX2
-    __m256 t[8], u[8];
-    for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; i++) {
-        u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * stride, _mm256_permute2f128_ps(u[i], u[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(u[i], u[i + 4], 0x31));
-    }
-#else
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++) to[j * stride + i] = r[i][j];
-#endif
-}
-
-// Brings a tile's rows into the cache: a head's rows lie apart, which hides them from the processor's own prefetching.
-static void fetch_rows(const kv_layer *kv, const void *side, const key_tile *tile) {
-    int64_t item = kv_item_bytes(kv->dtype), row_bytes = kv_row_bytes(kv->dtype, kv->head_dim);
-    for (int64_t key = 0; key < tile->num_keys; key++)
-        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch((const char *)side + tile->offsets[key] * item + i);
-}
-
-// The tile's keys, turned: [head_dim][TILE_KEYS]. Columns beyond num_keys are zero up to a whole panel.
+// The tile's keys, turned: [head_dim][TILE_KEYS]. Columns behind num_keys may be anything.
 static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
-    for (int64_t key = 0; key < tile->num_keys || key % PANEL != 0; key += 8) {
-        int64_t num_present = tile->num_keys - key;
+    for (int64_t key = 0; key < tile->num_keys; key += 8)
         for (int64_t d = 0; d < kv->head_dim; d += 8) {
             f32x8 rows[8];
-            for (int i = 0; i < 8; i++)
-                rows[i] = i < num_present ? load_kv8(kv->keys, kv->dtype, tile->offsets[key + i] + d) : splat8(0);
-            transpose8(rows, to + d * TILE_KEYS + key, TILE_KEYS);
+            for (int i = 0; i < 8; i++) rows[i] = load_kv8(kv->keys, kv->dtype, tile->offsets[key + i] + d);
+            transpose8(rows);
+            for (int i = 0; i < 8; i++) store8(to + (d + i) * TILE_KEYS + key, rows[i]);
         }
-    }
 }
 
 static void load_values(const kv_layer *kv, const key_tile *tile, float *to) {
-    if (kv->dtype == KV_INT8) {
-        load_values_int8(kv, tile, to);
-        return;
-    }
     for (int64_t key = 0; key < tile->num_keys; key++)
         for (int64_t d = 0; d < kv->head_dim; d += 8)
             store8(to + key * kv->head_dim + d, load_kv8(kv->values, kv->dtype, tile->offsets[key] + d));
@@ -174,104 +134,130 @@ static void renew_softmax(workspace *w, int64_t row, int64_t first_visible, int6
     w->highest[row] = renewed;
 }
 
-// The rows' scores with a tile's keys, of which those behind num_keys may be anything.
-static void score_keys(workspace *w, const kv_layer *kv, const key_tile *tile, int64_t num_rows) {
+// Rows that attend to one head's keys together.
+typedef struct {
+    kv_layer kv;
+    int64_t row_begin, num_rows;  // of the workspace
+} head_rows;
+
+// The rows' scores with a tile's keys, of which those behind num_keys may be anything; others are fetched meanwhile.
+static void score_keys(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
+    const kv_layer *kv = &h->kv;
+    const float *queries = w->queries + h->row_begin * kv->head_dim;
+    float *scores = w->scores + h->row_begin * TILE_KEYS;
     if (kv->dtype == KV_INT8) {
-        score_keys_int8(kv, tile, num_rows, w->integers, w->integer_scales, w->scores);
+        const int16_t *integers = w->integers + h->row_begin * kv->head_dim;
+        score_keys_int8(kv, tile, h->num_rows, integers, w->integer_scales + h->row_begin, scores, ahead);
         return;
     }
+    if (score_few_rows(kv, tile, h->num_rows, queries, scores, ahead)) return;
+    fetch_lines(ahead, ALL_LINES);
     load_keys(kv, tile, w->keys);
     int64_t num_columns = (tile->num_keys + PANEL - 1) / PANEL * PANEL;
-    multiply_tiles(num_rows, num_columns, w->queries, kv->head_dim, w->keys, TILE_KEYS, w->scores, TILE_KEYS, kv->head_dim, 0);
+    multiply_tiles(h->num_rows, num_columns, queries, kv->head_dim, w->keys, TILE_KEYS, scores, TILE_KEYS, kv->head_dim, 0);
 }
 
-static void add_weighted_values(workspace *w, const kv_layer *kv, const key_tile *tile, int64_t key_begin, int64_t num_rows) {
+static void add_weighted_values(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
+    const kv_layer *kv = &h->kv;
     int64_t head_dim = kv->head_dim;
-    if (kv->dtype == KV_INT8) {
-        scale_weights_int8(kv, tile, num_rows, w->scores);
-        if (add_values_int8(kv, tile, num_rows, w->scores, w->out)) return;
-    }
-    if (kv->dtype != KV_F32 || num_rows >= FEW_ROWS) {
-        load_values(kv, tile, w->values);
-        multiply_tiles(num_rows, head_dim, w->scores, TILE_KEYS, w->values, head_dim, w->out, w->head_dim, tile->num_keys, 1);
-        return;
-    }
-    // Few rows: straight from the pool, a block at a time.
-    int64_t run = kv->block_size - key_begin % kv->block_size;
-    for (int64_t key = 0; key < tile->num_keys; key += run, run = kv->block_size) {
-        if (run > tile->num_keys - key) run = tile->num_keys - key;
-        const float *values = (const float *)kv->values + tile->offsets[key];
-        multiply_tiles(
-            num_rows, head_dim, w->scores + key, TILE_KEYS, values, kv->num_kv_heads * head_dim, w->out, w->head_dim, run, 1);
-    }
+    float *weights = w->scores + h->row_begin * TILE_KEYS, *out = w->out + h->row_begin * head_dim;
+    if (kv->dtype == KV_INT8) scale_weights_int8(kv, tile, h->num_rows, weights);
+    if (add_few_rows(kv, tile, h->num_rows, weights, out, ahead)) return;
+    fetch_lines(ahead, ALL_LINES);
+    load_values(kv, tile, w->values);
+    multiply_tiles(h->num_rows, head_dim, weights, TILE_KEYS, w->values, head_dim, out, head_dim, tile->num_keys, 1);
 }
 
 typedef struct {
     const attention_call *call;
     const kv_layer *kv;
+    int enough_tiles;
 } attention_job;
 
-static void load_queries(const attention_call *c, const segment *s, const attention_tile *tile, int64_t head, int64_t group, workspace *w) {
+static void load_queries(
+    const attention_call *c, const attention_tile *tile, int64_t head, int64_t group, workspace *w, const head_rows *h) {
     int64_t head_dim = w->head_dim;
+    const f32x8 scale = splat8(c->scale);
+    float *queries = w->queries + h->row_begin * head_dim;
     for (int64_t t = 0; t < tile->num_tokens; t++) {
-        const float *from = c->queries + (s->row_begin + tile->token_begin + t) * c->query_stride + head * group * head_dim;
-        float *to = w->queries + t * group * head_dim;
-        for (int64_t i = 0; i < group * head_dim; i += 8) store8(to + i, load8(from + i) * splat8(c->scale));
+        int64_t row = c->segments[tile->segment].row_begin + tile->token_begin + t;
+        const float *from = c->queries + row * c->query_stride + head * group * head_dim;
+        for (int64_t i = 0; i < group * head_dim; i += 8) store8(queries + t * group * head_dim + i, load8(from + i) * scale);
     }
+    if (h->kv.dtype == KV_INT8)
+        quantize_queries(h->num_rows, head_dim, queries, w->integers + h->row_begin * head_dim, w->integer_scales + h->row_begin);
 }
 
-static void store_out(const attention_call *c, const segment *s, const attention_tile *tile, int64_t head, int64_t group, const workspace *w) {
+static void store_out(
+    const attention_call *c, const attention_tile *tile, int64_t head, int64_t group, const workspace *w, const head_rows *h) {
     int64_t head_dim = w->head_dim;
     for (int64_t t = 0; t < tile->num_tokens; t++)
         for (int64_t g = 0; g < group; g++) {
-            int64_t row = t * group + g;
-            float *to = c->out + ((s->row_begin + tile->token_begin + t) * c->num_heads + head * group + g) * head_dim;
-            f32x8 factor = splat8(1.0f / w->total[row]);
-            for (int64_t d = 0; d < head_dim; d += 8) store8(to + d, load8(w->out + row * head_dim + d) * factor);
+            int64_t from = h->row_begin + t * group + g;
+            int64_t row = c->segments[tile->segment].row_begin + tile->token_begin + t;
+            float *to = c->out + (row * c->num_heads + head * group + g) * head_dim;
+            f32x8 factor = splat8(1.0f / w->total[from]);
+            for (int64_t d = 0; d < head_dim; d += 8) store8(to + d, load8(w->out + from * head_dim + d) * factor);
         }
 }
 
-static void attend_tile(void *argument, int64_t task) {
-    const attention_job *job = argument;
-    const attention_call *c = job->call;
-    const kv_layer *kv = job->kv;
-    const attention_tile *tile = &c->tiles[task / kv->num_kv_heads];
+// Attention of a tile's rows to KV heads [head_begin, head_end): head by head of each tile of keys, so that the pool is read in the
+// order in which it lies in memory.
+static void attend_heads(
+    const attention_call *c, const kv_layer *kv, const attention_tile *tile, int64_t head_begin, int64_t head_end) {
     const segment *s = &c->segments[tile->segment];
-    int64_t head = task % kv->num_kv_heads, group = c->num_heads / kv->num_kv_heads;
+    int64_t group = c->num_heads / kv->num_kv_heads, num_rows = tile->num_tokens * group, num_heads = head_end - head_begin;
     workspace *w = get_workspace(kv->head_dim);
     w->head_dim = kv->head_dim;
-    int64_t num_rows = tile->num_tokens * group;
     int64_t first = s->position + tile->token_begin, last = first + tile->num_tokens - 1;
-    load_queries(c, s, tile, head, group, w);
-    if (kv->dtype == KV_INT8) quantize_queries(num_rows, kv->head_dim, w->queries, w->integers, w->integer_scales);
-    memset(w->out, 0, num_rows * kv->head_dim * sizeof(float));
-    for (int64_t r = 0; r < num_rows; r++) {
+    int64_t first_key = (c->window > 0 && first >= c->window ? first - c->window + 1 : 0) / TILE_KEYS * TILE_KEYS;
+    key_tile keys, next_keys;
+    find_keys(kv, s, first_key, last, &next_keys);
+    const kv_layer of_heads = from_head(kv, head_begin);
+    row_fetch keys_ahead = rows_to_fetch(kv, of_heads.keys, &next_keys, num_heads);
+    fetch_lines(&keys_ahead, ALL_LINES);
+    head_rows heads[TILE_ROWS];
+    for (int64_t h = 0; h < num_heads; h++) {
+        heads[h] = (head_rows){from_head(kv, head_begin + h), h * num_rows, num_rows};
+        load_queries(c, tile, head_begin + h, group, w, &heads[h]);
+    }
+    memset(w->out, 0, num_heads * num_rows * kv->head_dim * sizeof(float));
+    for (int64_t r = 0; r < num_heads * num_rows; r++) {
         w->highest[r] = -INFINITY;
         w->total[r] = 0;
     }
-    int64_t first_key = c->window > 0 && first >= c->window ? first - c->window + 1 : 0;
-    key_tile keys, next_keys;
-    find_keys(kv, s, head, first_key / TILE_KEYS * TILE_KEYS, last, &next_keys);
-    for (int64_t key = first_key / TILE_KEYS * TILE_KEYS; key <= last; key += TILE_KEYS) {
+    for (int64_t key = first_key; key <= last; key += TILE_KEYS) {
         keys = next_keys;
-        fetch_rows(kv, kv->values, &keys);
-        score_keys(w, kv, &keys, num_rows);
-        for (int64_t r = 0; r < num_rows; r++) {
-            int64_t position = first + r / group;
+        find_keys(kv, s, key + TILE_KEYS, last, &next_keys);
+        row_fetch values_ahead = rows_to_fetch(kv, of_heads.values, &keys, num_heads);
+        keys_ahead = rows_to_fetch(kv, of_heads.keys, &next_keys, num_heads);
+        for (int64_t h = 0; h < num_heads; h++) score_keys(w, &heads[h], &keys, &values_ahead);
+        for (int64_t r = 0; r < num_heads * num_rows; r++) {
+            int64_t position = first + r % num_rows / group;
             int64_t visible = c->window > 0 ? position - c->window + 1 - key : 0;
             renew_softmax(w, r, visible, position + 1 - key);
         }
-        if (key + TILE_KEYS <= last) {
-            find_keys(kv, s, head, key + TILE_KEYS, last, &next_keys);
-            fetch_rows(kv, kv->keys, &next_keys);
-        }
-        add_weighted_values(w, kv, &keys, key, num_rows);
+        for (int64_t h = 0; h < num_heads; h++) add_weighted_values(w, &heads[h], &keys, &keys_ahead);
     }
-    store_out(c, s, tile, head, group, w);
+    for (int64_t h = 0; h < num_heads; h++) store_out(c, tile, head_begin + h, group, w, &heads[h]);
+}
+
+// A task for each tile and head. A tile with few rows attends to all heads in its first one, where there are tiles enough for the
+// threads.
+static void attend_tile(void *argument, int64_t task) {
+    const attention_job *job = argument;
+    const attention_call *c = job->call;
+    int64_t num_kv_heads = job->kv->num_kv_heads, head = task % num_kv_heads;
+    const attention_tile *tile = &c->tiles[task / num_kv_heads];
+    if (!job->enough_tiles || tile->num_tokens * c->num_heads > TILE_ROWS)
+        attend_heads(c, job->kv, tile, head, head + 1);
+    else if (head == 0)
+        attend_heads(c, job->kv, tile, 0, num_kv_heads);
 }
 
 void attend(const attention_call *call, const kv_layer *kv) {
-    attention_job job = {call, kv};
+    int64_t threads = num_threads();
+    attention_job job = {call, kv, threads == 1 || call->num_tiles >= TILES_PER_THREAD * threads};
     parallel_for(call->num_tiles * kv->num_kv_heads, attend_tile, &job);
 }
 

@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#include <string.h>
+
 enum { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
 
 // Items of the dtype's size in a head's row: in int8 the scale's four bytes lie behind the head's numbers.
@@ -46,20 +48,107 @@ typedef struct {
 // Most rows (tokens times the query heads that share a key) of a tile.
 enum { TILE_ROWS = 48 };
 
+// A token's result does not depend on which others it shares a tile or a call with.
 void attend(const attention_call *call, const kv_layer *kv);
 
 // Writes K and V of all rows. slots: [num_tokens], block * block_size + offset. keys, values: [num_tokens][stride].
 void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
 
-// ---------------------------------------------------------------- between attention.c and attention_int8.c
+// ---------------------------------------------------------------- between attention.c, attention_few_rows.c and attention_int8.c
 
 enum { TILE_KEYS = 64 };
 
-// Where the keys of a tile lie in either side of the pool, for one KV head: offsets in items.
+enum { MAX_FEW_ROWS = 12 };  // rows for which keys and values are not brought into a form of their own first
+
+// Where the keys of a tile lie in either side of the pool, for the first KV head: offsets in items. Behind num_keys the last is
+// repeated up to a whole panel.
 typedef struct {
     int64_t num_keys;
     int64_t offsets[TILE_KEYS];
 } key_tile;
+
+// A tile's rows of one side of the pool, fetched into the cache some lines at a time, in the order of memory, while others are
+// worked on. All at once, or in another order, they come half as fast.
+typedef struct {
+    const char *side, *line, *row_end;
+    const key_tile *tile;
+    int64_t item_bytes, row_bytes, key;
+} row_fetch;
+
+enum { LINE_BYTES = 64 };
+
+ALWAYS_INLINE void fetch_lines(row_fetch *f, const int64_t num_lines) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < num_lines; i++, f->line += LINE_BYTES) {
+        if (f->line >= f->row_end) {
+            if (f->key >= f->tile->num_keys) return;
+            f->line = f->side + f->tile->offsets[f->key++] * f->item_bytes;
+            f->row_end = f->line + f->row_bytes;
+        }
+        __builtin_prefetch(f->line);
+    }
+}
+
+ALWAYS_INLINE float bf16_to_f32(uint16_t v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Eight numbers of a key or value at `offset`, in int8 without their scale.
+ALWAYS_INLINE f32x8 load_kv8(const void *side, int64_t dtype, int64_t offset) {
+    if (dtype == KV_F32) return load8((const float *)side + offset);
+#if HAVE_AVX2
+    const void *from = (const char *)side + offset * kv_item_bytes(dtype);
+    if (dtype == KV_INT8) return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
+    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16);
+#else
+    const int8_t *integers = (const int8_t *)side + offset;
+    const uint16_t *halves = (const uint16_t *)side + offset;
+    f32x8 v;
+    for (int i = 0; i < 8; i++) v[i] = dtype == KV_INT8 ? integers[i] : bf16_to_f32(halves[i]);
+    return v;
+#endif
+}
+
+// Turns eight rows of eight into columns.
+ALWAYS_INLINE void transpose8(f32x8 r[8]) {
+#if HAVE_AVX2
+    __m256 t[8], u[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = (f32x8)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        r[i + 4] = (f32x8)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+#else
+    f32x8 columns[8] = {0};
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) columns[j][i] = r[i][j];
+    for (int i = 0; i < 8; i++) r[i] = columns[i];
+#endif
+}
+
+// Scores of f32 or bf16 keys, [num_rows][TILE_KEYS]; those behind num_keys may be anything. Returns 0 when there are too many rows.
+int score_few_rows(
+    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores, row_fetch *ahead);
+
+// out[num_rows][head_dim] += weights[num_rows][TILE_KEYS] * values, in int8 without their scales. Returns 0 when there are too many
+// rows.
+int add_few_rows(
+    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out, row_fetch *ahead);
 
 void write_kv_int8(
     const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
@@ -69,15 +158,10 @@ void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, 
 
 // scores: [num_rows][TILE_KEYS], those up to num_keys; some behind them are overwritten.
 void score_keys_int8(
-    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores);
+    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
+    row_fetch *ahead);
 
 // Weights times the values' scales, which leaves integers to sum. weights: [num_rows][TILE_KEYS].
 void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights);
-
-// out[num_rows][head_dim] += weights * values' integers, straight from the pool. Returns 0 when there are too many rows for that.
-int add_values_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out);
-
-// The values' integers: [num_keys][head_dim].
-void load_values_int8(const kv_layer *kv, const key_tile *tile, float *to);
 
 #endif

@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, ROWS_TOGETHER = 3, KEYS_TOGETHER = 4, MAX_VALUE_ROWS = 6 };
+enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, ROWS_TOGETHER = 3, KEYS_TOGETHER = 4 };
 
 // What a row's integers are multiplied by: the largest of them becomes `levels`. Rows of nothing but (nearly) zeros have 0.
 static float scale_of(const float *x, int64_t width, float levels) {
@@ -107,13 +107,13 @@ ALWAYS_INLINE void score_tile(
 }
 
 void score_keys_int8(
-    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores) {
+    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
+    row_fetch *ahead) {
     int64_t head_dim = kv->head_dim;
     for (int64_t key = 0; key < tile->num_keys; key += KEYS_TOGETHER) {
         const int8_t *keys[KEYS_TOGETHER];
-        // Where keys are missing the last is taken again: what comes of it is masked.
-        for (int j = 0; j < KEYS_TOGETHER; j++)
-            keys[j] = (const int8_t *)kv->keys + tile->offsets[key + j < tile->num_keys ? key + j : tile->num_keys - 1];
+        for (int j = 0; j < KEYS_TOGETHER; j++) keys[j] = (const int8_t *)kv->keys + tile->offsets[key + j];
+        fetch_lines(ahead, 2 * KEYS_TOGETHER);  // a row of 64 numbers and their scale touches two
         for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
             const int16_t *from = queries + row * head_dim;
             float *to = scores + row * TILE_KEYS + key;
@@ -126,76 +126,10 @@ void score_keys_int8(
     }
 }
 
-// Eight integers of a value as floats.
-ALWAYS_INLINE f32x8 load_int8(const int8_t *p) {
-#if HAVE_AVX2
-    return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = p[i];
-    return v;
-#endif
-}
-
-void load_values_int8(const kv_layer *kv, const key_tile *tile, float *to) {
-    for (int64_t key = 0; key < tile->num_keys; key++)
-        for (int64_t d = 0; d < kv->head_dim; d += 8)
-            store8(to + key * kv->head_dim + d, load_int8((const int8_t *)kv->values + tile->offsets[key] + d));
-}
-
 void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights) {
     float scales[TILE_KEYS] = {0};
     for (int64_t key = 0; key < tile->num_keys; key++)
         scales[key] = scale_at((const int8_t *)kv->values + tile->offsets[key], kv->head_dim);
     for (int64_t row = 0; row < num_rows; row++, weights += TILE_KEYS)
         for (int64_t i = 0; i < TILE_KEYS; i += 8) store8(weights + i, load8(weights + i) * load8(scales + i));
-}
-
-// out[rows][vectors * 8] += weights[rows][keys] * values[keys]; rows and vectors are constants after inlining. Sums one key after
-// the other, as tile_rows_f32 does.
-ALWAYS_INLINE void add_tile(
-    const int rows, const int vectors, const int8_t *values, const key_tile *tile, const float *weights, float *out, int64_t ldo) {
-    f32x8 sums[MAX_VALUE_ROWS][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = load8(out + r * ldo + 8 * v);
-    for (int64_t key = 0; key < tile->num_keys; key++) {
-        const int8_t *value = values + tile->offsets[key];
-        f32x8 numbers[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) numbers[v] = load_int8(value + 8 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            f32x8 weight = splat8(weights[r * TILE_KEYS + key]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) sums[r][v] = fma8(weight, numbers[v], sums[r][v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) store8(out + r * ldo + 8 * v, sums[r][v]);
-}
-
-int add_values_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out) {
-    int64_t head_dim = kv->head_dim;
-    if (num_rows > MAX_VALUE_ROWS) return 0;
-    for (int64_t d = 0; d < head_dim;) {
-        const int8_t *values = (const int8_t *)kv->values + d;
-        int is_wide = num_rows <= 3 && d + 32 <= head_dim;
-        switch (num_rows + (is_wide ? 0 : MAX_VALUE_ROWS)) {
-            case 1: add_tile(1, 4, values, tile, weights, out + d, head_dim); break;
-            case 2: add_tile(2, 4, values, tile, weights, out + d, head_dim); break;
-            case 3: add_tile(3, 4, values, tile, weights, out + d, head_dim); break;
-            case MAX_VALUE_ROWS + 1: add_tile(1, 2, values, tile, weights, out + d, head_dim); break;
-            case MAX_VALUE_ROWS + 2: add_tile(2, 2, values, tile, weights, out + d, head_dim); break;
-            case MAX_VALUE_ROWS + 3: add_tile(3, 2, values, tile, weights, out + d, head_dim); break;
-            case MAX_VALUE_ROWS + 4: add_tile(4, 2, values, tile, weights, out + d, head_dim); break;
-            case MAX_VALUE_ROWS + 5: add_tile(5, 2, values, tile, weights, out + d, head_dim); break;
-            default: add_tile(6, 2, values, tile, weights, out + d, head_dim); break;
-        }
-        d += is_wide ? 32 : 16;
-    }
-    return 1;
 }

@@ -15,7 +15,16 @@ import xxhash
 from kvrelay.cache_folder import cache_folder
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("threads.c", "matrices.c", "attention.c", "attention_int8.c", "decoder.c", "linear.c", "kv_copy.c")
+SOURCES = (
+    "threads.c",
+    "matrices.c",
+    "attention.c",
+    "attention_few_rows.c",
+    "attention_int8.c",
+    "decoder.c",
+    "linear.c",
+    "kv_copy.c",
+)
 HEADERS = ("kernels.h", "attention.h")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 FOR_THIS_PROCESSOR: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())

@@ -101,6 +101,9 @@ typedef void (*task_function)(void *argument, int64_t task);
 enum { MAX_TASKS = 65536 };
 void parallel_for(int64_t num_tasks, task_function function, void *argument);
 
+// Threads that work on a loop at present, the caller's included.
+int64_t num_threads(void);
+
 // ---------------------------------------------------------------- matrices
 
 enum { PANEL = 16 };  // output columns that are stored and computed together

@@ -139,6 +139,12 @@ static void wake_helpers(void) {
         }
 }
 
+int64_t num_threads(void) {
+    int64_t number = 1;
+    for (int i = 0; i < num_helpers; i++) number += atomic_load_explicit(&helpers[i].enabled, memory_order_relaxed);
+    return number;
+}
+
 void parallel_for(int64_t num_tasks, task_function function, void *argument) {
     if (num_guests > 0) look_for_idle_cores();
     if (num_tasks <= 1 || num_helpers == 0) {
