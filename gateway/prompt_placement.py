@@ -7,8 +7,8 @@ Both ways are compared by when the first token would be there, counted in prompt
 
 The handoff stands for what it takes to get the KV and the sequence across. The slowdown stands for what a prompt costs on the
 decode worker: an idle one lends its cores to the prefill worker, and takes them back for a prompt of its own; where sequences
-decode, a step takes a few tokens of a prompt only, and a long prompt slows the sequences down for long. So short prompts stay,
-long ones leave, and a long queue on one side goes to the other.
+decode, a step takes a few tokens of a prompt only, and a long prompt would slow the sequences down for long: that counts for more
+than when its own first token comes. So short prompts stay, long ones leave, and a long queue on one side goes to the other.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from kvrelay.work import WorkerLoad, WorkId
 HANDOFF_TOKENS = 128
 IDLE_SLOWDOWN = 2
 SHORT_PROMPT_SLOWDOWN = 2
-LONG_PROMPT_SLOWDOWN = 3
+LONG_PROMPT_SLOWDOWN = 8
 CHUNK_TOKENS = 256
 """For how much a prompt that overtakes the others waits: the step under way. Prompts up to it are short."""
 

@@ -35,8 +35,8 @@ def test_an_idle_decode_worker_takes_prompts_that_would_wait_long() -> None:
 
 
 def test_where_sequences_decode_a_long_prompt_stays_only_if_it_would_wait_very_long() -> None:
-    assert not is_sooner_on_decode_worker(2048, DECODING, busy(2048))
-    assert is_sooner_on_decode_worker(2048, DECODING, busy(*[2048] * 3))
+    assert not is_sooner_on_decode_worker(2048, DECODING, busy(*[2048] * 3))
+    assert is_sooner_on_decode_worker(2048, DECODING, busy(*[2048] * 8))
 
 
 def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
