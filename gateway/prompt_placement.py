@@ -7,8 +7,9 @@ Both ways are compared by when the first token would be there, counted in prompt
 
 The handoff stands for what it takes to get the KV and the sequence across. The slowdown stands for what a prompt costs on the
 decode worker: an idle one lends its cores to the prefill worker, and takes them back for a prompt of its own; where sequences
-decode, a step takes a few tokens of a prompt only, and a long prompt would slow the sequences down for long: that counts for more
-than when its own first token comes. So short prompts stay, long ones leave, and a long queue on one side goes to the other.
+decode, or will before a long prompt is done, a step takes a few tokens of it only, and slows the sequences down for long: that
+counts for more than when its own first token comes. So short prompts stay, long ones leave, and a long queue on one side goes to
+the other.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from dataclasses import replace
 from kvrelay.work import WorkerLoad, WorkId
 
 HANDOFF_TOKENS = 128
-IDLE_SLOWDOWN = 2
 SHORT_PROMPT_SLOWDOWN = 2
+IDLE_SLOWDOWN = 2
+"""Of a long prompt where nothing else is to do."""
 LONG_PROMPT_SLOWDOWN = 8
 CHUNK_TOKENS = 256
 """For how much a prompt that overtakes the others waits: the step under way. Prompts up to it are short."""
@@ -67,9 +69,11 @@ def is_sooner_on_decode_worker(num_uncached_tokens: int, decode: WorkerLoad, pre
         decode: load of the decode worker that has reserved blocks for it.
         prefill: load of the prefill worker that would compute it otherwise, without this prompt.
     """
-    slowdown = IDLE_SLOWDOWN
-    if decode.num_running:
-        slowdown = SHORT_PROMPT_SLOWDOWN if num_uncached_tokens <= CHUNK_TOKENS else LONG_PROMPT_SLOWDOWN
+    if num_uncached_tokens <= CHUNK_TOKENS:
+        slowdown = SHORT_PROMPT_SLOWDOWN
+    else:
+        num_others_to_come = decode.num_waiting - 1  # this prompt's own blocks wait too
+        slowdown = LONG_PROMPT_SLOWDOWN if decode.num_running or num_others_to_come > 0 else IDLE_SLOWDOWN
     on_decode_worker = (decode.num_queued_prompt_tokens + num_uncached_tokens) * slowdown
     on_prefill_worker = _tokens_before(num_uncached_tokens, prefill) + num_uncached_tokens + HANDOFF_TOKENS
     return on_decode_worker < on_prefill_worker

@@ -39,6 +39,13 @@ def test_where_sequences_decode_a_long_prompt_stays_only_if_it_would_wait_very_l
     assert is_sooner_on_decode_worker(2048, DECODING, busy(*[2048] * 8))
 
 
+def test_a_long_prompt_leaves_where_sequences_are_about_to_decode() -> None:
+    alone, beside_another = WorkerLoad(num_waiting=1), WorkerLoad(num_waiting=2)
+    assert is_sooner_on_decode_worker(2048, alone, busy(2048, 2048))
+    assert not is_sooner_on_decode_worker(2048, beside_another, busy(2048, 2048))
+    assert is_sooner_on_decode_worker(127, beside_another, IDLE)
+
+
 def test_a_decode_worker_with_prompts_of_its_own_takes_no_more() -> None:
     assert is_sooner_on_decode_worker(60, IDLE, IDLE)
     assert not is_sooner_on_decode_worker(60, WorkerLoad(num_queued_prompt_tokens=60), IDLE)
