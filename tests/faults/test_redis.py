@@ -98,13 +98,15 @@ async def _stream_while_writes_are_lost(rig: Rig, request: Request) -> tuple[str
                     value, ttl_ms = await client.dump(key), await client.pttl(key)
                     if value is not None:
                         dump[key] = (max(ttl_ms, 0), value)
-            if len(tokens) > 100 and was_running is None:
+            if len(tokens) > 30 and was_running is None:
                 assert dump, "there was something to go back to"
                 assert stream.accepted is not None
                 await client.flushall()
                 for key, (ttl_ms, value) in dump.items():
                     await client.restore(key, ttl_ms, value, replace=True)
                 was_running = (await rig.client.get_request(stream.accepted.request_id)).state is not RequestState.SUCCEEDED
+        if was_running is False:
+            await client.flushall()  # the older state of a request that nobody will write again
     assert was_running is not None, "writes were lost"
     assert stream.accepted is not None
     return stream.accepted.request_id, tokens, was_running
@@ -113,7 +115,7 @@ async def _stream_while_writes_are_lost(rig: Rig, request: Request) -> tuple[str
 async def test_redis_loses_writes_in_a_failover_and_the_owner_writes_again(rig: Rig) -> None:
     request = rig.request(num_tokens=450)
     expected = await rig.expected(request)
-    for _ in range(10):
+    for _ in range(6):
         request_id, tokens, was_running = await _stream_while_writes_are_lost(rig, request)
         assert tuple(tokens) == expected[0]
         if was_running:
