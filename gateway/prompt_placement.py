@@ -18,10 +18,9 @@ from dataclasses import replace
 from kvrelay.work import WorkerLoad, WorkId
 
 HANDOFF_TOKENS = 128
-SHORT_PROMPT_SLOWDOWN = 2
-IDLE_SLOWDOWN = 2
-"""Of a long prompt where nothing else is to do."""
+SLOWDOWN = 2
 LONG_PROMPT_SLOWDOWN = 8
+"""Of a long prompt among sequences that decode, or are about to."""
 CHUNK_TOKENS = 256
 """For how much a prompt that overtakes the others waits: the step under way. Prompts up to it are short."""
 
@@ -69,11 +68,8 @@ def is_sooner_on_decode_worker(num_uncached_tokens: int, decode: WorkerLoad, pre
         decode: load of the decode worker that has reserved blocks for it.
         prefill: load of the prefill worker that would compute it otherwise, without this prompt.
     """
-    if num_uncached_tokens <= CHUNK_TOKENS:
-        slowdown = SHORT_PROMPT_SLOWDOWN
-    else:
-        num_others_to_come = decode.num_waiting - 1  # this prompt's own blocks wait too
-        slowdown = LONG_PROMPT_SLOWDOWN if decode.num_running or num_others_to_come > 0 else IDLE_SLOWDOWN
+    has_others = decode.num_running > 0 or decode.num_waiting > 1  # this prompt's own blocks wait too
+    slowdown = LONG_PROMPT_SLOWDOWN if has_others and num_uncached_tokens > CHUNK_TOKENS else SLOWDOWN
     on_decode_worker = (decode.num_queued_prompt_tokens + num_uncached_tokens) * slowdown
     on_prefill_worker = _tokens_before(num_uncached_tokens, prefill) + num_uncached_tokens + HANDOFF_TOKENS
     return on_decode_worker < on_prefill_worker
