@@ -166,7 +166,7 @@ def fuse(module: Any, architecture: str, library: NativeLibrary, *, int8: bool) 
         return int(kept[-1].data_ptr())  # type: ignore[attr-defined]  # a tensor
 
     def pack(weight: tuple[Tensor, Tensor | None]) -> PackedMatrix:
-        packed = pack_matrix(*weight, arena, int8=int8)
+        packed = pack_matrix(*weight, arena, library, int8=int8)
         kept.append(packed)
         return packed
 

@@ -42,7 +42,7 @@ def pack_linears(module: Any, library: NativeLibrary, *, int8: bool) -> int:
     arena = WeightArena(sum(packed_bytes(_weight(part), int8=int8) for part in linears.values()))
     for name, part in linears.items():
         bias = None if part.bias is None else part.bias.detach()
-        module.set_submodule(name, PackedLinear(library, pack_matrix(_weight(part), bias, arena, int8=int8)))
+        module.set_submodule(name, PackedLinear(library, pack_matrix(_weight(part), bias, arena, library, int8=int8)))
     return arena.total_bytes
 
 

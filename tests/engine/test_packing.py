@@ -6,27 +6,53 @@ from torch import Tensor
 
 from kvrelay.engine.native import load_library
 from kvrelay.engine.native.library import NativeLibrary
-from kvrelay.engine.native.packing import MAX_WEIGHT, WeightArena, interleave_panels, pack_matrix
+from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix
 
-GROUP = 64
+GROUP, PANEL = 64, 16
+LARGEST_SUM = 128
+"""Times 255 it is less than 2^15."""
 LIBRARY = load_library()
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C compiler")
 
 
-def multiply(weight: Tensor, bias: Tensor | None, inputs: Tensor, *, int8: bool) -> Tensor:
+def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool) -> PackedMatrix:
     assert isinstance(LIBRARY, NativeLibrary)
-    packed = pack_matrix(weight, bias, WeightArena(1 << 16), int8=int8)
-    outputs = torch.empty(inputs.shape[0], weight.shape[0])
+    return pack_matrix(weight, bias, WeightArena(1 << 16), LIBRARY, int8=int8)
+
+
+def multiply_packed(packed: PackedMatrix, inputs: Tensor) -> Tensor:
+    assert isinstance(LIBRARY, NativeLibrary)
+    outputs = torch.empty(inputs.shape[0], packed.matrix.n)
     LIBRARY.run_linear(packed.matrix, inputs.shape[0], inputs.data_ptr(), outputs.data_ptr())
     return outputs
 
 
-def quantized(values: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def multiply(weight: Tensor, bias: Tensor | None, inputs: Tensor, *, int8: bool) -> Tensor:
+    return multiply_packed(pack(weight, bias, int8=int8), inputs)
+
+
+def quantized_weight(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
+    """Whole numbers float64 [n, groups, GROUP] and scales float64 [n, groups, 1]."""
+    n, k = packed.matrix.n, packed.matrix.k
+    data, scales = packed.tensors[:2]  # [panels, k / 4, PANEL, 4], [panels, groups, PANEL]
+    return (
+        data.transpose(1, 2).reshape(-1, k // GROUP, GROUP)[:n].double(),
+        scales.transpose(1, 2).reshape(-1, k // GROUP, 1)[:n].double(),
+    )
+
+
+def quantized_inputs(values: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers float64 [rows, groups, GROUP] and scales float64 [rows, groups, 1]."""
     groups = values.view(values.shape[0], values.shape[1] // GROUP, GROUP)
-    scales = groups.abs().amax(dim=-1, keepdim=True) / largest
+    scales = groups.abs().amax(dim=-1, keepdim=True) / 127
     return (groups * (1 / scales)).round().double(), scales.double()
+
+
+def sums_of_eight(numbers: Tensor) -> Tensor:
+    """Of numbers [n, groups, GROUP], those that are added up in 16 bits: [n, groups, GROUP / 8]."""
+    n, groups, _ = numbers.shape
+    return numbers.view(n, groups, GROUP // 16, 4, 2, 2).sum(dim=(3, 5)).flatten(2)  # each four gives two neighbours to either sum
 
 
 def random(*shape: int) -> Tensor:
@@ -45,17 +71,56 @@ def test_float32_products(num_rows: int, n: int, k: int) -> None:
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (40, 128), (130, 192)])
 def test_int8_products_are_those_of_the_quantized_numbers(num_rows: int, n: int, k: int) -> None:
     weight, bias, inputs = random(n, k), random(n), random(num_rows, k)
-    (w, w_scales), (x, x_scales) = quantized(weight, MAX_WEIGHT), quantized(inputs, 127)
+    packed = pack(weight, bias, int8=True)
+    (w, w_scales), (x, x_scales) = quantized_weight(packed), quantized_inputs(inputs)
     expected = torch.einsum("rgi,ngi->rng", x, w) * x_scales.squeeze(-1)[:, None] * w_scales.squeeze(-1)[None]
     torch.testing.assert_close(
-        multiply(weight, bias, inputs, int8=True).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4
+        multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4
     )
+
+
+def with_outliers(weight: Tensor) -> Tensor:
+    weight = weight.clone()
+    weight[:, ::GROUP] = 30
+    return weight
+
+
+@pytest.mark.parametrize("weight", [random(40, 256), random(40, 256).abs(), -torch.ones(16, 128), with_outliers(random(40, 256))])
+def test_sums_of_eight_products_fit_into_16_bits(weight: Tensor) -> None:
+    numbers, scales = quantized_weight(pack(weight, int8=True))
+    assert sums_of_eight(numbers.clamp(min=0)).max() <= LARGEST_SUM
+    assert sums_of_eight(numbers.clamp(max=0)).min() >= -LARGEST_SUM
+    half_a_step = (scales / 2).expand_as(numbers) * (1 + 1e-5)
+    assert ((numbers * scales).flatten(1) - weight.double()).abs().le(half_a_step.flatten(1)).all()
+
+
+def test_int8_weights_lose_at_most_a_quarter_more_than_with_seven_bits() -> None:
+    weight = random(64, 576)
+    numbers, scales = quantized_weight(pack(weight, int8=True))
+    groups = weight.view(64, 576 // GROUP, GROUP)
+    seven_bit_scales = groups.abs().amax(dim=-1, keepdim=True) / 63
+    seven_bit_error = ((groups / seven_bit_scales).round() * seven_bit_scales - groups).norm()
+    assert (numbers * scales - groups).norm() < 1.25 * seven_bit_error
+
+
+def test_a_large_weight_does_not_coarsen_the_others_to_seven_bits() -> None:
+    numbers, _ = quantized_weight(pack(with_outliers(random(16, 128)), int8=True))
+    assert numbers.abs().amax(dim=-1).gt(90).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_int8_numbers_do_not_overflow(sign: int) -> None:
     weight, inputs = torch.full((16, 128), 0.5 * sign), torch.full((3, 128), 2.0)
     torch.testing.assert_close(multiply(weight, None, inputs, int8=True), torch.full((3, 16), 128.0 * sign))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_worst_inputs_for_a_weight_do_not_overflow(sign: int) -> None:
+    packed = pack(random(16, 192), int8=True)
+    numbers, scales = quantized_weight(packed)
+    inputs = torch.where(sign * numbers.flatten(1) > 0, 127.0, -127.0)  # row r is the worst of output r
+    expected = torch.einsum("rgi,ngi->rng", inputs.view_as(numbers).double(), numbers) * scales.squeeze(-1)[None]
+    torch.testing.assert_close(multiply_packed(packed, inputs.float()).double(), expected.sum(-1), rtol=1e-5, atol=1e-3)
 
 
 def test_rows_of_zeros_stay_zero_in_int8() -> None:

@@ -18,6 +18,7 @@ SOURCE_FOLDER = Path(__file__).parent
 SOURCES = (
     "threads.c",
     "matrices.c",
+    "matrices_int8.c",
     "attention.c",
     "attention_few_rows.c",
     "attention_int8.c",

@@ -106,14 +106,15 @@ int64_t num_threads(void);
 
 // ---------------------------------------------------------------- matrices
 
-enum { PANEL = 16 };  // output columns that are stored and computed together
-enum { GROUP = 64 };  // int8: inputs that share a scale
+enum { PANEL = 16 };    // output columns that are stored and computed together
+enum { MAX_ROWS = 6 };  // rows that are: 6 x 16 sums fill 12 of 16 vector registers
+enum { GROUP = 64 };    // int8: inputs that share a scale
 
 enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
 
 // W of y = x W^T + bias, [n, k], packed.
 //   f32:   data = float [n / PANEL][k][PANEL]
-//   int8:  data = int8_t [n / PANEL][k / 4][PANEL][4], |w| <= 63
+//   int8:  data = int8_t [n / PANEL][k / 4][PANEL][4], chosen by quantize_weights
 //          scales = float [n / PANEL][k / GROUP][PANEL], sums = int16_t, the same shape: of each group's numbers
 // n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8.
 typedef struct {
@@ -147,6 +148,13 @@ enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };
 //   x: [num_rows][k]; q: the same rows quantized, for int8; out: [num_rows][ldo], ldo >= n (GATED: n / 2)
 void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode);
 
+// Of an int8 matrix, for 1 to 6 rows: c[rows][16] (+)= x * the panel's columns; x begins with the first of the rows.
+void tile_rows_int8(
+    int64_t rows, const quantized_rows *x, const matrix *w, int64_t panel, float *c, int64_t ldc, int add, fetch ahead);
+
 void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out);
+
+// Rounds W [n][k] to a matrix's data, scales and sums, which are zero before.
+void quantize_weights(int64_t n, int64_t k, const float *weights, int8_t *data, float *scales, int16_t *sums);
 
 #endif

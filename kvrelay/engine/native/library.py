@@ -168,6 +168,8 @@ class NativeLibrary:
         library.set_threads.restype = c_int64
         library.run_linear.argtypes = [POINTER(Matrix), c_int64, c_void_p, c_void_p]
         library.run_linear.restype = c_int64
+        library.quantize_weights.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p]
+        library.quantize_weights.restype = None
         library.attend.argtypes = [POINTER(AttentionCall), POINTER(KVLayer)]
         library.attend.restype = None
         library.write_kv.argtypes = [POINTER(KVLayer), c_int64, c_void_p, c_void_p, c_void_p, c_int64]
@@ -213,6 +215,12 @@ class NativeLibrary:
         """
         if not self._library.run_linear(matrix, num_rows, inputs_address, outputs_address):
             raise MemoryError(f"no memory for {num_rows} rows of a linear layer")
+
+    def quantize_weights(
+        self, n: int, k: int, weights_address: int, data_address: int, scales_address: int, sums_address: int
+    ) -> None:
+        """Rounds weights, float32 [n, k], to the data, scales and sums of an int8 `Matrix`, which are zero before."""
+        self._library.quantize_weights(n, k, weights_address, data_address, scales_address, sums_address)
 
     def attend(self, call: AttentionCall, kv: KVLayer) -> None:
         """Attention of all tokens of a step in one layer, whose K and V are in the pool."""

@@ -1,11 +1,11 @@
-// Packed matrix products: y = x W^T for f32 and int8 weights, from one row (decode) to thousands (prompts) with the same kernels.
+// Packed matrix products: y = x W^T, from one row (decode) to thousands (prompts) with the same kernels. Tiles of int8 are in
+// matrices_int8.c.
 #include "kernels.h"
 
 #include <math.h>
 #include <string.h>
 
 enum {
-    MAX_ROWS = 6,              // rows computed together: 6 x 16 sums fill 12 of 16 vector registers
     ROWS_PER_BLOCK = 264,      // rows of a task
     GROUP_BYTES = 128 * 1024,  // weights that stay in the second-level cache while a block's rows pass by
     TASK_BYTES = 192 * 1024,   // weights of a task with few rows
@@ -50,114 +50,6 @@ void tile_rows_f32(
         case 4: tile_f32(4, a, lda, b, ldb, c, ldc, k, add, ahead); break;
         case 5: tile_f32(5, a, lda, b, ldb, c, ldc, k, add, ahead); break;
         default: tile_f32(6, a, lda, b, ldb, c, ldc, k, add, ahead); break;
-    }
-}
-
-#if HAVE_AVX2
-// sums + products of four neighbours: x unsigned, w signed. Pairs are summed in int16, which 2 * 255 * 63 does not overflow, so the
-// result is exact and the same as that of the instruction which sums all four at once.
-ALWAYS_INLINE __m256i add_products(__m256i sums, __m256i x, __m256i w) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sums, x, w);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sums, x, w);
-#else
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
-#endif
-}
-
-// -128 * the sums of 8 columns: what the values' zero point adds to their products.
-ALWAYS_INLINE __m256i zero_point(const int16_t *sums) {
-    __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)sums));
-    return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(wide, 7));
-}
-
-// As tile_f32, for rows of quantized numbers and an int8 panel.
-ALWAYS_INLINE void tile_int8(
-    const int rows, const quantized_rows *x, const matrix *w, int64_t panel, float *c, int64_t ldc, int add, fetch ahead) {
-    int64_t num_groups = w->k / GROUP;
-    const uint8_t *values = x->values;
-    const int8_t *weights = (const int8_t *)w->data + panel * w->k * PANEL;
-    const float *scales = w->scales + panel * num_groups * PANEL;
-    const int16_t *group_sums = w->sums + panel * num_groups * PANEL;
-    f32x8 sums[MAX_ROWS][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        sums[r][0] = add ? load8(c + r * ldc) : splat8(0);
-        sums[r][1] = add ? load8(c + r * ldc + 8) : splat8(0);
-    }
-    for (int64_t g = 0; g < num_groups; g++) {
-        __m256i exact[MAX_ROWS][2], z0 = zero_point(group_sums + g * PANEL), z1 = zero_point(group_sums + g * PANEL + 8);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            exact[r][0] = z0;
-            exact[r][1] = z1;
-        }
-        for (int64_t i = 0; i < GROUP / 4; i++) {
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(weights + i * 64));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(weights + i * 64 + 32));
-            __builtin_prefetch(ahead.begin + i * ahead.step);
-#pragma GCC unroll 6
-            for (int r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, values + r * w->k + 4 * i, 4);
-                __m256i fours = _mm256_set1_epi32(four);
-                exact[r][0] = add_products(exact[r][0], fours, w0);
-                exact[r][1] = add_products(exact[r][1], fours, w1);
-                // Row by row: left to itself the compiler loads all rows first, and has no registers left for the sums.
-                __asm__("" : "+x"(exact[r][0]), "+x"(exact[r][1]));
-            }
-        }
-        f32x8 s0 = load8(scales + g * PANEL), s1 = load8(scales + g * PANEL + 8);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            f32x8 s = splat8(x->scales[r * num_groups + g]);
-            sums[r][0] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][0]), s0 * s, sums[r][0]);
-            sums[r][1] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][1]), s1 * s, sums[r][1]);
-        }
-        weights += GROUP * PANEL;
-        ahead.begin += GROUP / 4 * ahead.step;
-        values += GROUP;
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        store8(c + r * ldc, sums[r][0]);
-        store8(c + r * ldc + 8, sums[r][1]);
-    }
-}
-#else
-static void tile_int8(
-    const int rows, const quantized_rows *x, const matrix *w, int64_t panel, float *c, int64_t ldc, int add, fetch ahead) {
-    int64_t num_groups = w->k / GROUP;
-    (void)ahead;
-    for (int r = 0; r < rows; r++) {
-        float sums[PANEL];
-        for (int n = 0; n < PANEL; n++) sums[n] = add ? c[r * ldc + n] : 0;
-        for (int64_t g = 0; g < num_groups; g++) {
-            int32_t exact[PANEL];
-            const int8_t *weights = (const int8_t *)w->data + (panel * w->k + g * GROUP) * PANEL;
-            const uint8_t *values = x->values + r * w->k + g * GROUP;
-            int64_t column = (panel * num_groups + g) * PANEL;
-            for (int n = 0; n < PANEL; n++) exact[n] = -128 * w->sums[column + n];
-            for (int64_t i = 0; i < GROUP; i++)
-                for (int n = 0; n < PANEL; n++) exact[n] += values[i] * weights[i / 4 * 64 + 4 * n + i % 4];
-            float s = x->scales[r * num_groups + g];
-            for (int n = 0; n < PANEL; n++) sums[n] += (float)exact[n] * (w->scales[column + n] * s);
-        }
-        for (int n = 0; n < PANEL; n++) c[r * ldc + n] = sums[n];
-    }
-}
-#endif
-
-static void tile_rows_int8(
-    int64_t rows, const quantized_rows *x, const matrix *w, int64_t panel, float *c, int64_t ldc, int add, fetch ahead) {
-    switch (rows) {
-        case 1: tile_int8(1, x, w, panel, c, ldc, add, ahead); break;
-        case 2: tile_int8(2, x, w, panel, c, ldc, add, ahead); break;
-        case 3: tile_int8(3, x, w, panel, c, ldc, add, ahead); break;
-        case 4: tile_int8(4, x, w, panel, c, ldc, add, ahead); break;
-        case 5: tile_int8(5, x, w, panel, c, ldc, add, ahead); break;
-        default: tile_int8(6, x, w, panel, c, ldc, add, ahead); break;
     }
 }
 
@@ -287,39 +179,4 @@ void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized
         p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
     }
     parallel_for(num_blocks * p.tasks_per_block, run_product_task, &p);
-}
-
-// Values of GROUP numbers: x * inverse + 128, rounded.
-#if HAVE_AVX2
-static void quantize_group(const float *x, float inverse, uint8_t *out) {
-    const __m256 factor = _mm256_set1_ps(inverse);
-    for (int i = 0; i < GROUP; i += 32) {
-        __m256i quarters[4];
-        for (int j = 0; j < 4; j++) {
-            __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
-            quarters[j] = _mm256_add_epi32(rounded, _mm256_set1_epi32(128));
-        }
-        __m256i low = _mm256_packus_epi32(quarters[0], quarters[1]), high = _mm256_packus_epi32(quarters[2], quarters[3]);
-        // Packing works within halves: fours of numbers lie in the order 0 2 4 6 1 3 5 7 afterwards.
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-        _mm256_storeu_si256((__m256i *)(out + i), bytes);
-    }
-}
-#else
-static void quantize_group(const float *x, float inverse, uint8_t *out) {
-    for (int i = 0; i < GROUP; i++) out[i] = (uint8_t)(rintf(x[i] * inverse) + 128);
-}
-#endif
-
-void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out) {
-    for (int64_t row = 0; row < num_rows; row++)
-        for (int64_t g = 0; g < k / GROUP; g++) {
-            const float *from = x + row * k + g * GROUP;
-            f32x8 largest = splat8(0);
-            for (int i = 0; i < GROUP; i += 8) largest = max8(largest, max8(load8(from + i), -load8(from + i)));
-            float scale = max_lanes(largest) / 127.0f;
-            out->scales[row * (k / GROUP) + g] = scale;
-            quantize_group(from, scale > 0 ? 1.0f / scale : 0, out->values + row * k + g * GROUP);
-        }
 }

@@ -1,20 +1,21 @@
 """Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
 
-int8 is symmetric and rounds to nearest: w ~ scale * q with scale = max|w| / 63 over 64 consecutive inputs of one output. Seven
-bits, for processors without VNNI sum pairs of products in int16. Rows of activations are treated alike when they arrive, with
-eight bits. The scheme is that of GGUF's Q8_0, with longer blocks.
+int8 is symmetric and rounds to nearest: w ~ scale * q over 64 consecutive inputs of one output, with the scale that loses least
+among those by which sums of eight products fit into 16 bits, for that is how processors without VNNI are fast. Most groups have
+numbers up to 40 to 80 then, those with a few large weights up to 127. Rows of activations get 8 bits when they arrive. The scheme
+is that of GGUF's Q8_0, with longer blocks.
 """
 
 import mmap
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
-from kvrelay.engine.native.library import GROUP, MATRIX_F32, MATRIX_INT8, PANEL, Matrix
+from kvrelay.engine.native.library import GROUP, MATRIX_F32, MATRIX_INT8, PANEL, Matrix, NativeLibrary
 
 _ALIGNMENT = 64
-MAX_WEIGHT = 63
 
 
 @dataclass(slots=True)
@@ -31,14 +32,17 @@ class WeightArena:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The same tensor, contiguous, in the arena."""
-        num_bytes = tensor.numel() * tensor.element_size()
+        return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor in the arena."""
+        num_bytes = prod(shape) * dtype.itemsize
         begin = -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
         if not self._regions or begin + num_bytes > self._regions[-1][1].numel():
             self._add_region(max(num_bytes, self.num_bytes))
             begin = 0
         self._used_bytes = begin + num_bytes
-        target = self._regions[-1][1][begin : self._used_bytes].view(tensor.dtype).view(tensor.shape)
-        return target.copy_(tensor)
+        return self._regions[-1][1][begin : self._used_bytes].view(dtype).view(shape)
 
     @property
     def total_bytes(self) -> int:
@@ -60,19 +64,22 @@ class PackedMatrix:
     tensors: tuple[Tensor, ...]
 
 
-def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, *, int8: bool) -> PackedMatrix:
+def pack_matrix(
+    weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool
+) -> PackedMatrix:
     """Packs y = x weight^T + bias.
 
     Args:
         weight: float32 [n, k].
         bias: float32 [n] or None.
         arena: where the packed weight lies.
+        library: the kernels, which quantize.
         int8: quantize it; where k is no multiple of 64 it stays float32.
     """
     n, k = weight.shape
     tensors: tuple[Tensor, ...]
     if int8 and k % GROUP == 0:
-        data, scales, sums = map(arena.copy, _pack_int8(weight))
+        data, scales, sums = _pack_int8(weight, arena, library)
         kind = MATRIX_INT8
         tensors = (data, scales, sums)
     else:
@@ -108,20 +115,16 @@ def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((gate.view(shape), up.view(shape)), dim=1).reshape(2 * gate.shape[0], *gate.shape[1:])
 
 
-def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pack_int8(weight: Tensor, arena: WeightArena, library: NativeLibrary) -> tuple[Tensor, Tensor, Tensor]:
     """int8 [panels, k / 4, PANEL, 4]; float32 scales and int16 sums of each group, both [panels, k / GROUP, PANEL]."""
-    padded = _pad_rows(weight)
-    n, k = padded.shape
-    groups = padded.view(n, k // GROUP, GROUP)
-    scales = groups.abs().amax(dim=-1) / MAX_WEIGHT  # [n, k / GROUP]
-    inverse = torch.where(scales > 0, 1 / scales, 0)
-    values = (groups * inverse.unsqueeze(-1)).round_().to(torch.int8)
-    by_panel = (n // PANEL, PANEL, k // GROUP)
-    return (
-        values.view(n // PANEL, PANEL, k // 4, 4).transpose(1, 2),
-        scales.view(by_panel).transpose(1, 2),
-        values.sum(dim=-1, dtype=torch.int16).view(by_panel).transpose(1, 2),
-    )
+    n, k = weight.shape
+    num_panels = -(-n // PANEL)
+    data = arena.zeros(num_panels, k // 4, PANEL, 4, dtype=torch.int8)
+    scales = arena.zeros(num_panels, k // GROUP, PANEL, dtype=torch.float32)
+    sums = arena.zeros(num_panels, k // GROUP, PANEL, dtype=torch.int16)
+    weight = weight.contiguous()
+    library.quantize_weights(n, k, weight.data_ptr(), data.data_ptr(), scales.data_ptr(), sums.data_ptr())
+    return data, scales, sums
 
 
 def _pad_rows(weight: Tensor) -> Tensor:
