@@ -7,7 +7,7 @@
 
 enum {
     ROWS_PER_BLOCK = 264,      // rows of a task
-    GROUP_BYTES = 128 * 1024,  // weights that stay in the second-level cache while a block's rows pass by
+    GROUP_BYTES = 192 * 1024,  // weights that stay in the second-level cache while a block's rows pass by
     TASK_BYTES = 192 * 1024,   // weights of a task with few rows
     TASK_WORK = 4000000,       // multiply-adds of a task with many rows
 };
@@ -55,7 +55,7 @@ void tile_rows_f32(
 
 typedef struct {
     const matrix *w;
-    int64_t num_rows, rows_per_block, num_panels, panels_per_task, tasks_per_block, panels_per_group;
+    int64_t num_rows, rows_per_block, num_panels, panels_per_task, tasks_per_block, panels_per_group, num_threads;
     const float *x;
     const quantized_rows *q;
     float *out;
@@ -126,8 +126,9 @@ static void multiply_plain(const product *p, tile_place at) {
     for (int64_t r = 0; r < at.rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
 }
 
-// The rows of a block times a group of panels that stays in the second-level cache; the next group is fetched meanwhile.
-static void multiply_group(const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
+// The rows of a block times a group of panels that stays in the second-level cache; those from `next` on are fetched meanwhile.
+static void multiply_group(
+    const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, int64_t next) {
     int64_t step = p->mode == OUTPUT_GATED ? 2 : 1, num_rows = row_end - row_begin;
     int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
@@ -135,7 +136,7 @@ static void multiply_group(const product *p, int64_t row_begin, int64_t row_end,
         tile_place at = {.row = row_begin + num_rows * tile / num_tiles, .part = tile, .num_parts = num_tiles};
         at.rows = row_begin + num_rows * (tile + 1) / num_tiles - at.row;
         for (at.panel = panel_begin; at.panel < panel_end; at.panel += step) {
-            int64_t ahead = at.panel + panel_end - panel_begin;
+            int64_t ahead = next + at.panel - panel_begin;
             at.ahead = ahead + step <= p->num_panels ? ahead : at.panel;
             if (p->mode == OUTPUT_GATED)
                 multiply_gated(p, at);
@@ -154,7 +155,9 @@ static void run_product_task(void *argument, int64_t task) {
     if (panel_end > p->num_panels) panel_end = p->num_panels;
     for (int64_t panel = panel_begin; panel < panel_end; panel += p->panels_per_group) {
         int64_t end = panel + p->panels_per_group < panel_end ? panel + p->panels_per_group : panel_end;
-        multiply_group(p, row_begin, row_end, panel, end);
+        // The next tasks are the other threads'.
+        int64_t next = end < panel_end ? end : panel_begin + p->num_threads * p->panels_per_task;
+        multiply_group(p, row_begin, row_end, panel, end, next);
     }
 }
 
@@ -166,6 +169,7 @@ void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized
     p.num_panels = (w->n + PANEL - 1) / PANEL;
     p.rows_per_block = num_rows < ROWS_PER_BLOCK ? num_rows : ROWS_PER_BLOCK;
     int64_t num_blocks = (num_rows + p.rows_per_block - 1) / p.rows_per_block;
+    p.num_threads = num_threads();
     p.panels_per_group = round_up_to_even(GROUP_BYTES / panel_bytes(w));
     if (p.panels_per_group < 2) p.panels_per_group = 2;
     // Long against a claim, short against the wait for the last task: by work, and by bytes when there are few rows.
@@ -174,6 +178,11 @@ void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized
     p.panels_per_task = round_up_to_even(by_work < by_bytes ? by_work : by_bytes);
     if (p.panels_per_task < 2) p.panels_per_task = 2;
     p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
+    if (num_blocks == 1) {  // as many for each thread
+        p.tasks_per_block = (p.tasks_per_block + p.num_threads - 1) / p.num_threads * p.num_threads;
+        p.panels_per_task = round_up_to_even((p.num_panels + p.tasks_per_block - 1) / p.tasks_per_block);
+        p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
+    }
     while (num_blocks * p.tasks_per_block >= MAX_TASKS) {
         p.panels_per_task *= 2;
         p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
