@@ -52,7 +52,8 @@ def quantized_inputs(values: Tensor) -> tuple[Tensor, Tensor]:
 def sums_of_eight(numbers: Tensor) -> Tensor:
     """Of numbers [n, groups, GROUP], those that are added up in 16 bits: [n, groups, GROUP / 8]."""
     n, groups, _ = numbers.shape
-    return numbers.view(n, groups, GROUP // 16, 4, 2, 2).sum(dim=(3, 5)).flatten(2)  # each four gives two neighbours to either sum
+    # Each four gives two neighbours to either sum.
+    return numbers.view(n, groups, GROUP // 16, 4, 2, 2).sum(dim=(3, 5)).flatten(2)
 
 
 def random(*shape: int) -> Tensor:
@@ -74,9 +75,7 @@ def test_int8_products_are_those_of_the_quantized_numbers(num_rows: int, n: int,
     packed = pack(weight, bias, int8=True)
     (w, w_scales), (x, x_scales) = quantized_weight(packed), quantized_inputs(inputs)
     expected = torch.einsum("rgi,ngi->rng", x, w) * x_scales.squeeze(-1)[:, None] * w_scales.squeeze(-1)[None]
-    torch.testing.assert_close(
-        multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4)
 
 
 def with_outliers(weight: Tensor) -> Tensor:
