@@ -64,9 +64,7 @@ class PackedMatrix:
     tensors: tuple[Tensor, ...]
 
 
-def pack_matrix(
-    weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool
-) -> PackedMatrix:
+def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool) -> PackedMatrix:
     """Packs y = x weight^T + bias.
 
     Args:
