@@ -64,7 +64,7 @@ def fuse_model(model: LoadedModel, *, int8: bool = False) -> LoadedModel:
         release_weights(model.module)
     spec = model.spec
     if int8:
-        scheme = "int8: weights whose sums of eight have 16 bits with activations of 8, in groups of 64"
+        scheme = "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64"
         spec = replace(spec, fingerprint=derive_fingerprint(spec.fingerprint, scheme))
     kept_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
     return replace(fused, spec=spec, weight_bytes=packed_bytes + kept_bytes)

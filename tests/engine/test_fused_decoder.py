@@ -145,7 +145,7 @@ def test_int8_is_near_float32_and_has_another_fingerprint(tiny_models: Path) -> 
     expected = run_in_chunks(model, tokens(6), [NUM_TOKENS])
     computed = run_in_chunks(quantized, tokens(6), [NUM_TOKENS])
     assert not torch.equal(computed, expected)
-    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.96
+    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.98
     assert quantized.spec.fingerprint != model.spec.fingerprint
     assert quantized.weight_bytes < model.weight_bytes
 
@@ -187,7 +187,7 @@ def test_other_models_run_in_int8_too(tiny_models: Path) -> None:
     expected = run_in_chunks(load(tiny_models, "gpt2"), tokens(1), [70, 20])
     computed = run_in_chunks(fuse_model(load(tiny_models, "gpt2"), int8=True), tokens(1), [70, 20])
     assert not torch.equal(computed, expected)
-    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.96
+    assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.98
 
 
 def test_kernels_that_disagree_with_the_model_are_refused(tiny_models: Path) -> None:

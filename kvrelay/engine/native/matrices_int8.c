@@ -1,16 +1,16 @@
 // int8: how weights and rows become whole numbers, and the products of both.
 //
-// A processor without VNNI multiplies bytes in pairs whose sum has 16 bits. Weights are chosen such that eight products still fit
-// (see `quantize_group_weights`): there are then five instructions for four times 32 products where there had been twelve, and every sum is exact.
+// A processor without VNNI multiplies bytes in pairs whose sum has 16 bits, and then has to widen it. Weights are chosen such that two
+// pairs still fit (see `quantize_group_weights`), so that is needed half as often, and every sum is exact.
 #include "kernels.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-// Inputs whose products are summed before the sum is widened. Their sixteen bytes make two sums for each output: of the inputs
-// 0 1 4 5 8 9 12 13 and 2 3 6 7 10 11 14 15, for the instruction adds neighbours, and fours of inputs lie behind one another.
-enum { STEP = 16 };
+// Inputs whose products are summed before the sum is widened. Their eight bytes make two sums for each output: of the inputs 0 1 4 5
+// and 2 3 6 7, for the instruction adds neighbours, and fours of inputs lie behind one another.
+enum { STEP = 8 };
 
 // ---------------------------------------------------------------- products
 
@@ -44,25 +44,16 @@ ALWAYS_INLINE __m256i zero_point(const int16_t *sums) {
     return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(wide, 7));
 }
 
-// The products of STEP inputs of each row with a panel's 16 columns, as add_products leaves them.
-ALWAYS_INLINE void multiply_step(
-    const int rows, const uint8_t *values, int64_t k, const int8_t *weights, fetch ahead, __m256i sums[MAX_ROWS][2]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < STEP / 4; i++) {
-        __m256i w0 = _mm256_loadu_si256((const __m256i *)(weights + i * 64));
-        __m256i w1 = _mm256_loadu_si256((const __m256i *)(weights + i * 64 + 32));
-        __builtin_prefetch(ahead.begin + i * ahead.step);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, values + r * k + 4 * i, 4);
-            __m256i fours = _mm256_set1_epi32(four);
-            sums[r][0] = add_products(i == 0 ? _mm256_setzero_si256() : sums[r][0], fours, w0);
-            sums[r][1] = add_products(i == 0 ? _mm256_setzero_si256() : sums[r][1], fours, w1);
-            // Row by row: left to itself the compiler loads all rows first, and has no registers left for the sums.
-            __asm__("" : "+x"(sums[r][0]), "+x"(sums[r][1]));
-        }
-    }
+// The products of a row's two fours with 8 columns, summed up in int32.
+ALWAYS_INLINE __m256i multiply_step(__m256i first, __m256i second, const int8_t *weights) {
+    __m256i sums = add_products(_mm256_setzero_si256(), first, _mm256_loadu_si256((const __m256i *)weights));
+    return widen(add_products(sums, second, _mm256_loadu_si256((const __m256i *)(weights + 4 * PANEL))));
+}
+
+ALWAYS_INLINE __m256i splat_four(const uint8_t *values) {
+    int32_t four;
+    memcpy(&four, values, 4);
+    return _mm256_set1_epi32(four);
 }
 
 // c[rows][16] (+)= x * a panel's columns; rows is a constant after inlining.
@@ -81,26 +72,32 @@ ALWAYS_INLINE void tile_int8(
     }
     for (int64_t g = 0; g < num_groups; g++) {
         __m256i exact[MAX_ROWS][2], z0 = zero_point(group_sums + g * PANEL), z1 = zero_point(group_sums + g * PANEL + 8);
-        f32x8 s0 = load8(scales + g * PANEL), s1 = load8(scales + g * PANEL + 8);
-#pragma GCC unroll 4
-        for (int i = 0; i < GROUP / STEP; i++) {
-            __m256i products[MAX_ROWS][2];
-            multiply_step(rows, values + i * STEP, w->k, weights + i * STEP * PANEL, ahead, products);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            exact[r][0] = z0;
+            exact[r][1] = z1;
+        }
+        for (int64_t i = 0; i < GROUP; i += STEP) {
+            const int8_t *columns = weights + i * PANEL;
+            __builtin_prefetch(ahead.begin);
+            __builtin_prefetch(ahead.begin + ahead.step);
             ahead.begin += STEP / 4 * ahead.step;
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
-                exact[r][0] = _mm256_add_epi32(i == 0 ? z0 : exact[r][0], widen(products[r][0]));
-                exact[r][1] = _mm256_add_epi32(i == 0 ? z1 : exact[r][1], widen(products[r][1]));
-                // These may leave the registers; the products may not.
-                if (rows > 3 && i < GROUP / STEP - 1) __asm__("" : "+m"(exact[r][0]), "+m"(exact[r][1]));
+                const uint8_t *at = values + r * w->k + i;
+                __m256i first = splat_four(at), second = splat_four(at + 4);
+                exact[r][0] = _mm256_add_epi32(exact[r][0], multiply_step(first, second, columns));
+                exact[r][1] = _mm256_add_epi32(exact[r][1], multiply_step(first, second, columns + 32));
+                // Row by row: left to itself the compiler loads all weights first, and has no registers left for the sums.
+                __asm__("" : "+x"(exact[r][0]), "+x"(exact[r][1]) : : "memory");
             }
         }
+        f32x8 s0 = load8(scales + g * PANEL), s1 = load8(scales + g * PANEL + 8);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             f32x8 s = splat8(x->scales[r * num_groups + g]);
             sums[r][0] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][0]), s0 * s, sums[r][0]);
             sums[r][1] = fma8((f32x8)_mm256_cvtepi32_ps(exact[r][1]), s1 * s, sums[r][1]);
-            if (rows > 3) __asm__("" : "+m"(sums[r][0]), "+m"(sums[r][1]));
         }
         weights += GROUP * PANEL;
         values += GROUP;
@@ -207,9 +204,8 @@ ALWAYS_INLINE float round_group(const f32x8 *weights, float scale, f32x8 *number
 // negative, so that is the worst case.
 ALWAYS_INLINE float largest_sum(const f32x8 *numbers) {
     f32x8 largest = splat8(0);
-    for (int i = 0; i < GROUP / 8; i += 2) {
-        f32x8 above = max8(numbers[i], splat8(0)) + max8(numbers[i + 1], splat8(0));
-        f32x8 below = above - (numbers[i] + numbers[i + 1]);
+    for (int i = 0; i < GROUP / STEP; i++) {
+        f32x8 above = max8(numbers[i], splat8(0)), below = above - numbers[i];
         above += swap_lanes(above, 4);  // a four and the next
         below += swap_lanes(below, 4);
         above += swap_lanes(above, 1);  // neighbours
@@ -230,8 +226,8 @@ static float quantize_group_weights(const float *from, f32x8 *numbers) {
     }
     float max = max_lanes(largest), best_scale = 0, least_error = 0;
     if (!(max >= FLT_MIN * LARGEST_WEIGHT)) return 0;
-    // Rounding eight numbers takes at most 4 from their sum.
-    float finest_possible = (LARGEST_SUM + 4) * max / largest_sum(weights);
+    // Rounding four numbers takes at most 2 from their sum.
+    float finest_possible = (LARGEST_SUM + 2) * max / largest_sum(weights);
     int levels = finest_possible < LARGEST_WEIGHT ? (int)finest_possible : LARGEST_WEIGHT;
     for (int finest = 0; levels > 0 && 8 * levels >= 7 * finest; levels--) {
         float scale = max / (float)levels, error = round_group(weights, scale, numbers);

@@ -1,9 +1,8 @@
 """Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
 
 int8 is symmetric and rounds to nearest: w ~ scale * q over 64 consecutive inputs of one output, with the scale that loses least
-among those by which sums of eight products fit into 16 bits, for that is how processors without VNNI are fast. Most groups have
-numbers up to 40 to 80 then, those with a few large weights up to 127. Rows of activations get 8 bits when they arrive. The scheme
-is that of GGUF's Q8_0, with longer blocks.
+among those by which sums of four products fit into 16 bits, for that is how processors without VNNI are fast. Rows of activations
+get 8 bits when they arrive. The scheme is that of GGUF's Q8_0, with longer blocks.
 """
 
 import mmap
@@ -35,7 +34,7 @@ class WeightArena:
         return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor in the arena."""
+        """A tensor in the arena, whose memory was never used before."""
         num_bytes = prod(shape) * dtype.itemsize
         begin = -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
         if not self._regions or begin + num_bytes > self._regions[-1][1].numel():
