@@ -119,7 +119,7 @@ class Summary:
     good_share: float
     """Of the requests, those that met the objective."""
     goodput_requests_per_s: float
-    """Of an open loop: offered rate times the good share. Of a closed loop: good requests over the wall time."""
+    """As `goodput_of` counts it."""
     phase_means_ms: dict[str, float]
     errors: tuple[str, ...]
 
@@ -130,8 +130,6 @@ def summarize(
     """At least one request is needed."""
     measured = [record.measurement for record in records if record.measurement is not None]
     num_tokens = sum(each.num_tokens for each in measured)
-    num_good = sum(map(objective.is_met_by, records))
-    good_share = num_good / len(records)
     itl_ms = distribution([gap for each in measured for gap in each.itl_s])
     handoff_gap_ms = distribution(_handoff_gaps_s(records))
     return Summary(
@@ -146,11 +144,19 @@ def summarize(
         tpot_ms=distribution([each.tpot_s for each in measured if each.itl_s]),
         handoff_gap_ms=handoff_gap_ms,
         handoff_gap_ratio=handoff_gap_ms.p50 / itl_ms.p50 if handoff_gap_ms and itl_ms and itl_ms.p50 else None,
-        good_share=good_share,
-        goodput_requests_per_s=offered_requests_per_s * good_share if offered_requests_per_s else num_good / wall_s,
+        good_share=sum(map(objective.is_met_by, records)) / len(records),
+        goodput_requests_per_s=goodput_of(records, wall_s, objective, offered_requests_per_s),
         phase_means_ms=phase_means([record.phases for record in records if record.phases is not None]),
         errors=tuple(sorted({record.error for record in records if record.error is not None})),
     )
+
+
+def goodput_of(
+    records: Sequence[RequestRecord], wall_s: float, objective: Objective, offered_requests_per_s: float | None
+) -> float:
+    """Good requests per second: in an open loop the offered rate times their share, in a closed one their number over time."""
+    num_good = sum(map(objective.is_met_by, records))
+    return offered_requests_per_s * num_good / len(records) if offered_requests_per_s else num_good / wall_s
 
 
 def _handoff_gaps_s(records: Sequence[RequestRecord]) -> list[float]:

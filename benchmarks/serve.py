@@ -18,7 +18,7 @@ from benchmarks.report import Report
 from benchmarks.serve_cluster import colocated_plans, plan_from
 from benchmarks.serve_comparison import best_of, compare, measure_plan
 from benchmarks.serve_load import LoadOptions, LongPrompts, run_loads, warm_up
-from benchmarks.serve_tables import plot_rates, show_comparison, show_results
+from benchmarks.serve_tables import plot_rates, show_comparisons, show_results
 from benchmarks.workload import parse_workload
 from kvrelay.cli.model_commands import prepare_models
 from kvrelay.cli.setting_options import takes_settings
@@ -54,7 +54,9 @@ def command(
     long_every_s: Annotated[float, typer.Option(metavar="FLOAT", help="Time between two long prompts.")] = 8.0,
     long_most: Annotated[int, typer.Option(min=1, metavar="INT", help="Most long prompts.")] = 4,
     slo_ttft_ms: Annotated[float | None, typer.Option(metavar="FLOAT", help="A good request's longest TTFT.")] = None,
-    slo_itl_ms: Annotated[float | None, typer.Option(metavar="FLOAT", help="Longest p99 of its gaps.")] = None,
+    slo_itl_ms: Annotated[
+        str, typer.Option(metavar="FLOATS", help="Longest p99 of its gaps; several with commas: goodput under each.")
+    ] = "",
     slo_tpot_ms: Annotated[float | None, typer.Option(metavar="FLOAT", help="Longest mean of its gaps.")] = None,
     opponent: Annotated[
         Opponent | None, typer.Option("--compare", metavar="NAME", help="colocated: as many threads without prefill workers.")
@@ -74,7 +76,7 @@ def command(
         concurrency,
         tuple(_numbers("--rate", rate)),
         LongPrompts(parse_workload(long), long_every_s, long_most) if long else None,
-        Objective(slo_ttft_ms, slo_itl_ms, slo_tpot_ms),
+        _objectives(slo_ttft_ms, _numbers("--slo-itl-ms", slo_itl_ms), slo_tpot_ms),
         seed,
     )
     output = Report("serve", json, plots)
@@ -115,12 +117,20 @@ async def _compare(output: Report, sources: SettingsSources, options: LoadOption
     if not plan.prefill:
         raise ConfigError("--compare colocated needs prefill workers in the cluster that it is compared with")
     prepare_models(plan.engines)
-    best, tried = await best_of(colocated_plans(plan, list(chunks)), options, output.progress)
-    show_results(output, tried)
-    comparison, results = await compare(plan, best, options, rounds, output.progress)
+    opponents = colocated_plans(plan, list(chunks))
+    if len(options.objectives) == 1:
+        best, tried = await best_of(opponents, options, output.progress)
+        show_results(output, tried)
+        opponents = [best]
+    comparisons, results = await compare(plan, opponents, options, rounds, output.progress)
     show_results(output, results)
-    show_comparison(output, comparison)
+    show_comparisons(output, comparisons)
     plot_rates(output, results)
+
+
+def _objectives(ttft_ms: float | None, itls_ms: Sequence[float], tpot_ms: float | None) -> tuple[Objective, ...]:
+    """One for each bound of the ITL, or one without."""
+    return tuple(Objective(ttft_ms, itl_ms, tpot_ms) for itl_ms in itls_ms) or (Objective(ttft_ms, None, tpot_ms),)
 
 
 def _numbers(flag: str, text: str) -> list[float]:

@@ -1,8 +1,11 @@
-"""Disaggregated against colocated workers on equal threads: first the colocated one's best chunk, then both in turns."""
+"""Disaggregated against colocated workers on equal threads: first the colocated one's best chunk, then both in turns.
 
-from collections.abc import Callable
+Under several objectives the best chunk differs, so all take part in every round."""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.measurement import Objective
 from benchmarks.serve_cluster import ClusterPlan, running
 from benchmarks.serve_load import LoadOptions, LoadResult, goodput, run_loads, warm_up
 from kvrelay.client import AsyncClient
@@ -12,6 +15,7 @@ from kvrelay.client import AsyncClient
 class Comparison:
     """Goodput in good requests per second."""
 
+    objective: Objective
     disaggregated: str
     colocated: str
     disaggregated_goodput: float
@@ -46,15 +50,39 @@ async def best_of(
 
 
 async def compare(
-    disaggregated: ClusterPlan, colocated: ClusterPlan, options: LoadOptions, rounds: int, progress: Callable[[str], None]
-) -> tuple[Comparison, list[LoadResult]]:
-    """Both in turns, each started anew in every round."""
-    results: dict[str, list[LoadResult]] = {disaggregated.name: [], colocated.name: []}
+    disaggregated: ClusterPlan,
+    colocated: Sequence[ClusterPlan],
+    options: LoadOptions,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> tuple[list[Comparison], list[LoadResult]]:
+    """All in turns, each started anew in every round; under each objective, with the colocated one that does best there."""
+    plans = [disaggregated, *colocated]
+    results: dict[str, list[LoadResult]] = {plan.name: [] for plan in plans}
     for round_number in range(1, rounds + 1):
         # In changing order, so that a machine that gets slower or faster favours neither.
-        for plan in (disaggregated, colocated)[:: 1 if round_number % 2 else -1]:
+        for plan in plans[:: 1 if round_number % 2 else -1]:
             progress(f"round {round_number} of {rounds}: {plan.name}")
             results[plan.name] += await measure_plan(plan, options, round_number)
-    ours, theirs = results[disaggregated.name], results[colocated.name]
-    comparison = Comparison(disaggregated.name, colocated.name, goodput(ours), goodput(theirs))
-    return comparison, ours + theirs
+    return compare_results(disaggregated.name, results, options.objectives), [
+        each for of_plan in results.values() for each in of_plan
+    ]
+
+
+def compare_results(
+    disaggregated: str, results: Mapping[str, Sequence[LoadResult]], objectives: Sequence[Objective]
+) -> list[Comparison]:
+    """One for each objective, with the best of the other clusters under it.
+
+    Args:
+        disaggregated: name of a cluster.
+        results: of each cluster.
+        objectives: those of the results, in their order.
+    """
+    comparisons = []
+    for number, objective in enumerate(objectives):
+        goodputs = {name: goodput(of_plan, number) for name, of_plan in results.items()}
+        ours = goodputs.pop(disaggregated)
+        best = max(goodputs, key=goodputs.__getitem__)
+        comparisons.append(Comparison(objective, disaggregated, best, ours, goodputs[best]))
+    return comparisons

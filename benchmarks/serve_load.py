@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from benchmarks.load import LoadRun, run_load, run_streams_under_prompts
-from benchmarks.measurement import Objective, Summary, summarize
+from benchmarks.measurement import Objective, RequestRecord, Summary, goodput_of, summarize
 from benchmarks.workload import PlannedRequest, WorkloadPart, plan_requests
 from kvrelay.client import AsyncClient
 
@@ -30,6 +31,7 @@ class LoadOptions:
 
     rates: requests per second of open loops, one load for each; empty: a closed loop of `concurrency`.
     long_prompts: with them the requests are streams that run all at once, first alone and then with the prompts among them.
+    objectives: the first is that of the summaries; goodput is measured under each.
     """
 
     workload: tuple[WorkloadPart, ...]
@@ -37,7 +39,7 @@ class LoadOptions:
     concurrency: int
     rates: tuple[float, ...]
     long_prompts: LongPrompts | None
-    objective: Objective
+    objectives: tuple[Objective, ...]
     seed: int
 
 
@@ -52,6 +54,8 @@ class LoadResult:
     """Empty for all of the load."""
     offered_requests_per_s: float | None
     summary: Summary
+    goodputs_requests_per_s: tuple[float, ...]
+    """Under each of the objectives."""
 
 
 async def warm_up(client: AsyncClient, options: LoadOptions) -> None:
@@ -70,11 +74,11 @@ async def run_loads(client: AsyncClient, options: LoadOptions, cluster: str, rou
     for number, rate in enumerate(options.rates):
         requests = plan_requests(options.workload, options.num_requests, seed + number, rate)
         run = await run_load(client, requests)
-        results += _results(run, options, cluster, round_number, f"{rate:g} requests/s", rate)
+        results += results_of(run, options, cluster, round_number, f"{rate:g} requests/s", rate)
     if not options.rates:
         requests = plan_requests(options.workload, options.num_requests, seed)
         run = await run_load(client, requests, options.concurrency)
-        results += _results(run, options, cluster, round_number, f"{options.concurrency} at once", None)
+        results += results_of(run, options, cluster, round_number, f"{options.concurrency} at once", None)
     return results
 
 
@@ -87,10 +91,10 @@ async def _run_streams(
     mixed = await run_streams_under_prompts(client, streams, _at_intervals(long_prompts, seed + 2))
     num_streams = len(streams)
     with_prompts = LoadRun(mixed.records[:num_streams], mixed.wall_s)
-    results = _results(alone, options, cluster, round_number, "streams alone", None)
-    results += _results(with_prompts, options, cluster, round_number, "streams among long prompts", None)
+    results = results_of(alone, options, cluster, round_number, "streams alone", None)
+    results += results_of(with_prompts, options, cluster, round_number, "streams among long prompts", None)
     if prompts := mixed.records[num_streams:]:
-        results += _results(LoadRun(prompts, mixed.wall_s), options, cluster, round_number, "long prompts", None)
+        results += results_of(LoadRun(prompts, mixed.wall_s), options, cluster, round_number, "long prompts", None)
     return results
 
 
@@ -100,24 +104,28 @@ def _at_intervals(long_prompts: LongPrompts, seed: int) -> list[PlannedRequest]:
     return [replace(request, at_s=at_s) for request, at_s in zip(planned, times_s, strict=True)]
 
 
-def _results(
+def results_of(
     run: LoadRun, options: LoadOptions, cluster: str, round_number: int, load: str, rate: float | None
 ) -> list[LoadResult]:
     """All of the load, and each of its kinds where there are several."""
     kinds = sorted({record.kind for record in run.records})
-    results = [LoadResult(cluster, round_number, load, "", rate, summarize(run.records, run.wall_s, options.objective, rate))]
+
+    def result(kind: str, records: Sequence[RequestRecord], own_rate: float | None) -> LoadResult:
+        summary = summarize(records, run.wall_s, options.objectives[0], own_rate)
+        goodputs = tuple(goodput_of(records, run.wall_s, objective, own_rate) for objective in options.objectives)
+        return LoadResult(cluster, round_number, load, kind, own_rate, summary, goodputs)
+
+    results = [result("", run.records, rate)]
     for kind in kinds if len(kinds) > 1 else ():
         records = [record for record in run.records if record.kind == kind]
-        own_rate = rate * len(records) / len(run.records) if rate is not None else None
-        summary = summarize(records, run.wall_s, options.objective, own_rate)
-        results.append(LoadResult(cluster, round_number, load, kind, own_rate, summary))
+        results.append(result(kind, records, rate * len(records) / len(run.records) if rate is not None else None))
     return results
 
 
-def goodput(results: Sequence[LoadResult]) -> float:
-    """Most good requests per second over the loads of one cluster, each the mean of its rounds."""
+def goodput(results: Sequence[LoadResult], objective: int = 0) -> float:
+    """Most good requests per second over the loads of one cluster, each the mean of its rounds, under one of the objectives."""
     loads: dict[str, list[float]] = {}
     for result in results:
         if not result.kind:
-            loads.setdefault(result.load, []).append(result.summary.goodput_requests_per_s)
-    return max(sum(values) / len(values) for values in loads.values())
+            loads.setdefault(result.load, []).append(result.goodputs_requests_per_s[objective])
+    return max(fmean(values) for values in loads.values())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from benchmarks.measurement import Distribution
+from benchmarks.measurement import Distribution, Objective
 from benchmarks.report import Report
 from benchmarks.serve_comparison import Comparison
 from benchmarks.serve_load import LoadResult
@@ -34,14 +34,26 @@ def show_results(output: Report, results: Sequence[LoadResult]) -> None:
         output.note(f"failed: {error}")
 
 
-def show_comparison(output: Report, comparison: Comparison) -> None:
-    """The ratio."""
-    output.add({"comparison": comparison, "ratio": comparison.ratio})
-    ratio = "no ratio: colocated, no request was good" if comparison.ratio is None else f"{comparison.ratio:.2f} times"
-    output.note(
-        f"goodput: {comparison.disaggregated} {comparison.disaggregated_goodput:.3f} requests/s,"
-        f" {comparison.colocated} {comparison.colocated_goodput:.3f} requests/s: {ratio}"
-    )
+def show_comparisons(output: Report, comparisons: Sequence[Comparison]) -> None:
+    """Goodput and ratio under each objective."""
+    output.add(*({"comparison": comparison, "ratio": comparison.ratio} for comparison in comparisons))
+    rows: list[list[object]] = [
+        [
+            _objective_text(each.objective),
+            f"{each.disaggregated_goodput:.3f}",
+            each.colocated,
+            f"{each.colocated_goodput:.3f}",
+            "none is good" if each.ratio is None else f"{each.ratio:.2f}",
+        ]
+        for each in comparisons
+    ]
+    columns = ["objective, ms", comparisons[0].disaggregated, "best colocated", "goodput req/s", "ratio"]
+    output.print_table("Goodput, good requests per second", columns, rows, num_text_columns=1)
+
+
+def _objective_text(objective: Objective) -> str:
+    bounds = {"TTFT": objective.ttft_ms, "ITL": objective.itl_ms, "TPOT": objective.tpot_ms}
+    return ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None) or "none"
 
 
 def plot_rates(output: Report, results: Sequence[LoadResult]) -> None:
