@@ -201,16 +201,27 @@ static void store_out(
         }
 }
 
+static int64_t last_key_of(const attention_call *c, const attention_tile *tile) {
+    return c->segments[tile->segment].position + tile->token_begin + tile->num_tokens - 1;
+}
+
+// Where the first tile of keys begins that the rows see.
+static int64_t first_key_of(const attention_call *c, const attention_tile *tile) {
+    int64_t first = c->segments[tile->segment].position + tile->token_begin;
+    return (c->window > 0 && first >= c->window ? first - c->window + 1 : 0) / TILE_KEYS * TILE_KEYS;
+}
+
 // Attention of a tile's rows to KV heads [head_begin, head_end): head by head of each tile of keys, so that the pool is read in the
-// order in which it lies in memory.
+// order in which it lies in memory. The first keys of `next`, where there is one, are fetched at the end.
 static void attend_heads(
-    const attention_call *c, const kv_layer *kv, const attention_tile *tile, int64_t head_begin, int64_t head_end) {
+    const attention_call *c, const kv_layer *kv, const attention_tile *tile, const attention_tile *next, int64_t head_begin,
+    int64_t head_end) {
     const segment *s = &c->segments[tile->segment];
     int64_t group = c->num_heads / kv->num_kv_heads, num_rows = tile->num_tokens * group, num_heads = head_end - head_begin;
     workspace *w = get_workspace(kv->head_dim);
     w->head_dim = kv->head_dim;
-    int64_t first = s->position + tile->token_begin, last = first + tile->num_tokens - 1;
-    int64_t first_key = (c->window > 0 && first >= c->window ? first - c->window + 1 : 0) / TILE_KEYS * TILE_KEYS;
+    int64_t first = s->position + tile->token_begin, last = last_key_of(c, tile);
+    int64_t first_key = first_key_of(c, tile);
     key_tile keys, next_keys;
     find_keys(kv, s, first_key, last, &next_keys);
     const kv_layer of_heads = from_head(kv, head_begin);
@@ -228,7 +239,10 @@ static void attend_heads(
     }
     for (int64_t key = first_key; key <= last; key += TILE_KEYS) {
         keys = next_keys;
-        find_keys(kv, s, key + TILE_KEYS, last, &next_keys);
+        if (key + TILE_KEYS <= last || next == NULL)
+            find_keys(kv, s, key + TILE_KEYS, last, &next_keys);
+        else
+            find_keys(kv, &c->segments[next->segment], first_key_of(c, next), last_key_of(c, next), &next_keys);
         row_fetch values_ahead = rows_to_fetch(kv, of_heads.values, &keys, num_heads);
         keys_ahead = rows_to_fetch(kv, of_heads.keys, &next_keys, num_heads);
         for (int64_t h = 0; h < num_heads; h++) score_keys(w, &heads[h], &keys, &values_ahead);
@@ -248,11 +262,12 @@ static void attend_tile(void *argument, int64_t task) {
     const attention_job *job = argument;
     const attention_call *c = job->call;
     int64_t num_kv_heads = job->kv->num_kv_heads, head = task % num_kv_heads;
-    const attention_tile *tile = &c->tiles[task / num_kv_heads];
+    int64_t number = task / num_kv_heads, next = number + num_threads();  // the others take those between
+    const attention_tile *tile = &c->tiles[number];
     if (!job->enough_tiles || tile->num_tokens * c->num_heads > TILE_ROWS)
-        attend_heads(c, job->kv, tile, head, head + 1);
+        attend_heads(c, job->kv, tile, NULL, head, head + 1);
     else if (head == 0)
-        attend_heads(c, job->kv, tile, 0, num_kv_heads);
+        attend_heads(c, job->kv, tile, next < c->num_tiles ? &c->tiles[next] : NULL, 0, num_kv_heads);
 }
 
 void attend(const attention_call *call, const kv_layer *kv) {

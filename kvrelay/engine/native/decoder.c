@@ -192,7 +192,7 @@ static void run_attention_part(const decoder *d, const decoder_step *s, const ro
         .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->hidden, .weight = layer->attention_norm,
         .width = d->hidden, .next = &layer->qkv, .kv = kv_of(d, s, number)};
     for_rows(&job, norm_task);
-    multiply(&layer->qkv, s->num_tokens, r->normed, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE);
+    multiply(&layer->qkv, s->num_tokens, r->normed, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE, &layer->output);
     for_rows(&job, rope_task);
 }
 
@@ -207,18 +207,19 @@ static void run_rest_of_layer(const decoder *d, const decoder_step *s, const row
         .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->attended,
         .width = d->num_heads * d->head_dim, .next = &layer->output};
     if (layer->output.kind == MATRIX_INT8) for_rows(&job, quantize_task);
-    multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD);
+    multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, &layer->gate_up);
     job.from = r->hidden;
     job.weight = layer->mlp_norm;
     job.width = d->hidden;
     job.next = &layer->gate_up;
     for_rows(&job, norm_task);
-    multiply(&layer->gate_up, s->num_tokens, r->normed, &r->quantized, r->activated, d->intermediate, OUTPUT_GATED);
+    multiply(&layer->gate_up, s->num_tokens, r->normed, &r->quantized, r->activated, d->intermediate, OUTPUT_GATED, &layer->down);
     job.from = r->activated;
     job.width = d->intermediate;
     job.next = &layer->down;
     if (layer->down.kind == MATRIX_INT8) for_rows(&job, quantize_task);
-    multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD);
+    const matrix *following = number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head;
+    multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, following);
 }
 
 static void embed(const decoder *d, const decoder_step *s, const rows *r) {
@@ -234,7 +235,7 @@ static void compute_logits(const decoder *d, const decoder_step *s, const rows *
         .d = d, .step = s, .r = r, .num_rows = s->num_logits, .from = r->hidden, .weight = d->final_norm, .width = d->hidden,
         .next = &d->lm_head};
     for_rows(&job, norm_task);
-    multiply(&d->lm_head, s->num_logits, r->normed, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE);
+    multiply(&d->lm_head, s->num_logits, r->normed, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE, NULL);
 }
 
 // Runs layers [layer_begin, layer_end). The first part begins with the embeddings; after the last come the logits. Between two

@@ -146,7 +146,10 @@ enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };
 
 // out = x W^T (+ bias), or out += x W^T, or out = silu(gate) * up, where the panels of W alternate between gate and up.
 //   x: [num_rows][k]; q: the same rows quantized, for int8; out: [num_rows][ldo], ldo >= n (GATED: n / 2)
-void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode);
+//   following: the product that comes next, whose first weights are fetched at the end; or NULL
+void multiply(
+    const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode,
+    const matrix *following);
 
 // Of an int8 matrix, for 1 to 6 rows: c[rows][16] (+)= x * the panel's columns; x begins with the first of the rows.
 void tile_rows_int8(

@@ -38,6 +38,6 @@ int64_t run_linear(const matrix *w, int64_t num_rows, const float *x, float *out
         quantize_job job = {x, num_rows, w->k, &quantized};
         parallel_for((num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, quantize_task, &job);
     }
-    multiply(w, num_rows, x, &quantized, out, w->n, OUTPUT_STORE);
+    multiply(w, num_rows, x, &quantized, out, w->n, OUTPUT_STORE, NULL);
     return 1;
 }

@@ -55,7 +55,9 @@ void tile_rows_f32(
 
 typedef struct {
     const matrix *w;
-    int64_t num_rows, rows_per_block, num_panels, panels_per_task, tasks_per_block, panels_per_group, num_threads;
+    int64_t num_rows, rows_per_block, num_blocks, num_panels, panels_per_task, tasks_per_block, panels_per_group, num_threads;
+    const char *following;     // what comes after this product: the first task of each thread there
+    int64_t following_bytes;   // of each
     const float *x;
     const quantized_rows *q;
     float *out;
@@ -65,15 +67,16 @@ typedef struct {
 
 static int64_t panel_bytes(const matrix *w) { return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : 1); }
 
-// Rows [row, row + rows) of one panel's 16 columns; part `part` of `num_parts` of the panel `ahead` is fetched meanwhile.
+// Rows [row, row + rows) of one panel's 16 columns; part `part` of `num_parts` of a panel's bytes at `ahead` is fetched meanwhile.
 typedef struct {
-    int64_t row, rows, panel, ahead, part, num_parts;
+    int64_t row, rows, panel, part, num_parts;
+    const char *ahead;
 } tile_place;
 
 static void multiply_tile(const product *p, tile_place at, float *c, int64_t ldc, int add) {
     int64_t k = p->w->k, num_bytes = panel_bytes(p->w);
     const char *data = p->w->data;
-    fetch ahead = {data + at.ahead * num_bytes + num_bytes * at.part / at.num_parts, 0};
+    fetch ahead = {at.ahead + num_bytes * at.part / at.num_parts, 0};
     if (p->w->kind == MATRIX_F32) {
         const float *b = (const float *)(data + at.panel * num_bytes);
         ahead.step = 4 * PANEL / at.num_parts;
@@ -97,7 +100,7 @@ static void multiply_gated(const product *p, tile_place at) {
     float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
     tile_place at_up = at;
     at_up.panel++;
-    at_up.ahead++;
+    at_up.ahead += panel_bytes(p->w);
     multiply_tile(p, at, gate, PANEL, 0);
     multiply_tile(p, at_up, up, PANEL, 0);
     add_bias(p, at.rows, at.panel * PANEL, gate, PANEL, PANEL);
@@ -126,9 +129,9 @@ static void multiply_plain(const product *p, tile_place at) {
     for (int64_t r = 0; r < at.rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
 }
 
-// The rows of a block times a group of panels that stays in the second-level cache; those from `next` on are fetched meanwhile.
+// The rows of a block times a group of panels that stays in the second-level cache; as many bytes at `ahead` are fetched meanwhile.
 static void multiply_group(
-    const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, int64_t next) {
+    const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, const char *ahead) {
     int64_t step = p->mode == OUTPUT_GATED ? 2 : 1, num_rows = row_end - row_begin;
     int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
@@ -136,14 +139,22 @@ static void multiply_group(
         tile_place at = {.row = row_begin + num_rows * tile / num_tiles, .part = tile, .num_parts = num_tiles};
         at.rows = row_begin + num_rows * (tile + 1) / num_tiles - at.row;
         for (at.panel = panel_begin; at.panel < panel_end; at.panel += step) {
-            int64_t ahead = next + at.panel - panel_begin;
-            at.ahead = ahead + step <= p->num_panels ? ahead : at.panel;
+            at.ahead = ahead + (at.panel - panel_begin) * panel_bytes(p->w);
             if (p->mode == OUTPUT_GATED)
                 multiply_gated(p, at);
             else
                 multiply_plain(p, at);
         }
     }
+}
+
+// What the thread needs when it is through with a task: its next one, for the next tasks are the other threads', or its first one of
+// the product that follows. `otherwise` where there is none.
+static const char *needed_after(const product *p, int64_t task, const char *otherwise) {
+    int64_t next = (task % p->tasks_per_block + p->num_threads) * p->panels_per_task;
+    int64_t last = p->num_blocks * p->tasks_per_block - p->num_threads;
+    if (next < p->num_panels) return (const char *)p->w->data + next * panel_bytes(p->w);
+    return p->following != NULL && task >= last ? p->following + (task - last) * p->following_bytes : otherwise;
 }
 
 static void run_product_task(void *argument, int64_t task) {
@@ -155,20 +166,20 @@ static void run_product_task(void *argument, int64_t task) {
     if (panel_end > p->num_panels) panel_end = p->num_panels;
     for (int64_t panel = panel_begin; panel < panel_end; panel += p->panels_per_group) {
         int64_t end = panel + p->panels_per_group < panel_end ? panel + p->panels_per_group : panel_end;
-        // The next tasks are the other threads'.
-        int64_t next = end < panel_end ? end : panel_begin + p->num_threads * p->panels_per_task;
-        multiply_group(p, row_begin, row_end, panel, end, next);
+        const char *data = p->w->data;
+        const char *ahead = end < panel_end ? data + end * panel_bytes(p->w) : needed_after(p, task, data + panel * panel_bytes(p->w));
+        multiply_group(p, row_begin, row_end, panel, end, ahead);
     }
 }
 
 static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }
 
-void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode) {
-    if (num_rows == 0) return;  // a step in which nobody samples
-    product p = {.w = w, .num_rows = num_rows, .x = x, .q = q, .out = out, .ldo = ldo, .mode = mode};
+// How a product is cut into tasks.
+static product plan(const matrix *w, int64_t num_rows) {
+    product p = {.w = w, .num_rows = num_rows};
     p.num_panels = (w->n + PANEL - 1) / PANEL;
     p.rows_per_block = num_rows < ROWS_PER_BLOCK ? num_rows : ROWS_PER_BLOCK;
-    int64_t num_blocks = (num_rows + p.rows_per_block - 1) / p.rows_per_block;
+    p.num_blocks = (num_rows + p.rows_per_block - 1) / p.rows_per_block;
     p.num_threads = num_threads();
     p.panels_per_group = round_up_to_even(GROUP_BYTES / panel_bytes(w));
     if (p.panels_per_group < 2) p.panels_per_group = 2;
@@ -178,14 +189,31 @@ void multiply(const matrix *w, int64_t num_rows, const float *x, const quantized
     p.panels_per_task = round_up_to_even(by_work < by_bytes ? by_work : by_bytes);
     if (p.panels_per_task < 2) p.panels_per_task = 2;
     p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
-    if (num_blocks == 1) {  // as many for each thread
+    if (p.num_blocks == 1) {  // as many for each thread
         p.tasks_per_block = (p.tasks_per_block + p.num_threads - 1) / p.num_threads * p.num_threads;
         p.panels_per_task = round_up_to_even((p.num_panels + p.tasks_per_block - 1) / p.tasks_per_block);
         p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
     }
-    while (num_blocks * p.tasks_per_block >= MAX_TASKS) {
+    while (p.num_blocks * p.tasks_per_block >= MAX_TASKS) {
         p.panels_per_task *= 2;
         p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
     }
-    parallel_for(num_blocks * p.tasks_per_block, run_product_task, &p);
+    return p;
+}
+
+void multiply(
+    const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode,
+    const matrix *following) {
+    if (num_rows == 0) return;  // a step in which nobody samples
+    product p = plan(w, num_rows);
+    p.x = x;
+    p.q = q;
+    p.out = out;
+    p.ldo = ldo;
+    p.mode = mode;
+    if (following != NULL && num_rows > MAX_ROWS) {  // fewer wait for memory anyhow, which has nothing to spare then
+        p.following = following->data;
+        p.following_bytes = plan(following, num_rows).panels_per_task * panel_bytes(following);
+    }
+    parallel_for(p.num_blocks * p.tasks_per_block, run_product_task, &p);
 }
