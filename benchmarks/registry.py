@@ -25,6 +25,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "kv-cache": Benchmark("benchmarks.kv_cache", "Generation with and without a KV cache, by our engine and by transformers."),
     "memory": Benchmark("benchmarks.memory", "KV bytes predicted and measured; waste of contiguous buffers and of paged blocks."),
     "engine": Benchmark("benchmarks.engine", "Prefill and decode of the engine, beside the machine's limits in the same run."),
+    "variants": Benchmark(
+        "benchmarks.variants", "Engines of several settings or versions in turns of a few steps: their ratios."
+    ),
     "perplexity": Benchmark("benchmarks.perplexity", "Perplexity of a text in float32 and quantized."),
     "serve": Benchmark("benchmarks.serve", "Load on a cluster: TTFT, ITL, throughput, goodput."),
     "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),

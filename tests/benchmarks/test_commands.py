@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import engine, kv_cache, memory, perplexity, roofline
+from benchmarks import engine, kv_cache, memory, perplexity, roofline, variants
+from kvrelay.errors import ConfigError
 from tests.tiny_models import make_tiny_model
 
 
@@ -65,6 +66,52 @@ def test_engine_measures_prefill_and_decode_beside_the_machines_limits(
     assert {case["batch_size"] for case in cases if case["phase"] == "decode"} == {1, 3}
     assert all(case["tokens_per_s"] > 0 and case["percent_of_bound"] > 0 for case in cases)
     assert (tmp_path / "engine-decode.png").is_file()
+
+
+def test_variants_of_settings_take_turns_and_are_compared_with_the_first(llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "variants.json"
+    variants.command(
+        model=llama,
+        threads=1,
+        kv_dtype=["float32", "bfloat16"],
+        prompt_lengths="8",
+        batch_sizes="2",
+        context_lengths="16",
+        restarts=2,
+        rounds=2,
+        steps=2,
+        json=path,
+    )
+    head, *results = document(path)["results"]
+    assert head["variants"] == ["KV float32", "KV bfloat16"]
+    cases = [(result["phase"], result["num_tokens"], result["batch_size"], result["variant"]) for result in results]
+    assert cases == [(*case, name) for case in (("prefill", 8, None), ("decode", 16, 2)) for name in head["variants"]]
+    for first, second in (results[:2], results[2:]):
+        assert (first["ratio"]["min"], first["ratio"]["max"]) == (1.0, 1.0)
+        assert second["ratio"]["num_values"] == second["seconds"]["num_values"] == 4
+        assert second["ratio"]["min"] <= second["ratio_quartiles"][0] <= second["ratio_quartiles"][1] <= second["ratio"]["max"]
+
+
+def test_variants_may_be_of_another_source_tree(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "benchmarks").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="root of a checkout"):
+        variants.make_variants([variants.THIS_TREE, other], ["none"], ["auto"])
+    (other / "benchmarks" / "engine_cases.py").touch()
+    made = variants.make_variants([variants.THIS_TREE, other], ["none", "int8"], ["auto"])
+    assert [(each.tree, each.settings["quantize"]) for each in made] == [
+        (variants.THIS_TREE, None),
+        (variants.THIS_TREE, "int8"),
+        (other, None),
+        (other, "int8"),
+    ]
+
+
+def test_an_engine_that_cannot_be_loaded_ends_the_comparison(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the engine of variant 'KV float32' ended"):
+        variants.command(model=str(tmp_path / "none"), threads=1, kv_dtype=["float32", "bfloat16"])
+    with pytest.raises(ConfigError, match="only one variant"):
+        variants.command(model=str(tmp_path / "none"), threads=1)
 
 
 def test_perplexity_compares_choices_of_types(llama: str, tmp_path: Path) -> None:
