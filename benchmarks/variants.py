@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from kvrelay.model_store import DEMO_MODEL
 
 THIS_TREE = Path(__file__).parent.parent
 SEED = 0
+ANSWER_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -66,16 +68,20 @@ class VariantProcess:
         """The answer to one request.
 
         Raises:
-            ConfigError: the process ended; its error is on the terminal.
+            ConfigError: the process ended, with its error on the terminal, or was ended since it did not answer.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        deadline = threading.Timer(ANSWER_TIMEOUT_S, self._process.kill)
+        deadline.start()
         try:
             self._process.stdin.write(json_format.dumps(request) + "\n")
             self._process.stdin.flush()
+            line = self._process.stdout.readline()
         except BrokenPipeError:
-            pass  # it has no answer either
-        line = self._process.stdout.readline()
+            line = ""
+        finally:
+            deadline.cancel()
         if not line:
             raise ConfigError(f"the engine of variant {self._name!r} ended; its error is above")
         answer: dict[str, Any] = json_format.loads(line)
