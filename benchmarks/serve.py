@@ -18,7 +18,7 @@ from benchmarks.report import Report
 from benchmarks.serve_cluster import colocated_plans, plan_from
 from benchmarks.serve_comparison import best_of, compare, measure_plan
 from benchmarks.serve_load import LoadOptions, LongPrompts, run_loads, warm_up
-from benchmarks.serve_tables import plot_rates, show_comparisons, show_results
+from benchmarks.serve_tables import plot_rates, show_comparisons, show_goodputs, show_results
 from benchmarks.workload import parse_workload
 from kvrelay.cli.model_commands import prepare_models
 from kvrelay.cli.setting_options import takes_settings
@@ -98,6 +98,7 @@ async def _measure_running(output: Report, address: str, options: LoadOptions, r
             result for number in range(rounds) for result in await run_loads(client, options, address, number + (rounds > 1))
         ]
     show_results(output, results)
+    show_goodputs(output, results, options.objectives)
     plot_rates(output, results)
 
 
@@ -109,6 +110,7 @@ async def _measure_started(output: Report, sources: SettingsSources, options: Lo
         output.progress(f"round {number + 1} of {rounds}: {plan.name}")
         results += await measure_plan(plan, options, number + (rounds > 1))
     show_results(output, results)
+    show_goodputs(output, results, options.objectives)
     plot_rates(output, results)
 
 

@@ -34,6 +34,19 @@ def show_results(output: Report, results: Sequence[LoadResult]) -> None:
         output.note(f"failed: {error}")
 
 
+def show_goodputs(output: Report, results: Sequence[LoadResult], objectives: Sequence[Objective]) -> None:
+    """Goodput under each of several objectives."""
+    if len(objectives) < 2:
+        return
+    rows: list[list[object]] = [
+        [*_names(result), _objective_text(objective), f"{goodput:.3f}"]
+        for result in results
+        for objective, goodput in zip(objectives, result.goodputs_requests_per_s, strict=True)
+    ]
+    columns = ["cluster", "load", "kind", "objective, ms", "goodput req/s"]
+    output.print_table("Goodput by objective", columns, rows, num_text_columns=4)
+
+
 def show_comparisons(output: Report, comparisons: Sequence[Comparison]) -> None:
     """Goodput and ratio under each objective."""
     output.add(*({"comparison": comparison, "ratio": comparison.ratio} for comparison in comparisons))

@@ -1,9 +1,15 @@
 """Goodput of clusters under several objectives, from the same measured requests."""
 
+import re
+
+import pytest
+
 from benchmarks.load import LoadRun
 from benchmarks.measurement import Measurement, Objective, RequestRecord
+from benchmarks.report import Report
 from benchmarks.serve_comparison import compare_results
 from benchmarks.serve_load import LoadOptions, LoadResult, results_of
+from benchmarks.serve_tables import show_goodputs
 from benchmarks.workload import parse_workload
 
 OBJECTIVES = tuple(Objective(itl_ms=itl_ms) for itl_ms in (20.0, 50.0, 10.0))
@@ -22,6 +28,15 @@ def test_goodput_is_counted_under_each_objective_and_summarized_under_the_first(
     assert result.goodputs_requests_per_s == (1.0, 1.5, 0.0)
     assert result.summary.goodput_requests_per_s == 1.0
     assert result.summary.good_share == 0.5
+
+
+def test_goodput_is_shown_under_each_of_several_objectives(capsys: pytest.CaptureFixture[str]) -> None:
+    show_goodputs(Report("serve", None, None), results("a", 1, [15, 40]), OBJECTIVES[:1])
+    assert capsys.readouterr().out == ""
+    show_goodputs(Report("serve", None, None), results("a", 1, [15, 40]), OBJECTIVES)
+    shown = capsys.readouterr().out
+    for objective, goodput in (("ITL 20", "0.500"), ("ITL 50", "1.000"), ("ITL 10", "0.000")):
+        assert re.search(rf"{objective}\b.*{goodput}", shown), shown
 
 
 def test_under_each_objective_the_best_of_the_others_is_compared_with() -> None:
