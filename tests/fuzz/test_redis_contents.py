@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -28,6 +29,7 @@ from tests.test_request_record import as_stored
 
 NUM_RECORDS = 5000
 NUM_CONTENTS = 30
+WAIT_S = 20.0
 ODD_VALUES = (
     b"", b"-1", b"0", b"99999999999999999999", b"1e9", b"nan", b"0x10", b"1" * 5000, b"\xff\xfe", b"null", b"[" * 100_000, b"{}",
     b"x" * 100_000,
@@ -136,7 +138,10 @@ async def replace(store: Client, key: str, generator: random.Random) -> None:
 
 async def odd_request(store: Client, request_id: str, generator: random.Random) -> None:
     key = f"kvrelay:{{{request_id}}}:request"
-    stored = await store.hgetall(key)
+    async with asyncio.timeout(WAIT_S):
+        # It is written behind the stream; nothing says when.
+        while not (stored := await store.hgetall(key)):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
     await store.delete(key)
     if odd := odd_record(stored, generator):
         await store.hset(key, mapping=odd)
