@@ -1,6 +1,7 @@
 """Disaggregated against colocated workers on equal threads: first the colocated one's best chunk, then both in turns.
 
-Under several objectives the best chunk differs, so all take part in every round."""
+Under several objectives the best chunk differs, so all take part in every round.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -165,8 +165,8 @@ def make_variants(trees: Sequence[Path], quantize: Sequence[str], kv_dtypes: Seq
     for folder in dict.fromkeys(tree.resolve() for tree in trees):
         if not (folder / "benchmarks" / "engine_cases.py").is_file():
             raise ConfigError(f"--tree {folder} has no benchmarks/engine_cases.py; give the root of a checkout")
-        for weights in quantize:
-            for kv_dtype in kv_dtypes:
+        for weights in dict.fromkeys(quantize):
+            for kv_dtype in dict.fromkeys(kv_dtypes):
                 parts = [str(folder)] if len(trees) > 1 else []
                 parts += [weights] if len(quantize) > 1 else []
                 parts += [f"KV {kv_dtype}"] if len(kv_dtypes) > 1 else []

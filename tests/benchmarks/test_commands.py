@@ -98,7 +98,7 @@ def test_variants_may_be_of_another_source_tree(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="root of a checkout"):
         variants.make_variants([variants.THIS_TREE, other], ["none"], ["auto"])
     (other / "benchmarks" / "engine_cases.py").touch()
-    made = variants.make_variants([variants.THIS_TREE, other], ["none", "int8"], ["auto"])
+    made = variants.make_variants([variants.THIS_TREE, other, other], ["none", "int8", "none"], ["auto"])
     assert [(each.tree, each.settings["quantize"]) for each in made] == [
         (variants.THIS_TREE, None),
         (variants.THIS_TREE, "int8"),
