@@ -4,7 +4,8 @@
 FROM python:3.11-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 10001 kvrelay \
-    && mkdir -p /models && chown kvrelay /models \
+    && mkdir -p /models /secrets/redis /secrets/gateway /secrets/worker /home/kvrelay/.cache \
+    && chown -R kvrelay /models /secrets /home/kvrelay/.cache && chmod 700 /secrets/* \
     && python -m venv /opt/kvrelay
 ENV PATH=/opt/kvrelay/bin:$PATH KVRELAY_MODEL_DIR=/models
 WORKDIR /src
@@ -22,6 +23,7 @@ COPY kvrelay kvrelay
 COPY gateway gateway
 COPY prefill_worker prefill_worker
 COPY decode_worker decode_worker
+COPY protos protos
 
 FROM source AS gateway
 RUN pip install --quiet -c constraints.txt ".[openai,otel]" && ! python -c "import torch" 2>/dev/null

@@ -25,10 +25,10 @@ TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help install model demo test lint format protos soak bench clean
+.PHONY: help install model demo test lint format protos sync-client reference benchmark-tables docs newcomer soak bench clean
 
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 install: $(INSTALLED) ## make .venv and install kvrelay with everything for development
 
@@ -45,23 +45,45 @@ model: install ## fetch and convert the demo model, once per machine
 demo: install ## start a cluster, stream an answer, show the request's phases
 	@$(BIN)/kvrelay demo
 
+# Above pytest's last line stands what was left out, and how to have it.
 test: lint model ## everything that CI checks; pytest's summary is the last line
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-lint: install ## ruff, mypy --strict, buf lint, generated code
+lint: install docs ## ruff, mypy --strict, buf lint, generated code, documentation, prose
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "badly formatted files; run 'make format'"; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/buf lint protos
 	@$(BIN)/python -m tools.generate_protos --check
+	@$(BIN)/python -m tools.generate_sync_client --check
+	@$(BIN)/python -m tools.generate_reference --check
+	@$(BIN)/python -m tools.generate_benchmarks --check
+	@$(BIN)/python -m tools.check_prose
 
 format: install ## format the code and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
+reference: install ## generate the pages of docs/reference that list what the code declares
+	@$(BIN)/python -m tools.generate_reference
+
+benchmark-tables: install ## generate the tables of docs/benchmarks from the JSON documents there
+	@$(BIN)/python -m tools.generate_benchmarks
+
 protos: install ## generate kvrelay/v1 from protos/
 	@$(BIN)/buf lint protos
 	@$(BIN)/python -m tools.generate_protos
+
+sync-client: install ## generate the blocking client from the asyncio one
+	@$(BIN)/python -m tools.generate_sync_client
+
+# Not with --quiet: then --strict does not see the warnings.
+docs: install ## build the documentation's site into build/site, every link checked
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }
+
+newcomer: ## what README and docs say, in new environments, as a newcomer does it
+	@tools/newcomer.sh
 
 soak: install model ## the tests that run for minutes
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)

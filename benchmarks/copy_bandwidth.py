@@ -12,7 +12,9 @@ BYTES_PER_GB = 1e9
 
 
 def copy_gb_per_s(num_threads: int, rounds: int = 7) -> float:
-    """Median over the rounds of what so many threads copy together. What is copied is counted once, not as read and written."""
+    """Median over the rounds of what so many threads copy together. What is copied is counted once,
+    not as read and written.
+    """
     arrays = [(np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)) for _ in range(num_threads)]
 
     def copy(pair: tuple[np.ndarray, np.ndarray]) -> None:

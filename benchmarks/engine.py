@@ -1,4 +1,6 @@
-"""`kvrelay bench engine`: prefill and decode of our engine, beside what the machine can do at most, measured in the same run."""
+"""`kvrelay bench engine`: prefill and decode of our engine, beside what the machine can do at most,
+measured in the same run.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from benchmarks.engine_steps import load_engine, usable_cores
 from benchmarks.report import Json, Plots, Report
 from benchmarks.roofline import LimitMeter
 from benchmarks.statistics import spread
-from kvrelay.model_store import DEMO_MODEL
+from kvrelay.models.store import DEMO_MODEL
 
 PROMPT_LENGTHS = "32,64,128,256,512,1024,2048"
 CHUNK_SIZES = "64,128,256,512,2048"
@@ -33,8 +35,10 @@ CONTEXT_LENGTHS = "64,512,2048"
 QUICK_PROMPT_LENGTHS, QUICK_CHUNK_SIZES = "128,512", "256,2048"
 QUICK_BATCH_SIZES, QUICK_CONTEXT_LENGTHS = "1,8,16", "512"
 HOW_MEASURED = (
-    "Reading: torch sums a buffer of 512 MiB. Multiplying: torch multiplies float32 matrices of 2,048 x 2,048. Each case is"
-    " compared with what was measured right before and after it. The bound of a step is the slower of reading what it must read"
+    "Reading: torch sums a buffer of 512 MiB. Multiplying: torch multiplies float32 matrices of 2,048 x 2,048. "
+    "Each case is"
+    " compared with what was measured right before and after it. The bound of a step is the slower of reading "
+    "what it must read"
     " and of multiplying what it must multiply, in float32 also where weights are int8."
 )
 OUTSIDE = "Outside of kernels: share of a step's time in Python and torch, that is all but the compiled kernels."
@@ -64,7 +68,9 @@ def command(
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """Prefill by length and chunk size, decode by batch and context, with the machine's limits measured in the same run."""
+    """Prefill by length and chunk size, decode by batch and context, with the machine's limits
+    measured in the same run.
+    """
     num_threads = threads or usable_cores()
     cases = [
         *prefill_cases(

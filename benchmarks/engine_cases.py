@@ -1,4 +1,6 @@
-"""One measurement of the engine: a prompt in chunks, or a decode step of a batch. How it is timed, and what it costs at least."""
+"""One measurement of the engine: a prompt in chunks, or a decode step of a batch. How it is timed,
+and what it costs at least.
+"""
 
 import statistics
 import time
@@ -10,12 +12,13 @@ import torch
 from benchmarks.engine_steps import EngineSteps
 from benchmarks.roofline import Limits, ModelCost, StepCost
 from benchmarks.statistics import Spread, spread
+from kvrelay.core.model_spec import DTYPE_BYTES, KVLayout
 from kvrelay.engine.native import kernel_seconds
 from kvrelay.engine.paged_kv_cache import TORCH_DTYPES
 from kvrelay.kv_cache.memory_planning import INT8_GROUP
-from kvrelay.model_shape import read_model_shape
-from kvrelay.model_spec import DTYPE_BYTES, KVLayout
-from kvrelay.sequence import Sequence as EngineSequence
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.models.shape import read_model_shape
+from kvrelay.worker.sequence import TokenSequence
 
 FIRST_TOKEN = 300
 SPARE_TOKENS = 64
@@ -75,13 +78,15 @@ def pool_tokens(cases: Sequence[Case], steps: int) -> int:
 
 
 def fill_pool(ours: EngineSteps) -> None:
-    """Random numbers into all blocks: memory that was never written is not there, and reads faster than it should."""
+    """Random numbers into all blocks: memory that was never written is not there, and reads faster
+    than it should.
+    """
     cache = ours.engine.cache
     blocks = range(cache.num_blocks)
     num_tokens = cache.num_blocks * cache.block_size
     for layer in range(cache.layout.num_layers):
         content = _random_rows(cache.layout, num_tokens)
-        cache.import_kv(content.numpy().data, layer, layer + 1, blocks, 0, num_tokens)
+        cache.import_kv(content.numpy().data, KVSpan(layer, layer + 1, 0, num_tokens), blocks)
 
 
 def _random_rows(layout: KVLayout, num_tokens: int) -> torch.Tensor:
@@ -90,7 +95,8 @@ def _random_rows(layout: KVLayout, num_tokens: int) -> torch.Tensor:
     if layout.dtype != "int8":
         return torch.randn(*rows, layout.head_dim).to(TORCH_DTYPES[layout.dtype]).view(torch.uint8)
     numbers = torch.randint(-127, 128, (*rows, layout.head_dim), dtype=torch.int8)
-    scales = torch.full((*rows, 1), 3 / 127)  # three standard deviations, about the largest of a head's numbers
+    # three standard deviations, about the largest of a head's numbers
+    scales = torch.full((*rows, 1), 3 / 127)
     return torch.cat((numbers.view(torch.uint8), scales.view(torch.uint8)), dim=-1)
 
 
@@ -113,7 +119,9 @@ def case_cost(cost: ModelCost, case: Case) -> StepCost:
 
 
 def time_case(ours: EngineSteps, case: Case, steps: int) -> tuple[float, float]:
-    """Seconds of the prompt or of a decode step, the median of `steps`; and those of them in kernels."""
+    """Seconds of the prompt or of a decode step, the median of `steps`; and those of them in
+    kernels.
+    """
     return _time_prefill(ours, case) if case.phase == "prefill" else _time_decode(ours, case, steps)
 
 
@@ -141,8 +149,10 @@ def _time_decode(ours: EngineSteps, case: Case, steps: int) -> tuple[float, floa
     return statistics.median(seconds), statistics.median(kernel_s)
 
 
-def _decoding(ours: EngineSteps, token_id: int, num_context_tokens: int) -> EngineSequence:
-    """A sequence with so many tokens in the pool, as if computed: time does not depend on what they are."""
+def _decoding(ours: EngineSteps, token_id: int, num_context_tokens: int) -> TokenSequence:
+    """A sequence with so many tokens in the pool, as if computed: time does not depend on what they
+    are.
+    """
     sequence = ours.start([token_id] * (num_context_tokens + 1))
     sequence.num_computed_tokens = num_context_tokens
     return sequence
@@ -162,6 +172,7 @@ def summarize(case: Case, samples: Sequence[Sample], cost: StepCost, *, is_compi
         tokens_per_s=num_new_tokens / seconds.median,
         gb_per_s=cost.num_bytes / seconds.median / 1e9,
         gflop_per_s=cost.num_operations / seconds.median / 1e9,
-        percent_of_bound=100 * statistics.median([sample.limits.least_seconds(cost) / sample.seconds for sample in samples]),
+        percent_of_bound=100
+        * statistics.median([sample.limits.least_seconds(cost) / sample.seconds for sample in samples]),
         percent_outside_kernels=100 * outside if is_compiled else None,
     )

@@ -1,22 +1,23 @@
-"""Our engine as a worker runs it, without a scheduler: whoever measures decides what each step computes.
+"""Our engine as a worker runs it, without a scheduler: whoever measures decides what each step
+computes.
 
-Steps go through the worker's own StepRunner, so that a step here costs what it costs there: block bookkeeping, model, sampler and
-finish rules. Knows nothing of time.
+Steps go through the worker's own StepRunner, so that a step here costs what it costs there: block
+bookkeeping, model, sampler and finish rules. Knows nothing of time.
 """
 
-import os
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from kvrelay.config import EngineSettings
+from kvrelay.config.settings import EngineSettings
+from kvrelay.core.job import Job, JobId
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.errors import ConfigError
-from kvrelay.sampling_params import SamplingParams
-from kvrelay.sequence import Sequence, start_sequence
-from kvrelay.step import Step, StepEntry
-from kvrelay.telemetry import configure_logging
-from kvrelay.work import Work, WorkId
-from kvrelay.worker_engine import WorkerEngine, build_engine
+from kvrelay.observability.logging import configure_logging
+from kvrelay.runtime.cpu_cores import processor_share
+from kvrelay.worker.engine_setup import WorkerEngine, build_engine
+from kvrelay.worker.sequence import PreparedJob, TokenSequence
+from kvrelay.worker.step import Step, StepEntry
 
 NO_LIMIT_TOKENS = 2**31
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NO_LIMIT_TOKENS, ignore_eos=True)
@@ -33,21 +34,23 @@ class EngineSteps:
         self.engine = engine
         self._num_started = 0
 
-    def start(self, token_ids: Many[int]) -> Sequence:
+    def start(self, token_ids: Sequence[int]) -> TokenSequence:
         """A greedy sequence that holds blocks for all its tokens, none of them computed.
 
         Raises:
             OutOfBlocksError: the pool has no room for it.
         """
         self._num_started += 1
-        work_id = WorkId(f"benchmark-{self._num_started}", attempt=1)
-        work = Work(work_id, tuple(token_ids), len(token_ids), 1, GREEDY, cache_salt="", deadline_ms=0)
-        sequence = start_sequence(work, 0)
+        job_id = JobId(f"benchmark-{self._num_started}", attempt=1)
+        job = Job(job_id, tuple(token_ids), len(token_ids), 1, GREEDY, cache_salt="", deadline_ms=0)
+        sequence = TokenSequence(PreparedJob(job), (0,))
         sequence.block_table = self.engine.blocks.allocate(sequence.token_ids, "")
         return sequence
 
-    def step(self, parts: Many[tuple[Sequence, int]]) -> None:
-        """Computes the next so many tokens of each sequence; one whose tokens are all computed then gets its next token."""
+    def step(self, parts: Sequence[tuple[TokenSequence, int]]) -> None:
+        """Computes the next so many tokens of each sequence; one whose tokens are all computed then
+        gets its next token.
+        """
         entries, copies = [], []
         for sequence, num_tokens in parts:
             assert sequence.block_table is not None, "the sequence was released"
@@ -60,13 +63,13 @@ class EngineSteps:
         for entry, token in zip([entry for entry in entries if entry.continued], sampled, strict=True):
             entry.sequence.append(token.token.token_id)
 
-    def prefill(self, sequence: Sequence, chunk_tokens: int) -> None:
+    def prefill(self, sequence: TokenSequence, chunk_tokens: int) -> None:
         """Computes all of a sequence's tokens in chunks, and its next token."""
         while sequence.num_uncomputed_tokens > chunk_tokens:
             self.step([(sequence, chunk_tokens)])
         self.step([(sequence, sequence.num_uncomputed_tokens)])
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: TokenSequence) -> None:
         """Gives the sequence's blocks back."""
         assert sequence.block_table is not None, "the sequence was released"
         self.engine.blocks.release(sequence.block_table)
@@ -101,5 +104,5 @@ def load_engine(model: str, num_threads: int, num_pool_tokens: int, **settings: 
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may keep busy."""
+    return processor_share().num_threads

@@ -19,7 +19,9 @@ class GenerationCurve:
     token_ms: tuple[float, ...]
     """Of each new token; the first includes the prompt."""
     num_equal_tokens: int | None = None
-    """Leading tokens that are those of the first curve of the model; None where no tokens were generated."""
+    """Leading tokens that are those of the first curve of the model; None where no tokens were
+    generated.
+    """
 
     @property
     def total_s(self) -> float:
@@ -51,7 +53,8 @@ def sampled_steps(num_tokens: int, sample_every: int) -> list[int]:
 
 
 def interpolated(steps: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Values of all steps from the first to the last of `steps`, linear between those that are known.
+    """Values of all steps from the first to the last of `steps`, linear between those that are
+    known.
 
     Args:
         steps: rising, at least one.
@@ -65,7 +68,9 @@ def interpolated(steps: Sequence[int], values: Sequence[float]) -> list[float]:
 
 def num_equal(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading elements are equal."""
-    return next((at for at, (ours, theirs) in enumerate(zip(first, second, strict=False)) if ours != theirs), len(first))
+    return next(
+        (at for at, (ours, theirs) in enumerate(zip(first, second, strict=False)) if ours != theirs), len(first)
+    )
 
 
 def median_curve(curves: Sequence[GenerationCurve]) -> GenerationCurve:

@@ -1,14 +1,19 @@
-"""Reads many server-streaming gRPC calls over one HTTP/2 connection for next to nothing: it notes when bytes came, and what they
-say is found out when all is over. Knows gRPC's framing and no message.
+"""Reads many server-streaming gRPC calls over one HTTP/2 connection for next to nothing: it notes
+when bytes came, and what they say is found out when all is over. Knows gRPC's framing and no
+message.
 
-For load generators that share a machine with what they measure: a client library takes as much for a message as a server does.
-RFC 9113 has the frames; the whole output fits the windows that are granted at the beginning, so that none is ever updated.
+For load generators that share a machine with what they measure: a client library takes as much for
+a message as a server does. RFC 9113 has the frames; the whole output fits the windows that are
+granted at the beginning, so that none is ever updated.
 """
 
 import socket
 import struct
 import time
 from collections.abc import Sequence
+
+from kvrelay.config.settings import DEFAULT_GATEWAY_PORT
+from kvrelay.network.host_port import split_host_port
 
 READ_BYTES = 1 << 18
 MAX_WINDOW_BYTES = 2**31 - 1
@@ -40,14 +45,15 @@ def read_streams(address: str, method: str, requests: Sequence[bytes], timeout_s
         timeout_s: most time between two reads, and each call's deadline.
 
     Returns:
-        The messages of each call. Statuses are not read: whether a call ended well is for its last message to tell.
+        The messages of each call. Statuses are not read: whether a call ended well is for its last
+        message to tell.
 
     Raises:
         BrokenConnectionError: the server closed the connection or reset a stream.
         TimeoutError: nothing came for so long.
     """
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout_s) as connection:
+    host, port = split_host_port(address)
+    with socket.create_connection((host, port or DEFAULT_GATEWAY_PORT), timeout_s) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(_opening(address, method, requests, timeout_s))
         chunks = _read_to_the_end(connection, len(requests))
@@ -85,7 +91,9 @@ def _read_to_the_end(connection: socket.socket, num_streams: int) -> dict[int, l
 
 def _answer(connection: socket.socket, kind: int, flags: int, payload: bytes) -> None:
     if kind in (_RST_STREAM, _GOAWAY):
-        raise BrokenConnectionError(f"the server ended {'a stream' if kind == _RST_STREAM else 'the connection'}: {payload!r}")
+        raise BrokenConnectionError(
+            f"the server ended {'a stream' if kind == _RST_STREAM else 'the connection'}: {payload!r}"
+        )
     if not flags & _ACK:
         connection.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
 

@@ -1,4 +1,6 @@
-"""A text that every machine has: licences and Python sources of installed packages, in turns. The same for the same versions."""
+"""A text that every machine has: licences and Python sources of installed packages, in turns. The
+same for the same versions.
+"""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ FILES_OF_A_PACKAGE = 6
 
 
 def installed_text(num_characters: int) -> str:
-    """So many characters, or all there are if those are fewer: a licence and a source of every package, then the next ones."""
+    """So many characters, or all there are if those are fewer: a licence and a source of every
+    package, then the next ones.
+    """
     parts: list[str] = []
     num_found = 0
     for path in _paths():

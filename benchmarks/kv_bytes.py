@@ -1,4 +1,6 @@
-"""KV bytes of one generation: by the formulas, in our pool, as exported for a transfer, and in transformers' cache."""
+"""KV bytes of one generation: by the formulas, in our pool, as exported for a transfer, and in
+transformers' cache.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +14,17 @@ from transformers import AutoModelForCausalLM
 from benchmarks.engine_steps import load_engine
 from kvrelay.engine.paged_kv_cache import TORCH_DTYPES
 from kvrelay.kv_cache.memory_planning import attention_kind, kv_cache_bytes, mha_kv_cache_bytes_16_bit
-from kvrelay.model_shape import read_model_shape
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.models.shape import read_model_shape
 
 FIRST_TOKEN = 100
 
 
 @dataclass(frozen=True, slots=True)
 class KVBytes:
-    """Bytes of a batch when generation has ended: `m` prompt tokens, `n` new ones, the last of which has no KV."""
+    """Bytes of a batch when generation has ended: `m` prompt tokens, `n` new ones, the last of
+    which has no KV.
+    """
 
     model: str
     attention: str
@@ -65,7 +70,9 @@ def measure_kv_bytes(
         num_threads: CPU threads.
         kv_dtype: of our KV, as in the setting.
     """
-    ours = load_engine(model, num_threads, batch_size * (num_prompt_tokens + num_new_tokens + 64), dtype=dtype, kv_dtype=kv_dtype)
+    ours = load_engine(
+        model, num_threads, batch_size * (num_prompt_tokens + num_new_tokens + 64), dtype=dtype, kv_dtype=kv_dtype
+    )
     engine = ours.engine
     prompts = [[FIRST_TOKEN + number] * num_prompt_tokens for number in range(batch_size)]
     sequences = [ours.start(prompt) for prompt in prompts]
@@ -75,8 +82,10 @@ def measure_kv_bytes(
     exported = 0
     for sequence in sequences:
         assert sequence.block_table is not None
-        blocks = sequence.block_table.blocks
-        exported += engine.cache.export_kv(0, layout.num_layers, blocks, 0, sequence.num_computed_tokens).nbytes
+        span = KVSpan(0, layout.num_layers, 0, sequence.num_computed_tokens)
+        payload = bytearray(span.num_bytes(layout))
+        engine.cache.export_kv(memoryview(payload), span, sequence.block_table.blocks)
+        exported += len(payload)
     shape = read_model_shape(engine.folder)
     kind = attention_kind(shape.num_heads, shape.num_kv_heads)
     lengths = (num_prompt_tokens, num_new_tokens)
@@ -91,7 +100,9 @@ def measure_kv_bytes(
         batch_size=batch_size,
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,
-        mha_formula=mha_kv_cache_bytes_16_bit(batch_size, shape.num_layers, shape.hidden_size, *lengths) if has_formula else None,
+        mha_formula=mha_kv_cache_bytes_16_bit(batch_size, shape.num_layers, shape.hidden_size, *lengths)
+        if has_formula
+        else None,
         general_formula=kv_cache_bytes(layout, batch_size, *lengths),
         general_formula_computed=kv_cache_bytes(layout, batch_size, num_prompt_tokens, num_new_tokens - 1),
         exported=exported,

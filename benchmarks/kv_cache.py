@@ -1,4 +1,6 @@
-"""`kvrelay bench kv-cache`: what a KV cache is for. Time per token with one and without, by our engine and by transformers."""
+"""`kvrelay bench kv-cache`: what a KV cache is for. Time per token with one and without, by our
+engine and by transformers.
+"""
 
 import tempfile
 import time
@@ -18,16 +20,19 @@ from benchmarks.report import Json, Plots, Report
 from benchmarks.statistics import spread
 from benchmarks.transformers_generation import TransformersGeneration
 from kvrelay.errors import ConfigError
-from kvrelay.model_store import DEMO_MODEL
+from kvrelay.models.store import DEMO_MODEL
 
 GPT2 = "gpt2-random"
 QUICK_TOKENS = 200
 WARM_UP_TOKENS = 4
 PUBLISHED = (
-    "Published for GPT-2 (124M) and 1,000 new tokens on an Apple M1: 32.1 ± 0.7 s with the KV cache, 3,516.7 ± 27 s without."
+    "Published for GPT-2 (124M) and 1,000 new tokens on an Apple M1: 32.1 ± 0.7 s with the KV cache, 3,516.7 ± "
+    "27 s without."
     " Another machine and another program; what compares is the ratio, 110."
 )
-RANDOM_WEIGHTS = "gpt2-random is GPT-2 (124M) as its config describes it, with random weights: time does not depend on them."
+RANDOM_WEIGHTS = (
+    "gpt2-random is GPT-2 (124M) as its config describes it, with random weights: time does not depend on them."
+)
 UNCACHED = "Without the cache every new token recomputes the whole sequence as one prompt."
 PLOTS = (("total", "time until a token is there", "seconds"), ("token", "time of each token", "milliseconds"))
 SAMPLED = "Without the cache only every {every}th token was timed; the others are interpolated (--sampled)."
@@ -48,17 +53,25 @@ class Plan:
 def command(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens.")] = 1000,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_TOKENS} new tokens.")] = False,
-    model: Annotated[list[str] | None, typer.Option("--model", help=f"{GPT2}, or a model; repeatable. Default: both.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help=f"{GPT2}, or a model; repeatable. Default: both.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 16,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs with the cache; all variants take turns.")] = 3,
     uncached_rounds: Annotated[int, typer.Option("--uncached-rounds", min=0, help="Runs without the cache.")] = 1,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
-    sampled: Annotated[bool, typer.Option("--sampled", help="Without the cache, time some of the tokens only.")] = False,
-    sample_every: Annotated[int, typer.Option("--sample-every", min=1, help="With --sampled: time one token in so many.")] = 50,
+    sampled: Annotated[
+        bool, typer.Option("--sampled", help="Without the cache, time some of the tokens only.")
+    ] = False,
+    sample_every: Annotated[
+        int, typer.Option("--sample-every", min=1, help="With --sampled: time one token in so many.")
+    ] = 50,
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """Generation with and without a KV cache, by our engine and by transformers: total time, and time of each token by length."""
+    """Generation with and without a KV cache, by our engine and by transformers: total time, and
+    time of each token by length.
+    """
     num_threads = threads or usable_cores()
     plan = Plan(
         num_tokens=QUICK_TOKENS if quick else tokens,
@@ -100,7 +113,12 @@ def _measure(report: Report, name: str, path: str, plan: Plan, num_threads: int)
     curves: list[GenerationCurve] = []
     expected: list[int] = []
     for number in range(max(plan.rounds, plan.uncached_rounds)):
-        for has_cache, engine in ((True, "kvrelay"), (True, "transformers"), (False, "kvrelay"), (False, "transformers")):
+        for has_cache, engine in (
+            (True, "kvrelay"),
+            (True, "transformers"),
+            (False, "kvrelay"),
+            (False, "transformers"),
+        ):
             if number >= (plan.rounds if has_cache else plan.uncached_rounds):
                 continue
             is_sampled = plan.sample_every is not None and not has_cache
@@ -128,7 +146,9 @@ def _measure(report: Report, name: str, path: str, plan: Plan, num_threads: int)
     return curves
 
 
-def _generate(ours: EngineSteps, prompt: Sequence[int], num_tokens: int, *, has_cache: bool) -> tuple[list[int], list[float]]:
+def _generate(
+    ours: EngineSteps, prompt: Sequence[int], num_tokens: int, *, has_cache: bool
+) -> tuple[list[int], list[float]]:
     """The new tokens, and the seconds that each took."""
     token_ids = list(prompt)
     seconds = []
@@ -166,20 +186,35 @@ def _show(report: Report, name: str, curves: Sequence[GenerationCurve], num_thre
     variants: dict[str, list[GenerationCurve]] = defaultdict(list)
     for curve in curves:
         variants[curve.label].append(curve)
-        report.add(asdict(curve) | {"num_threads": num_threads, "total_s": curve.total_s, "tokens_per_s": curve.tokens_per_s})
+        report.add(
+            asdict(curve) | {"num_threads": num_threads, "total_s": curve.total_s, "tokens_per_s": curve.tokens_per_s}
+        )
     medians = {label: median_curve(same) for label, same in variants.items()}
     uncached_s = {curve.engine: curve.total_s for curve in medians.values() if not curve.has_cache}
     first = curves[0]
     report.print_table(
-        f"{name}: {len(first.token_ms):,} new tokens behind a prompt of {first.num_prompt_tokens:,}, {num_threads} threads",
-        ("variant", "rounds", "total s", "tokens/s", "first ms", "last ms", "times faster than without", "equal tokens"),
+        f"{name}: {len(first.token_ms):,} new tokens behind a prompt of {first.num_prompt_tokens:,}, "
+        f"{num_threads} threads",
+        (
+            "variant",
+            "rounds",
+            "total s",
+            "tokens/s",
+            "first ms",
+            "last ms",
+            "times faster than without",
+            "equal tokens",
+        ),
         [_row(same, medians[label], uncached_s.get(medians[label].engine)) for label, same in variants.items()],
     )
     for kind, title, unit in PLOTS:
         lines = {
-            label: (curve.lengths, curve.cumulated_s if kind == "total" else curve.token_ms) for label, curve in medians.items()
+            label: (curve.lengths, curve.cumulated_s if kind == "total" else curve.token_ms)
+            for label, curve in medians.items()
         }
-        report.plot_lines(f"kv-cache-{name}-{kind}", f"{name}: {title}", "tokens in the sequence", unit, lines, log_y=True)
+        report.plot_lines(
+            f"kv-cache-{name}-{kind}", f"{name}: {title}", "tokens in the sequence", unit, lines, log_y=True
+        )
 
 
 def _row(curves: Sequence[GenerationCurve], median: GenerationCurve, uncached_s: float | None) -> list[object]:

@@ -1,4 +1,5 @@
-"""Memory that three ways to keep KV set aside for a trace of requests, and how much of it holds nothing. Arithmetic only.
+"""Memory that three ways to keep KV set aside for a trace of requests, and how much of it holds
+nothing. Arithmetic only.
 
     maximum size     every sequence gets a buffer for the longest sequence there may be
     doubling         a buffer of twice the size, and a copy into it, whenever the old one is full
@@ -41,7 +42,9 @@ class TracedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to keep KV: what it sets aside for a sequence of so many tokens, and whether it copies to make room."""
+    """A way to keep KV: what it sets aside for a sequence of so many tokens, and whether it copies
+    to make room.
+    """
 
     name: str
     reserved_tokens: Callable[[int], int]
@@ -60,7 +63,8 @@ class Usage:
 
 
 def make_trace(num_requests: int, max_tokens: int, steps_between: float, seed: int) -> list[TracedRequest]:
-    """Requests of mixed lengths that arrive at random, none longer than `max_tokens`. The same for the same seed.
+    """Requests of mixed lengths that arrive at random, none longer than `max_tokens`. The same for
+    the same seed.
 
     Args:
         num_requests: in all.
@@ -72,7 +76,9 @@ def make_trace(num_requests: int, max_tokens: int, steps_between: float, seed: i
     trace = []
     now = 0.0
     for number in range(num_requests):
-        num_prompt_tokens = _clipped(chance.lognormvariate(math.log(PROMPT_MEDIAN_TOKENS), PROMPT_SPREAD), 1, max_tokens - 16)
+        num_prompt_tokens = _clipped(
+            chance.lognormvariate(math.log(PROMPT_MEDIAN_TOKENS), PROMPT_SPREAD), 1, max_tokens - 16
+        )
         num_new_tokens = _clipped(
             chance.lognormvariate(math.log(OUTPUT_MEDIAN_TOKENS), OUTPUT_SPREAD), 16, max_tokens - num_prompt_tokens
         )

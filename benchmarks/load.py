@@ -1,4 +1,6 @@
-"""Sends planned requests to a gateway and measures each: in a closed loop, at planned times, or streams under long prompts."""
+"""Sends planned requests to a gateway and measures each: in a closed loop, at planned times, or
+streams under long prompts.
+"""
 
 import asyncio
 import time
@@ -26,7 +28,8 @@ async def run_load(client: AsyncClient, requests: Sequence[PlannedRequest], conc
 
     Args:
         client: of the cluster.
-        requests: those with a time are sent at it, whatever else runs; the others as soon as there is room, in their order.
+        requests: those with a time are sent at it, whatever else runs; the others as soon as there
+            is room, in their order.
         concurrency: how many of the requests without a time run at once; None: all of them.
     """
     begin_s = time.perf_counter()
@@ -46,7 +49,9 @@ async def run_load(client: AsyncClient, requests: Sequence[PlannedRequest], conc
 async def run_streams_under_prompts(
     client: AsyncClient, streams: Sequence[PlannedRequest], prompts: Sequence[PlannedRequest]
 ) -> LoadRun:
-    """Runs streams all at once, and prompts at their times as long as any stream runs; those that come later are not sent."""
+    """Runs streams all at once, and prompts at their times as long as any stream runs; those that
+    come later are not sent.
+    """
     begin_s = time.perf_counter()
     streaming = asyncio.ensure_future(asyncio.gather(*(_run(client, request, begin_s) for request in streams)))
     records = []

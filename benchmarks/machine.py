@@ -1,4 +1,6 @@
-"""What a figure depends on besides the code: processor, cores, memory, versions. Knows nothing of benchmarks."""
+"""What a figure depends on besides the code: processor, cores, memory, versions. Knows nothing of
+benchmarks.
+"""
 
 import importlib.metadata
 import os
@@ -8,7 +10,19 @@ from pathlib import Path
 
 import kvrelay
 
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
+CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "i8mm",
+)
 """Those that decide which kernels run."""
 PACKAGES = ("torch", "transformers", "numpy", "grpcio")
 

@@ -7,12 +7,14 @@ from statistics import fmean
 
 from benchmarks.statistics import percentile
 from kvrelay.client import Delta
-from kvrelay.telemetry import Phases
+from kvrelay.core.timeline import Phases
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Times of one request in seconds: from submit to token 0, between tokens, and from submit to the end."""
+    """Times of one request in seconds: from submit to token 0, between tokens, and from submit to
+    the end.
+    """
 
     ttft_s: float
     itl_s: tuple[float, ...]
@@ -47,7 +49,9 @@ class RequestRecord:
 
 
 async def measure(stream: AsyncIterable[Delta], clock_s: Callable[[], float]) -> Measurement:
-    """Reads a stream to its end. Tokens that come in one message get its time, so between them is 0."""
+    """Reads a stream to its end. Tokens that come in one message get its time, so between them is
+    0.
+    """
     begin_s = clock_s()
     token_times_s: list[float] = []
     async for delta in stream:
@@ -59,7 +63,9 @@ async def measure(stream: AsyncIterable[Delta], clock_s: Callable[[], float]) ->
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a request must keep to count as good, in milliseconds; None does not matter. `itl_ms` is of 99 of its 100 gaps."""
+    """What a request must keep to count as good, in milliseconds; None does not matter. `itl_ms` is
+    of 99 of its 100 gaps.
+    """
 
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -154,7 +160,9 @@ def summarize(
 def goodput_of(
     records: Sequence[RequestRecord], wall_s: float, objective: Objective, offered_requests_per_s: float | None
 ) -> float:
-    """Good requests per second: in an open loop the offered rate times their share, in a closed one their number over time."""
+    """Good requests per second: in an open loop the offered rate times their share, in a closed one
+    their number over time.
+    """
     num_good = sum(map(objective.is_met_by, records))
     return offered_requests_per_s * num_good / len(records) if offered_requests_per_s else num_good / wall_s
 
@@ -172,7 +180,9 @@ def _handoff_gaps_s(records: Sequence[RequestRecord]) -> list[float]:
 
 
 def phase_means(phases: Sequence[Phases]) -> dict[str, float]:
-    """Means of all that is in milliseconds, and the share of prompts that the decode worker computed."""
+    """Means of all that is in milliseconds, and the share of prompts that the decode worker
+    computed.
+    """
     if not phases:
         return {}
     names = [name for name in Phases.__slots__ if name.endswith("_ms")]

@@ -1,4 +1,6 @@
-"""`kvrelay bench memory`: KV bytes predicted and measured, and what buffers and blocks waste on a trace of requests."""
+"""`kvrelay bench memory`: KV bytes predicted and measured, and what buffers and blocks waste on a
+trace of requests.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,8 +27,8 @@ from benchmarks.kv_waste import (
 )
 from benchmarks.random_models import save_tiny_llama
 from benchmarks.report import Json, Plots, Report
-from kvrelay.model_spec import KVLayout
-from kvrelay.model_store import DEMO_MODEL
+from kvrelay.core.model_spec import KVLayout
+from kvrelay.models.store import DEMO_MODEL
 
 TYPES = (("bfloat16", "auto"), ("float32", "auto"), ("float32", "int8"))
 """Of weights and of KV."""
@@ -39,19 +41,23 @@ TRACE_LAYOUT = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="float
 MIB = 1024 * 1024
 
 FORMULAS = (
-    "m prompt tokens, n new ones, b sequences, l layers, h hidden size. MHA in 16 bit: 4·b·l·h·(m+n) (Sheng et al. 2023)."
+    "m prompt tokens, n new ones, b sequences, l layers, h hidden size. MHA in 16 bit: 4·b·l·h·(m+n) (Sheng et "
+    "al. 2023)."
     " In general: 2·bytes·b·l·kv_heads·head_dim·(m+n); in int8 a head's scale is 4 bytes more. The last new token has"
-    " no KV unless generation goes on, so what is measured is that of m+n-1 tokens. transformers' cache has the weights' type."
+    " no KV unless generation goes on, so what is measured is that of m+n-1 tokens. transformers' cache has the "
+    "weights' type."
 )
 PUBLISHED = (
-    "Published (Kwon et al. 2023, figure 2): of the KV memory of earlier servers 20.4 % to 38.2 % held KV, of vLLM's 96.3 %."
+    "Published (Kwon et al. 2023, figure 2): of the KV memory of earlier servers 20.4 % to 38.2 % held KV, "
+    "of vLLM's 96.3 %."
 )
 TRACE = (
     "The trace: {requests} requests, prompts and outputs log-normal, together up to {most} tokens; bytes are those of"
     " SmolLM2-135M in float32."
 )
 CHECKED = (
-    "Our block manager went through the same trace and held in every step exactly the predicted blocks, for every block size."
+    "Our block manager went through the same trace and held in every step exactly the predicted blocks, "
+    "for every block size."
 )
 
 
@@ -73,14 +79,18 @@ def command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=32, help="Longest sequence, and the maximum-size buffer.")
     ] = 2048,
-    steps_between: Annotated[float, typer.Option("--steps-between", min=0.01, help="Mean steps between arrivals.")] = 10.0,
+    steps_between: Annotated[
+        float, typer.Option("--steps-between", min=0.01, help="Mean steps between arrivals.")
+    ] = 10.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the trace.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny models and a short trace only.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """KV bytes by formula against those measured; waste of maximum-size buffers, doubling buffers and paged blocks."""
+    """KV bytes by formula against those measured; waste of maximum-size buffers, doubling buffers
+    and paged blocks.
+    """
     report = Report("memory", json, plots)
     _show_bytes(report, list(_measure_bytes(report, quick, threads or usable_cores())))
     num_requests = min(requests, 50) if quick else requests
@@ -149,7 +159,9 @@ def _bytes_row(each: KVBytes) -> list[object]:
 
 def _show_waste(report: Report, trace: Sequence[TracedRequest], max_tokens: int) -> None:
     used = used_tokens(trace)
-    usages = [simulate(trace, strategy) for strategy in (maximum_size(max_tokens), doubling(), *map(paged, BLOCK_SIZES))]
+    usages = [
+        simulate(trace, strategy) for strategy in (maximum_size(max_tokens), doubling(), *map(paged, BLOCK_SIZES))
+    ]
     held = {paged(size).name: tuple(block_manager_usage(trace, size)) for size in BLOCK_SIZES}
     is_as_predicted = all(usage.reserved_tokens == held.get(usage.strategy, usage.reserved_tokens) for usage in usages)
     wastes = [_waste(usage, used) for usage in usages]
@@ -157,7 +169,14 @@ def _show_waste(report: Report, trace: Sequence[TracedRequest], max_tokens: int)
     report.add({"kind": "block_manager_holds_what_is_predicted", "value": is_as_predicted})
     report.print_table(
         f"Memory set aside for {len(trace)} requests, {sum(used) / len(used):,.0f} tokens at once on average",
-        ("strategy", "peak MiB", "mean MiB", "holds nothing %", "copied MiB", "sequences in the same memory, times maximum size"),
+        (
+            "strategy",
+            "peak MiB",
+            "mean MiB",
+            "holds nothing %",
+            "copied MiB",
+            "sequences in the same memory, times maximum size",
+        ),
         [
             [
                 waste.strategy,
@@ -191,6 +210,7 @@ def _plot(report: Report, used: Sequence[int], usages: Sequence[Usage]) -> None:
     lines = {usage.strategy: usage.reserved_tokens for usage in shown} | {"KV itself": tuple(used)}
     steps = [float(step) for step in range(len(used))]
     in_mib = {
-        label: (steps, [tokens * TRACE_LAYOUT.bytes_per_token / MIB for tokens in values]) for label, values in lines.items()
+        label: (steps, [tokens * TRACE_LAYOUT.bytes_per_token / MIB for tokens in values])
+        for label, values in lines.items()
     }
     report.plot_lines("memory-waste", "KV memory set aside over the trace", "step", "MiB", in_mib)

@@ -1,7 +1,9 @@
-"""`kvrelay bench perplexity`: what quantization costs in quality. Perplexity of one text by our engine with each choice of types.
+"""`kvrelay bench perplexity`: what quantization costs in quality. Perplexity of one text by our
+engine with each choice of types.
 
-Perplexity is exp of the mean negative log probability that the model gives to the text's next token (Jelinek et al. 1977,
-"Perplexity: a measure of the difficulty of speech recognition tasks"), here in windows: the first token of a window is given.
+Perplexity is exp of the mean negative log probability that the model gives to the text's next token
+(Jelinek et al. 1977, "Perplexity: a measure of the difficulty of speech recognition tasks"), here
+in windows: the first token of a window is given.
 """
 
 import math
@@ -19,9 +21,9 @@ from tokenizers import Tokenizer
 from benchmarks.engine_steps import EngineSteps, load_engine, usable_cores
 from benchmarks.installed_text import PACKAGES, installed_text
 from benchmarks.report import Json, Plots, Report
-from kvrelay.engine.model_runner import StepInput
+from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.errors import ConfigError
-from kvrelay.model_store import DEMO_MODEL
+from kvrelay.models.store import DEMO_MODEL
 
 CHARACTERS_PER_TOKEN = 8
 """More than any text has, so that so many tokens are found."""
@@ -50,7 +52,8 @@ class Result:
     window_ratios: tuple[float, ...]
     """The same in each window."""
     percent_same_choice: float
-    """Positions where greedy decoding would choose what it chooses with the first choice of types."""
+    """Positions where greedy decoding would choose what it chooses with the first choice of types.
+    """
 
 
 def command(
@@ -60,13 +63,17 @@ def command(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="So many tokens from its beginning.")] = 16_384,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens that see one another.")] = 1024,
-    quantize: Annotated[list[str] | None, typer.Option("--quantize", help="Repeatable. Default: none and int8.")] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option("--quantize", help="Repeatable. Default: none and int8.")
+    ] = None,
     kv_dtype: Annotated[list[str] | None, typer.Option("--kv-dtype", help="Repeatable. Default: auto.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """Perplexity of a text in float32 and in int8, window by window, and how often the likeliest token is the same."""
+    """Perplexity of a text in float32 and in int8, window by window, and how often the likeliest
+    token is the same.
+    """
     report = Report("perplexity", json, plots)
     content = _read(text, tokens)
     choices = [(kind, dtype) for kind in quantize or ["none", "int8"] for dtype in kv_dtype or ["auto"]]
@@ -116,7 +123,7 @@ def score_window(ours: EngineSteps, token_ids: Sequence[int]) -> list[Score]:
     scores: list[Score] = []
     for begin in range(0, len(token_ids) - 1, CHUNK_TOKENS):
         part = list(token_ids[begin : min(begin + CHUNK_TOKENS, len(token_ids) - 1)])
-        logits = ours.engine.model_runner.run([StepInput(part, begin, table.blocks, num_logits=len(part))])
+        logits = ours.engine.model_runner.run([SequenceInput(part, begin, table.blocks, num_logits=len(part))])
         logprobs = logits.double().log_softmax(dim=-1)  # [len(part), vocab_size]
         following = torch.tensor(token_ids[begin + 1 : begin + 1 + len(part)], device=logits.device).unsqueeze(1)
         found = logprobs.gather(1, following).squeeze(1).tolist()
@@ -125,7 +132,9 @@ def score_window(ours: EngineSteps, token_ids: Sequence[int]) -> list[Score]:
     return scores
 
 
-def compare(quantize: str, kv_dtype: str, windows: Sequence[Sequence[Score]], first: Sequence[Sequence[Score]]) -> Result:
+def compare(
+    quantize: str, kv_dtype: str, windows: Sequence[Sequence[Score]], first: Sequence[Sequence[Score]]
+) -> Result:
     """Perplexity of all windows and what it is to the first choice's."""
     pairs = [pair for ours, theirs in zip(windows, first, strict=True) for pair in zip(ours, theirs, strict=True)]
     ours = perplexity([score for score, _ in pairs])

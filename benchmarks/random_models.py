@@ -1,4 +1,5 @@
-"""Models with random weights, made where they are needed: speed and memory do not depend on what the weights are.
+"""Models with random weights, made where they are needed: speed and memory do not depend on what
+the weights are.
 
 No tokenizer comes with them. Knows nothing of the model store.
 """
@@ -14,12 +15,16 @@ SEED = 0
 
 
 def save_random_gpt2(folder: Path) -> Path:
-    """GPT-2 as published in its smallest size: 124 million parameters, 12 layers, 12 heads, 1,024 positions."""
+    """GPT-2 as published in its smallest size: 124 million parameters, 12 layers, 12 heads, 1,024
+    positions.
+    """
     return _save(GPT2Config(), folder)
 
 
 def save_tiny_llama(folder: Path, num_heads: int, num_kv_heads: int) -> Path:
-    """A model of a few layers: MHA where the numbers are equal, MQA where there is one KV head, else GQA."""
+    """A model of a few layers: MHA where the numbers are equal, MQA where there is one KV head,
+    else GQA.
+    """
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=16 * num_heads,

@@ -1,4 +1,5 @@
-"""Which benchmarks there are, by name. Imports none of them: `kvrelay bench --help` needs no torch and no matplotlib.
+"""Which benchmarks there are, by name. Imports none of them: `kvrelay bench --help` needs no torch
+and no matplotlib.
 
 Each is a module with a function `command`, as typer takes one. What all of them share:
 
@@ -22,16 +23,24 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "kv-cache": Benchmark("benchmarks.kv_cache", "Generation with and without a KV cache, by our engine and by transformers."),
-    "memory": Benchmark("benchmarks.memory", "KV bytes predicted and measured; waste of contiguous buffers and of paged blocks."),
-    "engine": Benchmark("benchmarks.engine", "Prefill and decode of the engine, beside the machine's limits in the same run."),
+    "kv-cache": Benchmark(
+        "benchmarks.kv_cache", "Generation with and without a KV cache, by our engine and by transformers."
+    ),
+    "memory": Benchmark(
+        "benchmarks.memory", "KV bytes predicted and measured; waste of contiguous buffers and of paged blocks."
+    ),
+    "engine": Benchmark(
+        "benchmarks.engine", "Prefill and decode of the engine, beside the machine's limits in the same run."
+    ),
     "variants": Benchmark(
         "benchmarks.variants", "Engines of several settings or versions in turns of a few steps: their ratios."
     ),
     "perplexity": Benchmark("benchmarks.perplexity", "Perplexity of a text in float32 and quantized."),
     "serve": Benchmark("benchmarks.serve", "Load on a cluster: TTFT, ITL, throughput, goodput."),
     "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),
-    "transfer": Benchmark("benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."),
+    "transfer": Benchmark(
+        "benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."
+    ),
     "startup": Benchmark("benchmarks.startup", "From `serve all` to its first token, and its workers' memory."),
     "speculation": Benchmark("benchmarks.speculation", "Decoding with and without guesses by prompt lookup."),
     "peers": Benchmark("benchmarks.peers.comparison", "Other engines beside ours, interleaved in one run."),

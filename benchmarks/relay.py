@@ -1,9 +1,11 @@
-"""`kvrelay bench relay`: how many tokens one gateway process relays, at what cost, and how much later they arrive for it.
+"""`kvrelay bench relay`: how many tokens one gateway process relays, at what cost, and how much
+later they arrive for it.
 
-For each number of streams: a flood, as fast as the gateway reads; the highest paced rate that it keeps up with, searched
-downwards from there; and half of that, for the latency that the gateway adds. The gateway has a core to itself, simulated workers
-and clients have the others. Without coalescing the same loads are written once more by a server that has nothing to do but that:
-the floor, below which no gateway on grpc.aio can come.
+For each number of streams: a flood, as fast as the gateway reads; the highest paced rate that it
+keeps up with, searched downwards from there; and half of that, for the latency that the gateway
+adds. The gateway has a core to itself, simulated workers and clients have the others. Without
+coalescing the same loads are written once more by a server that has nothing to do but that: the
+floor, below which no gateway on grpc.aio can come.
 """
 
 import asyncio
@@ -17,8 +19,8 @@ import typer
 from benchmarks import report
 from benchmarks.relay_measurement import RelayBench, RelayLoad, RelayResult
 from benchmarks.report import Report
-from kvrelay.model_store import ModelStore, default_model_dir
-from kvrelay.telemetry import configure_logging
+from kvrelay.models.store import ModelStore, default_model_dir
+from kvrelay.observability.logging import configure_logging
 
 FLOOD_TOKENS_PER_S = 4000
 """The flood is as long as this would take for a paced load's time."""
@@ -50,9 +52,13 @@ COLUMNS = [
 
 def command(
     streams: Annotated[str, typer.Option(help="Numbers of streams, separated by commas.")] = "1,64,256",
-    coalesce_ms: Annotated[str, typer.Option(help="For how long tokens may be gathered: several, separated by commas.")] = "0,50",
+    coalesce_ms: Annotated[
+        str, typer.Option(help="For how long tokens may be gathered: several, separated by commas.")
+    ] = "0,50",
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each paced load.")] = 4.0,
-    tokens_per_s: Annotated[float | None, typer.Option(min=1.0, help="This rate and half of it, instead of the highest.")] = None,
+    tokens_per_s: Annotated[
+        float | None, typer.Option(min=1.0, help="This rate and half of it, instead of the highest.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Simulated workers among which the streams are spread.")] = 4,
     clients: Annotated[int, typer.Option(min=1, help="Processes of clients.")] = 1,
     json: report.Json = None,
@@ -85,16 +91,21 @@ async def _run(
                     output.add({"load": name, "result": result})
                     rows.append(_row(name, result))
     output.note(
-        "The gateway has one core; workers, Valkey and clients have the others. Added: from the worker's sending a step to the"
+        "The gateway has one core; workers, Valkey and clients have the others. Added: from the worker's "
+        "sending a step to the"
         " client's receipt of each token. Floor: the same messages from a bare grpc.aio server on the gateway's core."
     )
-    output.print_table(f"One gateway process, {num_workers} simulated workers, {num_clients} processes of clients", COLUMNS, rows)
+    output.print_table(
+        f"One gateway process, {num_workers} simulated workers, {num_clients} processes of clients", COLUMNS, rows
+    )
 
 
 async def _loads(
     bench: RelayBench, num_streams: int, coalesce_ms: int, seconds: float, tokens_per_s: float | None
 ) -> AsyncIterator[tuple[str, RelayResult]]:
-    """Flood, highest rate that is kept up with or the one that is given, half of it, and the floors of both."""
+    """Flood, highest rate that is kept up with or the one that is given, half of it, and the floors
+    of both.
+    """
 
     def load(rate: float) -> RelayLoad:
         return RelayLoad(num_streams, rate, int(rate * seconds), coalesce_ms)
@@ -120,7 +131,9 @@ async def _loads(
 
 
 async def _highest(measure: Callable[[float], Awaitable[RelayResult]], tokens_per_s: float) -> RelayResult | None:
-    """The highest rate that is kept up with: searched downwards, then between the last that was not and the first that was."""
+    """The highest rate that is kept up with: searched downwards, then between the last that was not
+    and the first that was.
+    """
     best = None
     for _ in range(MAX_SEARCHES):
         best = await _kept_up_with(measure, tokens_per_s)
@@ -138,7 +151,9 @@ async def _highest(measure: Callable[[float], Awaitable[RelayResult]], tokens_pe
 
 
 async def _kept_up_with(measure: Callable[[float], Awaitable[RelayResult]], tokens_per_s: float) -> RelayResult | None:
-    """The result at a rate if it is kept up with. A near miss has a second try: a shared machine may have stood still."""
+    """The result at a rate if it is kept up with. A near miss has a second try: a shared machine
+    may have stood still.
+    """
     for _ in range(2):
         result = await measure(tokens_per_s)
         if _is_kept_up_with(result):

@@ -1,4 +1,6 @@
-"""A process of clients for `bench relay`: opens streams and notes when each message came. Parses nothing until all is over."""
+"""A process of clients for `bench relay`: opens streams and notes when each message came. Parses
+nothing until all is over.
+"""
 
 import os
 import time
@@ -53,7 +55,9 @@ class ClientRecord:
 
 
 def run_streams(plan: StreamPlan) -> ClientRecord:
-    """Opens all streams at once, over one connection, and reads them to their ends. For a process of its own."""
+    """Opens all streams at once, over one connection, and reads them to their ends. For a process
+    of its own.
+    """
     os.sched_setaffinity(0, plan.cores)
     requests = [_request(plan, number).SerializeToString() for number in range(plan.num_streams)]
     begin_cpu_s = time.process_time()
@@ -82,5 +86,7 @@ def _parse(received: list[Message]) -> StreamRecord:
         else:
             finished = True
     if not finished:
-        raise IncompleteStreamError(f"stream {request_id!r} ended after {len(messages)} deltas without its last message")
+        raise IncompleteStreamError(
+            f"stream {request_id!r} ended after {len(messages)} deltas without its last message"
+        )
     return StreamRecord(request_id, tuple(messages))

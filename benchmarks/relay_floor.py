@@ -1,6 +1,8 @@
-"""A server without a gateway for `bench relay`: it writes the messages that a gateway would write, and does nothing else.
+"""A server without a gateway for `bench relay`: it writes the messages that a gateway would write,
+and does nothing else.
 
-What it takes for a message is what grpc.aio takes; a gateway can only take more. For a process of its own.
+What it takes for a message is what grpc.aio takes; a gateway can only take more. For a process of
+its own.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -14,8 +16,8 @@ from typing import Any
 
 import grpc
 
-from kvrelay import event_loop
-from kvrelay.rpc import create_server
+from kvrelay.network.rpc import create_server
+from kvrelay.runtime import event_loop
 from kvrelay.v1 import inference_pb2, session_pb2
 
 SETTLE_S = 0.2
@@ -38,7 +40,9 @@ class FloorPlan:
 
 @dataclass(frozen=True, slots=True)
 class FloorRecord:
-    """`sent_times_s`: of each stream's id, by token index, in monotonic seconds. `begin_s` is when the first step was."""
+    """`sent_times_s`: of each stream's id, by token index, in monotonic seconds. `begin_s` is when
+    the first step was.
+    """
 
     sent_times_s: dict[str, list[float]]
     begin_s: float

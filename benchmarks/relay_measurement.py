@@ -1,4 +1,5 @@
-"""One load on one gateway process between simulated workers and clients in processes of their own, and what came of it.
+"""One load on one gateway process between simulated workers and clients in processes of their own,
+and what came of it.
 
 The gateway has a core to itself; workers, Valkey and clients have the others.
 """
@@ -21,9 +22,9 @@ from benchmarks.relay_client import ClientRecord, StreamPlan, run_streams
 from benchmarks.relay_floor import FloorPlan, FloorRecord, run_floor
 from benchmarks.simulated_worker import SimulatedWorker
 from benchmarks.statistics import percentile
-from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
+from kvrelay.cluster.local_cluster import GATEWAY_NAME, LocalCluster
+from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.errors import StartupError
-from kvrelay.local_cluster import GATEWAY_NAME, LocalCluster
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 600.0
@@ -58,9 +59,11 @@ class RelayLoad:
 
 @dataclass(frozen=True, slots=True)
 class RelayResult:
-    """What came of one load. Latencies are from the step's sending by the worker to the client's receipt, in milliseconds.
+    """What came of one load. Latencies are from the step's sending by the worker to the client's
+    receipt, in milliseconds.
 
-    All streams end with one step, which nobody's real streams do; the last token of each is apart from the others for that.
+    All streams end with one step, which nobody's real streams do; the last token of each is apart
+    from the others for that.
     """
 
     num_streams: int
@@ -77,11 +80,15 @@ class RelayResult:
     latency_ms_p99: float
     latency_ms_max: float
     last_latency_ms: float
-    """Median over the streams of the last token's latency: grows with the load's length when the gateway does not keep up."""
+    """Median over the streams of the last token's latency: grows with the load's length when the
+    gateway does not keep up.
+    """
 
 
 class RelayBench:
-    """A gateway process and simulated workers. `async with RelayBench.running(...) as bench: await bench.measure(load)`"""
+    """A gateway process and simulated workers. `async with RelayBench.running(...) as bench: await
+    bench.measure(load)`
+    """
 
     def __init__(
         self,
@@ -101,13 +108,20 @@ class RelayBench:
 
     @staticmethod
     @asynccontextmanager
-    async def running(tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1) -> AsyncIterator[RelayBench]:
-        """Starts everything; nothing is left at the end. This process, which has the workers, keeps to its cores meanwhile."""
+    async def running(
+        tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1
+    ) -> AsyncIterator[RelayBench]:
+        """Starts everything; nothing is left at the end. This process, which has the workers, keeps
+        to its cores meanwhile.
+        """
+        # Processes that multiprocessing starts are to import nothing from the current folder, as
+        # our own children.
+        os.environ["PYTHONSAFEPATH"] = "1"
         all_cores = frozenset(os.sched_getaffinity(0))
         cores = BenchCores.divided(all_cores)
         gateway = GatewaySettings(
             server=ServerSettings(log_level="warning"),
-            relay=RelaySettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
+            requests=RequestSettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
         )
         async with AsyncExitStack() as stack:
             stack.callback(pin_process, os.getpid(), all_cores)
@@ -137,7 +151,9 @@ class RelayBench:
         return _result(load, records, sent, begin_s, self._gateway_cpu_s() - begin_cpu_s)
 
     async def measure_floor(self, load: RelayLoad) -> RelayResult:
-        """The same messages, written by a server without a gateway on the gateway's core, which has nothing else to do then."""
+        """The same messages, written by a server without a gateway on the gateway's core, which has
+        nothing else to do then.
+        """
         interval_s = None if load.tokens_per_s is None else load.num_streams / load.tokens_per_s
         num_groups = min(len(self._workers), load.num_streams)
         plan = FloorPlan(load.num_streams, num_groups, _max_tokens(load), interval_s, self._cores.gateway)
@@ -159,7 +175,10 @@ class RelayBench:
         loop = asyncio.get_running_loop()
         max_tokens = _max_tokens(load)
         shares = [share for share in _shares(load.num_streams, self._num_clients) if share]
-        plans = [StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S, self._cores.others) for share in shares]
+        plans = [
+            StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S, self._cores.others)
+            for share in shares
+        ]
         return asyncio.gather(*(loop.run_in_executor(self._pool, run_streams, plan) for plan in plans))
 
     async def _wait_until_started(self, num_streams: int, clients: asyncio.Future[list[ClientRecord]]) -> None:
@@ -184,10 +203,12 @@ class RelayBench:
             await asyncio.sleep((interval_s or 0.0) * number / len(self._workers))
             await worker.run_steps(interval_s)
 
-        await asyncio.gather(*(run(number, worker) for number, worker in enumerate(self._workers) if worker.num_running))
+        await asyncio.gather(
+            *(run(number, worker) for number, worker in enumerate(self._workers) if worker.num_running)
+        )
 
     def _gateway_cpu_s(self) -> float:
-        fields = Path(f"/proc/{self._cluster.pid(GATEWAY_NAME)}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self._cluster.pid(GATEWAY_NAME)}/stat").read_text("utf-8").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -217,7 +238,9 @@ def _result(
                 continue  # of the prefill, before the load began
             num_messages += 1
             num_tokens += message.num_tokens
-            of_stream_ms += [(message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)]
+            of_stream_ms += [
+                (message.time_s - times[message.index + place]) * 1000 for place in range(message.num_tokens)
+            ]
         last_ms.append(of_stream_ms[-1])
         latencies_ms += of_stream_ms[:-1] or of_stream_ms
         end_s = max(end_s, stream.messages[-1].time_s)

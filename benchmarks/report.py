@@ -1,4 +1,5 @@
-"""How every benchmark shows what it measured: tables for people, one JSON document, plots. Knows nothing of what was measured.
+"""How every benchmark shows what it measured: tables for people, one JSON document, plots. Knows
+nothing of what was measured.
 
 The document: {"benchmark", "command", "date", "machine", "versions", "notes", "results"}.
 """
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from benchmarks.machine import this_machine, versions
-from kvrelay.cli.output import console, to_json
+from kvrelay.cli.views.fitted_table import FittedTable
+from kvrelay.cli.views.output import console, to_json
 from kvrelay.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,12 +80,16 @@ class Report:
     def print_table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], num_text_columns: int = 1
     ) -> None:
-        """Prints a table; all columns but the first `num_text_columns` are set to the right."""
-        table = Table(title=title, title_justify="left")
+        """Prints a table, if it has rows. The first `num_text_columns` say what a row is about;
+        others are set to the right.
+        """
+        if not rows:
+            return
+        table = FittedTable(title, num_key_columns=max(num_text_columns, 1))
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number < num_text_columns else "right", overflow="fold")
+            table.add_text_column(column, right=number >= num_text_columns)
         for row in rows:
-            table.add_row(*(cell_text(cell) for cell in row))
+            table.add_texts(*(cell_text(cell) for cell in row))
         self._console.print(table)
 
     def plot(self, name: str, draw: Callable[["Axes"], None]) -> None:
@@ -94,7 +99,8 @@ class Report:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        # A figure of its own on Agg, without pyplot: no display is looked for and nothing global is changed.
+        # A figure of its own on Agg, without pyplot: no display is looked for and nothing global is
+        # changed.
         figure = Figure(figsize=PLOT_INCHES, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure.subplots())
@@ -103,7 +109,15 @@ class Report:
         self._console.print(f"plot: {path}", markup=False, soft_wrap=True)
 
     def plot_lines(
-        self, name: str, title: str, x_label: str, y_label: str, series: Series, *, log_x: bool = False, log_y: bool = False
+        self,
+        name: str,
+        title: str,
+        x_label: str,
+        y_label: str,
+        series: Series,
+        *,
+        log_x: bool = False,
+        log_y: bool = False,
     ) -> None:
         """Draws curves into `<plots>/<name>.png`; nothing where no plots are wanted."""
 

@@ -1,7 +1,9 @@
-"""What the machine can do at most: bytes read and numbers multiplied per second, and how near a step comes to it.
+"""What the machine can do at most: bytes read and numbers multiplied per second, and how near a
+step comes to it.
 
-A step that must read so many bytes and compute so many operations takes at least as long as the slower of the two (Williams et
-al. 2009, "Roofline: An Insightful Visual Performance Model for Multicore Architectures").
+A step that must read so many bytes and compute so many operations takes at least as long as the
+slower of the two (Williams et al. 2009, "Roofline: An Insightful Visual Performance Model for
+Multicore Architectures").
 """
 
 import time
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.torch_threads import torch_threads
-from kvrelay.model_shape import ModelShape
+from kvrelay.models.shape import ModelShape
 
 READ_BYTES = 512 * 1024 * 1024
 """Far more than any cache holds."""
@@ -108,7 +110,9 @@ class ModelCost:
             end = min(num_tokens, begin + chunk_tokens)
             num_pairs = sum(range(begin + 1, end + 1))  # of a query and a key
             num_operations = 2 * self._num_layer_weights * (end - begin) + self._attention_operations(num_pairs)
-            total += StepCost(self._weight_bytes * self._num_layer_weights + begin * self._kv_bytes_per_token, num_operations)
+            total += StepCost(
+                self._weight_bytes * self._num_layer_weights + begin * self._kv_bytes_per_token, num_operations
+            )
         return total
 
     def _attention_operations(self, num_pairs: int) -> int:

@@ -1,8 +1,9 @@
 """`kvrelay bench serve`: load on a cluster as its clients see it.
 
-A closed loop keeps so many requests running; an open loop sends them at the times of a Poisson process, whatever comes of it.
-With long prompts, streams run while a long prompt arrives from time to time, beside the same streams without any. With
-`--compare colocated`, disaggregated beside colocated workers on as many threads, in turns, the latter at their best chunk.
+A closed loop keeps so many requests running; an open loop sends them at the times of a Poisson
+process, whatever comes of it. With long prompts, streams run while a long prompt arrives from time
+to time, beside the same streams without any. With `--compare colocated`, disaggregated beside
+colocated workers on as many threads, in turns, the latter at their best chunk.
 """
 
 import asyncio
@@ -23,11 +24,14 @@ from benchmarks.workload import parse_workload
 from kvrelay.cli.model_commands import prepare_models
 from kvrelay.cli.setting_options import takes_settings
 from kvrelay.client import AsyncClient
-from kvrelay.config import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.config.settings import ClusterSettings, DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.config.sources import SettingsSources, setting_fields
 from kvrelay.errors import ConfigError
-from kvrelay.settings_sources import SettingsSources, setting_fields
 
-_NOT_OFFERED = {"host", "port", "advertise_address", "redis_url", "restart", "log_level", "log_format", "lease_ms"}
+_NOT_OFFERED = {
+    *("host", "port", "peer_port", "advertise_address", "redis_url", "restart"),
+    *("log_level", "log_format", "lease_ms"),
+}
 _SETTINGS = (ClusterSettings, GatewaySettings, PrefillSettings, DecodeSettings)
 _FIELDS = {name for settings in _SETTINGS for name in setting_fields(settings)} - _NOT_OFFERED
 
@@ -43,14 +47,19 @@ def command(
     sources: SettingsSources,
     address: Annotated[str | None, typer.Option(help="Gateway of a running cluster. Default: one is started.")] = None,
     workload: Annotated[
-        str, typer.Option(metavar="LENGTHS", help="PROMPT->OUTPUT tokens: 128->64, 64..256->32, or 90%:128->64,10%:2048->32.")
+        str,
+        typer.Option(
+            metavar="LENGTHS", help="PROMPT->OUTPUT tokens: 128->64, 64..256->32, or 90%:128->64,10%:2048->32."
+        ),
     ] = "256->64",
     requests: Annotated[int, typer.Option(min=1, metavar="INT", help="Requests of a load.")] = 32,
     concurrency: Annotated[int, typer.Option(min=1, metavar="INT", help="Closed loop: requests at once.")] = 4,
     rate: Annotated[
         str, typer.Option(metavar="FLOATS", help="Open loops: requests per second, one or several with commas.")
     ] = "",
-    long: Annotated[str, typer.Option(metavar="LENGTHS", help="Long prompts that arrive while the requests stream.")] = "",
+    long: Annotated[
+        str, typer.Option(metavar="LENGTHS", help="Long prompts that arrive while the requests stream.")
+    ] = "",
     long_every_s: Annotated[float, typer.Option(metavar="FLOAT", help="Time between two long prompts.")] = 8.0,
     long_most: Annotated[int, typer.Option(min=1, metavar="INT", help="Most long prompts.")] = 4,
     slo_ttft_ms: Annotated[float | None, typer.Option(metavar="FLOAT", help="A good request's longest TTFT.")] = None,
@@ -59,7 +68,8 @@ def command(
     ] = "",
     slo_tpot_ms: Annotated[float | None, typer.Option(metavar="FLOAT", help="Longest mean of its gaps.")] = None,
     opponent: Annotated[
-        Opponent | None, typer.Option("--compare", metavar="NAME", help="colocated: as many threads without prefill workers.")
+        Opponent | None,
+        typer.Option("--compare", metavar="NAME", help="colocated: as many threads without prefill workers."),
     ] = None,
     chunks: Annotated[
         str, typer.Option(metavar="INTS", help="Chunks of prompts to try colocated, with commas.")
@@ -69,7 +79,9 @@ def command(
     json: report.Json = None,
     plots: report.Plots = None,
 ) -> None:
-    """Load on a cluster: TTFT, ITL, throughput, goodput. Settings are those of the cluster that is started for it."""
+    """Load on a cluster: TTFT, ITL, throughput, goodput. Settings are those of the cluster that is
+    started for it.
+    """
     options = LoadOptions(
         parse_workload(workload),
         requests,
@@ -95,11 +107,13 @@ async def _measure_running(output: Report, address: str, options: LoadOptions, r
     async with AsyncClient(address) as client:
         await warm_up(client, options)
         results = [
-            result for number in range(rounds) for result in await run_loads(client, options, address, number + (rounds > 1))
+            result
+            for number in range(rounds)
+            for result in await run_loads(client, options, address, number + (rounds > 1))
         ]
-    show_results(output, results)
+    show_results(output, results, options.objectives)
     show_goodputs(output, results, options.objectives)
-    plot_rates(output, results)
+    plot_rates(output, results, options.objectives)
 
 
 async def _measure_started(output: Report, sources: SettingsSources, options: LoadOptions, rounds: int) -> None:
@@ -109,12 +123,14 @@ async def _measure_started(output: Report, sources: SettingsSources, options: Lo
     for number in range(rounds):
         output.progress(f"round {number + 1} of {rounds}: {plan.name}")
         results += await measure_plan(plan, options, number + (rounds > 1))
-    show_results(output, results)
+    show_results(output, results, options.objectives)
     show_goodputs(output, results, options.objectives)
-    plot_rates(output, results)
+    plot_rates(output, results, options.objectives)
 
 
-async def _compare(output: Report, sources: SettingsSources, options: LoadOptions, chunks: Sequence[int], rounds: int) -> None:
+async def _compare(
+    output: Report, sources: SettingsSources, options: LoadOptions, chunks: Sequence[int], rounds: int
+) -> None:
     plan = plan_from(sources)
     if not plan.prefill:
         raise ConfigError("--compare colocated needs prefill workers in the cluster that it is compared with")
@@ -122,12 +138,12 @@ async def _compare(output: Report, sources: SettingsSources, options: LoadOption
     opponents = colocated_plans(plan, list(chunks))
     if len(options.objectives) == 1:
         best, tried = await best_of(opponents, options, output.progress)
-        show_results(output, tried)
+        show_results(output, tried, options.objectives)
         opponents = [best]
     comparisons, results = await compare(plan, opponents, options, rounds, output.progress)
-    show_results(output, results)
+    show_results(output, results, options.objectives)
     show_comparisons(output, comparisons)
-    plot_rates(output, results)
+    plot_rates(output, results, options.objectives)
 
 
 def _objectives(ttft_ms: float | None, itls_ms: Sequence[float], tpot_ms: float | None) -> tuple[Objective, ...]:

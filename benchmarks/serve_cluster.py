@@ -1,17 +1,21 @@
-"""Clusters for `bench serve`: a running one by its address, one from settings, and the same cores as a colocated one."""
+"""Clusters for `bench serve`: a running one by its address, one from settings, and the same cores
+as a colocated one.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from kvrelay.config import ClusterSettings, DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings
-from kvrelay.local_cluster import LocalCluster
-from kvrelay.settings_sources import SettingsSources
+from kvrelay.cluster.local_cluster import LocalCluster
+from kvrelay.config.settings import ClusterSettings, DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings
+from kvrelay.config.sources import SettingsSources
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterPlan:
-    """What to start on this machine. Workers without a number of threads divide its cores, and lend each other idle ones."""
+    """What to start on this machine. Workers without a number of threads divide its cores, and lend
+    each other idle ones.
+    """
 
     name: str
     gateway: GatewaySettings
@@ -42,12 +46,15 @@ def plan_from(sources: SettingsSources) -> ClusterPlan:
     gateway = gateway.model_copy(update={"server": gateway.server.model_copy(update={"port": 0})})
     prefill, decode = sources.load("prefill", PrefillSettings), sources.load("decode", DecodeSettings)
     name = f"{cluster.num_prefill} prefill + {cluster.num_decode} decode" if cluster.num_prefill else "colocated"
-    return ClusterPlan(name, gateway, (prefill,) * cluster.num_prefill, (decode,) * cluster.num_decode, cluster.startup_timeout_s)
+    return ClusterPlan(
+        name, gateway, (prefill,) * cluster.num_prefill, (decode,) * cluster.num_decode, cluster.startup_timeout_s
+    )
 
 
 def colocated_plans(plan: ClusterPlan, chunks: list[int]) -> list[ClusterPlan]:
-    """Clusters without prefill workers on the same cores: one worker with all of them, and as many workers as now, each with
-    its share; with each of the chunk sizes for prompts among decoding sequences."""
+    """Clusters without prefill workers on the same cores: one worker with all of them, and as many
+    workers as now, each with its share; with each of the chunk sizes for prompts among decoding
+    sequences."""
     num_workers = len(plan.prefill) + len(plan.decode)
     plans = []
     for chunk in chunks:
@@ -62,7 +69,9 @@ def colocated_plans(plan: ClusterPlan, chunks: list[int]) -> list[ClusterPlan]:
 def with_chunk(settings: DecodeSettings, chunk: int) -> DecodeSettings:
     """Prompts in chunks of so many tokens, whether sequences decode or not."""
     decoding = settings.decoding.model_copy(update={"local_prefill_chunk_tokens": chunk})
-    engine = settings.engine.model_copy(update={"prefill_chunk_tokens": max(chunk, settings.engine.prefill_chunk_tokens)})
+    engine = settings.engine.model_copy(
+        update={"prefill_chunk_tokens": max(chunk, settings.engine.prefill_chunk_tokens)}
+    )
     return settings.model_copy(update={"decoding": decoding, "engine": engine})
 
 

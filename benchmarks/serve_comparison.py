@@ -1,4 +1,5 @@
-"""Disaggregated against colocated workers on equal threads: first the colocated one's best chunk, then both in turns.
+"""Disaggregated against colocated workers on equal threads: first the colocated one's best chunk,
+then both in turns.
 
 Under several objectives the best chunk differs, so all take part in every round.
 """
@@ -38,7 +39,9 @@ async def measure_plan(plan: ClusterPlan, options: LoadOptions, round_number: in
 async def best_of(
     plans: list[ClusterPlan], options: LoadOptions, progress: Callable[[str], None]
 ) -> tuple[ClusterPlan, list[LoadResult]]:
-    """The plan with the highest goodput in one round; of equal ones the one with the shortest gaps. With all results."""
+    """The plan with the highest goodput in one round; of equal ones the one with the shortest gaps.
+    With all results.
+    """
     tried = []
     results = []
     for plan in plans:
@@ -57,7 +60,9 @@ async def compare(
     rounds: int,
     progress: Callable[[str], None],
 ) -> tuple[list[Comparison], list[LoadResult]]:
-    """All in turns, each started anew in every round; under each objective, with the colocated one that does best there."""
+    """All in turns, each started anew in every round; under each objective, with the colocated one
+    that does best there.
+    """
     plans = [disaggregated, *colocated]
     results: dict[str, list[LoadResult]] = {plan.name: [] for plan in plans}
     for round_number in range(1, rounds + 1):

@@ -1,4 +1,6 @@
-"""The load that `bench serve` puts on one cluster, and its summaries. Knows no process and no table."""
+"""The load that `bench serve` puts on one cluster, and its summaries. Knows no process and no
+table.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +31,10 @@ class LongPrompts:
 class LoadOptions:
     """What is asked of a cluster.
 
-    rates: requests per second of open loops, one load for each; empty: a closed loop of `concurrency`.
-    long_prompts: with them the requests are streams that run all at once, first alone and then with the prompts among them.
+    rates: requests per second of open loops, one load for each; empty: a closed loop of
+    `concurrency`.
+    long_prompts: with them the requests are streams that run all at once, first alone and then with
+    the prompts among them.
     objectives: the first is that of the summaries; goodput is measured under each.
     """
 
@@ -123,7 +127,9 @@ def results_of(
 
 
 def goodput(results: Sequence[LoadResult], objective: int = 0) -> float:
-    """Most good requests per second over the loads of one cluster, each the mean of its rounds, under one of the objectives."""
+    """Most good requests per second over the loads of one cluster, each the mean of its rounds,
+    under one of the objectives.
+    """
     loads: dict[str, list[float]] = {}
     for result in results:
         if not result.kind:

@@ -22,11 +22,15 @@ PHASES = {
 }
 
 
-def show_results(output: Report, results: Sequence[LoadResult]) -> None:
-    """Rates, times and phases."""
+def show_results(output: Report, results: Sequence[LoadResult], objectives: Sequence[Objective]) -> None:
+    """Rates, times and phases; what is good only where an objective says so."""
     output.add(*results)
-    output.print_table("Load", LOAD_COLUMNS, [_load_row(result) for result in results], num_text_columns=3)
-    output.print_table("Times, ms", TIME_COLUMNS, [row for result in results for row in _time_rows(result)], num_text_columns=4)
+    output.print_table(
+        "Load", LOAD_COLUMNS, [_load_row(result, objectives[0].given) for result in results], num_text_columns=3
+    )
+    output.print_table(
+        "Times, ms", TIME_COLUMNS, [row for result in results for row in _time_rows(result)], num_text_columns=4
+    )
     phases = [[*_names(result), *_phase_cells(result)] for result in results if result.summary.phase_means_ms]
     columns = ["cluster", "load", "kind", *PHASES.values(), "on decode %"]
     output.print_table("Means of the phases, ms", columns, phases, num_text_columns=3)
@@ -60,17 +64,21 @@ def show_comparisons(output: Report, comparisons: Sequence[Comparison]) -> None:
         ]
         for each in comparisons
     ]
-    columns = ["objective, ms", comparisons[0].disaggregated, "best colocated", "goodput req/s", "ratio"]
-    output.print_table("Goodput, good requests per second", columns, rows, num_text_columns=1)
+    has_objective = any(each.objective.given for each in comparisons)
+    objective, rate = ("objective, ms", "goodput req/s") if has_objective else ("", "req/s")
+    title = "Goodput, good requests per second" if has_objective else "Requests per second that did not fail"
+    output.print_table(title, [objective, comparisons[0].disaggregated, "best colocated", rate, "ratio"], rows)
 
 
 def _objective_text(objective: Objective) -> str:
     bounds = {"TTFT": objective.ttft_ms, "ITL": objective.itl_ms, "TPOT": objective.tpot_ms}
-    return ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None) or "none"
+    return ", ".join(f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None)
 
 
-def plot_rates(output: Report, results: Sequence[LoadResult]) -> None:
-    """Share of good requests and p99 by offered rate, where there are several rates."""
+def plot_rates(output: Report, results: Sequence[LoadResult], objectives: Sequence[Objective]) -> None:
+    """Good requests per second by offered rate, where there are several rates; without an objective
+    those that did not fail.
+    """
     series: dict[str, list[LoadResult]] = {}
     for result in results:
         if not result.kind and result.offered_requests_per_s is not None:
@@ -78,7 +86,9 @@ def plot_rates(output: Report, results: Sequence[LoadResult]) -> None:
     if not any(len({result.offered_requests_per_s for result in points}) > 1 for points in series.values()):
         return
     curves = {name: _curve(points) for name, points in series.items()}
-    output.plot_lines("serve-goodput", "Goodput", "offered requests/s", "good requests/s", curves)
+    name, what = ("serve-goodput", "good") if objectives[0].given else ("serve-requests", "served")
+    title = "Goodput" if objectives[0].given else "Requests that did not fail"
+    output.plot_lines(name, title, "offered requests/s", f"{what} requests/s", curves)
 
 
 def _curve(results: list[LoadResult]) -> tuple[list[float], list[float]]:
@@ -99,7 +109,7 @@ def _names(result: LoadResult) -> list[object]:
     return [f"{result.cluster}, round {result.round}" if result.round else result.cluster, result.load, result.kind]
 
 
-def _load_row(result: LoadResult) -> list[object]:
+def _load_row(result: LoadResult, has_objective: bool) -> list[object]:
     summary = result.summary
     return [
         *_names(result),
@@ -107,8 +117,7 @@ def _load_row(result: LoadResult) -> list[object]:
         summary.num_failed,
         summary.tokens_per_s,
         f"{summary.requests_per_s:.2f}",
-        100 * summary.good_share,
-        f"{summary.goodput_requests_per_s:.3f}",
+        *([100 * summary.good_share, f"{summary.goodput_requests_per_s:.3f}"] if has_objective else [None, None]),
     ]
 
 

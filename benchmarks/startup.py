@@ -1,6 +1,8 @@
-"""`kvrelay bench startup`: from running `kvrelay serve all` to its first token at a client, and what its processes hold then.
+"""`kvrelay bench startup`: from running `kvrelay serve all` to its first token at a client, and
+what its processes hold then.
 
-The first start of a run also warms the page cache and is shown like the others: give `--rounds` 2 or more to see both.
+The first start of a run also warms the page cache and is shown like the others: give `--rounds` 2
+or more to see both.
 """
 
 import asyncio
@@ -15,10 +17,10 @@ from benchmarks import report
 from benchmarks.report import Report
 from benchmarks.startup_measurement import Start, is_worker, measure_start
 from benchmarks.statistics import spread
-from kvrelay.model_store import DEMO_MODEL, ModelStore, default_model_dir
+from kvrelay.config.settings import BYTES_PER_MIB
+from kvrelay.models.store import DEMO_MODEL, ModelStore, default_model_dir
 
 PROMPT = "The quick brown fox jumps over"
-BYTES_PER_MIB = 1024 * 1024
 
 
 def command(
@@ -64,7 +66,12 @@ def _show(output: Report, starts: list[Start], weight_bytes: int) -> None:
     rows: list[list[object]] = []
     for number, use in enumerate(last.processes):
         cpu_s = spread([start.processes[number].cpu_s for start in starts])
-        row: list[object] = [use.process, cpu_s.text(2), use.rss_bytes / BYTES_PER_MIB, use.peak_rss_bytes / BYTES_PER_MIB]
+        row: list[object] = [
+            use.process,
+            cpu_s.text(2),
+            use.rss_bytes / BYTES_PER_MIB,
+            use.peak_rss_bytes / BYTES_PER_MIB,
+        ]
         if is_worker(use):
             full_mib = last.full_bytes(use) / BYTES_PER_MIB
             row += [full_mib, bound_mib, f"{full_mib / bound_mib:.2f}"]
@@ -77,10 +84,13 @@ def _show(output: Report, starts: list[Start], weight_bytes: int) -> None:
         rows,
     )
     output.note(
-        "Bound of a worker: 1.3 × weights + KV pool + 500 MB. At most: the peak, or RSS and all of the pool, whose pages count"
+        "Bound of a worker: 1.3 × weights + KV pool + 500 MB. At most: the peak, or RSS and all of the pool, "
+        "whose pages count"
         " only once they are written to."
     )
 
 
 def _steps(start: Start) -> list[tuple[float, str, str]]:
-    return [(event.at_s, event.process, event.event) for event in start.events] + [(start.first_token_s, "client", "first token")]
+    return [(event.at_s, event.process, event.event) for event in start.events] + [
+        (start.first_token_s, "client", "first token")
+    ]

@@ -1,4 +1,5 @@
-"""One start of `kvrelay serve all` until its first token: how far each process got when, its processor time and its memory.
+"""One start of `kvrelay serve all` until its first token: how far each process got when, its
+processor time and its memory.
 
 Knows nothing of how that is shown.
 """
@@ -8,7 +9,6 @@ import contextlib
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 
 from kvrelay.client import AsyncClient
+from kvrelay.config.settings import BYTES_PER_MIB
 from kvrelay.errors import KvrelayError, StartupError
+from kvrelay.own_packages import own_module_command
 
 PATIENCE_S = 300.0
 CONNECT_POLL_S = 0.02
@@ -26,7 +28,6 @@ ASK_AGAIN_S = 0.1
 STOP_GRACE_S = 10.0
 WEIGHTS_FACTOR = 1.3
 ALLOWANCE_BYTES = 500_000_000
-BYTES_PER_MIB = 1024 * 1024
 
 OWN_NAME = "kvrelay"
 _LINE = re.compile(r"(?P<name>[\w-]+) *\| (?P<text>.*)")
@@ -76,7 +77,9 @@ class Start:
         return int(WEIGHTS_FACTOR * weight_bytes) + self.kv_pool_bytes + ALLOWANCE_BYTES
 
     def full_bytes(self, use: ProcessUse) -> int:
-        """What a worker will hold when all of its pool was written to, or held while it loaded, whichever is more."""
+        """What a worker will hold when all of its pool was written to, or held while it loaded,
+        whichever is more.
+        """
         return max(use.peak_rss_bytes, use.rss_bytes + self.kv_pool_bytes)
 
 
@@ -96,7 +99,7 @@ async def measure_start(arguments: Sequence[str], prompt: str) -> Start:
         StartupError: it ended, or did not answer in time.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "kvrelay.cli", "serve", "all", "--port", str(port), *arguments]
+    command = own_module_command("kvrelay.cli", "serve", "all", "--port", str(port), *arguments)
     begin_s, begin_time_s = time.monotonic(), time.time()
     async with _running(command) as process:
         log = _Log(begin_s)
@@ -168,7 +171,9 @@ async def _until(waiting: Coroutine[None, None, float | bool], reading: asyncio.
 
 
 async def _first_token(port: int, prompt: str) -> float:
-    """Asks again and again, as a user would that wants the first answer there is; when it came, in monotonic seconds."""
+    """Asks again and again, as a user would that wants the first answer there is; when it came, in
+    monotonic seconds.
+    """
     while not _is_open(port):  # noqa: ASYNC110  (what is waited for is in another process)
         await asyncio.sleep(CONNECT_POLL_S)
     async with AsyncClient(f"127.0.0.1:{port}") as client:
@@ -215,14 +220,14 @@ def _uses(pid: int, begin_time_s: float) -> tuple[ProcessUse, ...]:
 
 
 def _role(process: psutil.Process) -> str:
-    words = " ".join(process.cmdline())
-    return next((role for role in _ROLES if role in words), "")
+    words = [Path(word).name for word in process.cmdline()]
+    return next((role for role in _ROLES if any(word.startswith(role) for word in words)), "")
 
 
 def _peak_rss_bytes(pid: int) -> int | None:
     """None where there is no /proc."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text("utf-8")
     except OSError:
         return None
     found = re.search(r"VmHWM:\s+(\d+) kB", status)

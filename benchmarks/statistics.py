@@ -15,7 +15,9 @@ class Spread:
     max: float
 
     def text(self, decimals: int = 1, factor: float = 1.0) -> str:
-        """`median (min to max)`, each times `factor`; the median alone where there was one measurement."""
+        """`median (min to max)`, each times `factor`; the median alone where there was one
+        measurement.
+        """
         median, low, high = (f"{factor * value:,.{decimals}f}" for value in (self.median, self.min, self.max))
         return median if self.num_values == 1 else f"{median} ({low} to {high})"
 

@@ -1,4 +1,6 @@
-"""How many threads torch uses for a while. Our engine sets torch to one where its own kernels do the work."""
+"""How many threads torch uses for a while. Our engine sets torch to one where its own kernels do
+the job.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

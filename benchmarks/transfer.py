@@ -1,11 +1,14 @@
-"""`kvrelay bench transfer`: how fast KV travels between two workers of one host, what it costs, and how much of it is waited for.
+"""`kvrelay bench transfer`: how fast KV travels between two workers of one host, what it costs, and
+how much of it is waited for.
 
-Two processes with the workers' own sender and receiver over real pools, random KV, no model. Two modes:
+Two processes with the workers' own sender and receiver over real pools, random KV, no model. Two
+modes:
 
     raw     all layers are there at once: what the wire can do
     paced   layers are announced as a prompt's pass would, by a thread that computes: what of the transfer a request waits for
 
-Transports and sizes take turns in every round, so that whatever else the machine does hits them alike.
+Transports and sizes take turns in every round, so that whatever else the machine does hits them
+alike.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +22,7 @@ from benchmarks.copy_bandwidth import copy_gb_per_s
 from benchmarks.report import Json, Plots, Report
 from benchmarks.statistics import Spread, spread
 from benchmarks.transfer_pair import Pass, Transfer, TransferPair
-from kvrelay.model_spec import KVLayout
+from kvrelay.core.model_spec import KVLayout
 
 LAYOUTS = {
     "smollm2-135m": KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="float32"),
@@ -27,8 +30,8 @@ LAYOUTS = {
 }
 TRANSPORTS = ("grpc", "shared-memory")
 NUM_COPIES = {"grpc": 6, "shared-memory": 2}
-"""How often a KV byte is copied. Shared memory: into the region and out of it. gRPC: into the message, into gRPC's memory, into
-the system, and the same way back."""
+"""How often a KV byte is copied. Shared memory: into the region and out of it. gRPC: into the
+message, into gRPC's memory, into the system, and the same way back."""
 NUM_PROCESSES = 2
 BYTES_PER_GB = 1e9
 
@@ -52,7 +55,9 @@ class Result:
     gb_per_s: Spread
     """Over the time in which a chunk was under way."""
     end_to_end_gb_per_s: Spread
-    """From the begin of the push until the receiver's engine may run the sequence; the pass itself is in it when paced."""
+    """From the begin of the push until the receiver's engine may run the sequence; the pass itself
+    is in it when paced.
+    """
     cpu_s_per_gb: Spread
     """Both processes."""
     exposed_ms: Spread
@@ -78,7 +83,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a transport could do if its copies were all that it does, one thread in each process, each copy through memory."""
+    """What a transport could do if its copies were all that it does, one thread in each process,
+    each copy through memory.
+    """
 
     bound_of: str
     num_copies: int
@@ -95,17 +102,29 @@ def _bounds(transports: Sequence[str]) -> list[Bound]:
 def command(
     tokens: Annotated[str, typer.Option("--tokens", help="Prompt lengths, with commas.")] = "64,512,2048",
     layouts: Annotated[str, typer.Option("--layouts", help=f"With commas: {', '.join(LAYOUTS)}.")] = ",".join(LAYOUTS),
-    transports: Annotated[str, typer.Option("--transports", help="With commas: grpc, shared-memory.")] = ",".join(TRANSPORTS),
+    transports: Annotated[str, typer.Option("--transports", help="With commas: grpc, shared-memory.")] = ",".join(
+        TRANSPORTS
+    ),
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds, after one that is not.")] = 7,
-    prefill_tokens_per_s: Annotated[float, typer.Option("--prefill-tokens-per-s", help="Pace of the imitated pass.")] = 500.0,
-    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=1, help="Prompt tokens of one imitated step.")] = 256,
+    prefill_tokens_per_s: Annotated[
+        float, typer.Option("--prefill-tokens-per-s", help="Pace of the imitated pass.")
+    ] = 500.0,
+    chunk_tokens: Annotated[
+        int, typer.Option("--chunk-tokens", min=1, help="Prompt tokens of one imitated step.")
+    ] = 256,
     paced: Annotated[bool, typer.Option("--paced/--no-paced", help="Measure the exposed share too.")] = True,
-    message_kib: Annotated[int | None, typer.Option("--message-kib", help="Instead of the default transfer_message_kib.")] = None,
-    window_mib: Annotated[int | None, typer.Option("--window-mib", help="Instead of the default transfer_window_mib.")] = None,
+    message_kib: Annotated[
+        int | None, typer.Option("--message-kib", help="Instead of the default transfer_message_kib.")
+    ] = None,
+    window_mib: Annotated[
+        int | None, typer.Option("--window-mib", help="Instead of the default transfer_window_mib.")
+    ] = None,
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """Measures KV transfers between two processes: GB/s, CPU seconds per GB, and the exposed share, by transport and size."""
+    """Measures KV transfers between two processes: GB/s, CPU seconds per GB, and the exposed share,
+    by transport and size.
+    """
     output = Report("transfer", json, plots)
     changed = {"transfer_message_kib": message_kib, "transfer_window_mib": window_mib}
     settings = {name: value for name, value in changed.items() if value is not None}
@@ -113,7 +132,9 @@ def command(
     pace = Pass(prefill_tokens_per_s, chunk_tokens)
     results: list[Result] = []
     for layout in layouts.split(","):
-        results += _measure(layout, transports.split(","), num_tokens, settings, rounds, pace if paced else None, output)
+        results += _measure(
+            layout, transports.split(","), num_tokens, settings, rounds, pace if paced else None, output
+        )
     output.progress("copying memory")
     bounds = _bounds(transports.split(","))
     output.add(*results, *bounds)
@@ -134,7 +155,9 @@ def _measure(
     transfers: dict[Case, list[Transfer]] = {}
     with ExitStack() as stack:
         pairs = {
-            name: stack.enter_context(TransferPair(LAYOUTS[layout], num_tokens[-1], settings | {"transfer_transport": name}))
+            name: stack.enter_context(
+                TransferPair(LAYOUTS[layout], num_tokens[-1], settings | {"transfer_transport": name})
+            )
             for name in transports
         }
         for number in range(rounds + 1):
@@ -173,7 +196,8 @@ def _print(output: Report, results: Sequence[Result], bounds: Sequence[Bound]) -
         if each.case.mode == "raw"
     ]
     raw += [
-        ["copies alone", f"{each.bound_of}, {each.num_copies} copies", "", "", f"{each.gb_per_s:.2f}", "", ""] for each in bounds
+        ["copies alone", f"{each.bound_of}, {each.num_copies} copies", "", "", f"{each.gb_per_s:.2f}", "", ""]
+        for each in bounds
     ]
     columns = ["layout", "transport", "tokens", "MB", "GB/s on the wire", "GB/s with begin and end", "CPU s per GB"]
     output.print_table("Transfer, all layers at once", columns, raw, num_text_columns=2)
@@ -191,7 +215,15 @@ def _print(output: Report, results: Sequence[Result], bounds: Sequence[Bound]) -
         if each.case.mode == "paced"
     ]
     if paced:
-        columns = ["layout", "transport", "tokens", "TTFT s", "exposed ms", "exposed % of TTFT", "token 0 to runnable, ms"]
+        columns = [
+            "layout",
+            "transport",
+            "tokens",
+            "TTFT s",
+            "exposed ms",
+            "exposed % of TTFT",
+            "token 0 to runnable, ms",
+        ]
         output.print_table("Transfer alongside a pass", columns, paced, num_text_columns=2)
 
 

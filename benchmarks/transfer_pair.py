@@ -1,13 +1,15 @@
-"""Two processes that send each other KV: a prefill worker's sender and a decode worker's receiver, on one host."""
+"""Two processes that send each other KV: a prefill worker's sender and a decode worker's receiver,
+on one host.
+"""
 
 import json
 import secrets
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvrelay.model_spec import KVLayout
+from kvrelay.core.model_spec import KVLayout
+from kvrelay.own_packages import own_module_command
 
 
 class PairError(RuntimeError):
@@ -16,7 +18,9 @@ class PairError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a prompt's pass is imitated: its layers are announced as it would, while its thread computes."""
+    """How a prompt's pass is imitated: its layers are announced as it would, while its thread
+    computes.
+    """
 
     tokens_per_s: float
     chunk_tokens: int
@@ -24,7 +28,9 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One measured transfer. Times in seconds; CPU time is both processes' and leaves out the pass itself."""
+    """One measured transfer. Times in seconds; CPU time is both processes' and leaves out the pass
+    itself.
+    """
 
     kv_bytes: int
     wire_s: float
@@ -77,7 +83,12 @@ class TransferPair:
         """
         request_id = secrets.token_hex(16)
         ticket = self._receiver.ask(do="reserve", request_id=request_id, num_tokens=num_tokens)["ticket"]
-        command: dict[str, Any] = {"request_id": request_id, "ticket": ticket, "address": self._address, "num_tokens": num_tokens}
+        command: dict[str, Any] = {
+            "request_id": request_id,
+            "ticket": ticket,
+            "address": self._address,
+            "num_tokens": num_tokens,
+        }
         if paced is not None:
             command |= {"pass_s": num_tokens / paced.tokens_per_s, "chunk_tokens": paced.chunk_tokens}
         sent = self._sender.ask(do="push", **command)
@@ -97,7 +108,9 @@ class TransferPair:
 
     def check(self, num_tokens: int) -> None:
         """Raises PairError unless the receiver's pool holds what the sender's does."""
-        if self._sender.ask(do="digest", num_tokens=num_tokens) != self._receiver.ask(do="digest", num_tokens=num_tokens):
+        if self._sender.ask(do="digest", num_tokens=num_tokens) != self._receiver.ask(
+            do="digest", num_tokens=num_tokens
+        ):
             raise PairError("the KV that arrived is not the KV that was sent")
 
 
@@ -105,8 +118,8 @@ class _End:
     """One of the processes."""
 
     def __init__(self, role: str, setup: dict[str, Any]) -> None:
-        command = [sys.executable, "-m", "benchmarks.transfer_process", role]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = own_module_command("benchmarks.transfer_process", role)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._write(setup)
 
     @property

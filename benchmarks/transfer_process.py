@@ -1,6 +1,8 @@
-"""One end of a measured KV transfer, as a process: the real sender or the real receiver over a real pool, without a model.
+"""One end of a measured KV transfer, as a process: the real sender or the real receiver over a real
+pool, without a model.
 
-Takes one JSON object a line on standard input and answers each with one on standard output; `benchmarks.transfer_pair` drives it.
+Takes one JSON object a line on standard input and answers each with one on standard output;
+`benchmarks.transfer_pair` drives it.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -22,27 +24,26 @@ import xxhash
 
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
-from decode_worker.push_permits import PushPermits
-from kvrelay import event_loop
-from kvrelay.config import TransferSettings
+from decode_worker.receiving.write_grants import WriteGrants
+from kvrelay.config.settings import BYTES_PER_MIB, TransferSettings
+from kvrelay.core.job import Job, JobId, SequenceToken, Token
+from kvrelay.core.model_spec import KVLayout, ModelSpec
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.garbage_collection import keep_what_is_loaded
-from kvrelay.kv_transfer.memory_handover import HandoverServer
-from kvrelay.kv_transfer.message_memory import keep_message_memory
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.kv_transfer.malloc_tuning import keep_message_memory
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
-from kvrelay.kv_transfer.transports import PushPlan
-from kvrelay.model_spec import KVLayout, ModelSpec
-from kvrelay.rpc import bind_server, create_server
-from kvrelay.sampling_params import SamplingParams
-from kvrelay.telemetry import configure_logging
-from kvrelay.work import SequenceToken, Token, Work, WorkId
+from kvrelay.kv_transfer.shm_fd_passing import RegionServer
+from kvrelay.kv_transfer.transports import NUM_TRANSFER_THREADS, PushPlan
+from kvrelay.network.rpc import bind_server, create_server
+from kvrelay.observability.logging import configure_logging
+from kvrelay.runtime import event_loop
+from kvrelay.runtime.garbage_collection import keep_what_is_loaded
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 
 BLOCK_SIZE = 16
-NUM_TRANSFER_THREADS = 2  # as both workers have
 BYTES_PER_KIB = 1024
-BYTES_PER_MIB = 1024 * 1024
 BUSY_SIZE = 96
 """Side of the matrices that a paced pass multiplies: about 0.05 ms each."""
 
@@ -74,15 +75,19 @@ class Pool:
         """Random bytes, or zeros without a seed."""
         generator = np.random.default_rng(seed)
         for layer in range(self.layout.num_layers):
-            num_bytes = self.cache.export_bytes(1, len(self.block_ids) * BLOCK_SIZE)
+            span = KVSpan(layer, layer + 1, 0, len(self.block_ids) * BLOCK_SIZE)
+            num_bytes = span.num_bytes(self.layout)
             payload = generator.bytes(num_bytes) if seed is not None else bytes(num_bytes)
-            self.cache.import_kv(payload, layer, layer + 1, self.block_ids, 0, len(self.block_ids) * BLOCK_SIZE)
+            self.cache.import_kv(payload, span, self.block_ids)
 
     def digest(self, num_tokens: int) -> str:
         """Of the KV of the first tokens."""
         hasher = xxhash.xxh3_128()
         for layer in range(self.layout.num_layers):
-            hasher.update(self.cache.export_kv(layer, layer + 1, self.block_ids, 0, num_tokens).numpy().tobytes())
+            span = KVSpan(layer, layer + 1, 0, num_tokens)
+            exported = bytearray(span.num_bytes(self.layout))
+            self.cache.export_kv(memoryview(exported), span, self.block_ids)
+            hasher.update(exported)
         return hasher.hexdigest()
 
 
@@ -91,7 +96,7 @@ class ReceivingEnd:
 
     def __init__(self, pool: Pool, model: ModelSpec) -> None:
         self._pool = pool
-        self._permits = PushPermits()
+        self._grants = WriteGrants()
         self._ended: asyncio.Queue[tuple[PushEnded, float]] = asyncio.Queue()
         self._threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS)
         loop = asyncio.get_running_loop()
@@ -99,8 +104,10 @@ class ReceivingEnd:
         def submit(ended: PushEnded) -> None:
             loop.call_soon_threadsafe(self._ended.put_nowait, (ended, time.monotonic()))
 
-        self._memory = HandoverServer()
-        self._receiver = KVReceiver(ReceiverContext(pool.cache, model, self._permits, self._threads, submit, self._memory))
+        self._memory = RegionServer()
+        self._receiver = KVReceiver(
+            ReceiverContext(pool.cache, model, self._grants, self._threads, submit, self._memory)
+        )
         self._server = create_server(takes_bulk=True)
         self._receiver.add_to(self._server)
         self._port = bind_server(self._server, "127.0.0.1", 0, ()).port
@@ -113,8 +120,8 @@ class ReceivingEnd:
                 await self._server.start()
                 return {"address": f"127.0.0.1:{self._port}"}
             case "reserve":
-                work = _work(command["request_id"], command["num_tokens"])
-                ticket = self._permits.open(work, self._pool.block_ids, 0)
+                job = _job(command["request_id"], command["num_tokens"])
+                ticket = self._grants.grant(job, self._pool.block_ids, 0)
                 self._cpu_s = cpu_s()
                 return {"ticket": ticket.hex()}
             case "received":
@@ -164,12 +171,12 @@ class SendingEnd:
 
     async def _push(self, command: dict[str, Any]) -> dict[str, Any]:
         num_tokens = command["num_tokens"]
-        work = _work(command["request_id"], num_tokens)
-        plan = PushPlan(work.work_id, bytes.fromhex(command["ticket"]), self._model.fingerprint, 0, num_tokens)
+        job = _job(command["request_id"], num_tokens)
+        plan = PushPlan(job.job_id, bytes.fromhex(command["ticket"]), self._model.fingerprint, 0, num_tokens)
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[Any] = loop.create_future()
 
-        def on_ended(_: WorkId, outcome: Any) -> None:
+        def on_ended(_: JobId, outcome: Any) -> None:
             loop.call_soon_threadsafe(ended.set_result, outcome)
 
         begin_cpu_s, begin_s = cpu_s(), time.monotonic()
@@ -181,7 +188,7 @@ class SendingEnd:
         else:
             sender.announce_cached(num_tokens)
         sampled_at = time.monotonic()
-        sender.finish([SequenceToken(work.work_id, 0, 0, Token(1))])
+        sender.finish([SequenceToken(job.job_id, 0, 0, Token(1))])
         outcome = await ended
         if not isinstance(outcome, TransferResult):
             return {"problem": str(outcome)}
@@ -192,7 +199,9 @@ class SendingEnd:
 def _compute_paced(
     sender: KVSender, loop: asyncio.AbstractEventLoop, layout: KVLayout, command: dict[str, Any], pass_s: float
 ) -> float:
-    """Computes as long as a prompt's pass would and announces its layers, as the engine thread does. Its own CPU seconds."""
+    """Computes as long as a prompt's pass would and announces its layers, as the engine thread
+    does. Its own CPU seconds.
+    """
     num_tokens, chunk_tokens = command["num_tokens"], command["chunk_tokens"]
     matrix = torch.rand(BUSY_SIZE, BUSY_SIZE)
     next_at, begin_cpu_s = time.monotonic(), time.thread_time()
@@ -212,9 +221,9 @@ def cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _work(request_id: str, num_tokens: int) -> Work:
-    return Work(
-        work_id=WorkId(request_id, 1),
+def _job(request_id: str, num_tokens: int) -> Job:
+    return Job(
+        job_id=JobId(request_id, 1),
         token_ids=tuple(1 for _ in range(num_tokens)),
         num_prompt_tokens=num_tokens,
         num_sequences=1,

@@ -1,4 +1,6 @@
-"""Greedy generation by transformers' own `generate`, with the time of every token. Knows nothing of kvrelay."""
+"""Greedy generation by transformers' own `generate`, with the time of every token. Knows nothing of
+kvrelay.
+"""
 
 import itertools
 import time

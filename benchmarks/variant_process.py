@@ -1,7 +1,9 @@
-"""An engine as a process that measures when it is told to; `benchmarks.variants` has several of them take turns.
+"""An engine as a process that measures when it is told to; `benchmarks.variants` has several of
+them take turns.
 
-Reads one JSON object a line and answers each with one. The first says what to load, the others which case to measure, in how many
-steps. Runs on the source tree that is its working folder, which may be an older one: it uses what `bench engine` is made of.
+Reads one JSON object a line and answers each with one. The first says what to load, the others
+which case to measure, in how many steps. Runs on the source tree that is its working folder, which
+may be an older one: it uses what `bench engine` is made of.
 """
 
 import json

@@ -1,8 +1,10 @@
-"""`kvrelay bench variants`: engines of other settings, or of other versions of the source, beside one another.
+"""`kvrelay bench variants`: engines of other settings, or of other versions of the source, beside
+one another.
 
-On a shared machine one run is faster than the next by more than most changes are worth. So each variant has a process, and these
-take turns after a few steps, in an order that is drawn anew in each round; what counts is the ratio to the first variant in the
-same round. Processes are started anew some times, for where their memory lies differs and that counts too.
+On a shared machine one run is faster than the next by more than most changes are worth. So each
+variant has a process, and these take turns after a few steps, in an order that is drawn anew in
+each round; what counts is the ratio to the first variant in the same round. Processes are started
+anew some times, for where their memory lies differs and that counts too.
 """
 
 import json as json_format
@@ -25,7 +27,7 @@ from benchmarks.engine_cases import Case, decode_cases, pool_tokens, prefill_cas
 from benchmarks.report import Json, Plots, Report
 from benchmarks.statistics import Spread, percentile, spread
 from kvrelay.errors import ConfigError
-from kvrelay.model_store import DEMO_MODEL
+from kvrelay.models.store import DEMO_MODEL
 
 THIS_TREE = Path(__file__).parent.parent
 SEED = 0
@@ -68,7 +70,8 @@ class VariantProcess:
         """The answer to one request.
 
         Raises:
-            ConfigError: the process ended, with its error on the terminal, or was ended since it did not answer.
+            ConfigError: the process ended, with its error on the terminal, or was ended since it
+                did not answer.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -95,7 +98,7 @@ def running(variant: Variant, model: str, threads: int, num_pool_tokens: int) ->
     command = [sys.executable, "-P", variant_process.__file__]
     environment = os.environ | {"PYTHONPATH": str(variant.tree)}
     with subprocess.Popen(
-        command, cwd=variant.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=variant.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
     ) as process:
         engine = VariantProcess(process, variant.name)
         try:
@@ -114,14 +117,19 @@ def command(
     model: Annotated[str, typer.Option("--model", help="Model.")] = DEMO_MODEL,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     tree: Annotated[
-        list[Path] | None, typer.Option("--tree", help="Folder of another version of the source; repeatable. This one is first.")
+        list[Path] | None,
+        typer.Option("--tree", help="Folder of another version of the source; repeatable. This one is first."),
     ] = None,
     quantize: Annotated[list[str] | None, typer.Option("--quantize", help="none or int8; repeatable.")] = None,
-    kv_dtype: Annotated[list[str] | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype; repeatable.")] = None,
+    kv_dtype: Annotated[
+        list[str] | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype; repeatable.")
+    ] = None,
     prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="Tokens of prompts, with commas.")] = "256",
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=1, help="Prompt tokens a step.")] = 256,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Sequences that decode, with commas.")] = "1,16",
-    context_lengths: Annotated[str, typer.Option("--context-lengths", help="Tokens that they have, with commas.")] = "160",
+    context_lengths: Annotated[
+        str, typer.Option("--context-lengths", help="Tokens that they have, with commas.")
+    ] = "160",
     restarts: Annotated[int, typer.Option("--restarts", min=1, help="How often all processes are started.")] = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each case after a start.")] = 10,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps of a turn.")] = 6,
@@ -145,7 +153,9 @@ def command(
     for start in range(restarts):
         with ExitStack() as stack:
             report.progress(f"start {start + 1} of {restarts}")
-            engines = [stack.enter_context(running(each, model, num_threads, pool_tokens(cases, steps))) for each in variants]
+            engines = [
+                stack.enter_context(running(each, model, num_threads, pool_tokens(cases, steps))) for each in variants
+            ]
             for case in cases:
                 report.progress(f"start {start + 1} of {restarts}: {case_name(case)}")
                 _measure(case, variants, engines, rounds, steps, chance, measured)

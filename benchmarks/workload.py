@@ -1,4 +1,5 @@
-"""What is asked of a cluster and when: lengths of prompts and outputs, and times of arrival, all from one seed.
+"""What is asked of a cluster and when: lengths of prompts and outputs, and times of arrival, all
+from one seed.
 
     128->64                          prompts of 128 tokens, 64 new ones
     64..256->32..64                  uniform between the two, both ends included
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from kvrelay.errors import ConfigError
 
 PROMPT_TOKEN_IDS = range(300, 10_000)
-"""Below any vocabulary's end and above where special tokens lie; prompts are random so that no prefix cache shortens them."""
+"""Below any vocabulary's end and above where special tokens lie; prompts are random so that no
+prefix cache shortens them.
+"""
 
 _PART = re.compile(r"(?:(?P<share>\d+(?:\.\d+)?)%:)?(?P<prompt>\d+(?:\.\.\d+)?)->(?P<output>\d+(?:\.\.\d+)?)")
 
@@ -49,7 +52,9 @@ class WorkloadPart:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request: when it is sent, in seconds from the load's begin; in a closed loop, None: when there is room."""
+    """One request: when it is sent, in seconds from the load's begin; in a closed loop, None: when
+    there is room.
+    """
 
     kind: str
     prompt_token_ids: tuple[int, ...]
@@ -67,7 +72,9 @@ def parse_workload(text: str) -> tuple[WorkloadPart, ...]:
     for item in text.split(","):
         match = _PART.fullmatch(item.strip())
         if match is None:
-            raise ConfigError(f"workload {item!r} is none: write it as 128->64, 64..256->32..64 or 90%:128->64,10%:2048->32")
+            raise ConfigError(
+                f"workload {item!r} is none: write it as 128->64, 64..256->32..64 or 90%:128->64,10%:2048->32"
+            )
         weight = float(match["share"]) if match["share"] else 100.0
         parts.append(WorkloadPart(weight, _lengths(match["prompt"]), _lengths(match["output"])))
     return tuple(parts)

@@ -1,29 +1,28 @@
-"""What the service and the receiver tell the engine thread of a decode worker, as plain values."""
+"""Commands to the decode worker's engine thread."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvrelay.work import FailureKind, SequenceToken, Work, WorkId
+from kvrelay.core.job import JobId, SequenceToken
+from kvrelay.worker.commands import CancelJob, FailJob, MasksMade
+from kvrelay.worker.sequence import PreparedJob
 
 
 @dataclass(frozen=True, slots=True)
 class ReserveBlocks:
-    """A new, checked work."""
-
-    work: Work
+    prepared: PreparedJob
 
 
 @dataclass(frozen=True, slots=True)
 class ComputePrompt:
-    """A reservation's prompt is to be computed here."""
-
-    work_id: WorkId
+    job_id: JobId
 
 
 @dataclass(frozen=True, slots=True)
 class PushEnded:
-    """The writer of a reservation has left its blocks. `first_tokens` is None when the push failed."""
+    """`first_tokens` is None when the push failed."""
 
-    work_id: WorkId
+    job_id: JobId
     first_tokens: tuple[SequenceToken, ...] | None
     kv_bytes: int = 0
     num_transferred_tokens: int = 0
@@ -32,34 +31,34 @@ class PushEnded:
 
 @dataclass(frozen=True, slots=True)
 class EndSequence:
-    """The gateway ends one sequence."""
-
-    work_id: WorkId
+    job_id: JobId
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
 class SetPaused:
-    """The gateway's client reads too slowly, or has caught up."""
+    """The client reads too slowly, or has caught up."""
 
-    work_id: WorkId
+    job_id: JobId
     paused: bool
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
-    """The work is not wanted any more."""
+class YieldReservations:
+    """Reservations that nothing uses, oldest first, and who holds each job."""
 
-    work_id: WorkId
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The work ends without its result."""
-
-    work_id: WorkId
-    kind: FailureKind
-    message: str
+    idle: tuple[JobId, ...]
+    holders: Mapping[JobId, int]
 
 
-Command = ReserveBlocks | ComputePrompt | PushEnded | EndSequence | SetPaused | GiveUp | Fail
+Command = (
+    YieldReservations
+    | MasksMade
+    | ReserveBlocks
+    | ComputePrompt
+    | PushEnded
+    | EndSequence
+    | SetPaused
+    | CancelJob
+    | FailJob
+)

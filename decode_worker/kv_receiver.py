@@ -1,11 +1,10 @@
-"""Where the KV cache arrives at the decode worker: checks a push, writes it into its reservation, hands it to the engine.
+"""Checks pushes of KV cache and writes them into reservations.
 
-    header   ticket, attempt, fingerprint, wire version, range          before anything is written
-    chunk    range within the reservation, size, digest                 before it is written; else it is refused
-    end      digest, nothing missing, a first token for every sequence  before the sequences may run
+    header   ticket, attempt, fingerprint, wire, range      before anything is written
+    chunk    range within the reservation, size, digest     before it is written; else refused
+    end      digest, completeness, all first tokens         before the sequences may run
 
-A payload is in its message, or in a region of shared memory that the push has for itself. Every size comes from the receiver's
-own model. Runs on the event loop; digests and writes run in threads, while the next messages are read.
+Runs on the event loop; threads check digests and write.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -23,29 +22,30 @@ import grpc
 import structlog
 
 from decode_worker.commands import PushEnded
-from decode_worker.push_inbox import PushInbox
-from decode_worker.push_permits import PushPermit, PushPermits
-from decode_worker.transfer_assembly import TransferAssembly
+from decode_worker.receiving.kv_reassembly import KVReassembly
+from decode_worker.receiving.push_inbox import PushInbox
+from decode_worker.receiving.write_grants import WriteGrant, WriteGrants
+from kvrelay.core.bounds import check_length
+from kvrelay.core.job import Job, SequenceToken
+from kvrelay.core.model_spec import WIRE_VERSION, ModelSpec
+from kvrelay.core.trace_context import current_trace
 from kvrelay.errors import DeadlineError, FingerprintError, KvrelayError, TransferError
-from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, SharedChunk, chunk_digest, decode_request, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.memory_handover import HandoverServer
-from kvrelay.kv_transfer.pool import KVImporter
+from kvrelay.kv_transfer.protocols import KVImporter
 from kvrelay.kv_transfer.shared_memory import SharedRegion
-from kvrelay.model_spec import WIRE_VERSION, ModelSpec
-from kvrelay.trace_context import current_trace
+from kvrelay.kv_transfer.shm_fd_passing import RegionServer
+from kvrelay.runtime.fault_points import fault_point
 from kvrelay.v1 import kv_transfer_pb2
-from kvrelay.wire import sequence_token_from_pb, work_id_from_pb
-from kvrelay.work import SequenceToken, Work
-from kvrelay.work_traces import WorkTraces
+from kvrelay.wire.convert import job_id_from_pb, sequence_token_from_pb
+from kvrelay.worker.job_traces import JobTraces
 
 HEADER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 2.0
-"""Answers are so small that one waits only behind thousands that were not read."""
+"""Time to send one answer."""
 
 MAX_WRITE_BYTES = 2 * 1024 * 1024
-"""Written in one turn of a thread, and one chunk more."""
+"""Bytes per executor call; may exceed by one chunk."""
 SERVICE_NAME = "kvrelay.v1.KVTransferService"
 
 _log = structlog.get_logger(__name__)
@@ -53,28 +53,22 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReceiverContext:
-    """What all pushes to a worker share."""
-
     importer: KVImporter
     model: ModelSpec
-    permits: PushPermits
+    grants: WriteGrants
     threads: Executor
-    """Where digests are computed and KV is written."""
     submit: Callable[[PushEnded], None]
-    """To the engine; called in any thread."""
-    shared_memory: HandoverServer | None = None
-    """Regions that were handed over; None when none are taken."""
-    traces: WorkTraces = field(default_factory=WorkTraces)
+    """Called in any thread."""
+    shared_memory: RegionServer | None = None
+    traces: JobTraces = field(default_factory=JobTraces)
 
 
 class KVReceiver:
-    """Serves pushes."""
-
     def __init__(self, context: ReceiverContext) -> None:
         self._context = context
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Adds the service. Requests of Push stay as their bytes, for reading them as messages would copy every payload."""
+        """Takes raw messages of Push, because decoding would copy every payload."""
         handlers = {
             "Push": grpc.stream_stream_rpc_method_handler(
                 self.Push, response_serializer=kv_transfer_pb2.PushResponse.SerializeToString
@@ -90,20 +84,19 @@ class KVReceiver:
     async def OfferSharedMemory(
         self, request: kv_transfer_pb2.OfferSharedMemoryRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kv_transfer_pb2.OfferSharedMemoryResponse:
-        """Where regions are taken."""
         memory = self._context.shared_memory
         if memory is None or not memory.is_listening:
             return kv_transfer_pb2.OfferSharedMemoryResponse()
-        offer = memory.offer
+        endpoint = memory.endpoint
         return kv_transfer_pb2.OfferSharedMemoryResponse(
-            socket_name=offer.socket_name,
-            key=offer.key,
-            max_region_bytes=offer.max_region_bytes,
-            max_regions=offer.max_regions,
+            socket_name=endpoint.socket_name,
+            key=endpoint.key,
+            max_region_bytes=endpoint.max_region_bytes,
+            max_regions=endpoint.max_regions,
         )
 
     async def Push(self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Receives one work's KV. A coroutine that reads and writes through the context: it waits for two things at once."""
+        """Reads and writes through the context, both at once."""
         try:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
                 header = _expect_header(await context.read())
@@ -113,14 +106,14 @@ class KVReceiver:
         inbox = PushInbox(context)
         loop = asyncio.get_running_loop()
 
-        def on_close() -> None:
+        def on_revoked() -> None:
             loop.call_soon_threadsafe(inbox.close)
 
-        permit = self._context.permits.begin(work_id_from_pb(header.work_id), header.ticket, on_close)
-        fault_point("decode.push_begun", permit.work)
+        grant = self._context.grants.start_write(job_id_from_pb(header.job_id), header.ticket, on_revoked)
+        fault_point("decode.push_begun", grant.job)
         reading = loop.create_task(inbox.read(), name="push messages")
         try:
-            await _IncomingPush(self._context, permit, inbox, context).receive(header)
+            await _IncomingPush(self._context, grant, inbox, context).receive(header)
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -130,26 +123,24 @@ class KVReceiver:
             raise FingerprintError(f"the push has wire version {header.wire_version}; this worker reads {WIRE_VERSION}")
         if header.fingerprint != self._context.model.fingerprint:
             raise FingerprintError("the push comes from another model, or from the same one served differently")
+        check_length("header.job_id.request_id", header.job_id.request_id)
 
 
 class _IncomingPush:
-    """One push into one reservation, from its header to its end."""
-
-    def __init__(self, context: ReceiverContext, permit: PushPermit, inbox: PushInbox, stream: Any) -> None:
+    def __init__(self, context: ReceiverContext, grant: WriteGrant, inbox: PushInbox, stream: Any) -> None:
         self._context = context
-        self._permit = permit
+        self._grant = grant
         self._inbox = inbox
         self._stream = stream
-        self._assembly = TransferAssembly(context.model.kv_layout, permit.token_begin, permit.token_end)
+        self._assembly = KVReassembly(context.model.kv_layout, grant.token_begin, grant.token_end)
         self._region: SharedRegion | None = None
         self._first_tokens: tuple[SequenceToken, ...] | None = None
         self._num_sent_chunks = 0
         self._answers: deque[kv_transfer_pb2.PushResponse] = deque()
-        """Not sent yet."""
         self._writing: Future[list[str | None]] | None = None
 
     async def receive(self, header: kv_transfer_pb2.PushHeader) -> None:
-        """Receives everything. Whatever happens, the engine learns of the end once no write is under way."""
+        """Always reports the end to the engine, after the last write."""
         failure: KvrelayError | None = None
         is_complete = False
         began_at = time.monotonic()
@@ -162,14 +153,14 @@ class _IncomingPush:
                     await self._send_answers()
                 await self._take_messages(await self._inbox.take())
                 is_complete = self._is_complete()
-            fault_point("decode.push_complete", self._permit.work)
+            fault_point("decode.push_complete", self._grant.job)
         except KvrelayError as error:
             failure = error
         finally:
             problem = "the prefill worker broke the push off" if failure is None else failure.message
             self._trace(began_at, "" if is_complete else problem)
             self._end(self._first_tokens if is_complete else None, problem)
-        # The engine goes on while the sender is told.
+        # The engine continues while the sender gets its answer.
         await self._send_answers()
         if failure is not None:
             raise failure
@@ -177,9 +168,8 @@ class _IncomingPush:
         await self._answer(kv_transfer_pb2.PushResponse(complete=complete))
 
     def _trace(self, began_at: float, problem: str) -> None:
-        """The push as a child of the sender's span, whose ids came with the call."""
         self._context.traces.record(
-            self._permit.work.work_id,
+            self._grant.job.job_id,
             "kv.receive",
             time.monotonic() - began_at,
             parent=current_trace(),
@@ -189,7 +179,7 @@ class _IncomingPush:
         )
 
     def _check_range(self, header: kv_transfer_pb2.PushHeader) -> None:
-        expected = (self._permit.token_begin, self._permit.token_end)
+        expected = (self._grant.token_begin, self._grant.token_end)
         if (header.token_begin, header.token_end) != expected:
             pushed = f"[{header.token_begin}, {header.token_end})"
             raise TransferError(f"the push is of tokens {pushed}, not [{expected[0]}, {expected[1]})")
@@ -200,18 +190,13 @@ class _IncomingPush:
         return self._context.shared_memory.lend(region_id)
 
     def _is_complete(self) -> bool:
-        """Whether all is here.
-
-        Raises:
-            TransferError: something is missing that will not come.
-        """
+        """Raises TransferError when a missing part will not come."""
         if self._first_tokens is None or self._assembly.awaits_chunks:
             return False
         self._assembly.check_end(self._num_sent_chunks)
         return True
 
     async def _take_messages(self, messages: Sequence[bytes]) -> None:
-        """Writes what can be written."""
         chunks: list[Chunk] = []
         for message in messages:
             request = decode_request(message)
@@ -231,17 +216,19 @@ class _IncomingPush:
     def _take_end(self, request: kv_transfer_pb2.PushRequest) -> None:
         if request.WhichOneof("message") != "end" or self._first_tokens is not None:
             raise TransferError("the push has another message where a chunk or its end must come")
+        grant, num_chunks = self._grant, request.end.num_chunks
+        if len(request.end.tokens) > grant.job.num_sequences:
+            raise TransferError("the push's end has more tokens than the job has sequences")
         tokens = tuple(sequence_token_from_pb(token) for token in request.end.tokens)
-        permit, num_chunks = self._permit, request.end.num_chunks
-        expected = end_digest(permit.ticket, permit.work.work_id.attempt, num_chunks, tokens)
+        expected = end_digest(grant.ticket, grant.job.job_id.attempt, num_chunks, tokens)
         if not hmac.compare_digest(expected, request.end.digest):
             raise TransferError("the digest of the push's end does not match")
-        _check_first_tokens(tokens, permit.work, self._context.model)
+        _check_first_tokens(tokens, grant.job, self._context.model)
         self._first_tokens = tokens
         self._num_sent_chunks = num_chunks
 
     def _with_payload(self, chunk: Chunk | SharedChunk) -> Chunk:
-        """A chunk in shared memory with a view of it; an empty one where the sender's range is not in the region."""
+        """The payload is empty if it would lie outside the region."""
         if isinstance(chunk, Chunk):
             return chunk
         begin, end = chunk.where.offset, chunk.where.offset + chunk.where.num_bytes
@@ -254,7 +241,7 @@ class _IncomingPush:
             await self._answer(self._answers.popleft())
 
     async def _answer(self, response: kv_transfer_pb2.PushResponse) -> None:
-        # Bounded rather than broken off when the reservation ends: gRPC sends no status behind a write that was cancelled.
+        # Bounded in time, not cancelled: gRPC sends no status after a cancelled write.
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._stream.write(response)
@@ -262,7 +249,7 @@ class _IncomingPush:
             raise DeadlineError(f"the prefill worker took no answer within {ANSWER_TIMEOUT_S:g} s") from None
 
     async def _write(self, chunks: Sequence[Chunk]) -> None:
-        """Checks and writes chunks that do not overlap, and sends the answers to those before meanwhile."""
+        """Answers earlier chunks meanwhile. `chunks` are disjoint."""
         if not chunks:
             return
         problems = [self._assembly.problem_with(chunk.span, memoryview(chunk.payload).nbytes) for chunk in chunks]
@@ -275,17 +262,17 @@ class _IncomingPush:
             of_good = iter(written)
             problems = [next(of_good) if problem is None else problem for problem in problems]
         for chunk, problem in zip(chunks, problems, strict=True):
-            self._note(chunk.span, problem)
+            self._on_written(chunk.span, problem)
 
-    def _note(self, span: KVSpan, problem: str | None) -> None:
-        """A chunk was written or refused. One answer goes for all that are accepted in a row."""
+    def _on_written(self, span: KVSpan, problem: str | None) -> None:
+        """Merges acceptances in a row into one answer."""
         if problem is not None:
-            _log.warning("refused a KV chunk", problem=problem, **self._permit.work.log_fields)
+            _log.warning("refused a KV chunk", problem=problem, **self._grant.job.log_fields)
             self._answers.append(_refused(span, problem))
             self._assembly.refuse(span, problem)
             return
         self._assembly.add(span)
-        fault_point("decode.chunk_written", self._permit.work)
+        fault_point("decode.chunk_written", self._grant.job)
         if self._answers and self._answers[-1].WhichOneof("message") == "chunk_accepted":
             self._answers.pop()
         self._answers.append(_accepted(span))
@@ -295,31 +282,29 @@ class _IncomingPush:
         return [self._check_and_write_one(chunk) for chunk in chunks]
 
     def _check_and_write_one(self, chunk: Chunk) -> str | None:
-        span, permit = chunk.span, self._permit
-        fault_point("decode.chunk_write_begins", permit.work)
-        expected = chunk_digest(permit.ticket, permit.work.work_id.attempt, span, chunk.payload)
+        span, grant = chunk.span, self._grant
+        fault_point("decode.chunk_write_begins", grant.job)
+        expected = chunk_digest(grant.ticket, grant.job.job_id.attempt, span, chunk.payload)
         if not hmac.compare_digest(expected, chunk.digest):
             return "the digest does not match"
         assert not isinstance(chunk.payload, bytearray)
-        self._context.importer.import_kv(
-            chunk.payload, span.layer_begin, span.layer_end, permit.block_ids, span.token_begin, span.token_end
-        )
+        self._context.importer.import_kv(chunk.payload, span, grant.block_ids)
         return None
 
     def _end(self, first_tokens: tuple[SequenceToken, ...] | None, problem: str) -> None:
         if self._writing is None:
             self._report(first_tokens, problem)
         else:
-            # Blocks must not be freed under a write: the thread that does it reports the end.
+            # The writing thread reports, so that blocks are not freed under its write.
             self._writing.add_done_callback(lambda _: self._report(None, problem))
 
     def _report(self, first_tokens: tuple[SequenceToken, ...] | None, problem: str) -> None:
-        permit, assembly = self._permit, self._assembly
+        grant, assembly = self._grant, self._assembly
         if self._region is not None and self._context.shared_memory is not None:
-            self._context.shared_memory.give_back(self._region)
-        self._context.permits.end(permit)
-        num_tokens = permit.token_end - permit.token_begin
-        self._context.submit(PushEnded(permit.work.work_id, first_tokens, assembly.kv_bytes, num_tokens, problem))
+            self._context.shared_memory.release(self._region)
+        self._context.grants.finish_write(grant)
+        num_tokens = grant.token_end - grant.token_begin
+        self._context.submit(PushEnded(grant.job.job_id, first_tokens, assembly.kv_bytes, num_tokens, problem))
 
 
 def _expect_header(message: Any) -> kv_transfer_pb2.PushHeader:
@@ -329,11 +314,11 @@ def _expect_header(message: Any) -> kv_transfer_pb2.PushHeader:
     return request.header
 
 
-def _check_first_tokens(tokens: Sequence[SequenceToken], work: Work, model: ModelSpec) -> None:
-    """Raises TransferError unless there is exactly the first token of every sequence of the work, in order."""
-    said = [(token.work_id, token.sequence, token.index) for token in tokens]
-    if said != [(work.work_id, number, work.first_index) for number in work.sequences]:
-        raise TransferError("the push's first tokens are not those of the work's sequences")
+def _check_first_tokens(tokens: Sequence[SequenceToken], job: Job, model: ModelSpec) -> None:
+    """Raises TransferError unless these are the first tokens of all sequences, in order."""
+    said = [(token.job_id, token.sequence, token.index) for token in tokens]
+    if said != [(job.job_id, number, job.first_index) for number in job.sequences]:
+        raise TransferError("the push's first tokens are not those of the job's sequences")
     if any(token.token.token_id >= model.vocab_size for token in tokens):
         raise TransferError("a first token is outside of the vocabulary")
 

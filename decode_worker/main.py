@@ -1,108 +1,102 @@
-"""The decode worker process: builds its parts and serves."""
+"""Builds and serves a decode worker."""
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from decode_worker.commands import Command
 from decode_worker.engine_loop import DecodeEngineLoop
-from decode_worker.events import StepReport
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
-from decode_worker.push_permits import PushPermits
-from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.receiving.write_grants import WriteGrants
+from decode_worker.scheduling.events import StepReport
+from decode_worker.scheduling.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.scheduling.speculation import SpeculationLimits
 from decode_worker.service import DecodeService
-from decode_worker.speculation import SpeculationLimits
-from kvrelay import event_loop, vllm_engine
-from kvrelay.config import DecodeSettings
-from kvrelay.engine_thread import EngineThread
-from kvrelay.fault_points import enable_fault_points
-from kvrelay.garbage_collection import keep_what_is_loaded
-from kvrelay.kv_transfer.memory_handover import HandoverServer
-from kvrelay.kv_transfer.message_memory import keep_message_memory
-from kvrelay.telemetry import configure_logging
-from kvrelay.tracing import create_tracing
-from kvrelay.v1 import decode_pb2_grpc, session_pb2
-from kvrelay.work_traces import WorkTraces
-from kvrelay.worker_engine import WorkerEngine, build_engine
-from kvrelay.worker_process import WorkerKind, WorkerServices, check_redis_url, serve_worker
-from kvrelay.worker_registry import MemberRole
+from kvrelay import vllm_engine
+from kvrelay.config.settings import DecodeSettings
+from kvrelay.core.member import MemberRole
+from kvrelay.kv_transfer.malloc_tuning import keep_message_memory
+from kvrelay.kv_transfer.shm_fd_passing import RegionServer
+from kvrelay.kv_transfer.transports import NUM_TRANSFER_THREADS
+from kvrelay.observability.tracing import create_tracing
+from kvrelay.runtime.event_loop import call_soon
+from kvrelay.runtime.fault_points import fault_point
+from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.structured_output.format_checks import FormatChecks
+from kvrelay.structured_output.grammar_compiler import GrammarCompiler
+from kvrelay.v1 import decode_pb2_grpc
+from kvrelay.worker.commands import MasksMade
+from kvrelay.worker.engine_setup import WorkerEngine
+from kvrelay.worker.engine_thread import EngineThread
+from kvrelay.worker.job_traces import JobTraces
+from kvrelay.worker.mask_desk import MaskDesk
+from kvrelay.worker.process import WorkerKind, WorkerPlace, WorkerServices, run_worker, serve_worker
 
 SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService", *vllm_engine.service_names())
-NUM_TRANSFER_THREADS = 2
 LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU = 16
-"""A core reads the weights once for about ten rows in the time that it computes them: more rows lengthen everybody's step."""
+"""A core computes about ten rows while it reads the weights once. More rows delay all sequences."""
 
 
 def run(settings: DecodeSettings) -> None:
-    """Serves until SIGTERM or SIGINT.
-
-    Raises:
-        StartupError: the port is taken, a setting is wrong, or the model cannot be loaded.
-    """
-    configure_logging(settings.server.log_level, settings.server.log_format, role="decode")
-    enable_fault_points(settings.server.fault_points)
-    check_redis_url(settings.server)
-    engine = build_engine(settings.engine)
-    keep_what_is_loaded()
-    event_loop.run(serve(settings, engine))
+    run_worker(MemberRole.DECODE, settings, serve)
 
 
-async def serve(settings: DecodeSettings, engine: WorkerEngine, stop: asyncio.Event | None = None) -> None:
-    """The same within a running loop, with the engine built; `stop` ends it when set."""
+async def serve(
+    settings: DecodeSettings, engine: WorkerEngine, security: ProcessSecurity, stop: asyncio.Event | None = None
+) -> None:
+    shared_memory = RegionServer()
 
-    def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
-        return build_services(settings, engine, hello, address)
+    def build(place: WorkerPlace) -> WorkerServices:
+        return build_services(settings, engine, shared_memory, place)
 
-    kind = WorkerKind(MemberRole.DECODE, SERVICE_NAMES, build)
-    await serve_worker(kind, engine, settings.server, stop, settings.engine.step_timeout_ms)
+    shared_memory.start()
+    try:
+        await serve_worker(WorkerKind(MemberRole.DECODE, SERVICE_NAMES, build), engine, settings, security, stop)
+    finally:
+        shared_memory.close()
 
 
 def build_services(
-    settings: DecodeSettings, engine: WorkerEngine, hello: session_pb2.WorkerHello, address: str
+    settings: DecodeSettings, engine: WorkerEngine, shared_memory: RegionServer, place: WorkerPlace
 ) -> WorkerServices:
-    """Puts engine thread, receiver and service together."""
     keep_message_memory()
-    permits = PushPermits()
-    publish = _Publisher(asyncio.get_running_loop())
-    scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), permits, _speculation(settings, engine))
+    loop = asyncio.get_running_loop()
+    grants = WriteGrants()
+    scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), grants, _speculation(settings, engine))
+    masks = MaskDesk(engine.model, wake=lambda: thread.submit(MasksMade()))
+
+    def publish(report: StepReport) -> None:
+        call_soon(loop, service.report, report)
+
     thread: EngineThread[Command] = EngineThread(
-        "decode engine", DecodeEngineLoop(scheduler, engine.step_runner, permits, publish), on_start=engine.pin_thread
+        "decode engine",
+        DecodeEngineLoop(scheduler, engine.step_runner, grants, publish, masks=masks),
+        on_start=engine.pin_thread,
+        before_turn=lambda: fault_point("decode.turn_begins"),
     )
     transfer_threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS, thread_name_prefix="kv import")
-    event_loop = asyncio.get_running_loop()
-    shared_memory = HandoverServer()
-    tracing = create_tracing(settings.server.otlp_endpoint, "decode", hello.worker_id)
-    traces = WorkTraces(tracing)
+    tracing = create_tracing(settings.server.otlp_endpoint, "decode", place.hello.worker_id)
+    traces = JobTraces(tracing)
     receiver = KVReceiver(
-        ReceiverContext(engine.cache, engine.model, permits, transfer_threads, thread.submit, shared_memory, traces)
+        ReceiverContext(engine.cache, engine.model, grants, transfer_threads, thread.submit, shared_memory, traces)
     )
-    service = DecodeService(hello, engine.model, address, thread.submit, thread.submit_work, traces, engine.grammars.compile)
-    publish.report = service.report
+    format_checks = FormatChecks()
+    grammars = GrammarCompiler(engine.grammars.compile, format_checks.check)
+    service = DecodeService(place.hello, engine.model, place.address, thread, traces, grammars.get, place.owners)
 
     def add_to(server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, server)
         receiver.add_to(server)
         if vllm_engine.is_installed():
-            from decode_worker.vllm_engine import add_vllm_engine
+            from decode_worker.vllm_engine.service import add_vllm_engine
             from kvrelay.vllm_engine.served_engine import served_engine
 
-            add_vllm_engine(server, served_engine(engine, settings.engine, "kv_consumer"), service)
-
-    def start() -> None:
-        shared_memory.start()
-        thread.start()
-
-    def stop() -> None:
-        event_loop.call_soon_threadsafe(shared_memory.close)
-        transfer_threads.shutdown()
-        thread.stop()
-        if tracing is not None:
-            tracing.close()
+            engine_values = served_engine(engine, settings.engine, "kv_consumer")
+            add_vllm_engine(server, engine_values, service, place.towards, place.peers)
 
     return WorkerServices(
-        service.sessions, add_to, start, stop, lambda: thread.turn_s, lambda: thread.busy_s, service.metrics.samples
+        service.sessions, add_to, thread, transfer_threads, tracing, format_checks, service.metrics.samples
     )
 
 
@@ -126,16 +120,3 @@ def _speculation(settings: DecodeSettings, engine: WorkerEngine) -> SpeculationL
         max_rows=settings.decoding.speculative_max_rows,
         max_sequence_tokens=engine.max_sequence_tokens,
     )
-
-
-class _Publisher:
-    """Takes reports in the engine thread and hands them over on the loop, in order."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.report: Callable[[StepReport], None] = lambda report: None
-        """Set once the service is there, before the engine thread starts."""
-
-    def __call__(self, report: StepReport) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.report, report)

@@ -1,17 +1,17 @@
-"""What a decode worker counts besides what all workers do: tokens, steps, and what it received."""
+"""Metrics of decode workers only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from decode_worker.events import SequencesStarted, StepReport
-from kvrelay.metrics.families import Family, Histogram, Sample
+from decode_worker.scheduling.events import SequencesStarted, StepReport
+from kvrelay.observability.metrics.families import Family, Histogram, Sample
 
 TOKENS = Family("kvrelay_decode_tokens_total", "counter", "Tokens that were sampled.")
 STEPS = Family("kvrelay_decode_steps_total", "counter", "Engine steps that gave tokens.")
 STARTS = Family(
     "kvrelay_decode_starts_total",
     "counter",
-    "Works whose sequences began to run; source: push, with KV from a prefill worker, or local.",
+    "Jobs whose sequences began to run; source: push, with KV from a prefill worker, or local.",
     ("source",),
 )
 BYTES = Family("kvrelay_decode_received_bytes_total", "counter", "KV payload that was received and verified.")
@@ -20,7 +20,9 @@ QUEUE = Family(
     "kvrelay_decode_local_queue_seconds", "histogram", "From asking for a prompt to be computed here to its first step."
 )
 COMPUTE = Family(
-    "kvrelay_decode_local_prefill_seconds", "histogram", "From asking for a prompt to be computed here to its first token."
+    "kvrelay_decode_local_prefill_seconds",
+    "histogram",
+    "From asking for a prompt to be computed here to its first token.",
 )
 
 FAMILIES = (TOKENS, STEPS, STARTS, BYTES, RECEIVED_TOKENS, QUEUE, COMPUTE)
@@ -28,7 +30,7 @@ FAMILIES = (TOKENS, STEPS, STARTS, BYTES, RECEIVED_TOKENS, QUEUE, COMPUTE)
 
 @dataclass(slots=True)
 class DecodeMetrics:
-    """Written and read on the event loop."""
+    """Used on the event loop."""
 
     num_tokens: int = 0
     num_steps: int = 0
@@ -39,16 +41,15 @@ class DecodeMetrics:
     queue: Histogram = field(default_factory=Histogram)
     compute: Histogram = field(default_factory=Histogram)
 
-    def note_report(self, report: StepReport) -> None:
-        """One turn of the engine loop."""
+    def record_report(self, report: StepReport) -> None:
         if report.tokens:
             self.num_steps += 1
             self.num_tokens += len(report.tokens)
         for event in report.events:
             if isinstance(event, SequencesStarted):
-                self._note_started(event)
+                self._record_start(event)
 
-    def _note_started(self, event: SequencesStarted) -> None:
+    def _record_start(self, event: SequencesStarted) -> None:
         if event.kv_bytes:
             self.num_pushed += 1
             self.kv_bytes += event.kv_bytes
@@ -59,7 +60,6 @@ class DecodeMetrics:
         self.compute.observe(event.prefill_ms / 1000)
 
     def samples(self) -> Iterator[Sample]:
-        """All of them."""
         yield Sample(TOKENS, self.num_tokens)
         yield Sample(STEPS, self.num_steps)
         yield Sample(STARTS, self.num_pushed, ("push",))

@@ -1,1 +1,3 @@
-"""The gateway: all that clients see. Validates, tokenizes, admits, routes, streams; computes nothing itself."""
+"""The gateway: all that clients see. Validates, tokenizes, admits, routes, streams; computes
+nothing itself.
+"""

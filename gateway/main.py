@@ -1,34 +1,39 @@
-"""The gateway process: builds its parts, serves until it is told to stop, and lets running requests end."""
+"""The gateway process: builds its parts, serves, and drains."""
 
 import asyncio
 import contextlib
 import secrets
-import signal
 from collections.abc import AsyncIterator, Iterable
 
 import grpc
 import structlog
 
-from gateway import live_metrics
-from gateway.front_ends import add_front_ends
-from gateway.live_page import live_page
-from gateway.relay import Relay
+from gateway.gateway import Gateway
+from gateway.page.live_page import live_page
+from gateway.page.try_box import TryBox
+from gateway.protocols.registry import register_all
 from gateway.service import InferenceService
-from kvrelay import event_loop
-from kvrelay.config import GatewaySettings
-from kvrelay.errors import ConfigError
-from kvrelay.fault_points import enable_fault_points
-from kvrelay.garbage_collection import collecting_when_idle, keep_what_is_loaded
-from kvrelay.http_server import AddRoutes, Health, serving_http
-from kvrelay.metrics.exposition import metrics_route
-from kvrelay.redis_connection import RedisConnection
-from kvrelay.rpc import BoundServer, bind_server, create_server
-from kvrelay.signs_of_life import showing_life
-from kvrelay.state_store import StateStore
-from kvrelay.telemetry import configure_logging
-from kvrelay.tracing import create_tracing
+from gateway.views import live_metrics
+from kvrelay.config.settings import GatewaySettings
+from kvrelay.core.member import Member, MemberRole
+from kvrelay.network.exposure import INSECURE_NAME, is_exposed, reminding
+from kvrelay.network.host_port import join_host_port, split_host_port
+from kvrelay.network.http_bounds import HttpBounds
+from kvrelay.network.http_server import AddRoutes, Health, serving_http
+from kvrelay.network.rpc import BoundServer, bind_port, bind_server, create_server
+from kvrelay.observability.metrics.exposition import metrics_route
+from kvrelay.observability.metrics.security_metrics import security_samples
+from kvrelay.observability.tracing import create_tracing
+from kvrelay.process import set_up_process, stop_on_signals
+from kvrelay.runtime import event_loop
+from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
+from kvrelay.runtime.watchdog import send_keepalives
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.state.member_registry import MemberRegistry
+from kvrelay.state.redis_connection import RedisConnection
+from kvrelay.state.state_store import StateStore
 from kvrelay.v1 import inference_pb2_grpc
-from kvrelay.worker_registry import Member, MemberRole, WorkerRegistry
 
 SERVICE_NAME = "kvrelay.v1.InferenceService"
 STATE_STORE_NAME = "kvrelay.v1.StateStore"
@@ -42,68 +47,86 @@ _log = structlog.get_logger(__name__)
 def run(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT.
 
-    Raises:
-        StartupError: the port is taken, or a setting is missing.
+    Raises StartupError, which says what to change.
     """
-    configure_logging(settings.server.log_level, settings.server.log_format, role="gateway")
-    enable_fault_points(settings.server.fault_points)
+    set_up_process(settings.server, "gateway")
     keep_what_is_loaded()
     event_loop.run(serve(settings))
 
 
 async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) -> None:
-    """The same within a running loop.
-
-    Args:
-        settings: of the process.
-        stop: ends it when set; without one, the signals do.
-    """
-    redis_url = settings.server.redis_url
-    if redis_url is None:
-        raise ConfigError("redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own")
+    """Without `stop`, serves until a signal comes."""
     gateway_id = f"gateway-{secrets.token_hex(8)}"
-    stop = stop or _stop_on_signals()
-    async with RedisConnection(redis_url, settings.server.redis_timeout_ms) as connection:
-        store = StateStore(connection, gateway_id, settings.relay.retention_ms)
-        tracing = create_tracing(settings.server.otlp_endpoint, "gateway", gateway_id, settings.relay.trace_ratio)
-        relay = Relay(gateway_id, settings, store, WorkerRegistry(connection, settings.server.lease_ms), tracing)
-        server = create_server()
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), server)
-        service_names = (SERVICE_NAME, *add_front_ends(server, relay))
-        bound = bind_server(server, settings.server.host, settings.server.port, service_names)
-        relay.address = address = settings.server.address_of(bound.port)
-        member = Member(gateway_id, MemberRole.GATEWAY, address)
-        async with _stopping(server), relay.running(), relay.registry.lease(member), _health(bound, store, service_names):
+    stop = stop or stop_on_signals()
+    security = ProcessSecurity.of(settings.security, Role.GATEWAY)
+    host = settings.server.host
+    exposed = is_exposed_gateway(security, settings)
+    async with RedisConnection(settings.server.required_redis_url(), settings.server.redis_timeout_ms) as connection:
+        await connection.check()
+        store = StateStore(connection, gateway_id, settings.requests.retention_ms)
+        tracing = create_tracing(settings.server.otlp_endpoint, "gateway", gateway_id, settings.requests.trace_ratio)
+        gateway = Gateway(
+            gateway_id, settings, store, MemberRegistry(connection, settings.server.lease_ms), tracing, security.towards
+        )
+        server = create_server(guard=security.guard, limits=settings.connection_limits)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
+        service_names = (SERVICE_NAME, *register_all(server, gateway))
+        bound = bind_server(server, host, settings.server.port, service_names, security.server_credentials())
+        gateway.address = address = settings.server.address_of(bound.port)
+        member = Member(gateway_id, MemberRole.GATEWAY, _peer_address(server, settings, security, bound.port))
+        async with (
+            _stopping(server),
+            security.watching(),
+            reminding(exposed, host),
+            gateway.running(),
+            gateway.registry.lease(member),
+            _health(bound, store, (*service_names, INSECURE_NAME) if exposed else service_names),
+        ):
             await server.start()
             async with (
                 serving_http(
                     settings.server.host,
                     settings.server.http_port,
-                    lambda: _http_health(relay, store),
-                    *_http_routes(settings, relay),
+                    lambda: Health.of(draining=gateway.draining, keeps_state=store.healthy),
+                    *_http_routes(settings, gateway, security),
+                    guard=security.http_guard,
+                    bounds=HttpBounds(settings.server.host_names_of(address)),
                 ) as http_port,
-                showing_life(settings.server.watchdog_socket),
-                collecting_when_idle(lambda: not relay.requests.num_running),
+                send_keepalives(settings.server.watchdog_socket),
+                collecting_when_idle(lambda: not gateway.requests.num_running),
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()
-                await _drain(relay, bound, service_names, settings.server.drain_timeout_ms)
+                await _drain(gateway, bound, service_names, settings.server.drain_timeout_ms)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
     _log.info("stopped")
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+def is_exposed_gateway(security: ProcessSecurity, settings: GatewaySettings) -> bool:
+    """Raises StartupError where strangers would have all rights."""
+    return is_exposed(
+        settings.server.host,
+        is_protected=security.is_protected,
+        insecure=settings.security.insecure,
+        needed="--keys-file, --jwks-file or certificates (--tls-cert, --tls-key, --tls-ca)",
+    )
+
+
+def _peer_address(
+    server: grpc.aio.Server, settings: GatewaySettings, security: ProcessSecurity, bound_port: int
+) -> str:
+    if not security.needs_peer_port:
+        return settings.server.address_of(bound_port)
+    host, credentials = settings.server.host, security.peer_credentials()
+    port = bind_port(server, host, settings.peers.peer_port, "--peer-port", credentials)
+    advertised, _ = split_host_port(settings.server.address_of(port))
+    return join_host_port(advertised, port)
 
 
 @contextlib.asynccontextmanager
 async def _stopping(server: grpc.aio.Server) -> AsyncIterator[None]:
-    """Stops the server at the end, after the requests have ended and while their last messages are on the way."""
+    """Stops the server last: ended requests' messages are still on the way."""
     try:
         yield
     finally:
@@ -112,7 +135,7 @@ async def _stopping(server: grpc.aio.Server) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _health(bound: BoundServer, store: StateStore, service_names: Iterable[str]) -> AsyncIterator[None]:
-    """Answers health checks: serving as long as this process answers, for it can serve from the last known workers."""
+    """The process serves even without Redis."""
     for name in ("", *service_names):
         await bound.set_serving(True, name)
     watching = asyncio.create_task(_watch_store(bound, store), name="health of the state store")
@@ -123,17 +146,15 @@ async def _health(bound: BoundServer, store: StateStore, service_names: Iterable
         await asyncio.wait([watching])
 
 
-def _http_routes(settings: GatewaySettings, relay: Relay) -> list[AddRoutes]:
-    sources = [lambda: live_metrics.samples(relay)]
+def _http_routes(settings: GatewaySettings, gateway: Gateway, security: ProcessSecurity) -> list[AddRoutes]:
+    sources = [lambda: live_metrics.samples(gateway), lambda: security_samples(security)]
     if settings.server.vllm_metrics:
-        sources.append(lambda: live_metrics.vllm_samples(relay))
-    return [metrics_route("gateway", *sources), live_page(relay)]
+        sources.append(lambda: live_metrics.vllm_samples(gateway))
+    return [metrics_route("gateway", *sources), live_page(gateway, _try_box(settings, gateway))]
 
 
-def _http_health(relay: Relay, store: StateStore) -> Health:
-    if relay.draining:
-        return Health.DRAINING
-    return Health.SERVING if store.healthy else Health.DEGRADED
+def _try_box(settings: GatewaySettings, gateway: Gateway) -> TryBox:
+    return TryBox(gateway, settings.takes_typed_prompts, settings.server.host_names_of(gateway.address))
 
 
 async def _watch_store(bound: BoundServer, store: StateStore) -> None:
@@ -142,11 +163,10 @@ async def _watch_store(bound: BoundServer, store: StateStore) -> None:
         await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
-async def _drain(relay: Relay, bound: BoundServer, service_names: Iterable[str], timeout_ms: int) -> None:
-    """Takes no new requests and lets running ones end, for so long at the most."""
-    relay.draining = True
+async def _drain(gateway: Gateway, bound: BoundServer, service_names: Iterable[str], timeout_ms: int) -> None:
+    gateway.drain()
     for name in ("", *service_names):
         await bound.set_serving(False, name)
-    _log.info("draining", num_running_requests=len(relay.requests.running()))
-    if not await relay.requests.wait_until_idle(timeout_ms / 1000):
-        _log.warning("requests are cancelled: the time to drain is over", num_requests=len(relay.requests.running()))
+    _log.info("draining", num_running_requests=len(gateway.requests.running()))
+    if not await gateway.requests.wait_until_idle(timeout_ms / 1000):
+        _log.warning("requests are cancelled: the time to drain is over", num_requests=len(gateway.requests.running()))

@@ -1,32 +1,6 @@
-"""Every error that kvrelay raises on purpose.
+"""Every error that kvrelay raises on purpose. Messages carry no internal detail.
 
-    KvrelayError
-    ├── InvalidRequestError        a field of a request is wrong            INVALID_ARGUMENT
-    ├── ModelNotFoundError         no worker serves the named model         NOT_FOUND
-    ├── RequestNotFoundError       no such request is known                 NOT_FOUND
-    ├── IdempotencyConflictError   the key was used with another body       ALREADY_EXISTS
-    ├── PreconditionError          the model or cluster cannot do this      FAILED_PRECONDITION
-    │   ├── FingerprintError       sender and receiver have other models
-    │   ├── NoChatTemplateError    chat on a model without a template
-    │   └── SupersededError        another attempt or owner has the request
-    ├── TicketError                the ticket gives no right to this        PERMISSION_DENIED
-    ├── TransferError              a KV push broke its contract             DATA_LOSS
-    ├── UnreadableStateError       Redis holds something else than state    DATA_LOSS
-    ├── OverloadedError            refused for load; come again later       RESOURCE_EXHAUSTED
-    │   └── StoreFullError         Redis is out of memory
-    ├── OutOfBlocksError           the pool has too few free blocks         RESOURCE_EXHAUSTED
-    ├── UnavailableError           no worker or store can be reached        UNAVAILABLE
-    │   └── StateLostError         Redis lost this request's last writes
-    │       └── FrameGapError      frames before the appended ones are missing
-    ├── DeadlineError              the request's deadline passed            DEADLINE_EXCEEDED
-    ├── CancelledRequestError      the request was cancelled                CANCELLED
-    ├── UnsupportedError           not offered by this server               UNIMPLEMENTED
-    ├── InternalError              a defect; the log has the detail         INTERNAL
-    └── StartupError               a process cannot start; says what to do  (never on the wire)
-        ├── ConfigError            a setting is wrong
-        └── ModelLoadError         a model folder is broken or unsupported
-
-`kvrelay.rpc` maps them to gRPC statuses; no other place does. Messages never carry internal detail.
+Only `kvrelay/wire/errors.py` maps them to statuses. A StartupError never goes over the wire.
 """
 
 ERROR_DOMAIN = "kvrelay"
@@ -44,7 +18,7 @@ class KvrelayError(Exception):
 
 
 class InvalidRequestError(KvrelayError):
-    """A field of a request is wrong. `field` is its path in the request."""
+    """A field of a request is wrong; `field` is its path."""
 
     reason = "INVALID_REQUEST"
 
@@ -55,13 +29,13 @@ class InvalidRequestError(KvrelayError):
 
 
 class ModelNotFoundError(KvrelayError):
-    """No worker serves the model that was asked for."""
+    """No worker serves the named model."""
 
     reason = "MODEL_NOT_FOUND"
 
 
 class RequestNotFoundError(KvrelayError):
-    """No request of that id is known, or it is older than its retention."""
+    """The request is unknown, or older than its retention."""
 
     reason = "REQUEST_NOT_FOUND"
 
@@ -73,7 +47,7 @@ class IdempotencyConflictError(KvrelayError):
 
 
 class PreconditionError(KvrelayError):
-    """The model or the cluster is in no state to do what was asked; trying again does not help."""
+    """The model or the cluster cannot do this; trying again does not help."""
 
     reason = "FAILED_PRECONDITION"
 
@@ -85,7 +59,7 @@ class FingerprintError(PreconditionError):
 
 
 class NoChatTemplateError(PreconditionError):
-    """Chat messages were sent to a model that has no chat template."""
+    """The model has no chat template."""
 
     reason = "NO_CHAT_TEMPLATE"
 
@@ -96,20 +70,32 @@ class SupersededError(PreconditionError):
     reason = "SUPERSEDED"
 
 
+class UnauthenticatedError(KvrelayError):
+    """The caller proved nothing, or its key, token or certificate is not valid now."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class AccessDeniedError(KvrelayError):
+    """The caller is known, and may not do this."""
+
+    reason = "ACCESS_DENIED"
+
+
 class TicketError(KvrelayError):
-    """A push showed a ticket that is unknown, used up or of another attempt."""
+    """A push's ticket is unknown, used up or of another attempt."""
 
     reason = "TICKET_REFUSED"
 
 
 class TransferError(KvrelayError):
-    """A KV push broke its contract: a chunk out of range, twice corrupt, missing or too many."""
+    """A chunk of a KV push is out of range, twice corrupt, missing or too many."""
 
     reason = "TRANSFER_FAILED"
 
 
 class UnreadableStateError(KvrelayError):
-    """What Redis holds where a request's state should be is something else: somebody else wrote there, or a newer version did."""
+    """Another program or a newer version wrote this request's state in Redis."""
 
     reason = "STATE_UNREADABLE"
 
@@ -124,20 +110,32 @@ class OverloadedError(KvrelayError):
         self.retry_after_ms = retry_after_ms
 
 
+class QuotaError(OverloadedError):
+    """The caller's own limit is reached, whatever the load of others; `limit` names it."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, retry_after_ms: int = 1000, limit: str = "") -> None:
+        super().__init__(message, retry_after_ms)
+        self.limit = limit
+
+
 class StoreFullError(OverloadedError):
-    """Redis is at its maxmemory and evicts nothing: state cannot be kept, so no new work is taken."""
+    """Redis is at its maxmemory, so no new jobs are taken."""
 
     reason = "STATE_STORE_FULL"
 
 
 class OutOfBlocksError(KvrelayError):
-    """The pool has fewer free blocks than are needed."""
+    """The pool has fewer free blocks than needed."""
 
     reason = "OUT_OF_BLOCKS"
 
 
 class UnavailableError(KvrelayError):
-    """Something that is needed cannot be reached now. `retry_after_ms`, where it is known, goes to the client as RetryInfo."""
+    """A needed part cannot be reached now. `retry_after_ms`, if known, goes to the client as
+    RetryInfo.
+    """
 
     reason = "UNAVAILABLE"
 
@@ -147,13 +145,13 @@ class UnavailableError(KvrelayError):
 
 
 class StateLostError(UnavailableError):
-    """Redis lost writes about a request, in a failover or a restart. Its owner writes them again."""
+    """Redis lost writes, in a failover or a restart. The request's owner writes them again."""
 
     reason = "STATE_LOST"
 
 
 class FrameGapError(StateLostError):
-    """Frames before the appended ones are missing in a request's log, which has `num_frames`."""
+    """A request's log has `num_frames`; frames before the appended ones are missing."""
 
     reason = "STATE_LOST"
 
@@ -163,7 +161,7 @@ class FrameGapError(StateLostError):
 
 
 class DeadlineError(KvrelayError):
-    """The request's deadline passed before it was done."""
+    """The request's deadline passed."""
 
     reason = "DEADLINE"
 
@@ -193,12 +191,12 @@ class StartupError(KvrelayError):
 
 
 class ConfigError(StartupError):
-    """A setting is wrong; the message names the setting, its value and where it came from."""
+    """A setting is wrong; the message names it, its value and where it came from."""
 
     reason = "CONFIG"
 
 
 class ModelLoadError(StartupError):
-    """A model folder is missing, broken, or of an architecture that cannot be served."""
+    """A model folder is missing, broken, or of an unsupported architecture."""
 
     reason = "MODEL_LOAD"

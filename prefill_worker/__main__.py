@@ -2,21 +2,9 @@
 
 import sys
 
-from kvrelay.config import PrefillSettings
-from kvrelay.errors import StartupError
-from kvrelay.settings_sources import read_sources
+from kvrelay.config.settings import PrefillSettings
+from kvrelay.process import run_main
 from prefill_worker.main import run
 
-
-def main() -> int:
-    """Exit code of the process."""
-    try:
-        run(read_sources({}).load("prefill", PrefillSettings))
-    except StartupError as failure:
-        print(f"kvrelay prefill worker: {failure.message}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main("prefill worker", "prefill", PrefillSettings, run))

@@ -1,41 +1,25 @@
-"""What the service and the sender tell the engine thread of a prefill worker, as plain values."""
+"""Commands to the prefill worker's engine thread."""
 
 from dataclasses import dataclass
 
-from kvrelay.work import FailureKind, Work, WorkId
+from kvrelay.core.job import JobId
+from kvrelay.worker.commands import CancelJob, FailJob, MasksMade
+from kvrelay.worker.sequence import PreparedJob
 
 
 @dataclass(frozen=True, slots=True)
 class StartPrompt:
-    """A new, checked work."""
-
-    work: Work
+    prepared: PreparedJob
     received_at: float
     """Monotonic seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class SenderEnded:
-    """The work's blocks are not read any more. `problem` is None when all KV was acknowledged."""
+    """The sender no longer reads the blocks. `problem` is None after a complete push."""
 
-    work_id: WorkId
+    job_id: JobId
     problem: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """The work is not wanted any more."""
-
-    work_id: WorkId
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The work ends without its result."""
-
-    work_id: WorkId
-    kind: FailureKind
-    message: str
-
-
-Command = StartPrompt | SenderEnded | GiveUp | Fail
+Command = MasksMade | StartPrompt | SenderEnded | CancelJob | FailJob

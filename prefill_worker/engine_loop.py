@@ -1,44 +1,32 @@
-"""The prefill worker's engine loop: admit, schedule, run, sample, publish. Runs in the engine thread, which owns it all.
+"""The prefill worker's engine loop: schedule, run, publish.
 
-Tells the senders layer by layer what is written, so that KV travels while the rest of the step is computed.
+Announces each written layer, so that KV travels while the rest of the step is computed.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import structlog
-
-from kvrelay.chunk_times import ChunkLog, ChunkTime
-from kvrelay.fault_points import fault_point
-from kvrelay.step import Step
-from kvrelay.step_failure import INTERNAL_MESSAGE, failure_of
-from kvrelay.step_runner import StepRunner
-from kvrelay.work import FailureKind, WorkerLoad, WorkId
-from prefill_worker import commands, events
-from prefill_worker.scheduler import PrefillScheduler
-
-_log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _PromptTimes:
-    """Monotonic seconds."""
-
-    received_at: float
-    began_at: float = 0.0
-    chunks: ChunkLog = field(default_factory=ChunkLog)
+from kvrelay.core.job import WorkerLoad
+from kvrelay.runtime.fault_points import fault_point
+from kvrelay.worker.commands import CancelJob, FailJob, JobEnded, JobFailed, MasksMade
+from kvrelay.worker.mask_desk import MaskDesk
+from kvrelay.worker.step import Step
+from kvrelay.worker.step_executor import StepExecutor
+from kvrelay.worker.step_observer import StepObserver
+from kvrelay.worker.step_runner import StepRunner
+from prefill_worker import commands
+from prefill_worker.scheduling import events
+from prefill_worker.scheduling.scheduler import PrefillScheduler
 
 
 class PrefillEngineLoop:
-    """What the engine thread of a prefill worker does.
+    """Used by the engine thread.
 
     Args:
-        scheduler: with its block manager.
-        step_runner: the model.
-        publish: takes reports, in order; called in the engine thread, must not block.
-        announce: told that a layer of these tokens is in the pool; called in the engine thread, must not block.
-        now: monotonic seconds.
+        publish: takes reports in order; must not block.
+        announce: takes a layer and its tokens in the pool; must not block.
+        masks: makes slow masks in other threads; None makes all in the engine thread.
     """
 
     def __init__(
@@ -48,121 +36,82 @@ class PrefillEngineLoop:
         publish: Callable[[events.Report], None],
         announce: Callable[[int, tuple[events.WrittenTokens, ...]], None],
         now: Callable[[], float] = time.monotonic,
+        masks: MaskDesk | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._step_runner = step_runner
         self._publish = publish
         self._announce = announce
-        self._now = now
-        self._times: dict[WorkId, _PromptTimes] = {}
+        self._observer = StepObserver(
+            begins=lambda step: fault_point("prefill.step_begins", step),
+            computed=lambda step, tokens: fault_point("prefill.step_computed", step),
+            now=now,
+        )
+        self._executor = StepExecutor(scheduler, step_runner, self._observer, masks)
         self._published_load: WorkerLoad | None = None
 
-    def handle(self, command: commands.Command) -> None:
-        """Takes one command."""
-        match command:
-            case commands.StartPrompt(work, received_at):
-                self._times[work.work_id] = _PromptTimes(received_at)
-                self._scheduler.start(work)
-            case commands.SenderEnded(work_id, problem):
-                self._scheduler.sender_ended(work_id, problem)
-            case commands.GiveUp(work_id):
-                self._scheduler.cancel(work_id)
-            case commands.Fail(work_id, kind, message):
-                self._scheduler.fail(work_id, kind, message)
-
     def step(self) -> bool:
-        """Schedules, runs, samples, publishes. False when there was nothing to compute."""
+        self._executor.collect_masks()
         step = self._scheduler.schedule()
         self._publish_report()
         if step is None:
             return False
-        fault_point("prefill.step_begins", step)
-        began_at = self._now()
-        computed = [events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries]
-        self._run(step)
-        self._note_chunks(computed, began_at)
-        fault_point("prefill.step_computed", step)
+        announced: list[set[int]] = []
+        self._executor.run(step, lambda part: self._announcer(part, announced))
         self._publish_report()
         return True
 
+    def handle(self, command: commands.Command) -> None:
+        match command:
+            case commands.StartPrompt(prepared, received_at):
+                self._observer.on_prompt_asked(prepared.job.job_id, received_at)
+                self._scheduler.start(prepared)
+            case commands.SenderEnded(job_id, problem):
+                self._scheduler.sender_ended(job_id, problem)
+            case MasksMade():
+                pass  # collected before the next step
+            case CancelJob(job_id):
+                self._scheduler.cancel(job_id)
+            case FailJob(job_id, kind, message):
+                self._scheduler.fail(job_id, kind, message)
+
     def fail_all(self) -> None:
-        """Ends all works."""
-        for work_id in self._scheduler.work_ids():
-            self._scheduler.fail(work_id, FailureKind.INTERNAL, INTERNAL_MESSAGE)
+        self._executor.fail_all()
         self._publish_report()
 
-    def _run(self, step: Step) -> None:
-        announced: set[int] = set()
-        try:
-            tokens = self._step_runner.run(step, self._announcer(step, announced))
-        except Exception as error:
-            _log.exception("a step failed", num_prompts=len(step.entries))
-            self._run_apart(step, announced, error)
-            return
-        self._scheduler.complete(step, tokens)
-
-    def _run_apart(self, step: Step, announced: set[int], error: Exception) -> None:
-        """A step failed: only those of its prompts fail that cannot be computed by themselves either.
-
-        Args:
-            step: that failed.
-            announced: layers that the senders know already; what is computed again is the same.
-            error: why it failed.
+    def _announcer(self, step: Step, announced: list[set[int]]) -> Callable[[int], None]:
+        """A failed step runs again by entry. `announced` keeps senders from hearing of a layer
+        twice.
         """
-        parts = step.apart()
-        if len(parts) == 1:
-            self._scheduler.fail_step(step, *failure_of(error))
-            return
-        for part in parts:
-            try:
-                tokens = self._step_runner.run(part, self._announcer(part, set(announced)))
-            except Exception as error_of_part:
-                _log.exception("a prompt fails its step", **part.entries[0].sequence.work.log_fields)
-                self._scheduler.fail_step(part, *failure_of(error_of_part))
-                continue
-            self._scheduler.complete(part, tokens)
-
-    def _announcer(self, step: Step, announced: set[int]) -> Callable[[int], None]:
-        """Tells the senders of each layer that is not among those announced, and adds it to them."""
-        written = tuple(events.WrittenTokens(entry.work_id, entry.token_begin, entry.token_end) for entry in step.entries)
+        written = tuple(
+            events.WrittenTokens(entry.job_id, entry.token_begin, entry.token_end) for entry in step.entries
+        )
+        known = announced[0] if announced else frozenset()
+        own: set[int] = set()
+        announced.append(own)
 
         def announce(layer: int) -> None:
-            if layer not in announced:
-                announced.add(layer)
+            if layer not in known:
+                own.add(layer)
                 self._announce(layer, written)
                 fault_point("prefill.layer_written", layer, written)
 
         return announce
 
-    def _note_chunks(self, computed: list[events.WrittenTokens], began_at: float) -> None:
-        """A step with these chunks is over."""
-        ended_at = self._now()
-        for chunk in computed:
-            times = self._times.get(chunk.work_id)
-            if times is not None:
-                begin_ms, end_ms = (began_at - times.began_at) * 1000, (ended_at - times.began_at) * 1000
-                times.chunks.add(ChunkTime(begin_ms, end_ms, chunk.token_begin, chunk.token_end))
-
     def _publish_report(self) -> None:
-        happened = tuple(self._complete_event(event) for event in self._scheduler.take_events())
+        completed = tuple(self._complete_event(event) for event in self._scheduler.drain_events())
         load = self._scheduler.load()
-        if happened or load != self._published_load:
+        if completed or load != self._published_load:
             self._published_load = load
-            self._publish(events.Report(happened, load))
+            self._publish(events.Report(completed, load))
 
     def _complete_event(self, event: events.Event) -> events.Event:
-        """Adds the times, which the scheduler does not know."""
         match event:
-            case events.PromptStarted(work):
-                self._times[work.work_id].began_at = self._now()
-            case events.PromptComputed(work_id):
-                times = self._times[work_id]
-                return replace(
-                    event,
-                    queue_ms=(times.began_at - times.received_at) * 1000,
-                    prefill_ms=(self._now() - times.began_at) * 1000,
-                    chunks=times.chunks.times,
-                )
-            case events.WorkFailed(work_id) | events.WorkEnded(work_id):
-                self._times.pop(work_id, None)
+            case events.PromptStarted(job):
+                self._observer.on_prompt_begins(job.job_id)
+            case events.PromptComputed(job_id):
+                prompt = self._observer.finish_prompt(job_id)
+                assert prompt is not None, "a prompt is computed after it has started"
+                return replace(event, queue_ms=prompt.queue_ms, prefill_ms=prompt.prefill_ms, chunks=prompt.chunks)
+            case JobFailed(job_id) | JobEnded(job_id):
+                self._observer.discard_prompt(job_id)
         return event

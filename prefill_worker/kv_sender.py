@@ -1,10 +1,10 @@
-"""Where the KV cache leaves the prefill worker: one push for each work, alongside the pass that computes it.
+"""Where the KV cache leaves the prefill worker: one push per job, while the step still computes.
 
     engine thread:  layer 0 written, layer 1 written, ...          token 0 sampled
-    event loop:        '--> spans --> export, digest, encode (threads) --> send, within a window --> end --> complete
-                               two at a time, ahead of the sending      a refused chunk goes once more, behind the end too
+    event loop:        '--> spans --> export, digest, encode (threads) --> send --> end --> complete
+                               two chunks ahead                     within a window
 
-Runs on the event loop. Knows nothing of scheduling; it says when it does not read a work's blocks any more.
+Runs on the event loop.
 """
 
 import asyncio
@@ -18,70 +18,60 @@ from typing import Any
 
 import structlog
 
-from kvrelay.chunk_times import ChunkLog, ChunkTime
+from kvrelay.core.chunk_times import ChunkLog, ChunkTime
+from kvrelay.core.job import JobId, SequenceToken
+from kvrelay.core.model_spec import KVLayout
+from kvrelay.core.trace_context import log_fields
 from kvrelay.errors import KvrelayError, TransferError
-from kvrelay.fault_points import fault_point
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest
 from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, take_chunk
-from kvrelay.kv_transfer.pool import KVExporter
+from kvrelay.kv_transfer.protocols import KVExporter
 from kvrelay.kv_transfer.transports import ChunkAccepted, ChunkRefused, KVPush, KVTransport, PushComplete, PushPlan
-from kvrelay.model_spec import KVLayout
-from kvrelay.trace_context import log_fields
-from kvrelay.work import SequenceToken, WorkId
+from kvrelay.runtime.fault_points import fault_point
 
 MAX_COALESCED_BYTES = 1024 * 1024
-"""Layers wait for one another until they are so many bytes; chunks are larger only when more is ready than is sent."""
+"""Layers coalesce to this size. Larger only while the network is slower."""
 LAST_REPLIES_TIMEOUT_S = 1.0
 STALL_TIMEOUT_S = 3.0
-"""A decode worker that answers nothing for so long while it has something to answer is not reached. It outlasts a session's
-window, so that a worker which only stood still for a moment loses nothing."""
+"""A decode worker that owes an answer for longer is unreachable. Exceeds a session's window."""
 ENCODE_AHEAD = 2
-"""Chunks that are exported or wait to be sent, so that neither threads nor wire wait for the other."""
+"""Chunks exported ahead, so that threads and wire do not wait for each other."""
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """What a complete push measured."""
-
     kv_bytes: int
     transfer_ms: float
     exposed_ms: float
-    """The part of transfer_ms after the first token was sampled."""
+    """The part after the first token was sampled."""
     wire_ms: float
-    """The part of transfer_ms in which a chunk was under way."""
+    """The part with a chunk under way."""
     num_resent_chunks: int
     transport: str = ""
-    """How payloads travelled."""
     chunks: tuple[ChunkTime, ...] = ()
-    """From the first byte sent."""
+    """Timed from the first byte sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class SenderContext:
-    """What all pushes of a worker share."""
-
     exporter: KVExporter
     layout: KVLayout
     transport: KVTransport
     threads: Executor
-    """Where KV is exported and encoded: neither on the event loop nor in the engine thread."""
+    """Export and encode KV."""
     max_message_bytes: int
     max_window_bytes: int
     now: Callable[[], float] = time.monotonic
 
 
 class KVSender:
-    """Pushes one work's KV. All methods are called on the event loop.
+    """Pushes one job's KV. Lives on the event loop.
 
     Args:
-        context: shared by all pushes.
-        address: host:port of the receiver.
-        plan: what is pushed.
         block_ids: where the prompt's KV lies.
-        on_ended: called once, in any thread, when no export is under way any more and none will be: with the result, or with why
-            there is none.
+        on_ended: called once, in any thread, after the last export.
     """
 
     def __init__(
@@ -90,7 +80,7 @@ class KVSender:
         address: str,
         plan: PushPlan,
         block_ids: tuple[int, ...],
-        on_ended: Callable[[WorkId, TransferResult | TransferError], None],
+        on_ended: Callable[[JobId, TransferResult | TransferError], None],
     ) -> None:
         self._context = context
         self._address = address
@@ -101,8 +91,7 @@ class KVSender:
         self._coalescer = SpanCoalescer(context.layout, coalesced_bytes, plan.token_begin)
         self._spans: deque[KVSpan] = deque()
         self._unacknowledged: dict[tuple[int, int], KVSpan] = {}
-        self._begun_at: dict[tuple[int, int], float] = {}
-        """Since when each of them is under way."""
+        self._started_at: dict[tuple[int, int], float] = {}
         self._times = ChunkLog()
         self._resent: set[tuple[int, int]] = set()
         self._window_bytes = 0
@@ -112,43 +101,42 @@ class KVSender:
         self._completed_bytes: int | None = None
         self._first_sent_at: float | None = None
         self._busy_since: float | None = None
-        """Since when chunks are under way; None when none is."""
         self._wire_s = 0.0
         self._sampled_at = 0.0
         self._changed = asyncio.Event()
         self._stall: asyncio.Timeout | None = None
-        self._end_is_sent = False
+        self._has_sent_end = False
         self._encoding: deque[asyncio.Future[Any]] = deque()
-        """Chunks in the order in which they are to be sent."""
+        """Chunks in the order of sending."""
         self._exports: list[Future[Any]] = []
-        """Of `_encoding`, and of those that were given up."""
+        """Running exports, also of chunks that were dropped."""
         self._outcome: TransferResult | TransferError = TransferError("the push was broken off")
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"push of {plan.work_id.request_id}")
-        # A callback, because a task that is cancelled before its first turn runs no `finally`.
-        self._task.add_done_callback(self._end)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"push of {plan.job_id.request_id}")
+        # A callback, because a task that is cancelled before it starts runs no `finally`.
+        self._task.add_done_callback(lambda _: self._report_after_exports())
 
     def announce_cached(self, num_tokens: int) -> None:
-        """All layers of the first `num_tokens` tokens are in the pool already."""
+        """All layers of the first `num_tokens` tokens are in the pool."""
         self._spans.extend(self._coalescer.add_all_layers(0, num_tokens))
         self._changed.set()
 
     def announce(self, layer: int, token_begin: int, token_end: int) -> None:
-        """A layer of tokens [token_begin, token_end) is in the pool now."""
+        """A layer of tokens [token_begin, token_end) is now in the pool."""
         self._spans.extend(self._coalescer.add_layer(layer, token_begin, token_end))
         self._changed.set()
 
     def finish(self, tokens: Sequence[SequenceToken]) -> None:
-        """The first tokens are sampled; all KV is announced."""
+        """All KV is announced."""
         self._tokens = tuple(tokens)
         self._sampled_at = self._context.now()
         self._changed.set()
 
     @property
     def _log_fields(self) -> dict[str, str | int]:
-        return log_fields(self._plan.work_id.request_id, self._plan.work_id.attempt, self._plan.trace)
+        return log_fields(self._plan.job_id.request_id, self._plan.job_id.attempt, self._plan.trace)
 
-    def stop(self) -> None:
-        """Breaks the push off."""
+    def cancel(self) -> None:
+        """`on_ended` gets an error."""
         self._task.cancel()
 
     async def _run(self) -> None:
@@ -166,16 +154,12 @@ class KVSender:
             if push is not None:
                 push.close(is_complete=isinstance(self._outcome, TransferResult))
 
-    def _end(self, _: asyncio.Task[None]) -> None:
-        self._report_after_exports()
-
     def _report_after_exports(self) -> None:
-        """Reports the end as soon as no export reads the blocks."""
         for export in self._exports:
             if not export.done():
                 export.add_done_callback(lambda _: self._report_after_exports())
                 return
-        self._on_ended(self._plan.work_id, self._outcome)
+        self._on_ended(self._plan.job_id, self._outcome)
 
     async def _push(self, push: KVPush) -> TransferResult:
         reader = asyncio.create_task(self._read_replies(push), name="push replies")
@@ -185,7 +169,7 @@ class KVSender:
                 try:
                     await self._send_until_complete(push, reader)
                 except TransferError:
-                    # A write that fails ends the call, which keeps its connection until what has come is read.
+                    # A failed write ends the call; its replies can still be read.
                     await asyncio.wait([reader], timeout=LAST_REPLIES_TIMEOUT_S)
                     raise
             reader.result()
@@ -197,7 +181,6 @@ class KVSender:
         return self._measure(push)
 
     async def _send_until_complete(self, push: KVPush, reader: asyncio.Task[None]) -> None:
-        """Sends spans as they become ready, then the end, then what is refused; until the receiver has ended the push."""
         while not reader.done():
             while self._can_encode(push):
                 self._start_encoding(push)
@@ -206,26 +189,25 @@ class KVSender:
                 self._encoding.popleft()
                 await push.send_chunk(encoded)
                 fault_point("prefill.chunk_sent", self._plan)
-            elif self._tokens is not None and not self._spans and not self._end_is_sent:
-                # Not after the last answers: these may follow, and cost nothing then.
+            elif self._tokens is not None and not self._spans and not self._has_sent_end:
+                # Without waiting for the last answers, which may follow the end.
                 await push.send_end(self._num_chunks, self._tokens)
-                self._end_is_sent = True
-                self._await_answers()
+                self._has_sent_end = True
+                self._restart_stall_timeout()
                 fault_point("prefill.end_sent", self._plan)
             else:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def _await_answers(self) -> None:
-        """The receiver has just answered, or has got something to answer: from now on it has its time again."""
+    def _restart_stall_timeout(self) -> None:
         assert self._stall is not None, "within _push"
-        if self._unacknowledged or self._end_is_sent:
+        if self._unacknowledged or self._has_sent_end:
             self._stall.reschedule(asyncio.get_running_loop().time() + STALL_TIMEOUT_S)
         else:
             self._stall.reschedule(None)
 
     def _can_encode(self, push: KVPush) -> bool:
-        """Whether a chunk is ready and there is room for it. A chunk larger than the window goes alone."""
+        """A chunk larger than the window goes alone."""
         if not self._spans or len(self._encoding) >= ENCODE_AHEAD or not push.has_room():
             return False
         num_bytes = min(self._spans[0].num_bytes(self._context.layout), push.max_payload_bytes)
@@ -237,28 +219,26 @@ class KVSender:
         self._busy_since = now if self._busy_since is None else self._busy_since
         window_bytes = self._context.max_window_bytes - self._window_bytes
         if (self._spans[0].layer_begin, self._spans[0].token_begin) in self._resent:
-            span = self._spans.popleft()  # as it was refused
+            span = self._spans.popleft()  # exactly the refused span
         else:
             span = take_chunk(self._spans, self._context.layout, min(push.max_payload_bytes, window_bytes))
         num_bytes = span.num_bytes(self._context.layout)
         name = (span.layer_begin, span.token_begin)
         self._unacknowledged[name] = span
-        self._begun_at[name] = now
+        self._started_at[name] = now
         self._window_bytes += num_bytes
         if len(self._unacknowledged) == 1:
-            self._await_answers()
+            self._restart_stall_timeout()
         if name not in self._resent:
             self._num_chunks += 1
-        export = self._context.threads.submit(self._encode, push, span, push.take_buffer(span, num_bytes))
+        export = self._context.threads.submit(self._encode, push, span, push.acquire_buffer(span, num_bytes))
         self._exports = [each for each in self._exports if not each.done()] + [export]
         self._encoding.append(asyncio.wrap_future(export))
 
     def _encode(self, push: KVPush, span: KVSpan, buffer: memoryview) -> Any:
         """Runs in an export thread."""
-        self._context.exporter.export_kv_into(
-            buffer, span.layer_begin, span.layer_end, self._block_ids, span.token_begin, span.token_end
-        )
-        digest = chunk_digest(self._plan.ticket, self._plan.work_id.attempt, span, buffer)
+        self._context.exporter.export_kv(buffer, span, self._block_ids)
+        digest = chunk_digest(self._plan.ticket, self._plan.job_id.attempt, span, buffer)
         return push.encode(Chunk(span, buffer, digest))
 
     async def _read_replies(self, push: KVPush) -> None:
@@ -266,48 +246,47 @@ class KVSender:
             async for reply in replies:
                 match reply:
                     case ChunkAccepted(layer_begin, token_begin):
-                        self._settle_until(push, (layer_begin, token_begin))
+                        self._ack_until(push, (layer_begin, token_begin))
                     case ChunkRefused(layer_begin, token_begin, message):
                         self._send_again(push, (layer_begin, token_begin), message)
                     case PushComplete(kv_bytes):
                         self._completed_bytes = kv_bytes
                         return
-                self._await_answers()
+                self._restart_stall_timeout()
                 self._changed.set()
         raise TransferError("the decode worker ended the push without completing it")
 
-    def _settle_until(self, push: KVPush, name: tuple[int, int]) -> None:
-        """This chunk and all that were sent before it are accepted: the receiver takes them in order."""
+    def _ack_until(self, push: KVPush, name: tuple[int, int]) -> None:
+        """Also accepts all chunks before, because the receiver takes them in order."""
         for each in list(self._unacknowledged):
-            self._settle(push, each)
+            self._ack(push, each)
             if each == name:
                 return
         raise TransferError("the decode worker acknowledged a chunk that was not sent")
 
-    def _settle(self, push: KVPush, name: tuple[int, int]) -> KVSpan:
-        """The chunk is not under way any more."""
+    def _ack(self, push: KVPush, name: tuple[int, int]) -> KVSpan:
         span = self._unacknowledged.pop(name, None)
         if span is None:
             raise TransferError("the decode worker refused a chunk that was not sent")
-        push.settle(span)
+        push.ack(span)
         num_bytes = span.num_bytes(self._context.layout)
         self._window_bytes -= num_bytes
         self._kv_bytes += num_bytes
         now = self._context.now()
-        self._note_time(span, self._begun_at.pop(name), now)
+        self._record_time(span, self._started_at.pop(name), now)
         if not self._unacknowledged and self._busy_since is not None:
             self._wire_s += now - self._busy_since
             self._busy_since = None
         return span
 
-    def _note_time(self, span: KVSpan, begun_at: float, now: float) -> None:
+    def _record_time(self, span: KVSpan, started_at: float, now: float) -> None:
         assert self._first_sent_at is not None, "something was under way"
-        begin_ms, end_ms = (begun_at - self._first_sent_at) * 1000, (now - self._first_sent_at) * 1000
+        begin_ms, end_ms = (started_at - self._first_sent_at) * 1000, (now - self._first_sent_at) * 1000
         tokens, layers = (span.token_begin, span.token_end), (span.layer_begin, span.layer_end)
         self._times.add(ChunkTime(begin_ms, end_ms, *tokens, *layers, span.num_bytes(self._context.layout)))
 
     def _send_again(self, push: KVPush, name: tuple[int, int], message: str) -> None:
-        span = self._settle(push, name)
+        span = self._ack(push, name)
         self._kv_bytes -= span.num_bytes(self._context.layout)
         if name in self._resent:
             raise TransferError(f"the decode worker refused a chunk twice: {message}")

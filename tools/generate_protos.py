@@ -1,4 +1,5 @@
-"""Generates the code of protos/ into kvrelay/: messages, gRPC stubs and their types. Knows nothing about what the protos say.
+"""Generates the code of protos/ into kvrelay/: messages, gRPC stubs and their types. Knows nothing
+about what the protos say.
 
 python -m tools.generate_protos            write the generated code
 python -m tools.generate_protos --check    exit 1 and name the files that differ from what would be written
@@ -23,7 +24,9 @@ class GenerationError(Exception):
 
 
 def plugin_path(name: str) -> Path:
-    """The protoc plugin of that name in the running interpreter's environment, whether or not that is on PATH."""
+    """The protoc plugin of that name in the running interpreter's environment, whether or not that
+    is on PATH.
+    """
     path = Path(sysconfig.get_path("scripts")) / name
     if not path.exists():
         raise GenerationError(f"{name} is not installed; run `make install`")
@@ -32,7 +35,9 @@ def plugin_path(name: str) -> Path:
 
 def generate(output: Path) -> None:
     """Runs protoc over all protos into `output`, which becomes the root of the package path."""
-    protos = sorted(path.relative_to(PROTO_ROOT) for package in PACKAGES for path in (PROTO_ROOT / package).glob("*.proto"))
+    protos = sorted(
+        path.relative_to(PROTO_ROOT) for package in PACKAGES for path in (PROTO_ROOT / package).glob("*.proto")
+    )
     command = [
         sys.executable,
         "-m",
@@ -46,7 +51,7 @@ def generate(output: Path) -> None:
         f"--mypy_grpc_out=quiet:{output}",
         *map(str, protos),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if result.returncode != 0:
         raise GenerationError(result.stderr.strip())
 

@@ -1,4 +1,5 @@
-"""Runs a page in the Chromium of this machine, without a window: what it looks like, and what its elements are then.
+"""Runs a page in the Chromium of this machine, without a window: what it looks like, and what its
+elements are then.
 
 Uses the browser's own command line, so nothing needs to be installed but Debian's `chromium`.
 """
@@ -7,13 +8,16 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SETTLE_MS = 6000
 """Of the page's own time, which runs as fast as its requests are answered."""
 PICTURE_SETTLE_MS = 90_000
-"""The same before a picture: so many looks at a gateway take some seconds of real time, and there are rates to be seen."""
+"""The same before a picture: so many looks at a gateway take some seconds of real time, and there
+are rates to be seen.
+"""
 TIMEOUT_S = 90.0
 NO_CHROMIUM = "there is no Chromium on this machine: `apt-get install chromium` brings one"
 
@@ -27,9 +31,11 @@ def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-async def dump_dom(url: str) -> str:
-    """The page's elements as HTML, after its scripts have run for a while."""
-    return await _run(url, f"--virtual-time-budget={SETTLE_MS}", "--dump-dom")
+async def dump_dom(url: str, width: int = 1440) -> str:
+    """The page's elements as HTML, after its scripts have run for a while in a window of that width
+    (500 at the least).
+    """
+    return await _run(url, f"--virtual-time-budget={SETTLE_MS}", f"--window-size={width},720", "--dump-dom")
 
 
 async def take_screenshot(url: str, path: Path, width: int = 1440, height: int = 720, dark: bool = False) -> None:
@@ -42,6 +48,32 @@ async def take_screenshot(url: str, path: Path, width: int = 1440, height: int =
 
 
 async def _run(url: str, *options: str) -> str:
+    async with browser_process(url, *options) as (process, _):
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                output, errors = await process.communicate()
+        except TimeoutError:
+            raise BrowserError(f"the browser did not end within {TIMEOUT_S:g} s") from None
+    if process.returncode:
+        raise BrowserError(errors.decode(errors="replace")[-500:])
+    return output.decode(errors="replace")
+
+
+@contextlib.asynccontextmanager
+async def browser_process(
+    url: str, *options: str, output: int = asyncio.subprocess.PIPE
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Path]]:
+    """A browser with an empty profile, and the profile's folder; killed at the end if it still
+    runs.
+
+    Args:
+        url: that it opens.
+        options: of its command line, besides those that all have.
+        output: where what it says goes.
+
+    Raises:
+        BrowserError: there is none on this machine.
+    """
     chromium = find_chromium()
     if chromium is None:
         raise BrowserError(NO_CHROMIUM)
@@ -50,18 +82,12 @@ async def _run(url: str, *options: str) -> str:
         common += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio"]
         command = [chromium, *common, f"--user-data-dir={profile}", *options, url]
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
         )
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                output, errors = await process.communicate()
-        except TimeoutError:
-            raise BrowserError(f"the browser did not end within {TIMEOUT_S:g} s") from None
+            yield process, Path(profile)
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-    if process.returncode:
-        raise BrowserError(errors.decode(errors="replace")[-500:])
-    return output.decode(errors="replace")

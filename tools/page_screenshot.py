@@ -1,4 +1,5 @@
-"""Makes docs/live-page.png anew: the decode worker of a request dies in the middle, and the page shows the request's waterfall.
+"""Makes docs/guides/live-page.png anew: a decode worker dies in the middle of a request, and the
+page shows its waterfall.
 
 python -m tools.page_screenshot                  the real model (SmolLM2-135M-Instruct); needs Chromium
 python -m tools.page_screenshot --tiny --dark    a tiny model with random weights, the dark colours
@@ -12,13 +13,13 @@ from pathlib import Path
 
 from kvrelay.client import AsyncClient
 from kvrelay.client.results import RequestTimeline
-from kvrelay.fault_points import FaultAction
+from kvrelay.core.timeline import JobOutcome
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
 from kvrelay.testing.waiting import wait_until
-from kvrelay.timeline import WorkOutcome
 from tools.headless_chromium import take_screenshot
 
-DEFAULT_PATH = Path(__file__).resolve().parent.parent / "docs/live-page.png"
+DEFAULT_PATH = Path(__file__).resolve().parent.parent / "docs/guides/live-page.png"
 REAL_MODEL = "smollm2-135m-instruct"
 NUM_TOKENS = 48
 DEATH_AFTER_TOKENS = 18
@@ -26,7 +27,8 @@ PROMPT_TOKENS = 400
 
 
 class WatchedCluster:
-    """One gateway with a page, one prefill and two decode workers of which one can be made to die; every prompt travels.
+    """One gateway with a page, one prefill and two decode workers of which one can be made to die;
+    every prompt travels.
 
     Args:
         model: None takes a tiny one.
@@ -38,7 +40,7 @@ class WatchedCluster:
             num_decode=2,
             model=model,
             engine={"num_kv_blocks": 512, "prefill_chunk_tokens": 96},
-            relay={"local_prefill_tokens": 0},
+            requests={"local_prefill_tokens": 0},
             server={"http_port": 0},
             transfer={"transfer_transport": "auto"},
             on_line=self._note_line,
@@ -56,7 +58,8 @@ class WatchedCluster:
         return f"http://{self._page_address}/"
 
     async def survive_a_death(self, client: AsyncClient, num_tokens: int = NUM_TOKENS) -> RequestTimeline:
-        """The timeline of a request whose decode worker was killed after some of its tokens, when it has ended.
+        """The timeline of a request whose decode worker was killed after some of its tokens, when
+        it has ended.
 
         Raises:
             AssertionError: it does not show that.
@@ -64,9 +67,12 @@ class WatchedCluster:
         # Others before it, so that what happens only once is not in the picture.
         for number in (1, 2):
             await client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=4, ignore_eos=True).completion()
-        # It is held before the step of the next token, so that the client has all tokens before it when it is killed.
+        # It is held before the step of the next token, so that the client has all tokens before it
+        # when it is killed.
         fault = self.faults.arm_one_of("decode", "decode.step_begins", FaultAction.WAIT, at=DEATH_AFTER_TOKENS)
-        stream = client.generate(token_ids=prompt(PROMPT_TOKENS, 5), max_tokens=num_tokens, temperature=0, ignore_eos=True)
+        stream = client.generate(
+            token_ids=prompt(PROMPT_TOKENS, 5), max_tokens=num_tokens, temperature=0, ignore_eos=True
+        )
         num_seen = 0
         async for delta in stream:
             num_seen += len(delta.tokens)
@@ -82,11 +88,13 @@ class WatchedCluster:
 
 
 def check_survivor(survivor: RequestTimeline, num_tokens: int) -> None:
-    """Raises AssertionError unless two attempts are told, the first on a lost worker, and no token index is left out or twice."""
+    """Raises AssertionError unless two attempts are told, the first on a lost worker, and no token
+    index is left out or twice.
+    """
     timeline = survivor.timeline
-    assert [work.outcome for work in timeline.works] == [WorkOutcome.RETRIED, WorkOutcome.COMPLETED], timeline.works
-    first, second = timeline.works
-    assert first.failed_worker_id == first.decode_worker_id != second.decode_worker_id, timeline.works
+    assert [job.outcome for job in timeline.jobs] == [JobOutcome.RETRIED, JobOutcome.COMPLETED], timeline.jobs
+    first, second = timeline.jobs
+    assert first.failed_worker_id == first.decode_worker_id != second.decode_worker_id, timeline.jobs
     assert "was lost" in first.end_reason
     assert timeline.is_contiguous(0), timeline.token_runs(0)
     assert sum(run.num_tokens for run in timeline.token_runs(0)) == num_tokens
@@ -109,15 +117,18 @@ async def main(arguments: argparse.Namespace) -> None:
         # What runs while the picture is taken; a tiny model has no room for more.
         num_more = 100 if arguments.tiny else 800
         streams = [
-            client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=num_more, ignore_eos=True) for number in (7, 8)
+            client.generate(token_ids=prompt(PROMPT_TOKENS, number), max_tokens=num_more, ignore_eos=True)
+            for number in (7, 8)
         ]
         for stream in streams:
             await anext(aiter(stream))
-        await take_screenshot(f"{cluster.url}#request={survivor.request.request_id}", arguments.path, dark=arguments.dark)
+        await take_screenshot(
+            f"{cluster.url}#request={survivor.request.request_id}", arguments.path, dark=arguments.dark
+        )
         for stream in streams:
             await stream.cancel()
-    works = [f"attempt {work.attempt}: {work.end_reason or 'completed'}" for work in survivor.timeline.works]
-    print(f"{arguments.path}: {arguments.path.stat().st_size} bytes; {'; '.join(works)}")
+    jobs = [f"attempt {job.attempt}: {job.end_reason or 'completed'}" for job in survivor.timeline.jobs]
+    print(f"{arguments.path}: {arguments.path.stat().st_size} bytes; {'; '.join(jobs)}")
 
 
 if __name__ == "__main__":

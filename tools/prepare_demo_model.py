@@ -1,4 +1,6 @@
-"""Puts the demo model into the model store when it is not there, so that tests do not spend their time limit on it."""
+"""Puts the demo model into the model store when it is not there, so that tests do not spend their
+time limit on it.
+"""
 
 import os
 import sys
@@ -7,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvrelay.errors import ModelLoadError
-from kvrelay.model_store import DEMO_MODEL, ModelStore, default_model_dir
+from kvrelay.models.store import DEMO_MODEL, ModelStore, default_model_dir
 
 
 def main() -> int:

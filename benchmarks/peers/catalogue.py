@@ -40,13 +40,58 @@ PEERS: tuple[Peer, ...] = (
     Peer("kvrelay-service", "kvrelay, service, f32", None, "kvrelay_service", min_cores=2),
     Peer("kvrelay-service-int8", "kvrelay, service, int8", None, "kvrelay_service", "int8", min_cores=2),
     Peer("openvino", "OpenVINO GenAI f32, chunks of 256", "openvino", "openvino_genai", "f32", 256, conversion="f16"),
-    Peer("openvino-512", "OpenVINO GenAI f32, chunks of 512", "openvino", "openvino_genai", "f32", 512, CHUNKS_MATTER, 1, "f16"),
-    Peer("openvino-q8", "OpenVINO GenAI Q8_0, chunks of 256", "openvino", "openvino_genai", "q8_0", 256, conversion="q8_0"),
+    Peer(
+        "openvino-512",
+        "OpenVINO GenAI f32, chunks of 512",
+        "openvino",
+        "openvino_genai",
+        "f32",
+        512,
+        CHUNKS_MATTER,
+        1,
+        "f16",
+    ),
+    Peer(
+        "openvino-q8",
+        "OpenVINO GenAI Q8_0, chunks of 256",
+        "openvino",
+        "openvino_genai",
+        "q8_0",
+        256,
+        conversion="q8_0",
+    ),
     Peer("llama-cpp", "llama.cpp f32", "llama-cpp", "llama_server", "f32", conversion="f32"),
-    Peer("llama-cpp-256", "llama.cpp f32, chunks of 256", "llama-cpp", "llama_server", "f32", 256, CHUNKS_MATTER, 1, "f32"),
+    Peer(
+        "llama-cpp-256",
+        "llama.cpp f32, chunks of 256",
+        "llama-cpp",
+        "llama_server",
+        "f32",
+        256,
+        CHUNKS_MATTER,
+        1,
+        "f32",
+    ),
     Peer("llama-cpp-q8", "llama.cpp Q8_0", "llama-cpp", "llama_server", "q8_0", conversion="q8_0"),
-    Peer("llama-cpp-q8-256", "llama.cpp Q8_0, chunks of 256", "llama-cpp", "llama_server", "q8_0", 256, CHUNKS_MATTER, 1, "q8_0"),
-    Peer("ctranslate2", "CTranslate2 f32", "ctranslate2", "ctranslate2_generator", workloads=ONE_BATCH, conversion="ctranslate2"),
+    Peer(
+        "llama-cpp-q8-256",
+        "llama.cpp Q8_0, chunks of 256",
+        "llama-cpp",
+        "llama_server",
+        "q8_0",
+        256,
+        CHUNKS_MATTER,
+        1,
+        "q8_0",
+    ),
+    Peer(
+        "ctranslate2",
+        "CTranslate2 f32",
+        "ctranslate2",
+        "ctranslate2_generator",
+        workloads=ONE_BATCH,
+        conversion="ctranslate2",
+    ),
     Peer("vllm", "vLLM f32", "vllm", "vllm_server"),
     Peer("vllm-256", "vLLM f32, chunks of 256", "vllm", "vllm_server", "f32", 256, CHUNKS_MATTER),
     Peer("transformers", "transformers f32, generate", "transformers", "transformers_generate", workloads=ONE_BATCH),
@@ -62,7 +107,8 @@ PEERS: tuple[Peer, ...] = (
 
 
 def choose_peers(names: str) -> list[Peer]:
-    """Peers by their names, separated by commas, in that order; `all` is every one, `kvrelay*` those that begin so.
+    """Peers by their names, separated by commas, in that order; `all` is every one, `kvrelay*`
+    those that begin so.
 
     Raises:
         ConfigError: there is none of that name.
@@ -77,7 +123,8 @@ def choose_peers(names: str) -> list[Peer]:
 
 
 def choose_workloads(names: str) -> list[str]:
-    """Workloads by their names, separated by commas, in the order of ALL_WORKLOADS; `all` is every one.
+    """Workloads by their names, separated by commas, in the order of ALL_WORKLOADS; `all` is every
+    one.
 
     Raises:
         ConfigError: there is none of that name.

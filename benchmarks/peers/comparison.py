@@ -1,6 +1,8 @@
-"""`kvrelay bench peers`: kvrelay and what people would use instead, on the same weights, cores and requests, in one run.
+"""`kvrelay bench peers`: kvrelay and what people would use instead, on the same weights, cores and
+requests, in one run.
 
-All engines are loaded, then take turns; whoever has no turn is stopped. See `workloads` for what they are asked to do.
+All engines are loaded, then take turns; whoever has no turn is stopped. See `workloads` for what
+they are asked to do.
 """
 
 import os
@@ -27,7 +29,8 @@ from benchmarks.peers.results import make_results
 from benchmarks.peers.rounds import turns
 from benchmarks.peers.workloads import runs_of, warm_up
 from kvrelay.errors import ConfigError, StartupError
-from kvrelay.model_store import ModelStore, default_model_dir
+from kvrelay.models.store import ModelStore, default_model_dir
+from kvrelay.own_packages import own_module_command
 
 
 def command(
@@ -42,11 +45,15 @@ def command(
     venvs: Annotated[
         Path, typer.Option(help="Folder of the peers' environments: python -m benchmarks.peers.install.")
     ] = DEFAULT_FOLDER,
-    logs: Annotated[Path | None, typer.Option(help="Folder for what the engines write. Default: a temporary one.")] = None,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder for what the engines write. Default: a temporary one.")
+    ] = None,
     json: report.Json = None,
     plots: report.Plots = None,
 ) -> None:
-    """kvrelay and what people would use instead, on the same weights, cores and requests, in one run."""
+    """kvrelay and what people would use instead, on the same weights, cores and requests, in one
+    run.
+    """
     output = report.Report("peers", json, plots)
     chosen, wanted = choose_peers(peers), choose_workloads(workloads)
     folder = _model_folder(model)
@@ -84,7 +91,9 @@ class Comparison:
     _running: dict[str, PeerProcess] = field(default_factory=dict)
 
     def compare(self, peers: Sequence[Peer], workloads: Sequence[str], num_threads: int, num_rounds: int) -> None:
-        """Loads all peers on so many cores, lets them take turns, and ends them. One that fails takes no part from then on."""
+        """Loads all peers on so many cores, lets them take turns, and ends them. One that fails
+        takes no part from then on.
+        """
         with ExitStack() as stack:
             self._running = {}
             ready = [
@@ -119,7 +128,9 @@ class Comparison:
                 process.close()
             return False
         self.versions[peer.name] = loaded["version"]
-        self._record(peer, num_threads, "load", {"load_s": loaded["load_s"], "resident_mib": process.resident_bytes / 2**20})
+        self._record(
+            peer, num_threads, "load", {"load_s": loaded["load_s"], "resident_mib": process.resident_bytes / 2**20}
+        )
         process.pause()
         self._running[peer.name] = process
         return True
@@ -131,7 +142,8 @@ class Comparison:
             raise StartupError(f"its environment is not installed; install it: {advice}")
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{peer.name}-{num_threads}.log"
-        return PeerProcess([python, "-m", f"benchmarks.peers.adapters.{peer.adapter}"], _thread_environment(num_threads), log)
+        command = own_module_command(f"benchmarks.peers.adapters.{peer.adapter}", python=python)
+        return PeerProcess(command, _thread_environment(num_threads), log)
 
     def _options(self, peer: Peer, num_threads: int) -> Options:
         cores = sorted(os.sched_getaffinity(0))[:num_threads]

@@ -1,8 +1,10 @@
-"""Writes a Llama model that lies in a safetensors folder as a GGUF file: F32, F16 or Q8_0. For peers that read nothing else.
+"""Writes a Llama model that lies in a safetensors folder as a GGUF file: F32, F16 or Q8_0. For
+peers that read nothing else.
 
     python -m benchmarks.peers.gguf_writing MODEL_FOLDER TARGET.gguf --type q8_0
 
-Knows the names and layouts of both formats for Llama with a byte-level BPE vocabulary, and of no other architecture.
+Knows the names and layouts of both formats for Llama with a byte-level BPE vocabulary, and of no
+other architecture.
 """
 
 import argparse
@@ -33,7 +35,7 @@ def write_gguf(folder: Path, target: Path, weight_type: WeightType) -> None:
     Raises:
         ValueError: the folder's model is not a Llama.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     if config["model_type"] != "llama":
         raise ValueError(f"{folder} holds a {config['model_type']}; only llama can be written")
     quantization, file_type = _QUANTIZATION[weight_type]
@@ -54,7 +56,9 @@ def write_gguf(folder: Path, target: Path, weight_type: WeightType) -> None:
     unfinished.replace(target)
 
 
-def _add_architecture(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, file_type: gguf.LlamaFileType) -> None:
+def _add_architecture(
+    writer: gguf.GGUFWriter, config: dict[str, Any], name: str, file_type: gguf.LlamaFileType
+) -> None:
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -71,7 +75,7 @@ def _add_architecture(writer: gguf.GGUFWriter, config: dict[str, Any], name: str
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokens = [f"[PAD{token_id}]" for token_id in range(config["vocab_size"])]
     types = [gguf.TokenType.UNUSED] * len(tokens)
     for token, token_id in tokenizer["model"]["vocab"].items():
@@ -124,7 +128,8 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, npt.ND
 
 
 def interleave_halves(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Rotary embedding pairs row i of a head with row i + head_dim / 2 in safetensors, and rows 2i and 2i + 1 in GGUF.
+    """Rotary embedding pairs row i of a head with row i + head_dim / 2 in safetensors, and rows 2i
+    and 2i + 1 in GGUF.
 
     Args:
         weight: [num_heads * head_dim, hidden_size]

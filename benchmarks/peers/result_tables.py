@@ -1,4 +1,6 @@
-"""Shows the results of a comparison: tables of figures and of ratios for each number of threads, and plots."""
+"""Shows the results of a comparison: tables of figures and of ratios for each number of threads,
+and plots.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +46,10 @@ UNDER_LONG_PROMPTS = (
     Column("loaded max, ms", "w3", measures.ITL_MAX_MS, 0, is_plotted=True),
     Column("long TTFT, s", "w3", measures.LONG_TTFT_S, 1, is_plotted=True),
 )
-TABLES = (("one stream, and 16 at once", SINGLE_AND_BATCH), ("4 streams, alone and under long prompts", UNDER_LONG_PROMPTS))
+TABLES = (
+    ("one stream, and 16 at once", SINGLE_AND_BATCH),
+    ("4 streams, alone and under long prompts", UNDER_LONG_PROMPTS),
+)
 OURS = ("kvrelay", "kvrelay-int8", "kvrelay-service", "kvrelay-service-int8")
 
 
@@ -54,7 +59,9 @@ def print_tables(output: Report, results: Sequence[Result]) -> None:
         here = [result for result in results if result.num_threads == num_threads]
         for title, columns in TABLES:
             shown = [
-                column for column in columns if any((each.run, each.measure) == (column.run, column.measure) for each in here)
+                column
+                for column in columns
+                if any((each.run, each.measure) == (column.run, column.measure) for each in here)
             ]
             if any(column.run != "load" for column in shown):
                 _print_figures(output, here, shown, f"{num_threads} threads, {title}: median (min to max)")
@@ -73,14 +80,19 @@ def draw_plots(output: Report, results: Sequence[Result]) -> None:
                     if (each.num_threads, each.run, each.measure) == (num_threads, column.run, column.measure)
                 ]
                 if shown and column.is_plotted:
-                    output.plot(f"peers-{column.run}-{column.measure.replace('_', '-')}-{num_threads}", _bars(column, shown))
+                    output.plot(
+                        f"peers-{column.run}-{column.measure.replace('_', '-')}-{num_threads}", _bars(column, shown)
+                    )
 
 
 def _print_figures(output: Report, here: Sequence[Result], columns: Sequence[Column], title: str) -> None:
     rows = []
     for name, weights, version in dict.fromkeys((each.peer, each.weights, each.version) for each in here):
         cells = [find(here, name, column.run, column.measure) for column in columns]
-        texts = ["" if cell is None else cell.spread.text(column.decimals) for cell, column in zip(cells, columns, strict=True)]
+        texts = [
+            "" if cell is None else cell.spread.text(column.decimals)
+            for cell, column in zip(cells, columns, strict=True)
+        ]
         if any(text for text, column in zip(texts, columns, strict=True) if column.run != "load"):
             rows.append([f"{name} {version.partition('-')[0]}", weights, *texts])
     output.print_table(title, ["", "weights", *(column.heading for column in columns)], rows, num_text_columns=2)
@@ -92,14 +104,18 @@ def _print_ratios(output: Report, here: Sequence[Result], ours: str, num_threads
     rows = []
     for name, weights in dict.fromkeys((each.peer, each.weights) for each in here):
         texts = [
-            _ratio_text(find(here, ours, each.run, each.measure), find(here, name, each.run, each.measure)) for each in columns
+            _ratio_text(find(here, ours, each.run, each.measure), find(here, name, each.run, each.measure))
+            for each in columns
         ]
         if any(texts) and (name not in OURS or OURS.index(name) < OURS.index(ours)):
             rows.append([name, weights, *texts])
     if rows:
         title = f"{num_threads} threads: so many times better is {ours} than (above 1: ahead)"
         output.print_table(
-            title, ["", "weights", *(column.heading.rpartition(",")[0] or column.heading for column in columns)], rows, 2
+            title,
+            ["", "weights", *(column.heading.rpartition(",")[0] or column.heading for column in columns)],
+            rows,
+            2,
         )
 
 
@@ -113,7 +129,9 @@ def _bars(column: Column, shown: Sequence[Result]) -> "Callable[[Axes], None]":
         medians = [each.spread.median for each in shown]
         low = [each.spread.median - each.spread.min for each in shown]
         high = [each.spread.max - each.spread.median for each in shown]
-        axes.barh(names, medians, xerr=[low, high], color=["tab:orange" if name in OURS else "tab:blue" for name in names])
+        axes.barh(
+            names, medians, xerr=[low, high], color=["tab:orange" if name in OURS else "tab:blue" for name in names]
+        )
         axes.invert_yaxis()
         axes.set(title=f"{column.heading} ({shown[0].num_threads} threads)")
         axes.grid(visible=True, axis="x", alpha=0.3)

@@ -26,7 +26,9 @@ class Result:
     spread: Spread
 
 
-def make_results(values: Mapping[tuple[str, int, str, str], Sequence[float]], versions: Mapping[str, str]) -> list[Result]:
+def make_results(
+    values: Mapping[tuple[str, int, str, str], Sequence[float]], versions: Mapping[str, str]
+) -> list[Result]:
     """Results of values by peer, threads, run and measure."""
     return [
         Result(
@@ -43,7 +45,8 @@ def find(results: Sequence[Result], peer: str, run: str, measure: str) -> Result
 
 
 def advantage(ours: Result, theirs: Result) -> Spread:
-    """How many times better ours is than theirs, round by round: above 1 we are ahead, be the measure a rate or a time.
+    """How many times better ours is than theirs, round by round: above 1 we are ahead, be the
+    measure a rate or a time.
 
     Rounds that one of them has no value of are left out; both must have at least one.
     """

@@ -1,4 +1,5 @@
-"""In which order the engines are measured: workload by workload within a round, every engine once, another one first each time.
+"""In which order the engines are measured: workload by workload within a round, every engine once,
+another one first each time.
 
 What changes on the machine over minutes so falls on all engines alike. Pure.
 """

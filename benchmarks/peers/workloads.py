@@ -1,4 +1,5 @@
-"""What the engines are asked to do: requests of random token ids, the same for all engines of a round.
+"""What the engines are asked to do: requests of random token ids, the same for all engines of a
+round.
 
     w1    one stream: 128 prompt tokens, 128 new
     ttft  one prompt of 32, of 512 and of 2,048 tokens, one new token each
@@ -61,13 +62,16 @@ def runs_of(workload: str, round_number: int, stream_tokens: int) -> list[Run]:
     assert workload == "w3", f"no such workload: {workload}"
     times_s = [FIRST_LONG_PROMPT_S + number * LONG_PROMPT_INTERVAL_S for number in range(MAX_LONG_PROMPTS)]
     prompts = tuple(
-        request(NUM_STREAMS + number, LONG_PROMPT_TOKENS, LONG_PROMPT_NEW_TOKENS, at_s) for number, at_s in enumerate(times_s)
+        request(NUM_STREAMS + number, LONG_PROMPT_TOKENS, LONG_PROMPT_NEW_TOKENS, at_s)
+        for number, at_s in enumerate(times_s)
     )
     return [Run(workload, "w3-quiet", streams()), Run(workload, "w3", streams() + prompts)]
 
 
 def warm_up(workload: str) -> tuple[Request, ...]:
-    """What an engine does once, not measured, before the rounds of a workload: its shapes with few tokens."""
+    """What an engine does once, not measured, before the rounds of a workload: its shapes with few
+    tokens.
+    """
     if workload == "w3":
         return _shortened(runs_of(workload, -1, 4)[0])
     return _shortened(runs_of(workload, -1, 4)[-1])

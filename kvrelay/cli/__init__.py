@@ -1,15 +1,20 @@
-"""The command line. Each command is a function in the module of its subject; `app` puts them together."""
+"""The command line. Each command is a function in its subject's module; `app` registers them."""
 
 import sys
 from collections.abc import Sequence
+
+from kvrelay.own_packages import find_own_packages_first
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 well, 1 an expected error, 2 wrong usage or setting, 130 interrupted."""
+    """Runs the command line and exits: 0 success, 1 expected error, 2 wrong usage or setting, 130
+    interrupted.
+    """
+    find_own_packages_first()
     try:
-        # Within the try: a Ctrl-C while libraries are imported is no reason for a traceback either.
+        # Inside the try, so that Ctrl-C during imports shows no traceback.
         from kvrelay.cli.app import run
 
         run(arguments)

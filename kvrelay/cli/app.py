@@ -1,24 +1,36 @@
-"""The root of the command line: which commands there are, and what becomes of errors. Knows nothing of what commands do."""
+"""The root of the command line: registers commands and reports errors."""
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from kvrelay.cli import (
     bench_commands,
+    certificate_commands,
     client_commands,
     demo,
     generate_commands,
+    key_commands,
     model_commands,
     plan_command,
-    serve_commands,
     status_commands,
     watch_commands,
 )
-from kvrelay.cli.output import print_error
+from kvrelay.cli.chat import command as chat_command
+from kvrelay.cli.encodings import decoded_arguments, prepare_streams
+from kvrelay.cli.serve import commands
+from kvrelay.cli.views.output import print_error
 from kvrelay.errors import ConfigError, KvrelayError
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        client_commands.version()
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="kvrelay",
@@ -27,12 +39,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(serve_commands.app, name="serve")
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", is_eager=True, callback=_show_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.add_typer(commands.app, name="serve")
 app.add_typer(model_commands.app, name="models")
+app.add_typer(certificate_commands.app, name="certs")
+app.add_typer(key_commands.app, name="keys")
 bench_commands.add_to(app)
 for command in (
     generate_commands.complete,
-    generate_commands.chat,
+    chat_command.chat,
     generate_commands.resume,
     status_commands.status,
     status_commands.requests,
@@ -42,6 +67,7 @@ for command in (
     client_commands.cancel,
     client_commands.tokenize,
     client_commands.detokenize,
+    client_commands.protos,
     plan_command.plan,
     demo.demo,
     client_commands.version,
@@ -50,11 +76,12 @@ for command in (
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits; see `kvrelay.cli.main`."""
-    # Before gRPC is imported: what its C core writes to standard error is said again, and better, by our own errors.
+    """See `kvrelay.cli.main`."""
+    # Before gRPC is imported. Our own errors say better what its C core would log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_streams()
     try:
-        app(args=arguments, prog_name="kvrelay")
+        app(args=decoded_arguments(sys.argv[1:] if arguments is None else arguments), prog_name="kvrelay")
     except KvrelayError as error:
         print_error(error)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

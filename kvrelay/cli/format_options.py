@@ -1,14 +1,18 @@
-"""The form of an output as command line options: --json-schema, --regex, --grammar and --choice, of which one may be given."""
+"""The response format as options: one of --json-schema, --regex, --grammar, --choice."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvrelay.core.response_format import ResponseFormat
 from kvrelay.errors import InvalidRequestError
-from kvrelay.response_format import ResponseFormat
 
 FORMAT_OPTIONS = {
-    "json_schema": (str, "JSON|@FILE", 'Output is JSON that satisfies this schema; {"type": "object"} takes any object.'),
+    "json_schema": (
+        str,
+        "JSON|@FILE",
+        'Output is JSON that satisfies this schema; {"type": "object"} takes any object.',
+    ),
     "regex": (str, "PATTERN", "Output is what this regular expression matches, from its beginning to its end."),
     "grammar": (str, "TEXT|@FILE", "Output is of this grammar: Lark with a rule start, or EBNF (GBNF) with root ::=."),
     "choice": (list[str], "TEXT", "Output is one of these texts. May be repeated."),
@@ -17,14 +21,7 @@ FORMAT_OPTIONS = {
 
 
 def parse_format(given: Mapping[str, Any]) -> ResponseFormat | None:
-    """The form that was asked for; None when there was none.
-
-    Args:
-        given: value by name of `FORMAT_OPTIONS`; None or empty where an option was not given.
-
-    Raises:
-        InvalidRequestError: several were given, or a file cannot be read.
-    """
+    """`given` holds values by name of `FORMAT_OPTIONS`. Raises InvalidRequestError."""
     named = {name: value for name, value in given.items() if value is not None and value != []}
     if len(named) > 1:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in named)
@@ -43,10 +40,10 @@ def parse_format(given: Mapping[str, Any]) -> ResponseFormat | None:
 
 
 def _content(name: str, value: str) -> str:
-    """The value itself, or what the file holds whose name follows an @."""
+    """@FILE stands for the file's content."""
     if not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text()
+        return Path(value[1:]).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(name, f"cannot be read from {value[1:]}: {error}") from None

@@ -1,20 +1,20 @@
-"""Commands that stream a model's text: complete, resume and chat."""
+"""Commands that stream a model's text: complete and resume."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvrelay.cli.client_session import open_client
-from kvrelay.cli.output import console, print_json, print_note, write_text
+from kvrelay.cli.interruptible import interruptible
 from kvrelay.cli.sampling_options import takes_sampling
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.cli.typed_line import read_typed_line
-from kvrelay.config import MAX_COALESCE_MS, ClientSettings
-from kvrelay.errors import InvalidRequestError, KvrelayError
-from kvrelay.settings_sources import SettingsSources
+from kvrelay.cli.standard_input import text_or_standard_input
+from kvrelay.cli.views.output import console, print_json, write_text
+from kvrelay.config.settings import MAX_COALESCE_MS, ClientSettings
+from kvrelay.config.sources import SettingsSources
+from kvrelay.errors import KvrelayError
 
 if TYPE_CHECKING:
     from kvrelay.client import Client, Stream, Turn
@@ -25,7 +25,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object per event, f
 Phases = Annotated[bool, typer.Option("--phases", help="Show where the time went.")]
 Coalesce = Annotated[
     int | None,
-    typer.Option("--coalesce-ms", metavar="MS", help=f"Gather tokens for so long: 0 to {MAX_COALESCE_MS}.", show_default=False),
+    typer.Option(
+        "--coalesce-ms", metavar="MS", help=f"How long to gather tokens: 0 to {MAX_COALESCE_MS}.", show_default=False
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(
+        help="What to continue. Without one, or with -, it is read from standard input.", show_default=False
+    ),
 ]
 System = Annotated[str | None, typer.Option("--system", help="System message of the chat.")]
 
@@ -36,20 +44,22 @@ _CANCEL_TIMEOUT_S = 2.0
 @takes_sampling
 def complete(
     sources: SettingsSources,
-    prompt: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")],
     sampling: dict[str, Any],
+    prompt: Prompt = None,
     model: Model = "",
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
     system: System = None,
     tenant: Tenant = "",
     resumable: Annotated[bool, typer.Option(help="Continue after a lost connection.")] = True,
-    idempotency_key: Annotated[str | None, typer.Option(help="A second request with the same key joins the first.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="A second request with the same key joins the first.")
+    ] = None,
     coalesce_ms: Coalesce = None,
     json: Json = False,
     phases: Phases = False,
 ) -> None:
     """Continue a prompt, streaming the text."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = text_or_standard_input(prompt, "prompt")
     messages = [_message("user", text)] if chat or system is not None else None
     if system is not None and messages is not None:
         messages.insert(0, _message("system", system))
@@ -81,44 +91,19 @@ def resume(
     phases: Phases = False,
 ) -> None:
     """Stream a request's output again, and follow it while it runs."""
-
     with open_client(sources) as client, client.resume(request_id, from_index, coalesce_ms=coalesce_ms) as stream:
         show_stream(stream, json, phases)
 
 
-@takes_settings(ClientSettings)
-@takes_sampling
-def chat(
-    sources: SettingsSources,
-    sampling: dict[str, Any],
-    model: Model = "",
-    system: System = None,
-    tenant: Tenant = "",
-    coalesce_ms: Coalesce = None,
-    json: Json = False,
-    phases: Phases = False,
-) -> None:
-    """Talk with a model. A line is a turn; /exit or Ctrl-D ends. Also takes its turns from a pipe."""
-    if sampling.get("n", 1) != 1:
-        raise InvalidRequestError("n", "must be 1 in a chat: one answer continues the conversation")
-
-    news = [_message("system", system)] if system is not None else []
-    with (
-        open_client(sources) as client,
-        client.converse(model=model, tenant=tenant, coalesce_ms=coalesce_ms, **sampling) as conversation,
-    ):
-        for line in _lines(sys.stdin):
-            show_stream(conversation.send([*news, _message("user", line)]), json, phases)
-            news = []
-
-
-def show_stream(stream: "Stream | Turn", json: bool, phases: bool) -> None:
-    """Reads a stream to its end. The first sequence is shown as it comes, others, which come interleaved with it, at the end."""
+def show_stream(stream: "Stream | Turn", json: bool, phases: bool, shown: list[str] | None = None) -> None:
+    """Shows the first sequence as it comes, the others at the end. `shown` gets the first's text."""
+    shown = [] if shown is None else shown
     if json:
-        _show_events(stream)
+        _show_events(stream, shown)
         return
-    for delta in stream:
+    for delta in interruptible(stream):
         if delta.sequence == 0:
+            shown.append(delta.text)
             write_text(delta.text)
     completion = stream.completion()
     for number, output in enumerate(completion.outputs):
@@ -128,14 +113,14 @@ def show_stream(stream: "Stream | Turn", json: bool, phases: bool) -> None:
         if not output.text.endswith("\n"):
             print(flush=True)
     if phases:
-        from kvrelay.cli.phase_table import phase_table
+        from kvrelay.cli.views.phase_table import phase_table
 
         console(stderr=True).print(phase_table(completion.finished))
 
 
 @contextmanager
 def _cancelling(client: "Client", stream: "Stream") -> Iterator[None]:
-    """Ends the request, which would run on for a while if it is resumable, when its user interrupts it or closes the pipe."""
+    """Cancels the request on Ctrl-C or a closed pipe; a resumable one would run on."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
@@ -149,9 +134,11 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _show_events(stream: "Stream | Turn") -> None:
+def _show_events(stream: "Stream | Turn", shown: list[str]) -> None:
     seen = False
-    for delta in stream:
+    for delta in interruptible(stream):
+        if delta.sequence == 0:
+            shown.append(delta.text)
         if not seen:
             print_json({"accepted": stream.accepted})
             seen = True
@@ -159,25 +146,3 @@ def _show_events(stream: "Stream | Turn") -> None:
     if not seen:
         print_json({"accepted": stream.accepted})
     print_json({"finished": stream.finished})
-
-
-def _lines(source: TextIO) -> Iterator[str]:
-    """Turns typed on a terminal, or the lines of a pipe, until /exit or the end. Empty ones are skipped."""
-    interactive = source.isatty()
-    if interactive:
-        print_note("Type a message; /exit or Ctrl-D ends.")
-    while True:
-        try:
-            line = read_typed_line("> ") if interactive else next(source)
-        except StopIteration:
-            return
-        except EOFError:
-            print()  # or the shell's prompt would follow ours
-            return
-        except KeyboardInterrupt:
-            print()
-            raise
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line.rstrip("\n")

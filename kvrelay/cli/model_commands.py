@@ -1,6 +1,5 @@
-"""Commands of the model store: what is there, where it lies, put in, take out. Knows nothing of how models are converted."""
+"""Commands of the model store."""
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvrelay.cli.output import console, print_json, print_note
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.config import EngineSettings
-from kvrelay.settings_sources import SettingsSources
+from kvrelay.cli.views.output import console, print_json, print_note
+from kvrelay.config.settings import EngineSettings
+from kvrelay.config.sources import SettingsSources
 
 if TYPE_CHECKING:
-    from kvrelay.model_sources import Progress
-    from kvrelay.model_store import ModelStore
+    from kvrelay.models.sources import Progress
+    from kvrelay.models.store import ModelStore
 
 app = typer.Typer(help="Models in the model store: list (default), add, path, remove.")
 
@@ -47,18 +46,19 @@ def list_models(sources: SettingsSources, json: Json = False) -> None:
 def add(
     sources: SettingsSources,
     name: Name,
-    source: Annotated[Path | None, typer.Argument(help="Folder or GGUF file. Default: the demo model, or the hub.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="Folder or GGUF file. Default: the demo model, or the hub.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="What a GGUF file's weights are converted to.")] = "float32",
     link: Annotated[bool, typer.Option("--link", help="Link to the folder instead of copying it.")] = False,
 ) -> None:
     """Put a model into the store, and show its folder."""
     store = open_store(sources)
     with progress_bar() as progress:
-        if source is not None:
-            folder = store.add_model(name, source, dtype=dtype, link=link, progress=progress)
+        if source is None:
+            print(store.ensure(name, progress))
         else:
-            folder = ensure_model(store, name, progress)
-    print(folder)
+            print(store.add_model(name, source, dtype=dtype, link=link, progress=progress))
 
 
 @app.command()
@@ -76,55 +76,49 @@ def remove(sources: SettingsSources, name: Annotated[str, typer.Argument(help="N
 
 
 def open_store(sources: SettingsSources) -> "ModelStore":
-    """The store that the settings name.
+    """Raises ConfigError."""
+    from kvrelay.cli.serve.preflight import store_of
 
-    Raises:
-        ConfigError: a setting is wrong.
-    """
-    return _store_of(sources.load("models", EngineSettings))
+    return store_of(sources.load("models", EngineSettings))
 
 
 def prepare_models(engines: Iterable[EngineSettings]) -> None:
-    """Makes the engines' models ready under a progress bar, before any process waits for them.
+    """Before any process waits for them. Raises ModelLoadError."""
+    from kvrelay.cli.serve.preflight import store_of
+    from kvrelay.runtime.cache_folder import falls_back
 
-    Raises:
-        ModelLoadError: there is no such model, or it cannot be made.
-    """
     with progress_bar() as progress:
         for settings in {(engine.model, engine.model_dir): engine for engine in engines}.values():
-            ensure_model(_store_of(settings), settings.model, progress)
-
-
-def _store_of(settings: EngineSettings) -> "ModelStore":
-    from kvrelay.model_store import ModelStore, default_model_dir
-
-    return ModelStore(Path(settings.model_dir).expanduser() if settings.model_dir else default_model_dir(os.environ))
-
-
-def ensure_model(store: "ModelStore", name: str, progress: "Progress") -> Path:
-    """A model's folder; the demo model is made on first use.
-
-    Raises:
-        ModelLoadError: there is no such model, or it cannot be made.
-    """
-    from kvrelay.model_store import DEMO_MODEL
-
-    return store.ensure_demo_model(progress) if name == DEMO_MODEL else store.resolve(name, progress)
+            store = store_of(settings)
+            if falls_back(store.root.parent):
+                print_note(
+                    f"note: without a home, models are kept in {store.root}, which may not last; set KVRELAY_MODEL_DIR"
+                )
+            store.ensure(settings.model, progress)
 
 
 @contextmanager
 def progress_bar() -> Iterator["Progress"]:
-    """A bar on standard error, which appears with the first report and is gone at the end."""
+    """On standard error; lines without a terminal. No remaining time, because stages vary too much."""
+    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    bar = Bar(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    bar = Bar(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     task = bar.add_task("", total=1.0)
-    stages: set[str] = set()
+    last = ("", -1)
 
     def report(stage: str, fraction: float) -> None:
-        if bar.disable and stage not in stages:
-            print_note(stage)
-        stages.add(stage)
+        nonlocal last
+        if bar.disable and last != (stage, tenth := int(fraction * 10)):
+            print_note(f"{fraction:4.0%} {stage}")
+            last = (stage, tenth)
         bar.start()
         bar.update(task, description=stage, completed=fraction)
 
@@ -145,14 +139,22 @@ def _show_models(store: "ModelStore", json: bool) -> None:
                     "size_bytes": model.size_bytes,
                     "architecture": model.architecture,
                     "dtype": model.dtype,
+                    "sampling_defaults": model.sampling_defaults.stated(),
                 }
             )
         return
-    from rich.table import Table
+    if not found:
+        from kvrelay.models.store import DEMO_MODEL
 
-    table = Table(title=f"Models in {store.root}", title_justify="left")
-    for column in ("name", "architecture", "dtype", "size", "folder"):
-        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+        print_note(f"There is no model in {store.root} yet. `kvrelay models add {DEMO_MODEL}` brings the demo model.")
+        return
+    from kvrelay.cli.views.fitted_table import FittedTable
+
+    table = FittedTable(f"Models in {store.root}")
+    for column in ("name", "architecture", "dtype", "size", "sampling", "folder"):
+        table.add_text_column(column, right=column == "size")
     for model in found:
-        table.add_row(model.name, model.architecture, model.dtype, f"{model.size_bytes / _MIB:,.0f} MiB", str(model.path))
+        sampling = ", ".join(f"{name} {value:g}" for name, value in model.sampling_defaults.stated().items())
+        size = f"{model.size_bytes / _MIB:,.0f} MiB"
+        table.add_texts(model.name, model.architecture, model.dtype, size, sampling, str(model.path))
     console().print(table)

@@ -1,4 +1,4 @@
-"""`kvrelay plan`: what memory a model takes with its KV cache, and how many sequences fit. Loads nothing: reads config.json."""
+"""`kvrelay plan`: memory of a model and its KV cache. Reads config.json only."""
 
 import os
 from dataclasses import dataclass
@@ -7,24 +7,22 @@ from typing import Annotated
 
 import typer
 
-from kvrelay.cli.model_commands import ensure_model, open_store, progress_bar
-from kvrelay.cli.output import console, print_json
+from kvrelay.cli.model_commands import open_store, progress_bar
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.config import EngineSettings
+from kvrelay.cli.views.output import console, print_json
+from kvrelay.config.settings import EngineSettings
+from kvrelay.config.sources import SettingsSources
+from kvrelay.core.model_spec import KV_SCALE_BYTES
 from kvrelay.errors import ConfigError
 from kvrelay.kv_cache.memory_planning import (
-    MemoryPlan,
     attention_kind,
     blocks_for_tokens,
     bytes_per_block,
     kv_cache_bytes,
     mha_kv_cache_bytes_16_bit,
-    plan_memory,
     weight_bytes,
 )
-from kvrelay.model_shape import ModelShape, read_model_shape
-from kvrelay.model_spec import KV_SCALE_BYTES
-from kvrelay.settings_sources import SettingsSources
+from kvrelay.models.shape import ModelShape, read_model_shape
 
 COMBINATIONS = (
     ("float32", "float32"),
@@ -35,17 +33,25 @@ COMBINATIONS = (
     ("int8", "bfloat16"),
     ("int8", "int8"),
 )
-"""Types of weights and of KV that are planned for."""
+"""Types of weights and KV."""
 
-COLUMNS = ("weights", "KV", "weights MiB", "KV KiB/token", "KV MiB", "blocks", "blocks MiB", "sequences fit", "tokens fit")
+COLUMNS = (
+    "weights",
+    "KV",
+    "weights MiB",
+    "KV KiB/token",
+    "KV MiB",
+    "blocks",
+    "blocks MiB",
+    "sequences fit",
+    "tokens fit",
+)
 
 _KIB, _MIB, _GIB = 1024, 1024**2, 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is to be served, and with what."""
-
     batch_size: int
     num_prompt_tokens: int
     num_new_tokens: int
@@ -55,20 +61,16 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Memory with one choice of types."""
-
     weights_dtype: str
     kv_dtype: str
     weight_bytes: int
     kv_bytes_per_token: int
     kv_bytes: int
-    """Of the batch at its longest, to the byte."""
+    """Of the whole batch, without rounding to blocks."""
     num_blocks: int
-    """Of the batch."""
     block_bytes: int
-    """Of the batch's blocks."""
     max_sequences: int
-    """Sequences of that length that fit beside the weights."""
+    """That fit beside the weights."""
     max_tokens: int
 
 
@@ -79,10 +81,14 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 1024,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated behind each.")] = 256,
-    memory_gib: Annotated[float | None, typer.Option("--memory-gib", help="Memory. Default: all of this machine's.")] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option("--memory-gib", help="Memory. Default: all of this machine's.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
 ) -> None:
-    """Show what memory a model's weights and KV cache take, and how many sequences fit. Needs no torch."""
+    """Show what memory a model's weights and KV cache take, and how many sequences fit. Needs no
+    torch.
+    """
     settings = sources.load("models", EngineSettings)
     demand = Demand(batch, prompt_tokens, new_tokens, settings.block_size, _memory_bytes(memory_gib))
     folder = _model_folder(sources, model or settings.model)
@@ -95,14 +101,12 @@ def plan(
 
 
 def make_plan(shape: ModelShape, demand: Demand, weights_dtype: str, kv_dtype: str) -> Plan:
-    """Memory of a model with weights and KV of these types."""
     layout = shape.kv_layout(kv_dtype)
     num_tokens = demand.num_prompt_tokens + demand.num_new_tokens
-    num_blocks = demand.batch_size * blocks_for_tokens(num_tokens, demand.block_size)
+    blocks_per_sequence = blocks_for_tokens(num_tokens, demand.block_size)
+    num_blocks = demand.batch_size * blocks_per_sequence
     weights = weight_bytes(shape.weights, weights_dtype)
-    room: MemoryPlan | None = None
-    if demand.memory_bytes - weights >= bytes_per_block(layout, demand.block_size):
-        room = plan_memory(layout, demand.block_size, demand.memory_bytes - weights, num_tokens)
+    max_blocks = max(0, demand.memory_bytes - weights) // bytes_per_block(layout, demand.block_size)
     return Plan(
         weights_dtype=weights_dtype,
         kv_dtype=kv_dtype,
@@ -111,8 +115,8 @@ def make_plan(shape: ModelShape, demand: Demand, weights_dtype: str, kv_dtype: s
         kv_bytes=kv_cache_bytes(layout, demand.batch_size, demand.num_prompt_tokens, demand.num_new_tokens),
         num_blocks=num_blocks,
         block_bytes=num_blocks * bytes_per_block(layout, demand.block_size),
-        max_sequences=room.max_sequences if room else 0,
-        max_tokens=room.max_tokens if room else 0,
+        max_sequences=max_blocks // blocks_per_sequence,
+        max_tokens=max_blocks * demand.block_size,
     )
 
 
@@ -125,24 +129,24 @@ def _memory_bytes(memory_gib: float | None) -> int:
 
 
 def _model_folder(sources: SettingsSources, model: str) -> Path:
-    """A folder with a config.json needs nothing else; what is none is looked up in the store."""
-    if (Path(model).expanduser() / "config.json").is_file():
-        return Path(model).expanduser().resolve()
+    """A folder with a config.json, or a name in the store."""
+    if (Path(os.path.expanduser(model)) / "config.json").is_file():
+        return Path(os.path.expanduser(model)).resolve()
     with progress_bar() as progress:
-        return ensure_model(open_store(sources), model, progress)
+        return open_store(sources).ensure(model, progress)
 
 
 def _show(name: str, shape: ModelShape, demand: Demand, plans: list[Plan]) -> None:
-    from rich.table import Table
+    from kvrelay.cli.views.fitted_table import FittedTable
 
     num_tokens = demand.num_prompt_tokens + demand.num_new_tokens
     lengths = f"{demand.batch_size} x ({demand.num_prompt_tokens} + {demand.num_new_tokens}) tokens"
     title = f"{lengths}, blocks of {demand.block_size}, {demand.memory_bytes / _GIB:,.1f} GiB"
-    table = Table(title=title, title_justify="left")
+    table = FittedTable(title, num_key_columns=2)
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
+        table.add_text_column(column, right=number >= 2)
     for each in plans:
-        table.add_row(
+        table.add_texts(
             each.weights_dtype,
             each.kv_dtype,
             f"{each.weight_bytes / _MIB:,.1f}",

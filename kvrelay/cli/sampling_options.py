@@ -1,52 +1,45 @@
-"""Sampling parameters as command line options: a table of them, and the decorator that gives them to a command."""
+"""Sampling parameters as command line options."""
 
 import functools
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from kvrelay.cli.format_options import FORMAT_OPTIONS, parse_format
+from kvrelay.core.sampling_params import PARAMETERS, Parameter
 from kvrelay.errors import InvalidRequestError
-from kvrelay.sampling_params import SamplingParams
+
+_OPTION_TYPES: dict[Any, tuple[Any, str | None, str]] = {
+    float: (float, None, ""),
+    int: (int, None, ""),
+    int | None: (int, None, ""),
+    bool: (bool, None, ""),
+    tuple[str, ...]: (list[str], "TEXT", "May be repeated."),
+    tuple[int, ...]: (list[int], "ID", "May be repeated."),
+    Mapping[int, float]: (str, "JSON", 'As {"ID": NUMBER, ...}.'),
+}
+"""By a parameter's type: option type, metavar, and addition to the help."""
+_USAGE = {"logprobs": "See them with --json."}
 
 
-@dataclass(frozen=True, slots=True)
-class _SamplingOption:
-    type: Any
-    help: str
-    metavar: str | None = None
+def _from_table(parameter: Parameter) -> tuple[Any, str | None, str]:
+    kind, metavar, usage = _OPTION_TYPES[parameter.type]
+    limits = f"{parameter.limits[0].upper()}{parameter.limits[1:]}." if parameter.limits else ""
+    texts = [parameter.help, limits, usage or _USAGE.get(parameter.name, ""), f"Default: {parameter.default_text}."]
+    return kind, metavar, " ".join(filter(None, texts))
 
 
 _OPTIONS = {
-    "temperature": _SamplingOption(float, "0 is greedy; otherwise logits are divided by it. 0 to 100."),
-    "top_k": _SamplingOption(int, "Keep the k likeliest tokens; 0 keeps all."),
-    "top_p": _SamplingOption(float, "Keep the smallest set whose probability reaches this. Above 0, to 1."),
-    "min_p": _SamplingOption(float, "Drop tokens less likely than this share of the likeliest one's. 0 to 1."),
-    "repetition_penalty": _SamplingOption(float, "Above 1 makes tokens that were seen unlikelier. Above 0, to 100."),
-    "presence_penalty": _SamplingOption(float, "Subtracted once from logits of tokens generated. -2 to 2."),
-    "frequency_penalty": _SamplingOption(float, "Subtracted from logits for every time generated. -2 to 2."),
-    "logit_bias": _SamplingOption(str, 'Added to logits of single tokens: {"ID": BIAS, ...}.', "JSON"),
-    "seed": _SamplingOption(int, "Makes sampling repeatable. Drawn when absent."),
-    "stop": _SamplingOption(list[str], "Output ends before this text. May be repeated.", "TEXT"),
-    "stop_token_ids": _SamplingOption(list[int], "Output ends with this token. May be repeated.", "ID"),
-    "min_tokens": _SamplingOption(int, "No end before so many tokens."),
-    "max_tokens": _SamplingOption(int, "Most tokens to generate. Default: 256, or what the context has room for."),
-    "ignore_eos": _SamplingOption(bool, "Go on after the end-of-sequence token."),
-    "logprobs": _SamplingOption(int, "Log probabilities with so many alternatives, 0 to 20; see them with --json."),
-    "n": _SamplingOption(int, "How many answers to the one prompt, 1 to 8."),
-}
-
-assert {*_OPTIONS, "response_format"} == {field.name for field in fields(SamplingParams)}, "an option for every parameter"
-
-_OPTIONS |= {name: _SamplingOption(kind, text, metavar) for name, (kind, metavar, text) in FORMAT_OPTIONS.items()}
+    name: _from_table(parameter) for name, parameter in PARAMETERS.items() if name != "response_format"
+} | FORMAT_OPTIONS
+"""Type, metavar and help of each."""
 
 
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives the command an option for every sampling parameter, and those given as the argument `sampling`, a dict."""
+    """Adds an option per parameter. The command gets those given as the dict `sampling`."""
 
     @functools.wraps(command)
     def with_sampling(*positional: Any, **arguments: Any) -> None:
@@ -59,20 +52,19 @@ def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "sampling"]
-    options = [_parameter(name, option) for name, option in _OPTIONS.items()]
+    options = [_parameter(name, *option) for name, option in _OPTIONS.items()]
     with_sampling.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     with_sampling.__annotations__ = {}
     return with_sampling
 
 
-def _parameter(name: str, option: _SamplingOption) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, metavar: str | None, help: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-").removesuffix("-ids")
-    declaration = f"{flag}/--no-{flag.removeprefix('--')}" if option.type is bool else flag
-    annotation = typer.Option(
-        declaration, help=option.help, metavar=option.metavar, show_default=False, rich_help_panel="Sampling"
+    declaration = f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag
+    option = typer.Option(declaration, help=help, metavar=metavar, show_default=False, rich_help_panel="Sampling")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[option.type | None, annotation])
 
 
 def _parse_logit_bias(text: str) -> dict[int, float]:

@@ -1,12 +1,4 @@
-"""Turns settings into command line options, so that each is declared once, in `kvrelay.config`.
-
-    @app.command()
-    @takes_settings(ClientSettings)
-    def cancel(sources: SettingsSources, request_id: ...) -> None: ...
-
-gives `cancel` an option for every field of ClientSettings and --config. Values are passed on as they were typed:
-`kvrelay.settings_sources` checks them, with one wording for flags, environment and file.
-"""
+"""Turns settings into command line options, so that each is declared once."""
 
 import functools
 import inspect
@@ -15,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvrelay.config import Settings
-from kvrelay.settings_sources import SettingField, read_sources, setting_fields
+from kvrelay.config.base import Settings
+from kvrelay.config.sources import SettingField, read_sources, setting_fields
 
 _CONFIG = "config"
 
@@ -26,9 +18,7 @@ def takes_settings(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command whose first parameter is the SettingsSources.
 
-    Args:
-        settings_classes: whose fields become options; of fields with the same name the first class's default is shown.
-        only: names of the fields that become options; None for all.
+    The first class that has a field shows its default. `only` names fields.
     """
     fields: dict[str, SettingField] = {}
     for settings_class in settings_classes:
@@ -41,6 +31,7 @@ def takes_settings(
         def with_settings(**arguments: Any) -> None:
             flags = {name: arguments.pop(name) for name in fields}
             sources = read_sources(flags, arguments.pop(_CONFIG))
+            sources.print_notes()
             command(sources, **arguments)
 
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
@@ -54,7 +45,9 @@ def takes_settings(
 
 
 def _config_parameter() -> inspect.Parameter:
-    option = typer.Option("--config", metavar="FILE", help="YAML file with settings. Also KVRELAY_CONFIG.", show_default=False)
+    option = typer.Option(
+        "--config", metavar="FILE", help="YAML file with settings. Also KVRELAY_CONFIG.", show_default=False
+    )
     return _keyword(_CONFIG, Annotated[str | None, option])
 
 
@@ -71,11 +64,11 @@ def _option(setting: SettingField) -> Any:
     default = "" if setting.default is None else f"Default: {_in_words(setting.default)}."
     return typer.Option(
         *_declarations(setting),
-        # Short, and choices go into the help, or a terminal of 80 columns would have no room for the options' names.
+        # Short, because 80 columns must have room for the options' names.
         metavar=" " if setting.is_switch else "NAME" if setting.choices else setting.type_name.upper(),
         help=" ".join(part for part in (setting.info.description, choices, default) if part),
         show_default=False,
-        rich_help_panel=f"{setting.path[0].capitalize()} settings" if len(setting.path) > 1 else None,
+        rich_help_panel=setting.panel,
     )
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvrelay.cli.client_session import open_client
-from kvrelay.cli.output import console, print_error, print_json
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.config import ClientSettings
-from kvrelay.errors import KvrelayError, UnsupportedError
-from kvrelay.settings_sources import SettingsSources
+from kvrelay.cli.views.output import console, print_error, print_json, print_note
+from kvrelay.config.settings import ClientSettings
+from kvrelay.config.sources import SettingsSources
+from kvrelay.errors import AccessDeniedError, KvrelayError, UnauthenticatedError, UnsupportedError
 
 if TYPE_CHECKING:
     from kvrelay.client import Client, Cluster
@@ -36,7 +36,7 @@ def status(
             if json:
                 print_json(cluster)
             else:
-                from kvrelay.cli.status_tables import cluster_view
+                from kvrelay.cli.views.status_tables import cluster_view
 
                 console().print(cluster_view(cluster))
             if not watch:
@@ -58,7 +58,7 @@ def requests(
         for request in page.requests:
             print_json(request)
         return
-    from kvrelay.cli.status_tables import request_table
+    from kvrelay.cli.views.status_tables import request_table
 
     console().print(request_table("Requests", page.requests))
 
@@ -69,7 +69,9 @@ def health(
     json: Json = False,
     allow_degraded: Annotated[bool, typer.Option("--allow-degraded", help="Exit with 0 also when degraded.")] = False,
 ) -> None:
-    """Check a gateway or worker. Exits with 0 when it serves, 1 when it does not, 2 when it serves but cannot keep state."""
+    """Check a gateway or worker. Exits with 0 when it serves, 1 when it does not, 2 when it serves
+    but cannot keep state.
+    """
     with open_client(sources) as client:
         try:
             answer = client.health()
@@ -83,10 +85,17 @@ def health(
     degraded = cluster is not None and cluster.degraded
     state = "not serving" if not answer.serving else "degraded" if degraded else "serving"
     if json:
-        print_json({"state": state, "address": answer.address})
+        problem = {"problem": cluster.problem} if cluster is not None and cluster.problem else {}
+        insecure = {"insecure": True} if answer.insecure else {}
+        print_json({"state": state, "address": answer.address, **problem, **insecure})
+    elif cluster is not None and cluster.degraded:
+        from kvrelay.cli.views.status_tables import degraded_line
+
+        print(f"{answer.address} {degraded_line(cluster)}")
     else:
-        detail = ": Redis does not answer, so request state is not kept" if state == "degraded" else ""
-        print(f"{answer.address} {state}{detail}")
+        print(f"{answer.address} {state}")
+    if answer.insecure and not json:
+        print_note("everybody who reaches it has all rights: it runs with --insecure")
     if not answer.serving:
         raise typer.Exit(1)
     if degraded and not allow_degraded:
@@ -96,16 +105,19 @@ def health(
 def _cluster_of(client: "Client") -> "Cluster | None":
     try:
         return client.cluster()
-    except UnsupportedError:  # a worker, which is asked for its own health only
+    # A worker has only its own health, and not every caller may see the cluster.
+    except (UnsupportedError, UnauthenticatedError, AccessDeniedError):
         return None
 
 
 def _watch(client: "Client", interval_s: float) -> None:
     from rich.live import Live
 
-    from kvrelay.cli.status_tables import cluster_view
+    from kvrelay.cli.views.status_tables import cluster_view
 
-    with Live(cluster_view(client.cluster()), console=console(), auto_refresh=False, screen=console().is_terminal) as live:
+    with Live(
+        cluster_view(client.cluster()), console=console(), auto_refresh=False, screen=console().is_terminal
+    ) as live:
         while True:
             time.sleep(interval_s)
             live.update(cluster_view(client.cluster()), refresh=True)

@@ -1,4 +1,4 @@
-"""Commands that show what happens, and what happened: top, trace."""
+"""Commands that show what happens or happened: top, trace."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvrelay.cli.client_session import open_client
-from kvrelay.cli.output import console, print_json
 from kvrelay.cli.setting_options import takes_settings
-from kvrelay.config import ClientSettings
+from kvrelay.cli.views.output import console, print_json
+from kvrelay.config.settings import ClientSettings
+from kvrelay.config.sources import SettingsSources
 from kvrelay.errors import RequestNotFoundError
-from kvrelay.settings_sources import SettingsSources
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,7 +23,9 @@ NUM_LAST_REQUESTS = 20
 @takes_settings(ClientSettings)
 def trace(
     sources: SettingsSources,
-    request_id: Annotated[str, typer.Argument(help="Of the request; the newest one when absent.", show_default=False)] = "",
+    request_id: Annotated[
+        str, typer.Argument(help="Of the request; the newest one when absent.", show_default=False)
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
 ) -> None:
     """Show what happened when to a request: attempts, queue, prompt chunks, KV on the wire, tokens."""
@@ -32,7 +34,7 @@ def trace(
     if json:
         print_json(answer)
         return
-    from kvrelay.cli.waterfall import Waterfall
+    from kvrelay.cli.views.waterfall import Waterfall
 
     console().print(Waterfall(answer))
 
@@ -60,20 +62,18 @@ def top(
 
 
 class _Look:
-    """Asks a gateway, and remembers its last answer for the rates."""
-
     def __init__(self, client: "Client") -> None:
         self._client = client
         self._before: tuple[float, Cluster] | None = None
 
     def view(self) -> "RenderableType":
-        from kvrelay.cli.top_view import rates_between, top_view
+        from kvrelay.cli.views.top_view import rates_between, top_view
 
         now = (time.monotonic(), self._client.cluster())
         requests = self._client.list_requests(page_size=NUM_LAST_REQUESTS).requests
         running = {request.request_id: request for request in now[1].running_requests}
         rates, self._before = rates_between(self._before, now), now
-        # What runs here is newer as the gateway knows it than as the store does.
+        # The gateway's state of a running request is newer than the store's.
         known = [running.pop(request.request_id, request) for request in requests]
         return top_view(now[1], [*running.values(), *known], rates)
 

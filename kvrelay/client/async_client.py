@@ -1,22 +1,28 @@
-"""The asyncio client: one method for each thing that a gateway does. Knows nothing of how a stream or a conversation goes on."""
+"""The client: one method for each thing that a gateway does."""
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvrelay import rpc
+from kvrelay.client import async_transport as transport
 from kvrelay.client import requests, results
 from kvrelay.client.addresses import DEFAULT_TIMEOUT_S, Addresses
+from kvrelay.client.api_keys import Metadata, call_metadata, with_metadata
 from kvrelay.client.async_conversation import AsyncConversation
 from kvrelay.client.async_stream import AsyncStream
 from kvrelay.client.stream_state import StreamState, call_error, unreachable
+from kvrelay.client.tls import TLS
+from kvrelay.network.exposure import INSECURE_NAME
+from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
+RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
 
@@ -27,28 +33,54 @@ class AsyncClient:
             async for delta in client.generate("Once upon a time", max_tokens=64):
                 print(delta.text, end="")
 
-    Every method raises the errors of `kvrelay.errors` and nothing of gRPC. Every call has a timeout.
+    Every call has a timeout and raises the errors of `kvrelay.errors`.
 
     Args:
-        address: host:port of a gateway; several (a sequence, or separated by commas) are asked in turn when one does not answer.
-        timeout_s: of calls that are given none.
+        address: host:port of gateways: one, separated by commas, or a sequence. When one does not
+            answer, the client asks the next. The default port is 50050.
+        timeout_s: default of all calls.
+        use_proxy: connect through the HTTP proxy of the environment (https_proxy and the like).
+        tls: encrypts connections and checks gateways' certificates. Default: plain text.
+        api_key: says who calls. Without TLS, only gateways on this machine get it.
+
+    Raises:
+        ConfigError: an address or the key is malformed, or the key would go over a network in plain
+            text. It is also a ValueError.
     """
 
-    def __init__(self, address: str | Sequence[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        use_proxy: bool = False,
+        tls: TLS | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._addresses = Addresses(address)
+        self._metadata: Metadata | None = None
+        if api_key is not None:
+            self._metadata = call_metadata(
+                api_key, self._addresses.all, uses_proxy=use_proxy, is_encrypted=tls is not None
+            )
         self._timeout_s = timeout_s
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._use_proxy = use_proxy
+        self._lock = threading.Lock()  # several threads may share a blocking client
+        self._tls = tls
+        self._channels: dict[str, tuple[ChannelCredentials | None, transport.Channel]] = {}
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Closes all connections; running streams end."""
+        """Ends all connections and running streams."""
         channels, self._channels = self._channels, {}
-        for channel in channels.values():
+        for _, channel in channels.values():
             await channel.close()
 
     def generate(
@@ -63,27 +95,26 @@ class AsyncClient:
         idempotency_key: str | None = None,
         coalesce_ms: int | None = None,
         timeout_s: float | None = None,
-        **sampling: Any,
+        **sampling: Unpack[requests.SamplingOptions],
     ) -> AsyncStream:
-        """Continues a prompt: text, chat messages or token ids. The call begins with the first item that is asked for.
+        """Continues a prompt: text, chat messages or token ids. The first read sends the request.
 
         Args:
             prompt, messages, token_ids: exactly one of them.
-            model: may be empty when the cluster serves one model only.
+            model: optional when the cluster serves one model.
             tenant: separates prefix caches and idempotency keys.
-            resumable: a lost connection is made again, to any of the addresses, until the timeout; nothing is lost or repeated.
+            resumable: reconnect to any gateway until the timeout. No token is lost or repeated.
             idempotency_key: a second request with the same key joins the first.
-            coalesce_ms: for how long tokens may be gathered into one delta, 0 to 50. None: as the gateway is set, usually 0.
-            timeout_s: of the whole request; becomes its deadline in the cluster.
-            **sampling: fields of `kvrelay.sampling_params.SamplingParams`, such as temperature or max_tokens.
+            coalesce_ms: how long the gateway may gather tokens into a delta, 0 to 50. None: its
+                default.
+            timeout_s: deadline of the whole request.
+            **sampling: see `SamplingOptions`.
 
         Raises:
-            InvalidRequestError: a value cannot be sent. All other errors come with the stream's items.
+            InvalidRequestError: an argument is invalid. Reading the stream raises all other errors.
         """
         request = requests.generate_request(
-            prompt,
-            messages,
-            token_ids,
+            requests.prompt_field(prompt, messages, token_ids),
             model=model,
             tenant=tenant,
             resumable=resumable,
@@ -93,18 +124,19 @@ class AsyncClient:
         )
         return self._stream(request, StreamState(), resumable, timeout_s)
 
-    async def complete(self, prompt: str | None = None, **arguments: Any) -> results.Completion:
-        """As `generate`, with the same arguments, but waits for all of it."""
+    async def complete(
+        self, prompt: str | None = None, **arguments: Unpack[requests.GenerateOptions]
+    ) -> results.Completion:
+        """Takes the arguments of `generate` and returns the whole output."""
         async with self.generate(prompt, **arguments) as stream:
             return await stream.completion()
 
     def resume(
         self, request_id: str, from_index: int = 0, *, coalesce_ms: int | None = None, timeout_s: float | None = None
     ) -> AsyncStream:
-        """Streams a request's output again from any index, and follows it while it is still running.
+        """Streams a request's output again from token `from_index`, and follows it while it runs.
 
-        Raises:
-            RequestNotFoundError: with the first item: no such request is known any more.
+        The first read raises RequestNotFoundError for an unknown request.
         """
         request = requests.resume_request(request_id, from_index, coalesce_ms)
         return self._stream(request, StreamState(from_index), True, timeout_s)
@@ -116,43 +148,36 @@ class AsyncClient:
         tenant: str = "",
         coalesce_ms: int | None = None,
         timeout_s: float | None = None,
-        **sampling: Any,
+        **sampling: Unpack[requests.SamplingOptions],
     ) -> AsyncConversation:
-        """A conversation whose KV stays warm on one decode worker; `timeout_s` is the default of a turn."""
-        return AsyncConversation(
-            self._stub,
-            self._addresses,
-            model=model,
-            tenant=tenant,
-            coalesce_ms=coalesce_ms,
-            timeout_s=timeout_s or self._timeout_s,
-            sampling=sampling,
-        )
+        """Opens a conversation, whose KV stays on one decode worker. `timeout_s` is each turn's."""
+        make_request = functools.partial(requests.converse_request, model=model, tenant=tenant, coalesce_ms=coalesce_ms)
+        return AsyncConversation(self._stub, self._addresses, make_request, timeout_s or self._timeout_s, sampling)
 
     async def get_request(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestInfo:
-        """A request's state. Raises RequestNotFoundError."""
+        """Returns a request's state. Raises RequestNotFoundError."""
         message = inference_pb2.GetRequestRequest(request_id=request_id)
-        response = await self._call(lambda stub, timeout: stub.GetRequest(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.GetRequest, message, timeout_s)
         return results.request_info_from_pb(response.request)
 
     async def list_requests(
         self, *, page_size: int = 100, page_token: str = "", active_only: bool = False, timeout_s: float | None = None
     ) -> results.RequestPage:
-        """Known requests, newest first."""
+        """Lists known requests, newest first."""
         message = inference_pb2.ListRequestsRequest(page_size=page_size, page_token=page_token, active_only=active_only)
-        response = await self._call(lambda stub, timeout: stub.ListRequests(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.ListRequests, message, timeout_s)
         return results.request_page_from_pb(response)
 
     async def timeline(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestTimeline:
-        """What happened when to one of the last requests. Raises RequestNotFoundError."""
+        """Returns the timeline of a recent request. Raises RequestNotFoundError."""
         message = inference_pb2.GetTimelineRequest(request_id=request_id)
-        response = await self._call(lambda stub, timeout: stub.GetTimeline(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.GetTimeline, message, timeout_s)
         return results.request_timeline_from_pb(response)
 
     async def cancel(self, request_id: str, *, timeout_s: float | None = None) -> results.RequestState:
-        """Ends a request; its state afterwards. Ending one that has ended is no error. Raises RequestNotFoundError."""
+        """Ends a request, unless it has ended, and returns its state. Raises RequestNotFoundError."""
         message = inference_pb2.CancelRequestRequest(request_id=request_id)
-        response = await self._call(lambda stub, timeout: stub.CancelRequest(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.CancelRequest, message, timeout_s)
         return results.request_state_from_pb(response.state)
 
     async def tokenize(
@@ -163,9 +188,9 @@ class AsyncClient:
         model: str = "",
         timeout_s: float | None = None,
     ) -> list[int]:
-        """Token ids of a text or of a chat."""
+        """Returns the token ids of a text or a chat."""
         message = requests.tokenize_request(text, messages, model)
-        response = await self._call(lambda stub, timeout: stub.Tokenize(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.Tokenize, message, timeout_s)
         return list(response.token_ids)
 
     async def detokenize(
@@ -176,32 +201,37 @@ class AsyncClient:
         keep_special_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> str:
-        """Text of token ids."""
+        """Returns the text of token ids."""
         message = requests.detokenize_request(token_ids, model, keep_special_tokens)
-        response = await self._call(lambda stub, timeout: stub.Detokenize(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.Detokenize, message, timeout_s)
         return response.text
 
     async def list_models(self, *, timeout_s: float | None = None) -> list[results.ServedModel]:
-        """Models that live workers serve."""
+        """Lists the models of live workers."""
         message = inference_pb2.ListModelsRequest()
-        response = await self._call(lambda stub, timeout: stub.ListModels(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.ListModels, message, timeout_s)
         return [results.served_model_from_pb(model) for model in response.models]
 
     async def cluster(self, *, timeout_s: float | None = None) -> results.Cluster:
-        """Gateways, workers and their load."""
+        """Returns gateways, workers and their load."""
         message = inference_pb2.GetClusterRequest()
-        response = await self._call(lambda stub, timeout: stub.GetCluster(message, timeout=timeout), timeout_s)
+        response = await self._call(lambda stub: stub.GetCluster, message, timeout_s)
         return results.cluster_from_pb(response)
 
     async def health(self, *, timeout_s: float | None = None) -> results.Health:
-        """What the health service of the process says that answers."""
+        """Asks the health service of the first gateway that answers."""
+        message = health_pb2.HealthCheckRequest()
+        address, response = await self._ask(self._health_check, message, timeout_s)
+        serving = response.status == health_pb2.HealthCheckResponse.SERVING
+        return results.Health(serving, address, serving and await self._is_insecure(address, timeout_s))
 
-        async def check(address: str, limit_s: float) -> results.Health:
-            stub: Any = health_pb2_grpc.HealthStub(self._channel(address))
-            response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=limit_s)
-            return results.Health(response.status == health_pb2.HealthCheckResponse.SERVING, address)
-
-        return await self._ask(check, timeout_s)
+    async def _is_insecure(self, address: str, timeout_s: float | None) -> bool:
+        message = health_pb2.HealthCheckRequest(service=INSECURE_NAME)
+        try:
+            answer: Any = await self._health_check(address)(message, timeout=timeout_s or self._timeout_s)
+        except transport.RpcError:  # unknown name: it is not
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _stream(
         self,
@@ -214,27 +244,47 @@ class AsyncClient:
 
     async def _call(
         self,
-        method: Callable[[inference_pb2_grpc.InferenceServiceAsyncStub, float], Awaitable[ResponseT]],
+        method: Callable[[transport.Stub], transport.UnaryMethod[RequestT, ResponseT]],
+        message: RequestT,
         timeout_s: float | None,
     ) -> ResponseT:
-        return await self._ask(lambda address, timeout: method(self._stub(address), timeout), timeout_s)
+        _, response = await self._ask(lambda address: method(self._stub(address)), message, timeout_s)
+        return response
 
-    async def _ask(self, call: Callable[[str, float], Awaitable[ResponseT]], timeout_s: float | None) -> ResponseT:
-        """Asks one address after the other until one answers."""
+    async def _ask(
+        self,
+        method: Callable[[str], transport.UnaryMethod[RequestT, ResponseT]],
+        message: RequestT,
+        timeout_s: float | None,
+    ) -> tuple[str, ResponseT]:
+        """Asks addresses in turn. Returns the one that answered, and its answer."""
         for number in range(len(self._addresses.all)):
+            address = self._addresses.current
             try:
-                return await call(self._addresses.current, timeout_s or self._timeout_s)
-            except grpc.aio.AioRpcError as failure:
+                return address, await method(address)(message, timeout=timeout_s or self._timeout_s)
+            except transport.RpcError as failure:
                 last = number == len(self._addresses.all) - 1
                 if not unreachable(failure) or last:
                     raise call_error(failure, self._addresses.all) from None
                 self._addresses.move_on()
         raise AssertionError("a client has at least one address")
 
-    def _stub(self, address: str) -> inference_pb2_grpc.InferenceServiceAsyncStub:
-        return inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+    def _stub(self, address: str) -> transport.Stub:
+        plain = inference_pb2_grpc.InferenceServiceStub(self._channel(address))
+        stub: transport.Stub = with_metadata(plain, self._metadata)
+        return stub
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.create_channel(address)
-        return self._channels[address]
+    def _health_check(self, address: str) -> Any:
+        stub: Any = health_pb2_grpc.HealthStub(self._channel(address))
+        return stub.Check
+
+    def _channel(self, address: str) -> transport.Channel:
+        with self._lock:
+            credentials = None if self._tls is None else self._tls.credentials()
+            known = self._channels.get(address)
+            if known is not None and known[0] == credentials:
+                return known[1]
+            # Streams go on with a channel that is replaced.
+            channel = transport.create_channel(address, use_proxy=self._use_proxy, credentials=credentials)
+            self._channels[address] = (credentials, channel)
+            return channel

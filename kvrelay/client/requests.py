@@ -1,49 +1,90 @@
-"""Builds the messages that the client sends, from what a program passes. Shared by the async and the sync client.
+"""Builds the messages that both clients send.
 
-What cannot be put into a message at all is refused here with the same error that the server would give; all other checks are the
-server's.
+Values that no message can hold raise the gateway's InvalidRequestError. The gateway checks the
+rest.
 """
 
 import hashlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-from kvrelay import wire
 from kvrelay.client.results import ChatMessage
-from kvrelay.config import MAX_COALESCE_MS
+from kvrelay.config.settings import MAX_COALESCE_MS
+from kvrelay.core.response_format import ResponseFormat
+from kvrelay.core.sampling_params import DEFAULTED_PARAMETERS, PARAMETERS, SamplingParams
 from kvrelay.errors import InvalidRequestError
-from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import inference_pb2, session_pb2
+from kvrelay.wire import convert
 
 Message = ChatMessage | Mapping[str, str]
-"""A chat message, also as {"role": ..., "content": ...}."""
+"""Also as {"role": ..., "content": ...}."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of `SamplingParams` as keyword arguments. None: not given."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Iterable[str]
+    stop_token_ids: int | Iterable[int]
+    min_tokens: int
+    max_tokens: int | None
+    ignore_eos: bool
+    logprobs: int | None
+    n: int
+    response_format: ResponseFormat | None
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    """Keyword arguments of `Client.generate`."""
+
+    messages: Iterable[Message] | None
+    token_ids: Sequence[int] | None
+    model: str
+    tenant: str
+    resumable: bool
+    idempotency_key: str | None
+    coalesce_ms: int | None
+    timeout_s: float | None
+
+
+def prompt_field(
+    prompt: str | None, messages: Iterable[Message] | None, token_ids: Sequence[int] | None
+) -> dict[str, str | inference_pb2.ChatMessages | inference_pb2.TokenIds]:
+    """Returns the GenerateRequest field of the prompt. Exactly one argument is given."""
+    if sum(kind is not None for kind in (prompt, messages, token_ids)) != 1:
+        raise InvalidRequestError("prompt", "must be given as exactly one of: prompt, messages, token_ids")
+    if prompt is not None:
+        return {"text": _utf8("prompt", prompt)}
+    if messages is not None:
+        return {"chat": inference_pb2.ChatMessages(messages=chat_messages(messages))}
+    return {"token_ids": inference_pb2.TokenIds(ids=_token_ids(token_ids or ()))}
 
 
 def generate_request(
-    prompt: str | None,
-    messages: Iterable[Message] | None,
-    token_ids: Sequence[int] | None,
+    prompt: Mapping[str, Any],
     *,
     model: str,
     tenant: str,
     resumable: bool,
     idempotency_key: str | None,
     coalesce_ms: int | None,
-    sampling: Mapping[str, Any],
+    sampling: SamplingOptions,
 ) -> inference_pb2.GenerateRequest:
-    """A request for one completion.
-
-    Raises:
-        InvalidRequestError: not exactly one kind of prompt, or a value that the protocol cannot carry.
-        TypeError: no such sampling parameter.
-    """
-    if sum(kind is not None for kind in (prompt, messages, token_ids)) != 1:
-        raise InvalidRequestError("prompt", "must be given as exactly one of: prompt, messages, token_ids")
+    """`prompt` comes from `prompt_field`. Raises TypeError for an unknown sampling parameter."""
     if idempotency_key is None and resumable:
-        # So that a stream that broke before its request's id arrived can be asked for again without a second request.
+        # It finds the request again if the stream breaks before the request's id arrives.
         idempotency_key = uuid.uuid4().hex
-    request = inference_pb2.GenerateRequest(
+    return inference_pb2.GenerateRequest(
+        **prompt,
         model=model,
         tenant=tenant,
         resumable=resumable,
@@ -51,21 +92,12 @@ def generate_request(
         coalesce_ms=_coalesce_ms(coalesce_ms),
         sampling=sampling_message(sampling),
     )
-    if prompt is not None:
-        request.text = _utf8("prompt", prompt)
-    elif messages is not None:
-        request.chat.messages.extend(chat_messages(messages))
-        request.chat.SetInParent()  # an empty chat is still a chat, and the server says what is wrong with it
-    else:
-        request.token_ids.ids.extend(_token_ids(token_ids or ()))
-        request.token_ids.SetInParent()
-    return request
 
 
 def generate_again(request: inference_pb2.GenerateRequest, seed: int) -> inference_pb2.GenerateRequest:
-    """The same request once more, with the seed that it was given by the gateway, if it had none itself.
+    """The same request with the seed that the gateway drew for it.
 
-    It is another body then, for which its idempotency key does not stand; it gets one of its own, always the same.
+    With a seed the body differs, so it needs another idempotency key, derived from key and seed.
     """
     if request.sampling.HasField("seed"):
         return request
@@ -82,15 +114,11 @@ def converse_request(
     *,
     model: str,
     tenant: str,
-    sampling: Mapping[str, Any],
+    sampling: SamplingOptions,
     timeout_ms: int,
     coalesce_ms: int | None,
 ) -> inference_pb2.ConverseRequest:
-    """One turn; a plain text is the user's. Without sampling parameters those of the turn before hold.
-
-    Raises:
-        InvalidRequestError, TypeError: as `generate_request`.
-    """
+    """One turn. Without sampling parameters, those of the last turn hold."""
     if isinstance(messages, str):
         messages = [ChatMessage("user", messages)]
     return inference_pb2.ConverseRequest(
@@ -104,16 +132,13 @@ def converse_request(
 
 
 def resume_request(request_id: str, from_index: int, coalesce_ms: int | None) -> inference_pb2.ResumeRequest:
-    """Asks for a request's output again."""
-    return inference_pb2.ResumeRequest(request_id=request_id, from_index=from_index, coalesce_ms=_coalesce_ms(coalesce_ms))
+    return inference_pb2.ResumeRequest(
+        request_id=request_id, from_index=from_index, coalesce_ms=_coalesce_ms(coalesce_ms)
+    )
 
 
 def tokenize_request(text: str | None, messages: Iterable[Message] | None, model: str) -> inference_pb2.TokenizeRequest:
-    """Exactly one of text and messages.
-
-    Raises:
-        InvalidRequestError: none or both.
-    """
+    """Exactly one of text and messages is given."""
     if (text is None) == (messages is None):
         raise InvalidRequestError("text", "must be given as exactly one of: text, messages")
     if text is not None:
@@ -122,37 +147,32 @@ def tokenize_request(text: str | None, messages: Iterable[Message] | None, model
     return inference_pb2.TokenizeRequest(model=model, chat=chat)
 
 
-def detokenize_request(token_ids: Iterable[int], model: str, keep_special_tokens: bool) -> inference_pb2.DetokenizeRequest:
-    """Raises InvalidRequestError for ids that cannot be."""
-    return inference_pb2.DetokenizeRequest(model=model, token_ids=_token_ids(token_ids), keep_special_tokens=keep_special_tokens)
+def detokenize_request(
+    token_ids: Iterable[int], model: str, keep_special_tokens: bool
+) -> inference_pb2.DetokenizeRequest:
+    return inference_pb2.DetokenizeRequest(
+        model=model, token_ids=_token_ids(token_ids), keep_special_tokens=keep_special_tokens
+    )
 
 
 def chat_messages(messages: Iterable[Message]) -> list[inference_pb2.ChatMessage]:
-    """Messages as the protocol has them.
-
-    Raises:
-        InvalidRequestError: one has no role or no content, or its text is not valid.
-    """
     return [_chat_message(number, message) for number, message in enumerate(messages)]
 
 
-def sampling_message(sampling: Mapping[str, Any]) -> session_pb2.SamplingParams:
-    """Sampling parameters by name, as `kvrelay.sampling_params.SamplingParams` has them; `stop` may be one string.
-
-    Raises:
-        InvalidRequestError: a value is out of its range.
-        TypeError: no such parameter.
-    """
-    values = dict(sampling)
-    for name in ("stop", "stop_token_ids"):
-        if name in values:
-            values[name] = (values[name],) if isinstance(values[name], str | int) else tuple(values[name])
-    for number, stop in enumerate(values.get("stop", ())):
-        _utf8(f"stop[{number}]", stop)
+def sampling_message(sampling: SamplingOptions) -> session_pb2.SamplingParams:
+    """Omits parameters that the model's defaults fill in. Raises TypeError for an unknown one."""
+    values: dict[str, Any] = {
+        name: value for name, value in sampling.items() if value is not None or name not in DEFAULTED_PARAMETERS
+    }
+    for name, value in values.items():
+        if name in PARAMETERS and isinstance(PARAMETERS[name].default, tuple):
+            values[name] = (value,) if isinstance(value, str | int) else tuple(value)
     params = SamplingParams(**values)
-    params.validate()
     try:
-        return wire.sampling_to_pb(params)
+        params.validate()
+        return convert.sampling_to_pb(
+            params, [name for name in PARAMETERS if name in values or name not in DEFAULTED_PARAMETERS]
+        )
     except (TypeError, ValueError) as error:
         raise InvalidRequestError("sampling", f"has a value that cannot be sent: {error}") from None
 
@@ -164,7 +184,8 @@ def _chat_message(number: int, message: Message) -> inference_pb2.ChatMessage:
     if missing:
         raise InvalidRequestError(f"messages[{number}]", f"has no {min(missing)}")
     return inference_pb2.ChatMessage(
-        role=_utf8(f"messages[{number}].role", message["role"]), content=_utf8(f"messages[{number}].content", message["content"])
+        role=_utf8(f"messages[{number}].role", message["role"]),
+        content=_utf8(f"messages[{number}].content", message["content"]),
     )
 
 
@@ -172,7 +193,9 @@ def _token_ids(token_ids: Iterable[int]) -> list[int]:
     ids = list(token_ids)
     for number, token_id in enumerate(ids):
         if not 0 <= token_id < 2**32:
-            raise InvalidRequestError(f"token_ids[{number}]", f"is {token_id}; it must be an id of the model's vocabulary")
+            raise InvalidRequestError(
+                f"token_ids[{number}]", f"is {token_id}; it must be an id of the model's vocabulary"
+            )
     return ids
 
 

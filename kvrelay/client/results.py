@@ -1,4 +1,4 @@
-"""What the client hands out: frozen values, never messages of the protocol. One function per message turns it into its value."""
+"""The frozen values that the client returns, and how they are made from messages."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -6,17 +6,16 @@ from enum import Enum
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from kvrelay import wire
-from kvrelay.model_spec import ModelSpec
-from kvrelay.telemetry import Phases
-from kvrelay.timeline import Timeline
-from kvrelay.timeline_messages import phases_from_pb, timeline_from_pb
+from kvrelay.core.job import FinishReason, Token, WorkerLoad
+from kvrelay.core.model_spec import ModelSpec
+from kvrelay.core.timeline import Phases, Timeline
 from kvrelay.v1 import inference_pb2
-from kvrelay.work import FinishReason, Token, WorkerLoad
+from kvrelay.wire import convert
+from kvrelay.wire.timeline import phases_from_pb, timeline_from_pb
 
 
 class RequestState(Enum):
-    """Where a request is in its life; the last four are final."""
+    """States of a request. The last four are final."""
 
     UNKNOWN = "unknown"
     QUEUED = "queued"
@@ -35,7 +34,7 @@ class RequestState(Enum):
 
 
 class WorkerRole(Enum):
-    """What a worker does."""
+    """The phase that a worker computes."""
 
     UNKNOWN = "unknown"
     PREFILL = "prefill"
@@ -44,7 +43,7 @@ class WorkerRole(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a chat. `role` is system, user, assistant, or what else the model's template knows."""
+    """`role`: system, user, assistant, or another of the model's template."""
 
     role: str
     content: str
@@ -52,7 +51,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request was admitted. `seed` is the one in use, drawn when none was given."""
+    """A request was admitted. `seed` was given or drawn."""
 
     request_id: str
     model: str
@@ -62,23 +61,20 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New output of one sequence.
-
-    `text` is what became certain with it; it may lag behind the tokens. `tokens` is empty when only text follows.
-    """
+    """New output of one sequence. Text may lag behind tokens."""
 
     sequence: int
     index: int
-    """Output index of the first of `tokens`."""
+    """Output index of the first token."""
     tokens: tuple[Token, ...]
     text: str
     finish_reason: FinishReason | None = None
-    """Set with the sequence's last delta."""
+    """Set in the sequence's last delta."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How many tokens a request took. `num_cached_tokens` of the prompt were in the decode worker's cache."""
+    """`num_cached_tokens` of the prompt were cached on the decode worker."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -108,7 +104,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: one output for each of its n sequences."""
+    """A finished request, with one output per sequence."""
 
     accepted: Accepted
     outputs: tuple[Output, ...]
@@ -122,7 +118,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class RequestInfo:
-    """What is known of a request. Worker ids are empty where there is none; `error_message` is set when it failed."""
+    """A request as its gateway knows it. Worker ids are empty while unassigned."""
 
     request_id: str
     state: RequestState
@@ -151,7 +147,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker as the asked gateway sees it; `connected` when its session is up."""
+    """A worker as the asked gateway sees it."""
 
     worker_id: str
     role: WorkerRole
@@ -161,11 +157,13 @@ class WorkerInfo:
     connected: bool
     silent_ms: float
     block_size: int
+    problem: str = ""
+    """Why the worker is not connected; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayInfo:
-    """A gateway and how many requests it runs."""
+    """A gateway and its number of running requests."""
 
     gateway_id: str
     address: str
@@ -174,7 +172,7 @@ class GatewayInfo:
 
 @dataclass(frozen=True, slots=True)
 class TransferTotal:
-    """KV that travelled between two workers for one gateway's requests, since that started."""
+    """KV transfers of a pair for one gateway since it started."""
 
     prefill_worker_id: str
     decode_worker_id: str
@@ -185,7 +183,7 @@ class TransferTotal:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The cluster as the gateway `gateway_id` sees it; `degraded` when request state cannot be kept (Redis does not answer)."""
+    """The cluster as the gateway `gateway_id` sees it. `degraded`: it cannot keep state."""
 
     gateway_id: str
     gateways: tuple[GatewayInfo, ...]
@@ -194,12 +192,14 @@ class Cluster:
     running_requests: tuple[RequestInfo, ...]
     transfers: tuple[TransferTotal, ...] = ()
     num_output_tokens: int = 0
-    """That the gateway has emitted since it started."""
+    """Emitted since the gateway started."""
+    problem: str = ""
+    """Why the cluster is degraded; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestPage:
-    """A page of requests, newest first; `next_page_token` is empty on the last one."""
+    """Requests, newest first. `next_page_token` is empty on the last page."""
 
     requests: tuple[RequestInfo, ...]
     next_page_token: str
@@ -207,7 +207,7 @@ class RequestPage:
 
 @dataclass(frozen=True, slots=True)
 class RequestTimeline:
-    """A request, and what happened to it when."""
+    """A request and its timeline."""
 
     request: RequestInfo
     timeline: Timeline
@@ -215,17 +215,19 @@ class RequestTimeline:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the health service of a gateway says."""
+    """A gateway's answer to a health check."""
 
     serving: bool
     address: str
+    insecure: bool = False
+    """Everybody who reaches it has all rights; see --insecure."""
 
 
 StreamResponse = inference_pb2.GenerateResponse | inference_pb2.ConverseResponse | inference_pb2.ResumeResponse
 
 
 def event_from_pb(message: StreamResponse) -> Event | None:
-    """The event in a message of a stream; None for a kind that this version does not know."""
+    """None for an unknown event."""
     kind = message.WhichOneof("event")
     if kind == "accepted":
         return accepted_from_pb(message.accepted)
@@ -244,22 +246,22 @@ def delta_from_pb(message: inference_pb2.Delta) -> Delta:
     return Delta(
         sequence=message.sequence,
         index=message.index,
-        tokens=tuple(wire.token_from_pb(token) for token in message.tokens),
+        tokens=tuple(convert.token_from_pb(token) for token in message.tokens),
         text=message.text,
-        finish_reason=wire.finish_reason_from_pb(message.finish_reason),
+        finish_reason=convert.finish_reason_from_pb(message.finish_reason),
     )
 
 
 def finished_from_pb(message: inference_pb2.Finished) -> Finished:
     return Finished(
-        finish_reasons=tuple(wire.finish_reason_from_pb(reason) for reason in message.finish_reasons),
+        finish_reasons=tuple(convert.finish_reason_from_pb(reason) for reason in message.finish_reasons),
         usage=Usage(message.usage.num_prompt_tokens, message.usage.num_output_tokens, message.usage.num_cached_tokens),
         phases=phases_from_pb(message.phases),
     )
 
 
 def request_state_from_pb(number: "inference_pb2.RequestState.ValueType") -> RequestState:
-    """A state that this version does not know is UNKNOWN."""
+    """UNKNOWN for an unknown state."""
     name = inference_pb2.RequestState.Name(number) if number in inference_pb2.RequestState.values() else ""
     return RequestState.__members__.get(name.removeprefix("REQUEST_STATE_"), RequestState.UNKNOWN)
 
@@ -288,7 +290,7 @@ def request_page_from_pb(message: inference_pb2.ListRequestsResponse) -> Request
 
 def served_model_from_pb(message: inference_pb2.ServedModel) -> ServedModel:
     return ServedModel(
-        model=wire.model_from_pb(message.model),
+        model=convert.model_from_pb(message.model),
         num_prefill_workers=message.num_prefill_workers,
         num_decode_workers=message.num_decode_workers,
         has_chat_template=message.has_chat_template,
@@ -301,26 +303,32 @@ def worker_info_from_pb(message: inference_pb2.WorkerInfo) -> WorkerInfo:
         worker_id=message.worker_id,
         role=roles.get(message.role, WorkerRole.UNKNOWN),
         address=message.address,
-        model=wire.model_from_pb(message.model),
-        load=wire.load_from_pb(message.load),
+        model=convert.model_from_pb(message.model),
+        load=convert.load_from_pb(message.load),
         connected=message.connected,
-        silent_ms=message.silent_ms,
+        silent_ms=convert.milliseconds_from_pb(message.silent_ms),
         block_size=message.block_size,
+        problem=message.problem,
     )
 
 
 def cluster_from_pb(message: inference_pb2.GetClusterResponse) -> Cluster:
     return Cluster(
         gateway_id=message.gateway_id,
-        gateways=tuple(GatewayInfo(item.gateway_id, item.address, item.num_running_requests) for item in message.gateways),
+        gateways=tuple(
+            GatewayInfo(item.gateway_id, item.address, item.num_running_requests) for item in message.gateways
+        ),
         workers=tuple(worker_info_from_pb(worker) for worker in message.workers),
         degraded=message.state_store == inference_pb2.STATE_STORE_HEALTH_DEGRADED,
         running_requests=tuple(request_info_from_pb(request) for request in message.running_requests),
         transfers=tuple(
-            TransferTotal(item.prefill_worker_id, item.decode_worker_id, item.num_transfers, item.kv_bytes, item.wire_ms)
+            TransferTotal(
+                item.prefill_worker_id, item.decode_worker_id, item.num_transfers, item.kv_bytes, item.wire_ms
+            )
             for item in message.transfers
         ),
         num_output_tokens=message.num_output_tokens,
+        problem=message.state_store_problem,
     )
 
 

@@ -1,24 +1,26 @@
-"""What a client knows of a request whose output it streams, and what to do when the stream breaks. Pure: no network, no clock.
+"""What a client knows of a request that it streams, and what to do when the stream breaks.
 
-Resuming asks for the whole output again and drops what is known already: tokens by their index, text by its length. Text may lag
-behind tokens (half a character, the possible start of a stop string), so only all of it since the first index can be compared.
+Resuming asks for the whole output again and drops what the client has: tokens by index, text by
+length, because text may lag behind tokens. No network, no clock.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import grpc
 
-from kvrelay.backoff import Backoff
 from kvrelay.client import requests
+from kvrelay.client.connection_errors import is_answer_of_http, unreachable_error
 from kvrelay.client.results import Accepted, Completion, Delta, Event, Finished, Output
-from kvrelay.error_status import DETAILS_METADATA_KEY, error_of_rpc
+from kvrelay.core.backoff import Backoff
+from kvrelay.core.job import FinishReason, Token
 from kvrelay.errors import DeadlineError, InternalError, KvrelayError, RequestNotFoundError, UnavailableError
 from kvrelay.v1 import inference_pb2
-from kvrelay.work import FinishReason, Token
+from kvrelay.wire.errors import DETAILS_METADATA_KEY, error_of_rpc
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +40,7 @@ class _SequenceOutput:
 
 
 class StreamState:
-    """Collects the events of one request, each token once.
-
-    Args:
-        from_index: output index with which the stream begins.
-    """
+    """Collects the events of one request, each token once, from output index `from_index` on."""
 
     def __init__(self, from_index: int = 0) -> None:
         self.from_index = from_index
@@ -51,11 +49,7 @@ class StreamState:
         self._outputs: dict[int, _SequenceOutput] = {}
 
     def take(self, event: Event | None) -> Delta | None:
-        """What is new in an event for the user.
-
-        Raises:
-            InternalError: the server left out a token.
-        """
+        """Adds an event and returns what is new in it. Raises InternalError for a missing token."""
         if isinstance(event, Accepted):
             self.accepted = event
         elif isinstance(event, Finished):
@@ -65,23 +59,22 @@ class StreamState:
         return None
 
     def next_request(self, first: StreamRequest, *, is_lost: bool = False) -> StreamRequest:
-        """What to ask for when a stream begins: `first`, or, once the request is accepted, its output again from `from_index`.
+        """The request to send now: `first`, or once it is accepted, one for its output.
 
-        Before that, a repeated `first` joins the request it may have made, by its idempotency key. A request that is lost is made
-        once more, with the seed that it had: its output is the same.
+        A repeated `first` joins the request by its idempotency key. A lost request is sent again
+        with its seed, so that its output is the same.
         """
         if self.accepted is None:
             return first
         for output in self._outputs.values():
             output.num_characters_to_skip = len(output.text)
         if is_lost:
-            assert isinstance(first, inference_pb2.GenerateRequest), "only what was generated can be again"
+            assert isinstance(first, inference_pb2.GenerateRequest), "only a generation can be sent again"
             return requests.generate_again(first, self.accepted.seed)
         coalesce_ms = first.coalesce_ms if first.HasField("coalesce_ms") else None
         return requests.resume_request(self.accepted.request_id, self.from_index, coalesce_ms)
 
     def text(self, sequence: int = 0) -> str:
-        """Text of a sequence so far."""
         return self._outputs[sequence].text if sequence in self._outputs else ""
 
     def completion(self) -> Completion:
@@ -118,24 +111,22 @@ class StreamState:
 
 
 class Recovery:
-    """Decides about a broken stream: try again after a delay, or give up with a typed error.
+    """Decides about a broken stream: retry after a delay, or give up with a typed error.
 
-    A connection that broke is tried again until the deadline. Two things are believed once every address has shown them in a row:
-    that a gateway says UNAVAILABLE itself, and that nobody answers at all before anything has begun. A gateway that is shutting
-    down says when to come again, and is not believed to be the last: others, or its successor, are asked until the deadline.
+    It gives up at the deadline, or when every address in a row answered UNAVAILABLE, or did not
+    answer before the request began. A gateway that is shutting down does not count, because its
+    successor may answer.
 
-    A request that is not resumable is sent again only as long as nothing of it has begun. One that is may be lost all the same,
-    when its gateway died just before it wrote it down, or Redis lost it: then nobody knows it any more, and it is begun again.
+    A resumable request is sent again if no gateway knows it, because its gateway died before
+    storing it or Redis lost it. Others are sent again only before they began.
 
     Args:
-        resumable: whether the request may be sent again once it has begun.
-        addresses: of gateways.
-        can_begin_again: whether the stream began with the request itself, so that a lost one can be made once more.
+        can_begin_again: the stream began with the request itself, not with a resumption.
     """
 
     def __init__(self, resumable: bool, addresses: Sequence[str], *, can_begin_again: bool = False) -> None:
         self.request_is_lost = False
-        """Whether the request is to be made once more, for no gateway knows it."""
+        """No gateway knows the request."""
         self._resumable = resumable
         self._can_begin_again = resumable and can_begin_again
         self._addresses = addresses
@@ -143,10 +134,10 @@ class Recovery:
         self._announced = False
         self._told_to_wait = False
         self._num_refusals_left = self._max_refusals = len(addresses)
-        self._backoff = Backoff(_BACKOFF_INITIAL_S, _BACKOFF_MAXIMUM_S)
+        self._backoff = Backoff(_BACKOFF_INITIAL_S, _BACKOFF_MAXIMUM_S, random.random)
 
     def received(self, *, new: bool) -> None:
-        """Something arrived: new output, or only what was known before."""
+        """`new`: the message had new output."""
         self._begun = True
         self.request_is_lost = False
         if not new:
@@ -156,19 +147,16 @@ class Recovery:
         self._num_refusals_left = self._max_refusals
 
     def delay_s(self, failure: grpc.RpcError | None, remaining_s: float) -> float:
-        """How long to wait before the stream is resumed, in seconds.
+        """Returns the seconds to wait before resuming, or raises the stream's error.
 
         Args:
-            failure: how the stream ended; None when it just ended, without its last message.
+            failure: how the stream ended; None when it ended without its last message.
             remaining_s: time until the request's deadline.
-
-        Raises:
-            KvrelayError: it is not to be resumed.
         """
         error = _stream_error(failure, self._addresses)
         if self._begun and self._can_begin_again and isinstance(error, RequestNotFoundError):
             self.request_is_lost = True
-        elif not is_broken(failure) or not (self._resumable or self._may_send_again(error)):
+        elif not _is_broken(failure) or not (self._resumable or self._may_send_again(error)):
             raise error
         if isinstance(error, UnavailableError) and error.retry_after_ms is not None:
             self._told_to_wait = True
@@ -190,7 +178,6 @@ class Recovery:
         return says_so_itself(failure) or not self._begun
 
     def _may_send_again(self, error: KvrelayError) -> bool:
-        """Whether nothing of the request has begun, so that another gateway may be asked for all of it."""
         return not self._begun and isinstance(error, UnavailableError)
 
 
@@ -200,37 +187,35 @@ def _stream_error(failure: grpc.RpcError | None, addresses: Sequence[str]) -> Kv
     return call_error(failure, addresses)
 
 
-def is_broken(failure: grpc.RpcError | None) -> bool:
-    """Whether a stream's end says something about the connection rather than about the request."""
+def _is_broken(failure: grpc.RpcError | None) -> bool:
+    """Whether the connection ended the stream, and not the request."""
     if failure is None:
         return True
     assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError)
     if failure.code() is grpc.StatusCode.UNAVAILABLE:
         return True
-    # What gRPC itself, or a proxy, makes of a connection that was reset in the middle.
+    # gRPC or a proxy gives these for a connection that was reset.
     torn = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     return failure.code() in torn and not says_so_itself(failure)
 
 
 def says_so_itself(failure: grpc.RpcError) -> bool:
-    """Whether the status was made by a server of kvrelay and not by gRPC on the way."""
+    """Whether a kvrelay server made the status, and not gRPC or a proxy."""
     assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError)
     return any(key == DETAILS_METADATA_KEY for key, _ in failure.trailing_metadata() or ())
 
 
 def unreachable(failure: grpc.RpcError) -> bool:
-    """Whether a call did not reach any server, so that another address may be asked."""
+    """Whether the call reached no server, so that the client may ask another address."""
     assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError)
     return failure.code() is grpc.StatusCode.UNAVAILABLE and not says_so_itself(failure)
 
 
 def call_error(failure: grpc.RpcError, addresses: Sequence[str]) -> KvrelayError:
-    """The typed error of a failed call; where nobody answered, it names who was asked."""
+    """Names the addresses when none answered."""
     error = error_of_rpc(failure)
-    if unreachable(failure):
-        # gRPC's text is a chain of causes; the last one is what a person wants to know.
-        cause = error.message.rpartition(": ")[2].rstrip("]")
-        return UnavailableError(f"cannot reach a gateway at {' or '.join(addresses)}: {cause}")
+    if unreachable(failure) or (not says_so_itself(failure) and is_answer_of_http(error.message)):
+        return unreachable_error(error.message, addresses)
     if isinstance(error, DeadlineError) and not says_so_itself(failure):
         return DeadlineError("no answer within the timeout")
     return error

@@ -1,27 +1,39 @@
-"""One request's output as an ordinary iterator that survives lost connections. Not for use by several threads at once."""
+# Generated from async_stream.py by tools/generate_sync_client.py (`make sync-client`). Do not edit.
+"""One request's output as an iterator that survives lost connections."""
 
-import inspect
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
 import time
+import types
 from collections.abc import Callable, Generator, Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Self, cast
 
 import grpc
 
+from kvrelay.client import sync_transport as transport
 from kvrelay.client.addresses import Addresses
 from kvrelay.client.results import Accepted, Completion, Delta, Finished, event_from_pb
 from kvrelay.client.stream_state import Recovery, StreamRequest, StreamState
 from kvrelay.errors import CancelledRequestError, DeadlineError
-from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+from kvrelay.v1 import inference_pb2
 
-StubOf = Callable[[str], inference_pb2_grpc.InferenceServiceStub]
+StubOf = Callable[[str], transport.Stub]
 
 
 class Stream:
-    """Iterates over a request's deltas: `for delta in stream`. Leaving it early needs `cancel()` or `with`."""
+    """A request's deltas: `for delta in stream`, by one reader.
+
+    To leave it early, use `cancel()` or `with`.
+    """
 
     def __init__(
-        self, stub: StubOf, addresses: Addresses, request: StreamRequest, state: StreamState, resumable: bool, timeout_s: float
+        self,
+        stub: StubOf,
+        addresses: Addresses,
+        request: StreamRequest,
+        state: StreamState,
+        resumable: bool,
+        timeout_s: float,
     ) -> None:
         self._stub = stub
         self._addresses = addresses
@@ -30,18 +42,18 @@ class Stream:
         can_begin_again = isinstance(request, inference_pb2.GenerateRequest)
         self._recovery = Recovery(resumable, addresses.all, can_begin_again=can_begin_again)
         self._timeout_s = timeout_s
-        self._call: Any = None
+        self._call: transport.StreamCall | None = None
         self._cancelled = False
         self._deltas = self._run()
 
     @property
     def accepted(self) -> Accepted | None:
-        """The request's id, model and seed; None until the first delta."""
+        """Id, model and seed. None until the first delta."""
         return self._state.accepted
 
     @property
     def finished(self) -> Finished | None:
-        """Usage and phases; None until the iteration is over."""
+        """Usage and phases. None until the end."""
         return self._state.finished
 
     def __iter__(self) -> Iterator[Delta]:
@@ -53,63 +65,65 @@ class Stream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
         self.cancel()
 
     def text(self) -> str:
-        """Reads to the end; all text of the first sequence."""
+        """Reads to the end and returns the first sequence's text."""
         for _ in self:
             pass
         return self._state.text()
 
     def completion(self) -> Completion:
-        """Reads to the end; the whole result."""
+        """Reads to the end and returns the whole result."""
         for _ in self:
             pass
         return self._state.completion()
 
     def cancel(self) -> None:
-        """Ends the stream, and with it the request unless that is resumable. Nothing happens after the end.
+        """Ends the stream and, unless it is resumable, its request.
 
-        A thread that waits for the next delta meanwhile gets CancelledRequestError.
+        A reader that waits for a delta gets CancelledRequestError.
         """
         self._cancelled = True
         if self._call is not None:
             self._call.cancel()
-        if inspect.getgeneratorstate(self._deltas) != inspect.GEN_RUNNING:
+        if not cast("types.GeneratorType[Delta, None]", self._deltas).gi_running:
             self._deltas.close()
 
-    def _run(self) -> Generator[Delta, None, None]:
+    def _run(self) -> Generator[Delta, None]:
         deadline_s = time.monotonic() + self._timeout_s
         while True:
             failure: grpc.RpcError | None = None
             self._call = self._open(deadline_s - time.monotonic())
             try:
-                for message in self._call:
+                while (message := self._call.read()) is not None:
                     delta = self._state.take(event_from_pb(message))
                     self._recovery.received(new=delta is not None)
                     if delta is not None:
                         yield delta
                     if self._state.finished is not None:
                         return
-            except grpc.RpcError as error:
+            except transport.RpcError as error:
                 failure = error
             finally:
                 self._call.cancel()
             self._raise_if_cancelled()
-            time.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
+            transport.sleep(self._recovery.delay_s(failure, deadline_s - time.monotonic()))
             self._addresses.move_on()
 
     def _raise_if_cancelled(self) -> None:
         if self._cancelled:
             raise CancelledRequestError("the stream was cancelled by this client")
 
-    def _open(self, remaining_s: float) -> Any:
+    def _open(self, remaining_s: float) -> transport.StreamCall:
         self._raise_if_cancelled()
         if remaining_s <= 0:
             raise DeadlineError("no answer within the timeout")
         stub = self._stub(self._addresses.current)
         request = self._state.next_request(self._request, is_lost=self._recovery.request_is_lost)
         if isinstance(request, inference_pb2.ResumeRequest):
-            return stub.Resume(request, timeout=remaining_s)
-        return stub.Generate(request, timeout=remaining_s)
+            return transport.StreamCall(stub.Resume(request, timeout=remaining_s))
+        return transport.StreamCall(stub.Generate(request, timeout=remaining_s))

@@ -1,6 +1,6 @@
-"""Loads a causal language model with paged attention and says what it is: safetensors folder, hub name or GGUF file.
+"""Loads a causal language model with paged attention.
 
-Knows nothing of tokenizers. Never unpickles and never runs code from a model's folder.
+Never unpickles and never runs code from a model's folder.
 """
 
 import json
@@ -10,38 +10,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from kvrelay.engine.light_import import light_imports, transformers
-from kvrelay.engine.loaded_model import LoadedModel
+from kvrelay.core.model_spec import ModelSpec, fingerprint
+from kvrelay.engine.fast_transformers_import import light_imports, transformers
 from kvrelay.engine.model_probe import probe_model, unsupported_architecture
+from kvrelay.engine.model_runner import LoadedModel
+from kvrelay.engine.native_decoder import LENGTH_DEPENDENT_ROPE
 from kvrelay.engine.paged_attention import ATTENTION_NAME
 from kvrelay.engine.paged_kv_cache import TORCH_DTYPES
 from kvrelay.engine.weights_digest import weights_digest
 from kvrelay.errors import ModelLoadError
-from kvrelay.model_spec import ModelSpec, fingerprint
+from kvrelay.models.end_tokens import declared_end_tokens, token_ids_in, within_vocabulary
 
-__all__ = ["LoadedModel", "load_model"]
-
-LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
-"""Rope types whose angles change, for all tokens of a batch, once one is beyond the original context."""
-FALLBACK_CONTEXT_TOKENS = 4096
-"""For models that name no limit."""
+FALLBACK_CONTEXT_TOKENS = 4096  # limit of models that name none
+# What transformers raises for a broken or unknown model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises on a broken or unknown model."""
 
 
 def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Loads a model and checks that it can be served.
 
     Args:
-        path: folder with config.json and safetensors, a .gguf file, or a hub name where a hub can be reached.
-        name: name under which it is served.
-        dtype: float32, bfloat16, float16, or auto: the checkpoint's own, float32 for GGUF.
-        device: cpu, cuda, or auto: cuda when there is one.
+        path: folder with config.json and safetensors, .gguf file, or name in a reachable hub.
+        dtype: auto: the checkpoint's own, float32 for GGUF.
 
     Raises:
         ModelLoadError: missing, broken or unsupported; says what to do.
     """
-    torch_device = _resolve_device(device)
+    torch_device = torch.device(choose_device(device))
     is_gguf = path.suffix.lower() == ".gguf"
     _check_files(path, is_gguf)
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent if is_gguf else path)}
@@ -59,14 +54,18 @@ def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto")
         kv_layout=probe.kv_layout,
         vocab_size=probe.vocab_size,
         max_context_tokens=_max_context_tokens(config.get_text_config()),
-        eos_token_ids=_eos_token_ids(module),
+        eos_token_ids=within_vocabulary(_end_tokens(path, module), probe.vocab_size),
         fingerprint=fingerprint(
-            weights_digest(module), architecture, probe.kv_layout, _rope_text(config.get_text_config()), _compute_text(module)
+            weights_digest(module),
+            architecture,
+            probe.kv_layout,
+            _rope_text(config.get_text_config()),
+            _compute_text(module),
         ),
     )
     state = module.state_dict().values()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state}
-    return LoadedModel(module, spec, torch_device, torch_dtype, weight_bytes=sum(storages.values()))
+    return LoadedModel(module, spec, torch_device, torch_dtype, sum(storages.values()), probe.windows)
 
 
 def _check_files(path: Path, is_gguf: bool) -> None:
@@ -82,9 +81,11 @@ def _check_files(path: Path, is_gguf: bool) -> None:
         return
     if path.exists():
         raise ModelLoadError(f"{path} is neither a folder nor a .gguf file")
-    # A hub name has at most one slash; anything else can only have been meant as a path.
+    # A hub name has one slash; anything else is meant as a path.
     if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
-        raise ModelLoadError(f"there is no model folder {path}; give an existing folder, a .gguf file or a hub name owner/model")
+        raise ModelLoadError(
+            f"there is no model folder {path}; give an existing folder, a .gguf file or a hub name owner/model"
+        )
 
 
 def _load_config(source: dict[str, Any], path: Path) -> Any:
@@ -95,11 +96,15 @@ def _load_config(source: dict[str, Any], path: Path) -> Any:
         raise ModelLoadError(f"the configuration of {path} cannot be read: {_first_line(error)}") from error
     text_config = config.get_text_config()
     if config.is_encoder_decoder:
-        raise ModelLoadError(f"{path} is an encoder-decoder model ({config.model_type}); only decoder-only models can be served")
+        raise ModelLoadError(
+            f"{path} is an encoder-decoder model ({config.model_type}); only decoder-only models can be served"
+        )
     if getattr(text_config, "is_causal", True) is False or getattr(text_config, "use_bidirectional_attention", None):
         raise ModelLoadError(f"{path} is not a causal model: its attention looks ahead; choose a causal language model")
     if getattr(text_config, "attention_chunk_size", None) is not None:
-        raise ModelLoadError(f"{path} attends in chunks (attention_chunk_size), which is not supported; choose another model")
+        raise ModelLoadError(
+            f"{path} attends in chunks (attention_chunk_size), which is not supported; choose another model"
+        )
     return config
 
 
@@ -116,26 +121,36 @@ def _load_module(source: dict[str, Any], path: Path, architecture: str, dtype: t
                 output_loading_info=True,
             )
     except LOAD_ERRORS as error:
-        # The architecture looked our attention up in a table of its own.
+        # The architecture looked our attention up in its own table.
         if ATTENTION_NAME in str(error) or "attention implementation" in str(error):
             raise unsupported_architecture(architecture, "it does not use transformers' attention interface") from error
         raise ModelLoadError(
-            f"the weights of {path} cannot be loaded: {_first_line(error)}. If a file is cut short, copy or convert it again"
+            f"the weights of {path} cannot be loaded: {_first_line(error)}. "
+            "If a file is cut short, copy or convert it again"
         ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise ModelLoadError(f"{path} lacks {len(missing)} weights, such as {missing[0]}; copy or convert the model again")
+        raise ModelLoadError(
+            f"{path} lacks {len(missing)} weights, such as {missing[0]}; copy or convert the model again"
+        )
     return module.eval().requires_grad_(False)
 
 
-def _resolve_device(device: str) -> torch.device:
+def choose_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ModelLoadError(f"the device is {device!r}; it must be auto, cpu or cuda")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("the device is cuda, but torch finds no CUDA device; use cpu or install a CUDA build of torch")
-    return torch.device(device)
+        raise ModelLoadError(
+            "the device is cuda, but torch finds no CUDA device; use cpu or install a CUDA build of torch"
+        )
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """auto is float32 on a CPU, else the model's own."""
+    return "float32" if dtype == "auto" and device == "cpu" else dtype
 
 
 def _resolve_dtype(dtype: str, config: Any, is_gguf: bool) -> torch.dtype:
@@ -148,17 +163,19 @@ def _resolve_dtype(dtype: str, config: Any, is_gguf: bool) -> torch.dtype:
 
 
 def _max_context_tokens(config: Any) -> int:
-    """Most tokens of prompt and output. Rope that changes with the batch's longest sequence is kept within its original range."""
+    """Length-dependent rope stays within its original range."""
     limit = getattr(config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
     for rope in _rope_parameters(config):
         if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT_ROPE:
-            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
             limit = min(limit, original or limit)
     return int(limit)
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The rope settings: one set, or one for each type of layer."""
+    """One set, or one per type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
@@ -167,13 +184,19 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 def _rope_text(config: Any) -> str:
     settings = {
         name: getattr(config, name, None)
-        for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "max_position_embeddings")
+        for name in (
+            "rope_parameters",
+            "rope_scaling",
+            "rope_theta",
+            "partial_rotary_factor",
+            "max_position_embeddings",
+        )
     }
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _compute_text(module: Any) -> str:
-    """What else changes K and V: settings of the architecture that are no weights."""
+    """Settings that change K and V as weights do."""
     config = module.config.get_text_config().to_dict()
     volatile = (
         "transformers_version",
@@ -188,13 +211,12 @@ def _compute_text(module: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _eos_token_ids(module: Any) -> tuple[int, ...]:
-    """The generation config's end-of-sequence tokens, or else the config's."""
-    for config in (module.generation_config, module.config, module.config.get_text_config()):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return (int(eos),) if isinstance(eos, int) else tuple(int(token_id) for token_id in eos)
-    return ()
+def _end_tokens(path: Path, module: Any) -> set[int]:
+    """The folder's, else the architecture's usual ones."""
+    if declared := path.is_dir() and declared_end_tokens(path):
+        return set(declared)
+    configs = (module.generation_config, module.config, module.config.get_text_config())
+    return {token_id for config in configs for token_id in token_ids_in(getattr(config, "eos_token_id", None))}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,34 +1,32 @@
 """Finds out at load whether a model can be served: by running it, not by its name.
 
-Three short forwards tell
-1. whether every layer calls our attention once, with K and V of one shape, and passes the context on;
-2. what the model's own attention computes for a few tokens;
-3. whether paged attention computes the same, when the tokens come in two chunks beside another sequence. This fails for models
-   that keep state outside of KV (state space layers, convolutions), ignore the positions given to them, or mask in a way of
-   their own.
-
-Knows nothing of files.
+Three short forwards check
+1. that each layer calls our attention once, with K and V of one shape, and passes the metadata on;
+2. what the model's own attention computes;
+3. that paged attention computes the same, in two chunks beside another sequence.
 """
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvrelay.engine.attention_context import AttentionContext
-from kvrelay.engine.model_runner import forward_flat
-from kvrelay.engine.paged_attention import ATTENTION_NAME, AttentionContextMissingError
+from kvrelay.core.model_spec import KVLayout
+from kvrelay.engine.attention_metadata import AttentionMetadata
+from kvrelay.engine.kernel_batch import KernelBatch, SequenceInput
+from kvrelay.engine.model_runner import forward_flat, keeps_logits
+from kvrelay.engine.paged_attention import ATTENTION_NAME, AttentionMetadataMissingError, window_of
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.engine.step_input import StepInput
 from kvrelay.errors import ModelLoadError
-from kvrelay.model_spec import KVLayout
 
+# Some models pass these to attention; ours does not support them.
 UNSUPPORTED_ARGUMENTS = ("position_bias", "indices", "block_indices", "sinks", "cu_seq_lens_q")
-"""What some models hand to attention and ours does not do."""
+NUM_PROBED_TOKENS = 11
 FORWARD_ERRORS = (
-    AttentionContextMissingError,
+    AttentionMetadataMissingError,
     AttributeError,
     AssertionError,
     ImportError,
@@ -39,25 +37,21 @@ FORWARD_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What a model raises when it cannot be run our way."""
-MIN_COSINE = {"float32": 0.999, "bfloat16": 0.9, "float16": 0.97}
-"""How alike the logits must be; two unrelated rows of logits are near 0. Half precision may even route experts differently."""
+# Between logits. Half precision may change the routing of experts.
+MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.9, "float16": 0.97}
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What the probe found."""
-
     kv_layout: KVLayout
     vocab_size: int
+    windows: tuple[int | None, ...]  # of each layer; None: a token sees all
 
 
 class _CallRecorder:
-    """Is told of every attention call of one forward."""
-
     def __init__(self) -> None:
-        self.shapes: dict[int, tuple[int, int]] = {}
-        """Layer to (num_kv_heads, head_dim)."""
+        self.shapes: dict[int, tuple[int, int]] = {}  # layer -> (num_kv_heads, head_dim)
+        self.windows: dict[int, int | None] = {}
         self.problem: str | None = None
 
     def observe(self, module: Any, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
@@ -75,24 +69,16 @@ class _CallRecorder:
             self.problem = "its attention is not causal"
         else:
             self.shapes[layer] = (key.shape[1], key.shape[3])
+            self.windows[layer] = window_of(module, arguments)
 
 
 def probe_model(module: Any, architecture: str, dtype: str, device: torch.device) -> ProbeResult:
-    """Runs the probe.
-
-    Args:
-        module: the model, loaded with our attention.
-        architecture: transformers' model type, for messages.
-        dtype: the KV dtype.
-        device: the model's device.
-
-    Raises:
-        ModelLoadError: the model cannot be served; says why.
-    """
+    """Raises ModelLoadError if the model cannot be served."""
     with torch.inference_mode():
         try:
-            layout, vocab_size = _discover_layout(module, architecture, dtype, device)
-            cosine = _compare_with_own_attention(module, layout, vocab_size, device)
+            found = _discover_layout(module, architecture, dtype, device)
+            with short_windows(module):
+                cosine = _compare_with_own_attention(module, found.kv_layout, found.vocab_size, device)
         except FORWARD_ERRORS as error:
             raise unsupported_architecture(
                 architecture, f"its forward does not run with paged attention ({_describe(error)})"
@@ -101,21 +87,43 @@ def probe_model(module: Any, architecture: str, dtype: str, device: torch.device
         raise unsupported_architecture(
             architecture, f"with paged attention it computes something else than alone (cosine {cosine:.3f})"
         )
-    return ProbeResult(layout, vocab_size)
+    return found
+
+
+@contextmanager
+def short_windows(module: Any) -> Iterator[dict[int, int]]:
+    """Shortens sliding windows in the block, so that a few tokens reach beyond them.
+
+    Masks follow the config, attention its layers: both change. Yields old window -> short window.
+    """
+    holders = {id(holder): holder for holder in (module.config, module.config.get_text_config(), *module.modules())}
+    windows: dict[int, int] = {}
+    for key, holder in holders.items():
+        window = getattr(holder, "sliding_window", None)
+        if isinstance(window, int) and not isinstance(window, bool) and window > 0:
+            windows[key] = window
+    # 3, 5, 7... and the windows rise strictly, and so does the lesser of both.
+    shortened = {window: min(window, 3 + 2 * rank) for rank, window in enumerate(sorted(set(windows.values())))}
+    try:
+        for key, window in windows.items():
+            holders[key].sliding_window = shortened[window]
+        yield shortened
+    finally:
+        for key, window in windows.items():
+            holders[key].sliding_window = window
 
 
 def unsupported_architecture(architecture: str, why: str) -> ModelLoadError:
-    """The error that refuses a model's architecture, with the reason."""
     return ModelLoadError(
-        f"models of type {architecture} cannot be served: {why}. Choose a model whose attention goes through transformers' "
-        "attention interface, such as llama, qwen3, mistral, gemma2, gpt2 or phi3"
+        f"models of type {architecture} cannot be served: {why}. Choose a model whose attention goes through "
+        "transformers' attention interface, such as llama, qwen3, mistral, gemma2, gpt2 or phi3"
     )
 
 
-def _discover_layout(module: Any, architecture: str, dtype: str, device: torch.device) -> tuple[KVLayout, int]:
+def _discover_layout(module: Any, architecture: str, dtype: str, device: torch.device) -> ProbeResult:
     recorder = _CallRecorder()
-    batch = [StepInput([1, 2, 3], 0, (), num_logits=1)]
-    logits = forward_flat(module, batch, recorder, device, _keeps_logits(module))
+    batch = KernelBatch([SequenceInput([1, 2, 3], 0, (0,), num_logits=1)], block_size=4)
+    logits = forward_flat(module, batch, recorder, device, keeps_logits(module))
     num_layers = module.config.get_text_config().num_hidden_layers
     if recorder.problem is None and len(recorder.shapes) != num_layers:
         recorder.problem = f"{len(recorder.shapes)} of its {num_layers} layers use the attention interface"
@@ -126,38 +134,43 @@ def _discover_layout(module: Any, architecture: str, dtype: str, device: torch.d
     if recorder.problem is not None:
         raise unsupported_architecture(architecture, recorder.problem)
     num_kv_heads, head_dim = recorder.shapes[0]
-    return KVLayout(num_layers, num_kv_heads, head_dim, dtype), logits.shape[-1]
+    windows = tuple(recorder.windows[layer] for layer in range(num_layers))
+    return ProbeResult(KVLayout(num_layers, num_kv_heads, head_dim, dtype), logits.shape[-1], windows)
 
 
 def _compare_with_own_attention(module: Any, layout: KVLayout, vocab_size: int, device: torch.device) -> float:
-    """Cosine between the logits of the model's own attention and of paged attention."""
-    tokens = [(7 * number + 3) % vocab_size for number in range(9)]
+    """Least cosine between logits of own and of paged attention."""
+    tokens = [(7 * number + 3) % vocab_size for number in range(NUM_PROBED_TOKENS)]
     others = [(5 * number + 1) % vocab_size for number in range(4)]
     module.set_attn_implementation("eager")
     try:
-        expected: Tensor = module(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].float()
+        expected: Tensor = (
+            module(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, 5:].float()
+        )
     finally:
         module.set_attn_implementation(ATTENTION_NAME)
     cache = PagedKVCache(layout, num_blocks=6, block_size=4, device=device)
     steps = [
-        [StepInput(others[:3], 0, (0,), num_logits=0), StepInput(tokens[:5], 0, (4, 2, 5), num_logits=0)],
-        [StepInput(others[3:], 3, (0,), num_logits=0), StepInput(tokens[5:], 5, (4, 2, 5), num_logits=1)],
+        [SequenceInput(others[:3], 0, (0,), num_logits=0), SequenceInput(tokens[:5], 0, (4, 2, 5), num_logits=0)],
+        [
+            SequenceInput(others[3:], 3, (0,), num_logits=0),
+            SequenceInput(tokens[5:], 5, (4, 2, 5), num_logits=NUM_PROBED_TOKENS - 5),
+        ],
     ]
     for batch in steps:
-        logits = forward_flat(module, batch, AttentionContext(cache, batch), device, _keeps_logits(module))
-    return float(torch.cosine_similarity(_centred(logits[0]), _centred(expected), dim=0))
+        metadata = AttentionMetadata(cache, batch)
+        logits = forward_flat(module, metadata.kernel_batch, metadata, device, keeps_logits(module))
+    return least_cosine(logits, expected)
 
 
-def _centred(logits: Tensor) -> Tensor:
-    return (logits - logits.mean()).double()
-
-
-def _keeps_logits(module: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(module.forward).parameters
+def least_cosine(logits: Tensor, expected: Tensor) -> float:
+    """Of rows, without their means."""
+    first, second = ((rows - rows.mean(dim=-1, keepdim=True)).double() for rows in (logits, expected))
+    return float(torch.cosine_similarity(first, second, dim=-1).min())
 
 
 def _describe(error: BaseException) -> str:
-    if isinstance(error, AttentionContextMissingError):
+    if isinstance(error, AttentionMetadataMissingError):
         return "it does not pass keyword arguments on to attention"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

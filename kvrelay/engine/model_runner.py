@@ -1,82 +1,79 @@
-"""Runs one step of a model over the paged KV pool: a flat batch of tokens in, logits of the wanted rows out.
-
-Knows nothing of requests, of scheduling, or of how a token is chosen from logits.
-"""
+"""Runs one step of a model over the paged KV pool."""
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvrelay.engine.attention_context import AttentionContext
-from kvrelay.engine.loaded_model import LoadedModel
-from kvrelay.engine.paged_attention import CONTEXT_ARGUMENT
+from kvrelay.core.model_spec import ModelSpec
+from kvrelay.engine.attention_metadata import AttentionMetadata
+from kvrelay.engine.kernel_batch import KernelBatch, SequenceInput
+from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.native_decoder import NativeDecoder
+from kvrelay.engine.paged_attention import METADATA_ARGUMENT
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.engine.step_input import StepInput
 
-__all__ = ["ModelRunner", "StepInput"]
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    module: Any  # in eval mode, without gradients
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int  # parameters and buffers
+    windows: tuple[int | None, ...]  # of each layer, as the module applies it; None: all
+    # Replaces the module, which then has no weights of its own.
+    decoder: NativeDecoder | None = None
+    kernels: NativeLibrary | None = None  # for decoder, linear layers and attention
 
 
 class ModelRunner:
-    """One model and its pool. Used by one thread.
-
-    Args:
-        model: a loaded model.
-        cache: a pool of the model's layout, on its device.
-    """
+    """Used by one thread."""
 
     def __init__(self, model: LoadedModel, cache: PagedKVCache) -> None:
         assert cache.layout == model.spec.kv_layout, "the pool has another layout than the model"
         self.model = model
         self.cache = cache
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.module.forward).parameters
+        self._keeps_logits = keeps_logits(model.module)
 
-    def run(self, batch: Sequence[StepInput], on_layer_written: Callable[[int], None] | None = None) -> Tensor:
-        """Computes the new tokens of all sequences in one pass; their K and V are in the pool afterwards.
+    def run(self, batch: Sequence[SequenceInput], on_layer_written: Callable[[int], None] | None = None) -> Tensor:
+        """Computes the new tokens of all sequences, and puts K and V into the pool.
 
-        A sequence's result does not depend on the others in the batch; in torch, but for rounding.
+        A sequence's result does not depend on the batch; in torch, except for rounding. No block is
+        written twice.
 
         Args:
-            batch: at least one sequence, each with at least one token; no two may write to the same block.
-            on_layer_written: called with each layer, from 0, when K and V of the whole step are in the pool.
+            on_layer_written: called with each layer, once the step's K and V are in the pool.
 
         Returns:
-            float32 [sum of the inputs' `num_logits`, vocab_size], in the order of the batch, on the model's device.
+            float32 [sum of the inputs' `num_logits`, vocab_size], in order.
         """
         assert batch, "a step without tokens"
         assert all(item.token_ids for item in batch), "a sequence without tokens"
-        assert all(0 <= item.num_logits <= len(item.token_ids) for item in batch), "logits are those of an input's own tokens"
+        assert all(0 <= item.num_logits <= len(item.token_ids) for item in batch), (
+            "logits are those of an input's own tokens"
+        )
         if self.model.decoder is not None:
-            return self.model.decoder.run(batch, self.cache, on_layer_written)
+            return self.model.decoder.run(KernelBatch(batch, self.cache.block_size), self.cache, on_layer_written)
         with torch.inference_mode():
-            context = AttentionContext(self.cache, batch, on_layer_written, self.model.kernels)
-            return forward_flat(self.model.module, batch, context, self.model.device, self._keeps_logits)
+            metadata = AttentionMetadata(self.cache, batch, on_layer_written, self.model.kernels)
+            return forward_flat(
+                self.model.module, metadata.kernel_batch, metadata, self.model.device, self._keeps_logits
+            )
 
 
-def forward_flat(module: Any, batch: Sequence[StepInput], context: object, device: torch.device, keeps_logits: bool) -> Tensor:
-    """One forward of the flat batch.
-
-    Args:
-        module: a causal language model whose attention is ours.
-        batch: the step's inputs.
-        context: what the attention function receives.
-        device: the model's device.
-        keeps_logits: whether the forward knows `logits_to_keep`; otherwise logits of all tokens are computed.
-
-    Returns:
-        float32 [sum of the inputs' `num_logits`, vocab_size].
-    """
-    token_ids = [token_id for item in batch for token_id in item.token_ids]
-    positions = [position for item in batch for position in range(item.position, item.position + len(item.token_ids))]
-    rows = torch.tensor(_wanted_rows(batch), dtype=torch.int64, device=device)
-    arguments: dict[str, Any] = {CONTEXT_ARGUMENT: context}
+def forward_flat(module: Any, batch: KernelBatch, metadata: object, device: torch.device, keeps_logits: bool) -> Tensor:
+    """float32 [sum of the inputs' `num_logits`, vocab_size]."""
+    rows = torch.from_numpy(batch.logit_rows).to(device)
+    arguments: dict[str, Any] = {METADATA_ARGUMENT: metadata}
     if keeps_logits:
         arguments["logits_to_keep"] = rows
     output = module(
-        input_ids=torch.tensor([token_ids], device=device),  # [1, num_tokens]
-        position_ids=torch.tensor([positions], device=device),  # [1, num_tokens]
+        input_ids=torch.from_numpy(batch.token_ids).to(device).unsqueeze(0),  # [1, num_tokens]
+        position_ids=torch.from_numpy(batch.positions).to(device).unsqueeze(0),  # [1, num_tokens]
         use_cache=False,
         **arguments,
     )
@@ -86,11 +83,11 @@ def forward_flat(module: Any, batch: Sequence[StepInput], context: object, devic
     return logits.float()
 
 
-def _wanted_rows(batch: Sequence[StepInput]) -> list[int]:
-    """Rows of the flat batch whose logits are wanted: the last `num_logits` of every input."""
-    rows: list[int] = []
-    end = 0
-    for item in batch:
-        end += len(item.token_ids)
-        rows.extend(range(end - item.num_logits, end))
-    return rows
+def keeps_logits(module: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
+
+
+def use_torch_threads(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)

@@ -1,4 +1,4 @@
-"""Linear layers of torch models on compiled kernels: packed weights in float32 or int8, the same bits alone and in a batch."""
+"""Linear layers of torch models on compiled kernels."""
 
 from typing import Any
 
@@ -11,12 +11,7 @@ from kvrelay.engine.native.packing import PackedMatrix, WeightArena, pack_matrix
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias for float32 x [..., k].
-
-    Args:
-        library: the kernels.
-        packed: W and the bias.
-    """
+    """Computes y = x W^T + bias for float32 x [..., k]."""
 
     def __init__(self, library: NativeLibrary, packed: PackedMatrix) -> None:
         super().__init__()
@@ -24,7 +19,6 @@ class PackedLinear(nn.Module):
         self._packed = packed
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """float32 [..., n]."""
         matrix = self._packed.matrix
         rows = inputs.reshape(-1, matrix.k).contiguous()
         outputs = torch.empty(rows.shape[0], matrix.n)
@@ -33,11 +27,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(module: Any, library: NativeLibrary, *, int8: bool) -> int:
-    """Replaces all linear layers of a float32 module on the CPU; where a weight is shared with the embeddings, these keep it.
-
-    Returns:
-        Bytes of the packed weights.
-    """
+    """Replaces all linear layers of a float32 module; returns the packed bytes."""
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     arena = WeightArena(sum(packed_bytes(_weight(part), int8=int8) for part in linears.values()))
     for name, part in linears.items():
@@ -47,6 +37,6 @@ def pack_linears(module: Any, library: NativeLibrary, *, int8: bool) -> int:
 
 
 def _weight(part: Any) -> Tensor:
-    """[n, k]. GPT-2's Conv1D keeps it the other way round."""
+    """[n, k]. GPT-2's Conv1D has it transposed."""
     weight: Tensor = part.weight.detach()
     return weight.t() if isinstance(part, Conv1D) else weight

@@ -1,8 +1,7 @@
-"""Chooses one token per row of logits. The same row gives the same token alone, in any batch, and whenever it is run again.
+"""Chooses one token per row of logits, the same one alone and in any batch.
 
-Order: penalties, logit bias, no ending before min_tokens, what the form allows, temperature, top-k, top-p, min-p, choice.
-Log probabilities are those of the model: of the logits before any of this. Knows nothing of sequences' ends:
-`kvrelay.finish_rules` does.
+Order: penalties, logit bias, no ending before min_tokens, the grammar's mask, temperature, top-k,
+top-p, min-p, choice. Log probabilities are of the model's logits, before all of this.
 """
 
 import math
@@ -16,51 +15,32 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvrelay.engine.truncation import CHUNK_TOKENS, ChunkedLogits, Truncation, in_chunks, least_kept
+from kvrelay.core.job import Token, TopLogprob
+from kvrelay.core.sampling_params import SamplingParams
+from kvrelay.engine.truncation import CHUNK_LOGITS, ChunkedLogits, Truncation, in_chunks, least_kept
 from kvrelay.errors import InternalError
-from kvrelay.sampling_params import SamplingParams
-from kvrelay.work import Token, TopLogprob
 
-MIN_TEMPERATURE = 1e-30
-"""What is colder is greedy all the same, and this much float32 can divide by."""
+MIN_TEMPERATURE = 1e-30  # colder is greedy anyway; float32 can divide by it
 MIN_PENALTY = 1e-30
-MAX_LOGIT = 1e30
-"""Bounds of repetition penalties and of what they make: a penalty of almost nothing must not make an infinity of a logit, which
-would say that the model is broken."""
+MAX_LOGIT = 1e30  # after repetition penalties: an infinite logit reports a broken model
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInput:
-    """What the choice of one row's token depends on, besides its logits."""
-
-    sampling: SamplingParams
-    """With its seed resolved, unless greedy."""
-    sequence: int
-    """Number of the sequence within its request."""
-    index: int
-    """Output index of the token to choose."""
-    prompt_token_ids: Sequence[int] = ()
-    """The client's prompt; for the repetition penalty."""
-    output_counts: Mapping[int, int] | None = None
-    """How often each token was generated."""
-    ending_token_ids: frozenset[int] = frozenset()
-    """Not chosen before `min_tokens`."""
-    allowed: bytes | None = None
-    """A bit for each token that may be chosen, as `kvrelay.grammar.GrammarMatcher.masks` gives them; None: all."""
+    sampling: SamplingParams  # seed resolved, unless greedy
+    sequence: int  # its number within the request
+    index: int  # output index of the token to choose
+    prompt_token_ids: Sequence[int] = ()  # for the repetition penalty
+    output_counts: Mapping[int, int] | None = None  # token -> times generated
+    ending_token_ids: frozenset[int] = frozenset()  # forbidden before `min_tokens`
+    allowed: bytes | None = None  # the grammar's mask, a bit per token; None: all
 
 
 def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[Token]:
-    """Chooses a token for every row.
-
-    Args:
-        logits: float [len(inputs), vocab_size], as the model gave them; not changed.
-        inputs: one per row.
-
-    Returns:
-        One token per row, with log probabilities where they were asked for.
+    """logits: float [len(inputs), vocab_size], not changed.
 
     Raises:
-        InternalError: a row holds no usable numbers.
+        InternalError: a row has no finite logits.
     """
     assert logits.shape[0] == len(inputs), "one input per row"
     if not inputs:
@@ -78,16 +58,15 @@ def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[Token]:
 
 
 def uniform(seed: int, sequence: int, index: int) -> float:
-    """A number in [0, 1) that depends on the three alone, uniform over any of them.
+    """A number in [0, 1) from the arguments alone, uniform over each of them.
 
-    Counter-based, as in Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), with xxh3-64 as the mixing function:
-    there is no state that a retry would have to restore.
+    Counter-based, as in Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"), with
+    xxh3-64 as the mixing function. A retry has no state to restore.
     """
     return (xxhash.xxh3_64_intdigest(struct.pack("<QQQ", seed, sequence, index)) >> 11) * 2.0**-53
 
 
 def _adjust(raw: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    """Penalties, bias, min_tokens and forms. Copies only when some row needs it."""
     rows = [row for row, item in enumerate(inputs) if _is_adjusted(item)]
     if not rows:
         return raw
@@ -103,7 +82,7 @@ def _adjust(raw: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
 
 
 def _allowed(masks: Sequence[bytes], vocab_size: int) -> Tensor:
-    """Which tokens the masks allow: bool [len(masks), vocab_size]. What a mask is too short for is not allowed."""
+    """bool [len(masks), vocab_size], False beyond a mask's end."""
     packed = np.zeros((len(masks), -(-vocab_size // 8)), dtype=np.uint8)
     for row, mask in enumerate(masks):
         num_bytes = min(len(mask), packed.shape[1])
@@ -118,13 +97,16 @@ def _is_adjusted(item: SamplingInput) -> bool:
 
 
 def _adjust_row(row: Tensor, raw: Tensor, item: SamplingInput) -> None:
-    """Changes one row [vocab_size] in place; `raw` is the same row and stays as it is."""
+    """In place; `raw` is the unchanged row."""
     sampling = item.sampling
     counts = item.output_counts or {}
     if sampling.repetition_penalty != 1.0:
-        # Keskar et al. 2019, "CTRL", section 4.1; over prompt and output, and for negative logits a product, as is customary.
-        # Taken from the raw row, so that a token of both is penalised once.
-        for seen in (_prompt_tensor(tuple(item.prompt_token_ids), row.shape[0], row.device), _token_tensor(counts, row)):
+        # Keskar et al. 2019, "CTRL", section 4.1, over prompt and output; negative logits are
+        # multiplied. Computed from the raw row, so that a token in both is penalised once.
+        for seen in (
+            _prompt_tensor(tuple(item.prompt_token_ids), row.shape[0], row.device),
+            _token_tensor(counts, row),
+        ):
             values = raw[seen]
             penalty = max(sampling.repetition_penalty, MIN_PENALTY)
             row[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp_(-MAX_LOGIT, MAX_LOGIT)
@@ -141,17 +123,19 @@ def _adjust_row(row: Tensor, raw: Tensor, item: SamplingInput) -> None:
 
 @lru_cache(maxsize=64)
 def _prompt_tensor(token_ids: tuple[int, ...], vocab_size: int, device: torch.device) -> Tensor:
-    """The different tokens of a prompt: int64 [any]. Kept, for every step of its sequences asks again."""
-    return torch.tensor(sorted({token_id for token_id in token_ids if token_id < vocab_size}), dtype=torch.int64, device=device)
+    return torch.tensor(
+        sorted({token_id for token_id in token_ids if token_id < vocab_size}), dtype=torch.int64, device=device
+    )
 
 
 def _token_tensor(token_ids: Mapping[int, object] | set[int] | frozenset[int], row: Tensor) -> Tensor:
-    """Those of the token ids that the vocabulary has: int64 [any]."""
-    return torch.tensor([token_id for token_id in token_ids if token_id < row.shape[0]], dtype=torch.int64, device=row.device)
+    """int64 [any], within the vocabulary."""
+    return torch.tensor(
+        [token_id for token_id in token_ids if token_id < row.shape[0]], dtype=torch.int64, device=row.device
+    )
 
 
-def _choose(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    """The chosen token of each row: int64 [num_rows]."""
+def _choose(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:  # int64 [num_rows]
     random_rows = [row for row, item in enumerate(inputs) if item.sampling.temperature != 0.0]
     if not random_rows:
         return _likeliest(logits)
@@ -164,9 +148,9 @@ def _choose(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """The first of the greatest of each row, or the first that is not a number: int64 [num_rows]."""
+    """The first greatest logit, or the first NaN."""
     if logits.device.type == "cpu":
-        # Vectorised, which torch's is not on a CPU: a tenth of its time.
+        # Vectorised, unlike torch's on a CPU: a tenth of its time.
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
@@ -174,26 +158,29 @@ def _likeliest(logits: Tensor) -> Tensor:
 def _choose_randomly(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
     """Inverse transform sampling over the kept tokens in order of their ids: int64 [num_rows].
 
-    The weights and their sums by chunk are float32 as the logits are, the rest float64: first the chunk is found, then the token.
+    Weights are float32 like the logits, the rest is float64.
     """
     temperatures = _floats([max(item.sampling.temperature, MIN_TEMPERATURE) for item in inputs], logits).float()
     chunked = in_chunks(logits, temperatures)
     _check_finite(chunked.maxima)
     sums, least = _weigh(chunked, inputs)
-    cumulated = torch.nn.functional.pad(sums.cumsum(dim=-1), (1, 0))  # [num_rows, 1 + num_chunks]: before each chunk
+    # [num_rows, 1 + num_chunks]: before each chunk
+    cumulated = torch.nn.functional.pad(sums.cumsum(dim=-1), (1, 0))
     total = cumulated[:, -1:]
     uniforms = _floats([uniform(_seed(item), item.sequence, item.index) for item in inputs], logits)
     target = _below(uniforms[:, None] * total, total)
-    chunk = torch.searchsorted(cumulated, target, right=True).clamp_(max=sums.shape[1]) - 1  # [num_rows, 1]
+    # [num_rows, 1]
+    chunk = torch.searchsorted(cumulated, target, right=True).clamp_(max=sums.shape[1]) - 1
     rows = torch.arange(len(inputs), device=logits.device)
-    inside = _kept_weights(chunked, rows, chunk[:, 0], least).double().cumsum(dim=-1)  # [num_rows, CHUNK_TOKENS]
+    # [num_rows, CHUNK_LOGITS]
+    inside = _kept_weights(chunked, rows, chunk[:, 0], least).double().cumsum(dim=-1)
     rest = _below(target - cumulated.gather(1, chunk), inside[:, -1:])
-    token = torch.searchsorted(inside, rest, right=True).clamp_(max=CHUNK_TOKENS - 1)
-    return (chunk * CHUNK_TOKENS + token).squeeze(1)
+    token = torch.searchsorted(inside, rest, right=True).clamp_(max=CHUNK_LOGITS - 1)
+    return (chunk * CHUNK_LOGITS + token).squeeze(1)
 
 
 def _weigh(chunked: ChunkedLogits, inputs: Sequence[SamplingInput]) -> tuple[Tensor, Tensor]:
-    """Sums of the kept tokens' weights by chunk, float64 [num_rows, num_chunks], and the least logit kept, float32 [num_rows]."""
+    """Kept weights by chunk, float64 [num_rows, num_chunks]; least kept logits, float32."""
     least = torch.full_like(chunked.maxima, -math.inf)
     truncated = [row for row, item in enumerate(inputs) if _is_truncated(item.sampling)]
     if not truncated:
@@ -204,7 +191,7 @@ def _weigh(chunked: ChunkedLogits, inputs: Sequence[SamplingInput]) -> tuple[Ten
         sums[whole] = chunked.weights(whole).sum(dim=-1).double()
     index = torch.tensor(truncated, device=least.device)
     least[index] = least_kept(chunked, truncated, [_truncation(inputs[row].sampling) for row in truncated])
-    # Few chunks have a token that is kept.
+    # Few chunks have a kept token.
     places, chunks = (chunked.chunk_maxima[index] >= least[index, None]).nonzero(as_tuple=True)
     rows = index[places]
     sums[rows, chunks] = _kept_weights(chunked, rows, chunks, least).sum(dim=-1).double()
@@ -212,21 +199,22 @@ def _weigh(chunked: ChunkedLogits, inputs: Sequence[SamplingInput]) -> tuple[Ten
 
 
 def _kept_weights(chunked: ChunkedLogits, rows: Tensor, chunks: Tensor, least: Tensor) -> Tensor:
-    """Weights of the tokens of some chunks, 0 where they are not kept: float32 [len(rows), CHUNK_TOKENS]."""
+    """0 if not kept: float32 [len(rows), CHUNK_LOGITS]."""
     logits = chunked.chunks[rows, chunks]
     weights = (logits - chunked.maxima[rows, None]).div_(chunked.temperatures[rows, None]).exp_()
     return weights.masked_fill_(logits < least[rows, None], 0.0)
 
 
 def _below(values: Tensor, limits: Tensor) -> Tensor:
-    """The values, but below the limits also where rounding says otherwise: so a token of some weight is found."""
+    """Rounds down, so that a token with weight is found."""
     return torch.minimum(values, torch.nextafter(limits, torch.zeros_like(limits)))
 
 
 def _check_finite(values: Tensor) -> None:
-    """Of few values. A row with a NaN or an infinity gives one here, as its greatest logit."""
     if not all(map(math.isfinite, values.flatten().tolist())):
-        raise InternalError("the model gave logits that are not finite; its dtype may be too small: use bfloat16 or float32")
+        raise InternalError(
+            "the model gave logits that are not finite; its dtype may be too small: use bfloat16 or float32"
+        )
 
 
 def _seed(item: SamplingInput) -> int:
@@ -243,12 +231,10 @@ def _truncation(sampling: SamplingParams) -> Truncation:
 
 
 def _floats(values: Sequence[float], like: Tensor) -> Tensor:
-    """float64 [len(values)]"""
     return torch.tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _attach_logprobs(tokens: list[Token], rows: Sequence[int], raw: Tensor, inputs: Sequence[SamplingInput]) -> None:
-    """Replaces the tokens of these rows by ones with log probabilities."""
     logprobs = raw[torch.tensor(rows, device=raw.device)].log_softmax(dim=-1)
     chosen = torch.tensor([[tokens[row].token_id] for row in rows], device=raw.device)
     chosen_logprobs: list[float] = logprobs.gather(1, chosen).squeeze(1).tolist()
@@ -258,6 +244,9 @@ def _attach_logprobs(tokens: list[Token], rows: Sequence[int], raw: Tensor, inpu
     top_token_ids: list[list[int]] = top.indices.tolist()
     for number, row in enumerate(rows):
         alternatives = tuple(
-            TopLogprob(token_id, logprob) for token_id, logprob in zip(top_token_ids[number], top_logprobs[number], strict=True)
+            TopLogprob(token_id, logprob)
+            for token_id, logprob in zip(top_token_ids[number], top_logprobs[number], strict=True)
         )
-        tokens[row] = Token(tokens[row].token_id, chosen_logprobs[number], alternatives[: inputs[row].sampling.logprobs])
+        tokens[row] = Token(
+            tokens[row].token_id, chosen_logprobs[number], alternatives[: inputs[row].sampling.logprobs]
+        )

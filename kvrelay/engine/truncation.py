@@ -1,9 +1,9 @@
-"""Where top-k, top-p and min-p cut a row of logits off: the least logit that is kept, without sorting the vocabulary.
+"""Finds the least logit that top-k, top-p and min-p keep, without sorting the vocabulary.
 
-    chunks      | 64 logits | 64 logits | ...      a row in pieces; most questions need the greatest or the sum of each
-    candidates  the 64 greatest logits             nearly always decide; else the 1,024 greatest, at last all
+    chunks      | 64 logits | 64 logits | ...      a row in pieces, each with its maximum
+    candidates  the 64 greatest logits             nearly always enough; else 1,024, else all
 
-Tokens that tie with the last one kept are kept too. Each row is decided by itself. Knows nothing of requests.
+Ties with the last kept token are kept too.
 """
 
 import math
@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 64
+CHUNK_LOGITS = 64
 CANDIDATE_STEPS = (64, 1024)
 
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """Parameters of one row; see `kvrelay.sampling_params`."""
-
     top_k: int
     top_p: float
     min_p: float
@@ -29,23 +27,17 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class ChunkedLogits:
-    """Rows of logits in pieces."""
-
-    chunks: Tensor
-    """float32 [num_rows, num_chunks, CHUNK_TOKENS]; what is missing in the last chunk is -inf"""
-    chunk_maxima: Tensor
-    """float32 [num_rows, num_chunks]"""
-    maxima: Tensor
-    """float32 [num_rows]"""
-    temperatures: Tensor
-    """float32 [num_rows], above 0"""
+    chunks: Tensor  # float32 [num_rows, num_chunks, CHUNK_LOGITS], padded with -inf
+    chunk_maxima: Tensor  # float32 [num_rows, num_chunks]
+    maxima: Tensor  # float32 [num_rows]
+    temperatures: Tensor  # float32 [num_rows], above 0
 
     @property
     def num_tokens(self) -> int:
-        return self.chunks.shape[1] * CHUNK_TOKENS
+        return self.chunks.shape[1] * CHUNK_LOGITS
 
     def weights(self, rows: Tensor | None = None) -> Tensor:
-        """exp((logit - greatest) / temperature) of these rows, or all: float32 [num_rows, num_chunks, CHUNK_TOKENS]."""
+        """exp((logit - greatest) / temperature), shaped like `chunks`."""
         if rows is None:
             return (self.chunks - self.maxima[:, None, None]).div_(self.temperatures[:, None, None]).exp_()
         shifted = self.chunks[rows].sub_(self.maxima[rows, None, None])
@@ -53,20 +45,20 @@ class ChunkedLogits:
 
 
 def in_chunks(logits: Tensor, temperatures: Tensor) -> ChunkedLogits:
-    """Cuts float32 [num_rows, vocab_size] into chunks; a view where it can be."""
-    num_missing = -logits.shape[1] % CHUNK_TOKENS
+    """A view if possible."""
+    num_missing = -logits.shape[1] % CHUNK_LOGITS
     if num_missing:
         logits = torch.nn.functional.pad(logits, (0, num_missing), value=-math.inf)
-    chunks = logits.reshape(logits.shape[0], -1, CHUNK_TOKENS)
+    chunks = logits.reshape(logits.shape[0], -1, CHUNK_LOGITS)
     chunk_maxima = chunks.amax(dim=-1)
     return ChunkedLogits(chunks, chunk_maxima, chunk_maxima.amax(dim=-1), temperatures)
 
 
 def least_kept(logits: ChunkedLogits, rows: Sequence[int], truncations: Sequence[Truncation]) -> Tensor:
-    """Least logit that is kept of each of these rows: float32 [len(rows)].
+    """float32 [len(rows)].
 
-    top-k (Fan et al. 2018), then top-p of what is left (Holtzman et al. 2020, "The curious case of neural text degeneration"),
-    then min-p (Nguyen et al. 2024, "Turning up the heat").
+    top-k (Fan et al. 2018), then top-p of the rest (Holtzman et al. 2020, "The curious case of
+    neural text degeneration"), then min-p (Nguyen et al. 2024, "Turning up the heat").
     """
     index = torch.tensor(rows, device=logits.chunks.device)
     log_min_p = [math.log(item.min_p) if item.min_p > 0.0 else -math.inf for item in truncations]
@@ -86,9 +78,11 @@ def least_kept(logits: ChunkedLogits, rows: Sequence[int], truncations: Sequence
 
 
 def _totals(logits: ChunkedLogits, rows: Tensor, truncations: Sequence[Truncation]) -> Tensor:
-    """Sums of all weights of the rows whose top-p is of all tokens, else 0: float64 [len(rows)]."""
+    """float64 [len(rows)]: 0 unless a row has top-p but no top-k."""
     totals = torch.zeros(len(truncations), dtype=torch.float64, device=rows.device)
-    of_all = [place for place, item in enumerate(truncations) if item.top_p < 1.0 and not 0 < item.top_k < logits.num_tokens]
+    of_all = [
+        place for place, item in enumerate(truncations) if item.top_p < 1.0 and not 0 < item.top_k < logits.num_tokens
+    ]
     if of_all:
         places = torch.tensor(of_all, device=rows.device)
         totals[places] = logits.weights(rows[places]).sum(dim=-1).double().sum(dim=-1)
@@ -98,10 +92,11 @@ def _totals(logits: ChunkedLogits, rows: Tensor, truncations: Sequence[Truncatio
 def _by_rank(
     logits: ChunkedLogits, rows: Tensor, truncations: Sequence[Truncation], totals: Tensor, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
-    """Least logits by top-k and top-p, -inf where so many candidates do not decide, and whether they do: two [len(rows)]."""
+    """Least logits by top-k and top-p, -inf if the candidates do not suffice."""
     num_tokens = logits.num_tokens
     num_candidates = min(num_candidates, num_tokens)
-    candidates = _greatest_logits(logits, rows, num_candidates)  # [len(rows), num_candidates], falling
+    # [len(rows), num_candidates], falling
+    candidates = _greatest_logits(logits, rows, num_candidates)
     top_ks = torch.tensor([min(item.top_k or num_tokens, num_tokens) for item in truncations], device=rows.device)
     top_ps = _floats([item.top_p for item in truncations], rows)
     is_limited, has_top_p = top_ks < num_tokens, top_ps < 1.0
@@ -109,7 +104,7 @@ def _by_rank(
     cumulated = shifted.exp_().cumsum(dim=-1)
     last_k = top_ks.sub(1).clamp_(max=num_candidates - 1)[:, None]
     mass = torch.where(is_limited, cumulated.gather(1, last_k)[:, 0], totals)
-    # First place at which the cumulated mass reaches what is needed.
+    # First place where the cumulated mass reaches the needed mass.
     last_p = torch.searchsorted(cumulated, (mass * top_ps)[:, None])
     decided = (~is_limited | (top_ks <= num_candidates)) & (~has_top_p | (last_p[:, 0] < num_candidates))
     decided |= num_candidates == num_tokens
@@ -122,16 +117,15 @@ def _greatest_logits(logits: ChunkedLogits, rows: Tensor, num_candidates: int) -
     """[len(rows), num_candidates], falling."""
     if num_candidates >= logits.chunks.shape[1]:
         return _greatest(logits.chunks[rows].flatten(1), num_candidates)
-    # A chunk that is not among so many by its greatest logit has none of the greatest, but for ties with the last of them.
+    # A chunk outside of the best `num_candidates` by maximum has no candidate, except for ties.
     likeliest = logits.chunk_maxima[rows].topk(num_candidates, dim=-1, sorted=False).indices
     return _greatest(logits.chunks[rows[:, None], likeliest].flatten(1), num_candidates)
 
 
-def _greatest(values: Tensor, number: int) -> Tensor:
-    """The greatest of each row, falling: [num_rows, number]."""
+def _greatest(values: Tensor, number: int) -> Tensor:  # [num_rows, number], falling
     if values.device.type != "cpu":
         return values.topk(number, dim=-1).values
-    # NumPy's partition and sort are vectorised: a tenth of the time of torch's on a CPU.
+    # NumPy's partition and sort are vectorised: a tenth of torch's time on a CPU.
     array = values.numpy()
     begin = array.shape[1] - number
     if begin > 0:
@@ -139,6 +133,5 @@ def _greatest(values: Tensor, number: int) -> Tensor:
     return torch.from_numpy(np.sort(array, axis=-1)[:, ::-1].copy())
 
 
-def _floats(values: Sequence[float], like: Tensor) -> Tensor:
-    """float64 [len(values)]"""
+def _floats(values: Sequence[float], like: Tensor) -> Tensor:  # float64 [len(values)]
     return torch.tensor(values, dtype=torch.float64, device=like.device)

@@ -1,4 +1,4 @@
-"""Identity of a model's weights, so that two workers can tell whether they serve the same ones."""
+"""Tells workers that they serve the same weights."""
 
 from typing import Any
 
@@ -6,17 +6,15 @@ import torch
 import xxhash
 from torch import Tensor
 
-FULL_DIGEST_BYTES = 1024**3
-"""Models up to this size are hashed in full."""
+FULL_DIGEST_BYTES = 1024**3  # larger models are sampled
 SAMPLE_BYTES = 64 * 1024
 SAMPLES_PER_TENSOR = 8
 
 
 def weights_digest(module: Any) -> str:
-    """xxh3-128 over names, shapes, dtypes and bytes of the state dict as it is in memory: 32 hexadecimal digits.
+    """xxh3-128 over names, shapes, dtypes and bytes of the state dict: 32 hex digits.
 
-    It does not depend on how the weights were stored (number of files, folder or hub), but on the dtype they were loaded in.
-    Models over 1 GiB are sampled: of each tensor at most 8 stretches of 64 KiB, spread evenly from its first to its last byte.
+    Models over 1 GiB are sampled: at most 8 stretches of 64 KiB of each tensor, spread evenly.
     """
     state: dict[str, Tensor] = module.state_dict()
     total_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -31,7 +29,6 @@ def weights_digest(module: Any) -> str:
 
 
 def _stretches(num_bytes: int, *, sample: bool) -> list[tuple[int, int]]:
-    """Half-open ranges of bytes to hash."""
     if not sample or num_bytes <= SAMPLES_PER_TENSOR * SAMPLE_BYTES:
         return [(0, num_bytes)]
     step = (num_bytes - SAMPLE_BYTES) // (SAMPLES_PER_TENSOR - 1)

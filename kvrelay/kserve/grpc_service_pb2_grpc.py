@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class GRPCInferenceServiceStub:
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """
@@ -87,7 +87,7 @@ class GRPCInferenceServiceStub:
 
 class GRPCInferenceServiceServicer:
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """
@@ -214,7 +214,7 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService:
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """

@@ -30,7 +30,7 @@ GRPC_VERSION: str
 
 class GRPCInferenceServiceStub:
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """
@@ -63,7 +63,7 @@ class GRPCInferenceServiceStub:
 @_typing.type_check_only
 class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """
@@ -92,7 +92,7 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
 
 class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text for clients of KServe and Triton. A model is asked with the inputs text_input, stream and sampling_parameters, and answers with
-    text_output and finish_reason; docs/clients.md has them all.
+    text_output and finish_reason; docs/guides/clients.md has them all.
 
     Errors of unary methods are statuses with google.rpc details, as InferenceService's are. A stream tells them in its messages.
     """

@@ -1,1 +1,1 @@
-"""Who holds which block of the KV pool. Knows nothing of tensors, of the wire or of requests."""
+"""Which sequence holds which block of the KV pool."""

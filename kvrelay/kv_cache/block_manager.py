@@ -1,13 +1,13 @@
-"""Which sequence holds which blocks of the KV pool: reference counts, copy on write and the cache of prefixes.
+"""Which sequence holds which blocks of the KV pool.
 
 A block is in exactly one of three states:
 
     free    no reference, no published content
-    cached  no reference, but published content that a later prompt may share; evicted (oldest first) when free ones run out
+    cached  no reference, published content that a later prompt may share; evicted oldest first
     used    one reference per block table that holds it; may be published as well
 
-Prefix sharing at block granularity follows vLLM (Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving
-with PagedAttention"). Pure: no tensors, no clock, no locks; one thread owns a manager.
+Prefix sharing follows vLLM (Kwon et al. 2023, "Efficient Memory Management for Large Language
+Model Serving with PagedAttention"). One thread owns a manager.
 """
 
 from collections import Counter, OrderedDict
@@ -20,7 +20,7 @@ from kvrelay.kv_cache.prefix_hash import chain_hash, pack_tokens, prefix_chain, 
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """The engine copies block `source` to block `target`, all layers, before the step that writes `target`."""
+    """To execute, in all layers, before a step writes `target`."""
 
     source: int
     target: int
@@ -28,21 +28,18 @@ class BlockCopy:
 
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """The blocks of one sequence in order: token t lies in `blocks[t // block_size]`."""
+    """Token t lies in `blocks[t // block_size]`."""
 
     salt: str
     blocks: list[int]
-    num_tokens: int
-    """Tokens that the table was last made to hold."""
-    num_cached_tokens: int = 0
-    """Leading tokens whose KV was there already at allocation."""
-    hashes: list[bytes] = field(default_factory=list)
-    """Names of the leading blocks that are published or were found published."""
+    num_tokens: int  # room by `allocate` and `grow`
+    num_cached_tokens: int = 0  # leading ones whose KV was in the pool at allocation
+    hashes: list[bytes] = field(default_factory=list)  # of leading published blocks
 
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What a published block holds; compared on a hit, so that equal hashes of unequal tokens do not share."""
+    """Compared on a hit, so that hash collisions do not share."""
 
     prefix: bytes
     parent: bytes
@@ -50,20 +47,13 @@ class _Published:
 
 
 class BlockManager:
-    """Owns the numbers 0 to num_blocks - 1.
-
-    Args:
-        num_blocks: blocks in the pool.
-        block_size: tokens per block.
-        enable_prefix_cache: keep finished prefixes for later prompts.
-    """
-
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True) -> None:
         assert num_blocks > 0
         assert block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_cache = enable_prefix_cache
+        self.num_prefix_hit_tokens = 0  # of all allocations
         self._references = [0] * num_blocks
         self._free = list(reversed(range(num_blocks)))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -73,41 +63,39 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks without reference and content."""
         return len(self._free)
 
     @property
     def num_cached_blocks(self) -> int:
-        """Blocks without reference whose content may be shared; they can be taken like free ones."""
+        """Allocations take them like free ones."""
         return len(self._cached)
 
     @property
     def num_used_blocks(self) -> int:
-        """Blocks that some table holds."""
         return self.num_blocks - len(self._free) - len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, token_ids: Sequence[int], salt: str) -> int:
-        """How many leading tokens have KV in the pool: whole blocks, and never all tokens, for one must be computed."""
+        """Leading tokens with KV in the pool: whole blocks, never all tokens.
+
+        One must be computed, because the next token is sampled from it.
+        """
         return len(self._match(token_ids, salt)) * self.block_size
 
-    def can_allocate(self, token_ids: Sequence[int], salt: str) -> bool:
-        """Whether `allocate` with the same arguments would succeed now."""
-        return self._num_missing_blocks(len(token_ids), self._match(token_ids, salt)) <= 0
-
     def allocate(self, token_ids: Sequence[int], salt: str) -> BlockTable:
-        """Blocks for all of `token_ids`, sharing those of the longest cached prefix. All or nothing.
+        """Shares the blocks of the longest cached prefix.
 
         Raises:
-            OutOfBlocksError: too few free and cached blocks; nothing has changed.
+            OutOfBlocksError: nothing has changed.
         """
         matched = self._match(token_ids, salt)
         num_missing = self._num_missing_blocks(len(token_ids), matched)
         if num_missing > 0:
-            raise OutOfBlocksError(f"{num_missing} more KV blocks are needed than are free; retry when other requests are done")
+            raise OutOfBlocksError(
+                f"{num_missing} more KV blocks are needed than are free; retry when other requests are done"
+            )
         for block in matched:
             self._acquire(block)
         num_new_blocks = self.blocks_for(len(token_ids)) - len(matched)
@@ -119,18 +107,17 @@ class BlockManager:
             hashes=[self._published_in(block).prefix for block in matched],
         )
         self._tables.add(table)
+        self.num_prefix_hit_tokens += table.num_cached_tokens
         return table
 
     def grow(self, table: BlockTable, num_tokens: int) -> list[BlockCopy]:
-        """Makes room for `num_tokens`, and makes every block that tokens are now written to the table's own.
+        """Makes room for `num_tokens`, and unshares every block that will be written.
 
-            | held before: not written any more | tokens to write          |
-            0                             table.num_tokens            num_tokens
+            | held before, not written again | tokens to write          |
+            0                          table.num_tokens            num_tokens
 
-        The last token's block is made the table's own in any case, so that growing again after a fork is safe.
-
-        Returns:
-            Copies that the engine must execute before the next step writes to this table.
+        The last token's block is always unshared, so that growing again after a fork is safe. The
+        copies must be executed before the next step.
 
         Raises:
             OutOfBlocksError: nothing has changed.
@@ -140,21 +127,26 @@ class BlockManager:
         first_written = min(table.num_tokens, num_tokens - 1) // self.block_size
         num_blocks = -(-num_tokens // self.block_size)
         if first_written == num_blocks - 1 < len(table.blocks) and self._references[table.blocks[first_written]] == 1:
-            # As in nearly every step: the last block has room, and is nobody else's.
+            # As in nearly every step: the last block has room and is not shared.
             table.num_tokens = max(table.num_tokens, num_tokens)
             return []
-        shared = [number for number in range(first_written, min(num_blocks, len(table.blocks))) if self._is_shared(table, number)]
+        shared = [
+            number
+            for number in range(first_written, min(num_blocks, len(table.blocks)))
+            if self._is_shared(table, number)
+        ]
         num_new_blocks = max(0, num_blocks - len(table.blocks))
         num_missing = len(shared) + num_new_blocks - len(self._free) - len(self._cached)
         if num_missing > 0:
-            raise OutOfBlocksError(f"{num_missing} more KV blocks are needed than are free; retry when other requests are done")
+            raise OutOfBlocksError(
+                f"{num_missing} more KV blocks are needed than are free; retry when other requests are done"
+            )
         copies = [self._unshare(table, number) for number in shared]
         table.blocks.extend(self._take() for _ in range(num_new_blocks))
         table.num_tokens = max(table.num_tokens, num_tokens)
         return copies
 
     def shrink(self, table: BlockTable, num_tokens: int) -> None:
-        """Forgets the tokens from `num_tokens` on, which will be written again, and gives back the blocks that only they need."""
         assert table in self._tables, "the table was released"
         num_blocks = self.blocks_for(num_tokens)
         assert len(table.hashes) <= num_blocks, "what was committed is kept"
@@ -163,7 +155,7 @@ class BlockManager:
         table.num_tokens = min(table.num_tokens, num_tokens)
 
     def fork(self, table: BlockTable) -> BlockTable:
-        """A second table over the same blocks; the first of the two that writes to a shared block gets a copy of it."""
+        """Shares the blocks; the first to write to one gets a copy."""
         assert table in self._tables, "the table was released"
         for block in table.blocks:
             self._references[block] += 1
@@ -172,13 +164,7 @@ class BlockManager:
         return twin
 
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Publishes the table's full blocks whose KV is computed, so that later prompts may share them.
-
-        Args:
-            table: a live table.
-            token_ids: the sequence's tokens, at least `num_computed_tokens`.
-            num_computed_tokens: leading tokens whose KV is in the pool.
-        """
+        """Publishes full blocks with computed KV, so that later prompts may share them."""
         assert table in self._tables, "the table was released"
         assert num_computed_tokens <= min(len(token_ids), len(table.blocks) * self.block_size)
         if not self.enable_prefix_cache:
@@ -191,34 +177,24 @@ class BlockManager:
             self._publish(table.blocks[number], _Published(prefix, parent, tokens))
 
     def release(self, table: BlockTable) -> None:
-        """Gives the table's blocks back; published ones stay cached. Releasing a table again does nothing."""
+        """Frees the blocks; published ones stay cached. Idempotent."""
         if table not in self._tables:
             return
         self._tables.remove(table)
-        # The end of a prefix is worth less than its start, without which it cannot be found: it is evicted first.
+        # The end of a prefix is evicted first: without its start it cannot be found.
         for block in reversed(table.blocks):
             self._drop_reference(block)
         table.blocks = []
         table.hashes = []
         table.num_tokens = 0
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets every published prefix. Cached blocks become free; used ones stay with their tables."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._block_by_prefix.clear()
-        self._published = [None] * self.num_blocks
-
     def check_integrity(self) -> None:
-        """Checks that every block is in exactly one state and that references add up.
-
-        Raises:
-            AssertionError: names what does not add up.
-        """
         held = Counter(block for table in self._tables for block in table.blocks)
         used = {block for block, references in enumerate(self._references) if references > 0}
         free, cached = set(self._free), set(self._cached)
-        assert all(held[block] == references for block, references in enumerate(self._references)), "references do not add up"
+        assert all(held[block] == references for block, references in enumerate(self._references)), (
+            "references do not add up"
+        )
         assert len(free) == len(self._free), "a block is free twice"
         assert free.isdisjoint(cached), "a block is both free and cached"
         assert used.isdisjoint(free | cached), "a used block is free or cached"
@@ -258,7 +234,7 @@ class BlockManager:
         self._references[block] += 1
 
     def _take(self) -> int:
-        """A block of one's own, from the free ones or else the cached one that was released longest ago."""
+        """Evicts the cached block that was released longest ago."""
         if self._free:
             block = self._free.pop()
         else:
@@ -286,7 +262,7 @@ class BlockManager:
         target = self._take()
         table.blocks[number] = target
         self._drop_reference(source)
-        # What is written next may differ from what the name says.
+        # The next write may differ from the published content.
         del table.hashes[number:]
         return BlockCopy(source, target)
 

@@ -1,1 +1,1 @@
-"""How a KV cache travels between workers: its layout in messages, its digests and its transports."""
+"""The way of a KV cache between workers."""

@@ -1,7 +1,4 @@
-"""KV chunks as bytes on the wire: digests, also of a push's end, and encoding and decoding without a copy of the payload.
-
-Knows nothing of tensors: a payload is a buffer.
-"""
+"""KV chunks as bytes on the wire, decoded without a copy of the payload."""
 
 import ctypes
 import struct
@@ -11,21 +8,23 @@ from dataclasses import dataclass
 import xxhash
 from google.protobuf.message import DecodeError
 
+from kvrelay.core.job import SequenceToken
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.v1 import kv_transfer_pb2
-from kvrelay.wire import finish_reason_to_pb
-from kvrelay.work import SequenceToken
+from kvrelay.wire.convert import finish_reason_to_pb
 
 TICKET_BYTES = 16
 DIGEST_BYTES = 16
 
 Buffer = bytes | bytearray | memoryview
 
-# ticket length, attempt, layers, tokens, payload length: fixed widths, so that no two different chunks give the same bytes.
+# ticket length, attempt, layers, tokens, payload length: fixed widths, so that different chunks
+# never give the same bytes.
 _FRAME = struct.Struct("<QQQQQQQ")
-# ticket length, attempt, number of chunks, number of tokens; then of each token: sequence, index, id, finish reason, whether it
-# has a log probability, which one, number of alternatives; then of each of these: id, log probability.
+# ticket length, attempt, number of chunks, number of tokens; for each token: sequence, index, id,
+# finish reason, has log probability, log probability, number of alternatives; for each of these:
+# id, log probability.
 _END_FRAME = struct.Struct("<QQQQ")
 _TOKEN_FRAME = struct.Struct("<QQQQ?fQ")
 _ALTERNATIVE_FRAME = struct.Struct("<Qf")
@@ -45,7 +44,7 @@ _address_of.restype = ctypes.c_void_p
 
 @dataclass(frozen=True, slots=True)
 class SharedSlice:
-    """Where a payload lies in a push's region of shared memory, in bytes."""
+    """In a push's region of shared memory."""
 
     offset: int
     num_bytes: int
@@ -53,7 +52,7 @@ class SharedSlice:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Part of a KV cache as it travels: [layers, 2, tokens, kv_heads, head_dim], with its digest."""
+    """The payload is [layers, 2, tokens, kv_heads, head_dim]."""
 
     span: KVSpan
     payload: Buffer
@@ -62,7 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SharedChunk:
-    """The same with its payload in shared memory."""
+    """Its payload is in shared memory."""
 
     span: KVSpan
     where: SharedSlice
@@ -70,11 +69,17 @@ class SharedChunk:
 
 
 def chunk_digest(ticket: bytes, attempt: int, span: KVSpan, payload: Buffer) -> bytes:
-    """xxh3-128 over ticket, attempt, layer range, token range and payload: 16 bytes, big endian."""
+    """xxh3-128 over ticket, attempt, layer range, token range and payload."""
     hasher = xxhash.xxh3_128()
     hasher.update(
         _FRAME.pack(
-            len(ticket), attempt, span.layer_begin, span.layer_end, span.token_begin, span.token_end, memoryview(payload).nbytes
+            len(ticket),
+            attempt,
+            span.layer_begin,
+            span.layer_end,
+            span.token_begin,
+            span.token_end,
+            memoryview(payload).nbytes,
         )
     )
     hasher.update(ticket)
@@ -83,13 +88,21 @@ def chunk_digest(ticket: bytes, attempt: int, span: KVSpan, payload: Buffer) -> 
 
 
 def end_digest(ticket: bytes, attempt: int, num_chunks: int, tokens: Sequence[SequenceToken]) -> bytes:
-    """xxh3-128 over ticket, attempt and all that a push's end says: 16 bytes, big endian."""
+    """xxh3-128 over ticket, attempt and all that a push's end says."""
     hasher = xxhash.xxh3_128(_END_FRAME.pack(len(ticket), attempt, num_chunks, len(tokens)))
     hasher.update(ticket)
     for each in tokens:
         token, reason = each.token, finish_reason_to_pb(each.finish_reason)
         has_logprob = token.logprob is not None
-        fields = (each.sequence, each.index, token.token_id, reason, has_logprob, token.logprob or 0.0, len(token.top_logprobs))
+        fields = (
+            each.sequence,
+            each.index,
+            token.token_id,
+            reason,
+            has_logprob,
+            token.logprob or 0.0,
+            len(token.top_logprobs),
+        )
         hasher.update(_TOKEN_FRAME.pack(*fields))
         for top in token.top_logprobs:
             hasher.update(_ALTERNATIVE_FRAME.pack(top.token_id, top.logprob))
@@ -97,37 +110,31 @@ def end_digest(ticket: bytes, attempt: int, num_chunks: int, tokens: Sequence[Se
 
 
 class ChunkMessage:
-    """A serialized PushRequest with a chunk, whose payload is written into it in place.
+    """A serialized PushRequest with a chunk, into which the payload is written in place.
 
-    Building the message from fields would copy the payload three times, joining it with what is before it once, and each of
-    these copies goes into memory that is in no cache.
-
-    Args:
-        span: of the chunk.
-        num_bytes: of the payload.
+    Protobuf would copy the payload three times, each time into memory that is in no cache.
     """
 
     def __init__(self, span: KVSpan, num_bytes: int) -> None:
         fields = _chunk_message(span, bytes(DIGEST_BYTES)).SerializeToString()
         payload_head = _field_head(_PAYLOAD_TAG, num_bytes)
         head = _field_head(_CHUNK_TAG, len(fields) + len(payload_head) + num_bytes) + fields + payload_head
-        self._digest_end = len(head) - len(payload_head)  # digest has the highest number: it is the last of the fields
+        # digest has the highest number: it is the last of the fields
+        self._digest_end = len(head) - len(payload_head)
         self._message: bytes = _new_bytes(None, len(head) + num_bytes)
-        # Nobody else has seen these bytes yet, so they may still be written: this is how C makes them too.
+        # No other code has seen these bytes yet, so writing into them is safe, as in C.
         memory = (ctypes.c_ubyte * len(self._message)).from_address(_address_of(self._message))
         self._view = memoryview(memory).cast("B")
         self._view[: len(head)] = head
-        self.payload = self._view[len(head) :]
-        """To be filled before `finish`."""
+        self.payload = self._view[len(head) :]  # filled before `finish`
 
     def finish(self, digest: bytes) -> bytes:
-        """The message. The payload must not be written any more."""
+        """The payload must not change afterwards."""
         self._view[self._digest_end - DIGEST_BYTES : self._digest_end] = digest
         return self._message
 
 
 def encode_chunk(chunk: Chunk) -> bytes:
-    """A serialized PushRequest that holds the chunk, with one copy of its payload."""
     payload = memoryview(chunk.payload).cast("B")
     fields = _chunk_message(chunk.span, chunk.digest).SerializeToString()
     payload_head = _field_head(_PAYLOAD_TAG, payload.nbytes)
@@ -136,14 +143,13 @@ def encode_chunk(chunk: Chunk) -> bytes:
 
 
 def encode_shared_chunk(chunk: SharedChunk) -> bytes:
-    """A serialized PushRequest that says where the chunk is."""
     message = _chunk_message(chunk.span, chunk.digest)
     message.shared.offset, message.shared.num_bytes = chunk.where.offset, chunk.where.num_bytes
     return kv_transfer_pb2.PushRequest(chunk=message).SerializeToString()
 
 
 def decode_request(message: bytes) -> kv_transfer_pb2.PushRequest | Chunk | SharedChunk:
-    """A message of a sender; nothing of it is to be trusted. A chunk's payload is a view of the message, without a copy.
+    """Decodes an untrusted message. A chunk's payload is a view of it.
 
     Raises:
         TransferError: the bytes are not a message.
@@ -175,9 +181,9 @@ def _chunk_message(span: KVSpan, digest: bytes) -> kv_transfer_pb2.KVChunk:
 
 
 def _split_chunk(message: bytes) -> tuple[bytes, memoryview] | None:
-    """The other fields of a chunk, and its payload, when the payload ends the message, as it does in ours; else None.
+    """The chunk's other fields and its payload, unless the payload does not end the message.
 
-    message: | chunk tag | length | other fields | payload tag | length | payload |
+    | chunk tag | length | other fields | payload tag | length | payload |
     """
     if not message or message[0] != _CHUNK_TAG:
         return None
@@ -197,7 +203,7 @@ def _split_chunk(message: bytes) -> tuple[bytes, memoryview] | None:
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
+    """The number, and where it ends."""
     value = 0
     for shift in range(0, 7 * _MAX_VARINT_BYTES, 7):
         if position >= len(message):

@@ -1,26 +1,21 @@
-"""Which part of a KV cache goes into which message. Knows sizes only: no tensors, no wire.
+"""Cuts a KV cache into messages, by spans: rectangles of layers and tokens.
 
-A span is a rectangle of layers and tokens:
-
-    layer 2  |        .=======.        |
-    layer 1  |        |  span |        |      layers [1, 3), tokens [a, b)
-    layer 0  |        '======='        |
-             0        a       b     prompt's length
+layer 2  |        .=======.        |
+layer 1  |        |  span |        |      layers [1, 3), tokens [a, b)
+layer 0  |        '======='        |
+         0        a       b     prompt's length
 """
 
 from collections import deque
 from dataclasses import dataclass
 
-from kvrelay.model_spec import KVLayout
+from kvrelay.core.model_spec import KVLayout
 
-ALIGNED_TOKENS = 64
-"""Where tokens are cut, they are cut at multiples of this: whole blocks are copied faster than parts of them."""
+ALIGNED_TOKENS = 64  # cuts are at multiples, because whole blocks are copied faster
 
 
 @dataclass(frozen=True, slots=True)
 class KVSpan:
-    """Keys and values of layers [layer_begin, layer_end) and tokens [token_begin, token_end)."""
-
     layer_begin: int
     layer_end: int
     token_begin: int
@@ -35,7 +30,6 @@ class KVSpan:
         return self.token_end - self.token_begin
 
     def overlaps(self, other: "KVSpan") -> bool:
-        """Whether some token of some layer is in both."""
         return (
             self.layer_begin < other.layer_end
             and other.layer_begin < self.layer_end
@@ -44,15 +38,11 @@ class KVSpan:
         )
 
     def num_bytes(self, layout: KVLayout) -> int:
-        """Exact payload size, in bytes."""
         return self.num_layers * self.num_tokens * layout.bytes_per_layer_token
 
 
 def split_span(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan]:
-    """Cuts a span into spans of at most `max_bytes`: as many whole layers as fit, else parts of one layer's tokens.
-
-    One token of one layer is never cut, even where it alone is larger than `max_bytes`.
-    """
+    """Parts of at most `max_bytes`: whole layers, else parts of one. Tokens are never cut."""
     if span.num_tokens == 0:
         return []
     layers_per_message = layers_that_fit(span.num_tokens, layout, max_bytes)
@@ -64,16 +54,12 @@ def split_span(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan]:
     ]
 
 
-def layers_that_fit(num_tokens: int, layout: KVLayout, max_bytes: int) -> int:
-    """How many whole layers of so many tokens fit into `max_bytes`; 0 when not even one does."""
+def layers_that_fit(num_tokens: int, layout: KVLayout, max_bytes: int) -> int:  # may be 0
     return max_bytes // (num_tokens * layout.bytes_per_layer_token)
 
 
 def take_chunk(spans: deque[KVSpan], layout: KVLayout, max_bytes: int) -> KVSpan:
-    """Takes the first span, with those behind it that make one rectangle with it, or its first part where it is too large.
-
-    The chunk has at most `max_bytes`. One token of one layer is never cut, even where it alone is larger than `max_bytes`.
-    """
+    """Takes the first span: joined with those after it that complete a rectangle, or cut."""
     taken = spans.popleft()
     while spans and (joined := _join(taken, spans[0])) is not None and joined.num_bytes(layout) <= max_bytes:
         spans.popleft()
@@ -83,11 +69,12 @@ def take_chunk(spans: deque[KVSpan], layout: KVLayout, max_bytes: int) -> KVSpan
     return first
 
 
-def _join(first: KVSpan, second: KVSpan) -> KVSpan | None:
-    """The rectangle that both make; None when they make none."""
+def _join(first: KVSpan, second: KVSpan) -> KVSpan | None:  # the rectangle that both make
     same_tokens = (first.token_begin, first.token_end) == (second.token_begin, second.token_end)
     same_layers = (first.layer_begin, first.layer_end) == (second.layer_begin, second.layer_end)
-    if (same_tokens and first.layer_end == second.layer_begin) or (same_layers and first.token_end == second.token_begin):
+    if (same_tokens and first.layer_end == second.layer_begin) or (
+        same_layers and first.token_end == second.token_begin
+    ):
         return KVSpan(first.layer_begin, second.layer_end, first.token_begin, second.token_end)
     return None
 
@@ -104,20 +91,20 @@ def _split_tokens(span: KVSpan, layout: KVLayout, max_bytes: int) -> list[KVSpan
 
 
 class SpanCoalescer:
-    """Turns "layer l of tokens [a, b) is written" into spans of a message or more, in the order in which they become ready.
+    """Joins written layers into spans of at least one message.
 
-    A span is let go when no further layer would fit, or when its last layer is there, so that nothing waits for a later step.
+    A span ends when no further layer fits or with the last layer, so within the step. The receiver
+    has the tokens before `first_token`.
     """
 
     def __init__(self, layout: KVLayout, max_bytes: int, first_token: int) -> None:
-        """Tokens before `first_token` are not sent: the receiver has them."""
         self._layout = layout
         self._max_bytes = max_bytes
         self._first_token = first_token
         self._open: KVSpan | None = None
 
     def add_layer(self, layer: int, token_begin: int, token_end: int) -> list[KVSpan]:
-        """Layer `layer` of the tokens is written. Layers of one token range come in order, one range after another."""
+        """Layers of one token range come in order."""
         token_begin = max(token_begin, self._first_token)
         if token_begin >= token_end:
             return []
@@ -136,6 +123,6 @@ class SpanCoalescer:
         return []
 
     def add_all_layers(self, token_begin: int, token_end: int) -> list[KVSpan]:
-        """Every layer of the tokens is there already: a prefix found in the cache."""
+        """The cache had this prefix."""
         span = KVSpan(0, self._layout.num_layers, max(token_begin, self._first_token), token_end)
         return [span] if span.token_begin < span.token_end else []

@@ -1,10 +1,7 @@
 """Memory that two processes of one host share for KV payloads.
 
-A region is an anonymous file (memfd): it has no name, so nobody else can open it and nothing is left when both processes are
-gone, however they ended. Its size is sealed, so that neither side can be made to fault by the other. The prefill worker makes
-it and writes into it; the decode worker only reads. `kvrelay.kv_transfer.memory_handover` is how it gets there.
-
-Knows nothing of what lies in a region. Where there is no memfd (not Linux) nothing is shared.
+A region is an anonymous file (memfd): no other process can open it, and it vanishes with both.
+Its size is sealed, so that neither side can make the other fault. Only the prefill worker writes.
 """
 
 import fcntl
@@ -20,26 +17,23 @@ from kvrelay.errors import TransferError
 
 REGION_ID_BYTES = 16
 MAX_REGION_BYTES = 64 * 1024 * 1024
-MAX_REGIONS = 8
-"""Of one connection: so many pushes of one prefill worker at a time have a region."""
+MAX_REGIONS = 8  # per connection, so pushes at a time
 
 _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
 _PEER_CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
-def is_supported() -> bool:
-    """Whether this system has what sharing needs: memfd with seals, and abstract sockets."""
+def is_supported() -> bool:  # memfd with seals, and abstract sockets
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
 @dataclass(eq=False)
 class SharedRegion:
-    """Memory that both sides have mapped."""
+    """Both sides have mapped it."""
 
     region_id: bytes
     memory: mmap.mmap
-    buffer: memoryview = field(init=False)
-    """All of it, writable on the sender's side."""
+    buffer: memoryview = field(init=False)  # writable on the sender's side
 
     def __post_init__(self) -> None:
         self.buffer = memoryview(self.memory)
@@ -50,11 +44,7 @@ class SharedRegion:
 
 
 def create_region(num_bytes: int) -> tuple[SharedRegion, int]:
-    """A new region, and the descriptor to hand over; the caller closes it. Memory is taken as it is touched.
-
-    Raises:
-        OSError: there is none.
-    """
+    """The caller closes the descriptor. Pages are allocated on first use."""
     descriptor = os.memfd_create("kvrelay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(descriptor, 0o600)
@@ -67,10 +57,10 @@ def create_region(num_bytes: int) -> tuple[SharedRegion, int]:
 
 
 def open_region(region_id: bytes, descriptor: int) -> SharedRegion:
-    """Maps a region that another process made, for reading. The descriptor stays the caller's.
+    """Maps another process's region for reading.
 
     Raises:
-        TransferError: it can be resized, or is larger than allowed.
+        TransferError: it can be resized, or is too large.
         OSError: it is no memory.
     """
     if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
@@ -82,7 +72,6 @@ def open_region(region_id: bytes, descriptor: int) -> SharedRegion:
 
 
 def peer_is_same_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end of a Unix socket runs as the same user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
     return bool(user == os.geteuid())

@@ -1,9 +1,9 @@
-"""The way of KV through shared memory, for workers on one host, with gRPC for what goes along and as the way when there is none.
+"""Transport through shared memory for workers on one host.
 
-    pool --copy--> slot of a region --digest--> "chunk is at offset" over gRPC --> digest, --copy--> the other pool
+    pool --copy--> slot of a region --digest--> offset over gRPC --digest, copy--> the other pool
 
-Each push has a region for itself, cut into slots. A slot is written again when the receiver has answered its chunk; a region is
-used again only after a push that was completed, so that nothing late can reach another push. Runs on the event loop.
+Each push has its own region, cut into slots. A slot is reused once the receiver answered its chunk,
+a region only after a complete push, so that no late access reaches another push.
 """
 
 import asyncio
@@ -14,38 +14,32 @@ from typing import Any
 
 import structlog
 
-from kvrelay.config import TransferSettings
+from kvrelay.config.settings import BYTES_PER_MIB, TransferSettings
+from kvrelay.core.job import SequenceToken
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.codec import Chunk, SharedChunk, SharedSlice, encode_shared_chunk
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.memory_handover import HandoverClient
 from kvrelay.kv_transfer.shared_memory import SharedRegion, is_supported
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient
 from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, KVPush, KVTransport, PushPlan, Reply
-from kvrelay.work import SequenceToken
+from kvrelay.security.credentials import Towards, in_plain_text
 
 BYTES_PER_KIB = 1024
-BYTES_PER_MIB = 1024 * 1024
-MAX_SLOT_BYTES = 8 * 1024 * 1024
-"""What a chunk costs by itself, mostly in threads that wake one another, is as much as some MiB of copying."""
-MIN_SLOTS = 3
-"""One is written, one is read, and one is under way."""
+MAX_SLOT_BYTES = 8 * 1024 * 1024  # waking threads for a chunk costs as much as copying some MiB
+MIN_SLOTS = 3  # one is written, one is read, one is under way
 SLOT_ALIGNMENT = 4096
-RETRY_S = 60.0
-"""How long a receiver that no memory is shared with is not asked again."""
+RETRY_S = 60.0  # before asking a receiver again that shares no memory
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class _Peer:
-    """What is known of one receiver."""
-
-    connecting: asyncio.Task[HandoverClient | None]
+    connecting: asyncio.Task[RegionClient | None]
     since: float
 
     @property
     def is_stale(self) -> bool:
-        """Whether it is to be asked anew."""
         if not self.connecting.done():
             return False
         if self.connecting.cancelled() or self.connecting.exception() is not None:
@@ -60,9 +54,9 @@ class _Peer:
             client.close()
 
 
-def create_transport(settings: TransferSettings) -> KVTransport:
-    """The transport that the settings name."""
-    grpc = GrpcTransport(settings.transfer_connect_timeout_ms, settings.transfer_message_kib * BYTES_PER_KIB)
+def create_transport(settings: TransferSettings, towards: Towards = in_plain_text) -> KVTransport:
+    max_payload_bytes = settings.transfer_message_kib * BYTES_PER_KIB
+    grpc = GrpcTransport(settings.transfer_connect_timeout_ms, max_payload_bytes, towards)
     if settings.transfer_transport == "grpc":
         return grpc
     is_required = settings.transfer_transport == "shared-memory"
@@ -70,13 +64,7 @@ def create_transport(settings: TransferSettings) -> KVTransport:
 
 
 class SharedMemoryTransport:
-    """Pushes through shared memory where the receiver is on this host, else over gRPC.
-
-    Args:
-        grpc: reaches receivers.
-        region_bytes: shared memory of one push.
-        is_required: whether a push fails that no memory can be shared for, instead of going over gRPC.
-    """
+    """Uses gRPC if the receiver shares no memory, unless sharing is required."""
 
     def __init__(self, grpc: GrpcTransport, region_bytes: int, *, is_required: bool = False) -> None:
         self._grpc = grpc
@@ -85,11 +73,6 @@ class SharedMemoryTransport:
         self._peers: dict[str, _Peer] = {}
 
     async def open(self, address: str, plan: PushPlan) -> KVPush:
-        """Reaches the receiver and sends the header.
-
-        Raises:
-            TransferError: it cannot be reached in time, or no memory can be shared although it must.
-        """
         client = await self._client(address)
         region = await client.lease() if client is not None else None
         if client is None or region is None:
@@ -104,43 +87,46 @@ class SharedMemoryTransport:
         return SharedMemoryPush(push, client, region)
 
     async def close(self) -> None:
-        """Closes all connections."""
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
         await self._grpc.close()
 
-    async def _client(self, address: str) -> HandoverClient | None:
-        """The connection that hands regions over to a receiver; None when there can be none."""
+    async def _client(self, address: str) -> RegionClient | None:
         if not is_supported():
             return None
         peer = self._peers.get(address)
         if peer is None or peer.is_stale:
+            self._forget_stale_peers()
             connecting = asyncio.get_running_loop().create_task(self._connect(address), name="share memory")
             peer = self._peers[address] = _Peer(connecting, time.monotonic())
-        # Shielded, for other pushes wait for the same; whoever awaits it sees its error.
+        # Shielded, because other pushes await the same task.
         return await asyncio.shield(peer.connecting)
 
-    async def _connect(self, address: str) -> HandoverClient | None:
-        offer = await self._grpc.offer(address)
-        if offer is None:
+    def _forget_stale_peers(self) -> None:
+        for address in [address for address, peer in self._peers.items() if peer.is_stale]:
+            self._peers.pop(address).close()
+
+    async def _connect(self, address: str) -> RegionClient | None:
+        endpoint = await self._grpc.find_endpoint(address)
+        if endpoint is None:
             _log.info("KV goes over gRPC: the decode worker shares no memory", address=address)
             return None
         try:
-            client = await HandoverClient.connect(offer, self._region_bytes)
+            client = await RegionClient.connect(endpoint, self._region_bytes)
         except (OSError, TransferError) as error:
-            _log.info("KV goes over gRPC: no memory can be shared with the decode worker", address=address, problem=str(error))
+            _log.info(
+                "KV goes over gRPC: no memory can be shared with the decode worker", address=address, problem=str(error)
+            )
             return None
         _log.info("KV goes through shared memory", address=address)
         return client
 
 
 class SharedMemoryPush:
-    """A Push call whose payloads lie in a region."""
-
     transport_name = "shared-memory"
 
-    def __init__(self, push: GrpcPush, client: HandoverClient, region: SharedRegion) -> None:
+    def __init__(self, push: GrpcPush, client: RegionClient, region: SharedRegion) -> None:
         self._push = push
         self._client = client
         self._region: SharedRegion | None = region
@@ -148,18 +134,18 @@ class SharedMemoryPush:
         slot_bytes = min(MAX_SLOT_BYTES, region.num_bytes // MIN_SLOTS)
         self.max_payload_bytes = slot_bytes - slot_bytes % SLOT_ALIGNMENT if slot_bytes > SLOT_ALIGNMENT else slot_bytes
         num_slots = region.num_bytes // self.max_payload_bytes
-        # The slot that was freed last is used next: its memory is in the caches of both processes.
+        # Last freed, first used: its memory is in the caches of both processes.
         self._free_offsets = [slot * self.max_payload_bytes for slot in reversed(range(num_slots))]
         self._used_offsets: dict[KVSpan, int] = {}
-        self._settled: set[KVSpan] = set()
+        self._acked: set[KVSpan] = set()
 
     def has_room(self) -> bool:
         return bool(self._free_offsets)
 
-    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
-        if num_bytes > self.max_payload_bytes or span in self._settled or not self._free_offsets:
-            # Too large, or refused before: in its message, which does not depend on what may be wrong with the region.
-            return self._push.take_buffer(span, num_bytes)
+    def acquire_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
+        if num_bytes > self.max_payload_bytes or span in self._acked or not self._free_offsets:
+            # Too large, or refused before: sent in its message, because the region may be broken.
+            return self._push.acquire_buffer(span, num_bytes)
         offset = self._used_offsets[span] = self._free_offsets.pop()
         return self._buffer[offset : offset + num_bytes]
 
@@ -170,8 +156,8 @@ class SharedMemoryPush:
         where = SharedSlice(offset, memoryview(chunk.payload).nbytes)
         return encode_shared_chunk(SharedChunk(chunk.span, where, chunk.digest))
 
-    def settle(self, span: KVSpan) -> None:
-        self._settled.add(span)
+    def ack(self, span: KVSpan) -> None:
+        self._acked.add(span)
         if (offset := self._used_offsets.pop(span, None)) is not None:
             self._free_offsets.append(offset)
 
@@ -190,6 +176,6 @@ class SharedMemoryPush:
         if region is None:
             return
         if is_complete:
-            self._client.give_back(region)
+            self._client.release(region)
         else:
             self._client.discard(region)

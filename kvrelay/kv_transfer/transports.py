@@ -1,8 +1,7 @@
-"""How chunks reach the other worker: a seam, and the way over gRPC. Knows nothing of where chunks come from.
+"""How chunks reach the other worker: the interface, and the transport over gRPC.
 
-A transport opens one push for each work. A payload is copied out of the pool into memory that the push gives, for only the push
-knows where it must lie. What `encode` returns is opaque to the sender: it is made in an export thread, and sent from the event
-loop. `kvrelay.kv_transfer.shared_memory_transport` has the way through shared memory.
+A push provides the memory into which the sender copies payloads. An export thread encodes, the
+event loop sends.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -16,38 +15,38 @@ from weakref import WeakSet
 
 import grpc
 
+from kvrelay.core.job import JobId, SequenceToken
+from kvrelay.core.model_spec import WIRE_VERSION
+from kvrelay.core.trace_context import METADATA_KEY, TraceContext
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.codec import Chunk, ChunkMessage, encode_chunk, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.memory_handover import HandoverOffer
-from kvrelay.model_spec import WIRE_VERSION
-from kvrelay.rpc import create_channel
-from kvrelay.trace_context import METADATA_KEY, TraceContext
+from kvrelay.kv_transfer.shm_fd_passing import ShmEndpoint
+from kvrelay.network.rpc import create_channel
+from kvrelay.security.credentials import ChannelCredentials, Towards, in_plain_text
+from kvrelay.security.principal import Role
 from kvrelay.v1 import kv_transfer_pb2
-from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
-from kvrelay.work import SequenceToken, WorkId
+from kvrelay.wire.convert import job_id_to_pb, sequence_token_to_pb
 
 PUSH_METHOD = "/kvrelay.v1.KVTransferService/Push"
 OFFER_METHOD = "/kvrelay.v1.KVTransferService/OfferSharedMemory"
 MAX_CHANNELS = 64
+NUM_TRANSFER_THREADS = 2  # of a worker, which copy KV out of its pool or into it
 
 
 @dataclass(frozen=True, slots=True)
 class PushPlan:
-    """What is going to be pushed, and by what right."""
-
-    work_id: WorkId
+    job_id: JobId
     ticket: bytes
     fingerprint: str
     token_begin: int
     token_end: int
-    trace: TraceContext | None = None
-    """Of the push, if the work is traced: goes along as metadata."""
+    trace: TraceContext | None = None  # travels as metadata
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkAccepted:
-    """The chunk that begins there is checked and written, and all that were sent before it and not refused."""
+    """The receiver wrote this chunk, and all earlier ones not refused."""
 
     layer_begin: int
     token_begin: int
@@ -55,8 +54,6 @@ class ChunkAccepted:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRefused:
-    """The chunk that begins there was not written."""
-
     layer_begin: int
     token_begin: int
     message: str
@@ -64,8 +61,6 @@ class ChunkRefused:
 
 @dataclass(frozen=True, slots=True)
 class PushComplete:
-    """Everything is with the receiver."""
-
     kv_bytes: int
 
 
@@ -73,31 +68,28 @@ Reply = ChunkAccepted | ChunkRefused | PushComplete
 
 
 class KVPush(Protocol):
-    """One open push. Whoever opened it calls `close`, whatever happened."""
+    """Its opener must call `close`."""
 
     @property
     def transport_name(self) -> str:
-        """How payloads travel, for people."""
         raise NotImplementedError
 
     @property
     def max_payload_bytes(self) -> int:
-        """Largest payload of one chunk that this push is made for."""
         raise NotImplementedError
 
     def has_room(self) -> bool:
-        """Whether there is memory for one more payload now; there is again when the receiver has answered."""
+        """Whether there is memory for one more payload."""
         raise NotImplementedError
 
-    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
-        """Memory for the payload of a chunk: exactly so many writable bytes."""
+    def acquire_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
         raise NotImplementedError
 
     def encode(self, chunk: Chunk) -> Any:
-        """Makes the chunk, whose payload is in the buffer that was taken for it, ready to be sent; called in any thread."""
+        """Prepares a chunk, whose payload is in its buffer; in any thread."""
 
-    def settle(self, span: KVSpan) -> None:
-        """The receiver has answered the chunk."""
+    def ack(self, span: KVSpan) -> None:
+        """The receiver answered the chunk; frees its buffer."""
 
     async def send_chunk(self, encoded: Any) -> None:
         """Sends what `encode` gave."""
@@ -106,22 +98,16 @@ class KVPush(Protocol):
         """Says that no chunk follows."""
 
     def replies(self) -> AsyncGenerator[Reply, None]:
-        """What the receiver says, in order, until it ends the push. To be closed by who reads less than all."""
+        """Ends when the receiver ends the push; close it to stop early."""
         raise NotImplementedError
 
     def close(self, *, is_complete: bool) -> None:
-        """Forgets the push when it is complete, or breaks it off."""
+        """Releases a complete push, or breaks it off."""
 
 
 class KVTransport(Protocol):
-    """Opens pushes."""
-
     async def open(self, address: str, plan: PushPlan) -> KVPush:
-        """Reaches the receiver and sends the header.
-
-        Raises:
-            TransferError: it cannot be reached in time.
-        """
+        """Raises TransferError if the receiver cannot be reached in time."""
         raise NotImplementedError
 
     async def close(self) -> None:
@@ -129,37 +115,26 @@ class KVTransport(Protocol):
 
 
 class GrpcTransport:
-    """KV over gRPC streams, with one connection per receiver.
+    """One connection per receiver."""
 
-    Args:
-        connect_timeout_ms: most time to reach a receiver.
-        max_payload_bytes: largest payload of one message.
-    """
-
-    def __init__(self, connect_timeout_ms: int, max_payload_bytes: int = 4 << 20) -> None:
+    def __init__(
+        self, connect_timeout_ms: int, max_payload_bytes: int = 4 << 20, towards: Towards = in_plain_text
+    ) -> None:
+        self._towards = towards
+        self._credentials: ChannelCredentials | None = None
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._max_payload_bytes = max_payload_bytes
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        # Includes dropped ones whose pushes still run.
         self._open_channels: WeakSet[grpc.aio.Channel] = WeakSet()
-        """Those that were dropped for others too, while their pushes last."""
         self._closed = False
 
     async def open(self, address: str, plan: PushPlan, region_id: bytes = b"") -> GrpcPush:
-        """Reaches the receiver and sends the header.
-
-        Args:
-            address: host:port.
-            plan: what will be pushed.
-            region_id: of the region of shared memory in which chunks may lie.
-
-        Raises:
-            TransferError: it cannot be reached in time, or the transport is closed.
-        """
         channel = self._channel(address)
         push = GrpcPush(channel, self._max_payload_bytes, plan.trace)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                # Connects first. Waiting for the state of the channel instead would leave a watch behind when cancelled.
+                # Connects first. A cancelled wait for the channel's state leaves a watch behind.
                 await push.send_header(plan, region_id)
         except TimeoutError:
             self._break_off(push, address, channel)
@@ -169,12 +144,8 @@ class GrpcTransport:
             raise
         return push
 
-    async def offer(self, address: str) -> HandoverOffer | None:
-        """Where the receiver takes shared memory; None when it takes none.
-
-        Raises:
-            TransferError: it cannot be reached in time, or the transport is closed.
-        """
+    async def find_endpoint(self, address: str) -> ShmEndpoint | None:
+        """None: the receiver takes none. Raises TransferError if it cannot be reached."""
         channel = self._channel(address)
         method = channel.unary_unary(
             OFFER_METHOD,
@@ -191,7 +162,7 @@ class GrpcTransport:
             raise self._not_reached(address) from error
         if not response.socket_name:
             return None
-        return HandoverOffer(response.socket_name, response.key, response.max_region_bytes, response.max_regions)
+        return ShmEndpoint(response.socket_name, response.key, response.max_region_bytes, response.max_regions)
 
     def _not_reached(self, address: str) -> TransferError:
         timeout_ms = round(self._connect_timeout_s * 1000)
@@ -203,21 +174,25 @@ class GrpcTransport:
 
     def _drop(self, address: str, channel: grpc.aio.Channel) -> None:
         if self._channels.get(address) is channel:
-            # The next attempt connects anew at once, instead of waiting out this channel's backoff.
+            # The next attempt connects at once, without this channel's backoff.
             del self._channels[address]
 
     async def close(self) -> None:
-        """Closes all connections, and opens none any more: gRPC does not let a process end that has one left."""
+        """An open connection would keep the process from ending."""
         self._closed = True
         self._channels.clear()
         for channel in list(self._open_channels):
             await channel.close()
 
     def _channel(self, address: str) -> grpc.aio.Channel:
-        """The channel to a receiver. One that is dropped from here closes itself when its last push lets go of it."""
+        """A dropped channel closes itself after its last push."""
         if self._closed:
             raise TransferError("the prefill worker is shutting down")
-        channel = self._channels.pop(address, None) or create_channel(address)
+        credentials = self._towards(Role.DECODE)
+        if credentials != self._credentials:
+            self._credentials = credentials
+            self._channels.clear()  # running pushes go on with theirs
+        channel = self._channels.pop(address, None) or create_channel(address, credentials=credentials)
         self._channels[address] = channel
         self._open_channels.add(channel)
         while len(self._channels) > MAX_CHANNELS:
@@ -226,33 +201,28 @@ class GrpcTransport:
 
 
 class GrpcPush:
-    """A Push call. Payloads are written into the messages that carry them.
-
-    Args:
-        channel: to the receiver.
-        max_payload_bytes: largest payload of one message.
-        trace: that the call is part of.
-    """
+    """Payloads are written into the messages that carry them."""
 
     transport_name = "grpc"
 
     def __init__(self, channel: grpc.aio.Channel, max_payload_bytes: int, trace: TraceContext | None = None) -> None:
         method = channel.stream_stream(
-            PUSH_METHOD, request_serializer=_already_bytes, response_deserializer=kv_transfer_pb2.PushResponse.FromString
+            PUSH_METHOD,
+            request_serializer=_already_bytes,
+            response_deserializer=kv_transfer_pb2.PushResponse.FromString,
         )
         self._channel = channel  # lives as long as the push
         self.max_payload_bytes = max_payload_bytes
         self._plan: PushPlan | None = None
-        self._messages: dict[KVSpan, ChunkMessage] = {}
-        """Whose payloads are being written."""
-        # A receiver that is just starting is waited for, as long as the opener allows.
+        self._messages: dict[KVSpan, ChunkMessage] = {}  # payloads are being written
+        # Waits for a receiver that is starting, as long as the opener allows.
         metadata = None if trace is None else ((METADATA_KEY, trace.traceparent),)
         self._call: Any = method(wait_for_ready=True, metadata=metadata)
 
     def has_room(self) -> bool:
         return True
 
-    def take_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
+    def acquire_buffer(self, span: KVSpan, num_bytes: int) -> memoryview:
         message = self._messages[span] = ChunkMessage(span, num_bytes)
         return message.payload
 
@@ -262,14 +232,13 @@ class GrpcPush:
             return message.finish(chunk.digest)
         return encode_chunk(chunk)
 
-    def settle(self, span: KVSpan) -> None:
-        """Nothing to do: the message was copied when it was sent."""
+    def ack(self, span: KVSpan) -> None:
+        """No effect: sending copied the message."""
 
     async def send_header(self, plan: PushPlan, region_id: bytes = b"") -> None:
-        """The first message."""
         self._plan = plan
         header = kv_transfer_pb2.PushHeader(
-            work_id=work_id_to_pb(plan.work_id),
+            job_id=job_id_to_pb(plan.job_id),
             ticket=plan.ticket,
             fingerprint=plan.fingerprint,
             wire_version=WIRE_VERSION,
@@ -284,7 +253,7 @@ class GrpcPush:
 
     async def send_end(self, num_chunks: int, tokens: Sequence[SequenceToken]) -> None:
         assert self._plan is not None, "the header goes first"
-        digest = end_digest(self._plan.ticket, self._plan.work_id.attempt, num_chunks, tokens)
+        digest = end_digest(self._plan.ticket, self._plan.job_id.attempt, num_chunks, tokens)
         messages = [sequence_token_to_pb(token) for token in tokens]
         end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=messages, digest=digest)
         await self._write(kv_transfer_pb2.PushRequest(end=end).SerializeToString())
@@ -297,7 +266,7 @@ class GrpcPush:
         except grpc.aio.AioRpcError as error:
             raise TransferError(f"the decode worker broke the push off: {error.details()}") from error
         finally:
-            # Call and iterator hold each other until it has ended, and so everything of the call until a full collection.
+            # Otherwise call and iterator keep each other alive until a full collection.
             await responses.aclose()
 
     def close(self, *, is_complete: bool) -> None:

@@ -1,17 +1,17 @@
-"""A cluster of real processes that a test can break: for kvrelay's own tests and for those of whoever builds on it.
+"""A cluster of real processes that a test can break.
 
     async with FaultCluster(num_decode=2) as cluster:
         ...
         await cluster["decode-0"].kill()
 
-As a pytest plugin it offers the fixture `kvrelay_cluster`. docs/reliability.md shows how to use either. Nothing of it is imported
-before it is used: the plugin is loaded by every run of pytest in an environment that has kvrelay.
+The pytest plugin has the fixture `kvrelay_cluster`; see docs/guides/test-your-cluster.md. Imports
+are lazy, because every run of pytest loads the plugin where kvrelay is installed.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvrelay.fault_points import FaultAction
+    from kvrelay.runtime.fault_points import FaultAction
     from kvrelay.testing.fault_cluster import FaultCluster
     from kvrelay.testing.faults import ArmedFault
     from kvrelay.testing.load import LoadReport, Request, run_load
@@ -36,7 +36,7 @@ __all__ = [
 
 _MODULES = {
     "ArmedFault": "kvrelay.testing.faults",
-    "FaultAction": "kvrelay.fault_points",
+    "FaultAction": "kvrelay.runtime.fault_points",
     "FaultCluster": "kvrelay.testing.fault_cluster",
     "FaultProcess": "kvrelay.testing.process",
     "FaultProxy": "kvrelay.testing.proxy",

@@ -1,4 +1,6 @@
-"""`python -m kvrelay.testing SCENARIO`: runs a scenario, prints its figures, and fails when something was lost."""
+"""`python -m kvrelay.testing SCENARIO` runs a scenario and prints its figures; fails after a
+loss.
+"""
 
 import argparse
 import asyncio
@@ -36,16 +38,17 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code."""
     parser = argparse.ArgumentParser(prog="python -m kvrelay.testing", description=__doc__)
     commands = parser.add_subparsers(dest="scenario", required=True)
     for name, scenario in SCENARIOS.items():
-        description = (scenario.__doc__ or "").split("\n")[0]
+        description = " ".join((scenario.__doc__ or "").split("\n\n")[0].split())
         command = commands.add_parser(name, help=description, description=description)
         for parameter in inspect.signature(scenario).parameters.values():
-            if isinstance(parameter.default, int | float):
+            if isinstance(parameter.default, int | float | str):
                 flag = "--" + parameter.name.replace("_", "-")
-                command.add_argument(flag, type=type(parameter.default), default=parameter.default, help="default: %(default)s")
+                command.add_argument(
+                    flag, type=type(parameter.default), default=parameter.default, help="default: %(default)s"
+                )
     options = vars(parser.parse_args(arguments))
     name = options.pop("scenario")
     figures = asyncio.run(SCENARIOS[name](**options))

@@ -1,49 +1,50 @@
-"""A cluster of real processes, each behind a proxy and with fault points: what tests of faults start.
+"""A cluster of real processes with fault points, each behind a proxy.
 
     client ──► proxy ──► gateway ──► proxy ──► decode-0        prefill-0 ──► proxy ──► decode-0
                             └─────► proxy ──► valkey
 
-Workers and gateways are known to the others under their proxy's address, so that everything between two processes passes one.
-KV goes over gRPC unless the test says otherwise, so that it passes a proxy too.
+Processes advertise their proxies, so that all traffic passes one, also KV: it goes over gRPC by
+default.
 """
 
+import contextlib
 import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvrelay.child_process import LineSink
 from kvrelay.client import AsyncClient, Cluster, WorkerInfo, WorkerRole
-from kvrelay.config import (
+from kvrelay.cluster.local_cluster import AnySettings, LocalCluster, Role, serve_command
+from kvrelay.config.settings import (
     DecodeSettings,
     EngineSettings,
     GatewaySettings,
     PrefillSettings,
-    RelaySettings,
+    RequestSettings,
     ServerSettings,
     TransferSettings,
 )
-from kvrelay.embedded_valkey import EmbeddedValkey
 from kvrelay.errors import KvrelayError
-from kvrelay.fault_points import FaultAction
-from kvrelay.local_cluster import AnySettings, LocalCluster
+from kvrelay.runtime.child_process import LineSink
+from kvrelay.runtime.fault_points import FaultAction
+from kvrelay.state.embedded_valkey import EmbeddedValkey
+from kvrelay.testing.connection_sources import ConnectionSources
 from kvrelay.testing.faults import FIRE_TIMEOUT_S, ArmedFault, FaultControl
 from kvrelay.testing.invariants import Baseline, check_at_rest, take_baseline
 from kvrelay.testing.process import FaultProcess
-from kvrelay.testing.process_files import owner_of_local_port
 from kvrelay.testing.proxy import FaultProxy
 from kvrelay.testing.state_watch import StateWatch
 from kvrelay.testing.tiny_model import make_tiny_llama
 from kvrelay.testing.waiting import wait_until
 
 CLIENT = "client"
-"""Source of connections to a gateway that no process of the cluster makes."""
+"""Source of connections from outside the cluster."""
 READY_TIMEOUT_S = 90.0
 REDIS_TIMEOUT_MS = 2000
 """More than the default: a busy test machine is no fault."""
@@ -51,19 +52,14 @@ REDIS_TIMEOUT_MS = 2000
 
 @dataclass(slots=True)
 class FaultCluster:
-    """`async with FaultCluster() as cluster:` Start it on the main thread; Linux only.
+    """`async with FaultCluster() as cluster:` on the main thread. Linux only.
 
     Args:
-        num_gateways, num_prefill, num_decode: processes of each kind.
-        model: folder or name of a model; None makes a tiny one.
-        engine: settings of all workers' engines that differ from small ones.
-        relay: settings of the gateways that differ.
-        server: settings of every process that differ, such as liveness_window_ms.
-        transfer: settings of prefill workers that differ.
-        prefill_engines, decode_engines: settings of single workers' engines that differ from the others', by number.
-        restart: have a supervisor start again what ends; else the test does so.
-        valkey_mib: memory of the Valkey.
-        on_line: gets every line of every process.
+        model: folder or name; None makes a tiny model.
+        engine, requests, server, transfer: changes to those settings.
+        prefill_engines, decode_engines: changes to single workers' engine settings, by number.
+        on_line: called with process name and line of its output.
+        command: called at each start of a process; may start another version.
     """
 
     num_gateways: int = 1
@@ -71,7 +67,7 @@ class FaultCluster:
     num_decode: int = 1
     model: Path | str | None = None
     engine: Mapping[str, object] = field(default_factory=dict)
-    relay: Mapping[str, object] = field(default_factory=dict)
+    requests: Mapping[str, object] = field(default_factory=dict)
     server: Mapping[str, object] = field(default_factory=dict)
     transfer: Mapping[str, object] = field(default_factory=dict)
     prefill_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
@@ -79,35 +75,36 @@ class FaultCluster:
     restart: bool = False
     valkey_mib: int = 256
     on_line: LineSink = lambda _name, _line: None
+    command: Callable[[Role], Sequence[str]] = serve_command
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="kvrelay-faults-")), init=False)
     valkey: EmbeddedValkey = field(init=False)
     valkey_proxy: FaultProxy = field(init=False)
     state_watch: StateWatch = field(init=False)
-    """Sees every state that is stored, from the start on."""
+    """Sees every stored state from the start."""
     processes: dict[str, FaultProcess] = field(default_factory=dict, init=False)
     """By name: gateway, gateway-1, ..., prefill-0, ..., decode-0, ..."""
     baseline: Baseline | None = field(default=None, init=False)
     _cluster: LocalCluster = field(init=False)
+    _sources: ConnectionSources = field(init=False)
 
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.stop()
 
     async def start(self) -> None:
-        """Starts everything and waits until it is connected.
-
-        Raises:
-            StartupError: something ended or did not get ready; has the end of its output.
-        """
-        self.valkey = EmbeddedValkey(self.valkey_mib)
+        """Returns when all are connected; StartupError has the end of a failed process's output."""
+        self.valkey = EmbeddedValkey(self.valkey_mib, on_tcp=True)
+        self._sources = ConnectionSources(self._names_by_pid, CLIENT)
         try:
             await self.valkey.start()
-            self.state_watch = StateWatch("127.0.0.1", _port_of(self.valkey.url))
+            self.state_watch = StateWatch("127.0.0.1", self.valkey.port, self.valkey.password)
             await self.state_watch.start()
-            self.valkey_proxy = FaultProxy("127.0.0.1", _port_of(self.valkey.url), self._name_of_source)
+            self.valkey_proxy = FaultProxy("127.0.0.1", self.valkey.port, self._sources.name_of)
             await self.valkey_proxy.start()
             self._cluster = self._build_cluster()
             for name in self._names():
@@ -118,7 +115,7 @@ class FaultCluster:
             raise
 
     async def stop(self) -> None:
-        """Ends everything, stopped processes too. Idempotent."""
+        """Ends all processes, even stopped ones. Idempotent."""
         for process in self.processes.values():
             process.control.disarm_all()
             process.proxy.heal()
@@ -133,29 +130,28 @@ class FaultCluster:
         await self.valkey.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # --- processes ------------------------------------------------------------------------------------------------------------
+    # --- processes --------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> FaultProcess:
         """A process by its name."""
         return self.processes[name]
 
     def of_role(self, role: str) -> list[FaultProcess]:
-        """All of a role: gateway, prefill or decode."""
+        """All processes of gateway, prefill or decode."""
         return [process for name, process in self.processes.items() if name.startswith(role)]
 
-    def arm_one_of(self, role: str, point: str, action: FaultAction = FaultAction.KILL, **arguments: Any) -> "OneOfFault":
-        """Arms a point in all processes of a role; it happens in whichever gets there first, and only there.
-
-        Args:
-            role: prefill, decode or gateway.
-            point, action, **arguments: as `FaultProcess.arm` has them.
+    def arm_one_of(
+        self, role: str, point: str, action: FaultAction = FaultAction.KILL, **arguments: Any
+    ) -> "OneOfFault":
+        """Arms a point in all processes of a role, as `FaultProcess.arm`; it fires in the first
+        only.
         """
         claim = str(self.folder / f"claim-{uuid.uuid4().hex}")
         return OneOfFault({each: each.arm(point, action, claim=claim, **arguments) for each in self.of_role(role)})
 
     @property
     def addresses(self) -> list[str]:
-        """host:port of every gateway, behind its proxy."""
+        """host:port of each gateway's proxy."""
         return [process.proxy.address for process in self.of_role("gateway")]
 
     def client(self, *gateways: str) -> AsyncClient:
@@ -164,7 +160,7 @@ class FaultCluster:
 
     @property
     def redis_url(self) -> str:
-        """The Valkey itself, not behind its proxy."""
+        """The Valkey itself, not its proxy."""
         return self.valkey.url
 
     def name_of_worker(self, info: WorkerInfo) -> str:
@@ -172,21 +168,23 @@ class FaultCluster:
         return next(name for name, process in self.processes.items() if process.proxy.address == info.address)
 
     async def connected_workers(self, client: AsyncClient) -> set[str]:
-        """Names of the workers with which the asked gateway has a session, and that take work."""
+        """Names of workers that take jobs from the asked gateway."""
         workers = (await client.cluster(timeout_s=2.0)).workers
         return {self.name_of_worker(worker) for worker in workers if worker.connected and not worker.load.draining}
 
-    async def worker_of(self, client: AsyncClient, request_id: str, role: WorkerRole = WorkerRole.DECODE) -> FaultProcess:
+    async def worker_of(
+        self, client: AsyncClient, request_id: str, role: WorkerRole = WorkerRole.DECODE
+    ) -> FaultProcess:
         """The process that runs the request now."""
         request = await client.get_request(request_id)
         wanted = request.decode_worker_id if role is WorkerRole.DECODE else request.prefill_worker_id
         workers = (await client.cluster()).workers
         return self[next(self.name_of_worker(worker) for worker in workers if worker.worker_id == wanted)]
 
-    # --- states ---------------------------------------------------------------------------------------------------------------
+    # --- states -----------------------------------------------------------------------------------
 
     async def wait_until_ready(self, timeout_s: float = READY_TIMEOUT_S) -> Cluster:
-        """Waits until every gateway that runs is connected to every worker that runs; what one of them says then."""
+        """Waits until all running processes are connected; returns one gateway's view."""
         seen: list[Cluster] = []
         for gateway in self.of_role("gateway"):
             if gateway.is_running:
@@ -208,32 +206,30 @@ class FaultCluster:
         return all((process.proxy.address in connected) == process.is_running for process in workers)
 
     async def restart_ended(self) -> None:
-        """Starts again every process that has ended, and waits until all are connected."""
+        """Restarts ended processes, and waits until all are connected."""
         for process in self.processes.values():
             if not process.is_running:
                 await process.start_again()
         await self.wait_until_ready()
 
     def heal(self) -> None:
-        """Ends every fault of every link and disarms every point."""
+        """Ends every fault of every link, and disarms every point."""
         self.valkey_proxy.heal()
         for process in self.processes.values():
             process.proxy.heal()
             process.control.disarm_all()
 
     async def take_baseline(self) -> None:
-        """Remembers what a cluster at rest holds, for `check`. Best after a few requests."""
+        """Remembers what the cluster holds at rest, for `check`."""
         self.baseline = await take_baseline(self)
 
-    async def check(self, timeout_s: float = 10.0) -> None:
-        """Checks the invariants of a cluster at rest: see `kvrelay.testing.invariants`.
-
-        Raises:
-            AssertionError: something of an ended request is left somewhere; says what.
+    async def check(self, timeout_s: float = 30.0) -> None:
+        """Raises AssertionError if anything of a request is left; see
+        `kvrelay.testing.invariants`.
         """
         await check_at_rest(self, timeout_s)
 
-    # --- below: how it is built -----------------------------------------------------------------------------------------------
+    # --- below: how it is built -------------------------------------------------------------------
 
     def _names(self) -> list[str]:
         gateways = ["gateway", *(f"gateway-{number}" for number in range(1, self.num_gateways))]
@@ -241,14 +237,16 @@ class FaultCluster:
         return [*gateways, *prefill, *(f"decode-{number}" for number in range(self.num_decode))]
 
     async def _add_process(self, name: str) -> None:
-        proxy = FaultProxy("127.0.0.1", _free_port(), self._name_of_source)
+        proxy = FaultProxy("127.0.0.1", _free_port(), self._sources.name_of)
         await proxy.start()
         control = FaultControl(name, self.folder / name)
         self.processes[name] = FaultProcess(name, self._cluster, control, proxy)
 
     def _build_cluster(self) -> LocalCluster:
         return LocalCluster(
-            gateway=GatewaySettings(server=ServerSettings(port=0), relay=RelaySettings.model_validate(dict(self.relay))),
+            gateway=GatewaySettings(
+                server=ServerSettings(port=0), requests=RequestSettings.model_validate(dict(self.requests))
+            ),
             num_gateways=self.num_gateways,
             prefill=[
                 PrefillSettings(
@@ -258,17 +256,25 @@ class FaultCluster:
                 for number in range(self.num_prefill)
             ],
             decode=[
-                DecodeSettings(engine=self._engine(self.decode_engines.get(number, {}))) for number in range(self.num_decode)
+                DecodeSettings(engine=self._engine(self.decode_engines.get(number, {})))
+                for number in range(self.num_decode)
             ],
-            redis_url=f"redis://{self.valkey_proxy.address}/0",
+            redis_url=f"redis://:{self.valkey.password}@{self.valkey_proxy.address}/0",
             restart=self.restart,
             startup_timeout_s=READY_TIMEOUT_S * 2,
             on_line=self.on_line,
+            command=self.command,
             adjust=self._adjust,
         )
 
     def _engine(self, changes: Mapping[str, object]) -> EngineSettings:
-        values: dict[str, object] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "num_kv_blocks": 256, "block_size": 8}
+        values: dict[str, object] = {
+            "dtype": "float32",
+            "device": "cpu",
+            "num_threads": 1,
+            "num_kv_blocks": 256,
+            "block_size": 8,
+        }
         return EngineSettings.model_validate({**values, "model": self._model(), **self.engine, **changes})
 
     def _model(self) -> str:
@@ -278,7 +284,7 @@ class FaultCluster:
 
     def _adjust(self, name: str, settings: AnySettings) -> AnySettings:
         process = self.processes[name]
-        if settings.server.port:  # a gateway's, which the cluster has chosen
+        if settings.server.port:  # the cluster chose a gateway's port
             process.proxy.port_of_target = settings.server.port
         changes: dict[str, Any] = {
             "redis_timeout_ms": REDIS_TIMEOUT_MS,
@@ -289,21 +295,16 @@ class FaultCluster:
         }
         return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
 
-    def _name_of_source(self, port: int) -> str:
-        pids = {}
-        for name in self.processes:
-            try:
-                pids[self._cluster.pid(name)] = name
-            except KeyError:
-                continue  # not started yet
-        owner = owner_of_local_port(port, pids)
-        return CLIENT if owner is None else pids[owner]
+    def _names_by_pid(self) -> dict[int, str]:
+        names = {}
+        for name in list(self.processes):
+            with contextlib.suppress(KeyError):  # not started yet
+                names[self._cluster.pid(name)] = name
+        return names
 
 
 @dataclass(slots=True)
 class OneOfFault:
-    """A fault that is armed in several processes and happens in one of them."""
-
     faults: Mapping[FaultProcess, ArmedFault]
 
     @property
@@ -311,13 +312,12 @@ class OneOfFault:
         return sum(fault.num_fired for fault in self.faults.values())
 
     async def wait_until_fired(self, timeout_s: float = FIRE_TIMEOUT_S) -> FaultProcess:
-        """Waits for the fault; the process that it happened in."""
+        """Returns the process in which it happened."""
         name = next(iter(self.faults.values())).point.name
         await wait_until(lambda: self.num_fired > 0, f"{name} fires in one of {len(self.faults)} processes", timeout_s)
         return next(process for process, fault in self.faults.items() if fault.num_fired)
 
     def disarm(self) -> None:
-        """As `ArmedFault.disarm`, everywhere."""
         for fault in self.faults.values():
             fault.disarm()
 
@@ -326,7 +326,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _port_of(url: str) -> int:
-    return int(url.rsplit(":", 1)[1].split("/")[0])

@@ -1,4 +1,4 @@
-"""The test's side of fault points: arms them in a process, and reads whether they were reached. See `kvrelay.fault_points`."""
+"""The test's side of `kvrelay.runtime.fault_points`."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.fault_points import (
+from kvrelay.runtime.fault_points import (
     MARKER_NAME,
     PLAN_NAME,
     REACHED_NAME,
@@ -22,32 +22,32 @@ from kvrelay.fault_points import (
 from kvrelay.testing.waiting import wait_until
 
 FIRE_TIMEOUT_S = 30.0
-SNAPSHOT_TIMEOUT_S = 10.0
+SNAPSHOT_TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True)
 class ArmedFault:
-    """A point that was armed in one process."""
+    """A point that is armed in one process."""
 
     point: ArmedPoint
     control: "FaultControl" = field(repr=False)
 
     def reached(self) -> list[ReachedPoint]:
-        """Every time that it was reached so far."""
+        """Every time the point was reached."""
         return [each for each in self.control.reached() if each.number == self.point.number]
 
     @property
     def num_fired(self) -> int:
-        """How often it did what it was armed for."""
+        """How often the fault happened."""
         return sum(each.fired for each in self.reached())
 
     async def wait_until_fired(self, times: int = 1, timeout_s: float = FIRE_TIMEOUT_S) -> None:
-        """Waits for its fault; AssertionError when it does not come."""
+        """Raises AssertionError when the fault does not happen in time."""
         where = f"{self.point.name} fires in {self.control.name}"
         await wait_until(lambda: self.num_fired >= times, where, timeout_s)
 
     def disarm(self) -> None:
-        """Nothing happens there any more; a thread that waits there goes on."""
+        """Ends the fault; a thread that waits at the point goes on."""
         self.control.disarm(self.point.number)
 
     def __enter__(self) -> "ArmedFault":
@@ -58,12 +58,7 @@ class ArmedFault:
 
 
 class FaultControl:
-    """The folder that one process of a cluster shares with the test.
-
-    Args:
-        name: of the process.
-        folder: empty; made when missing.
-    """
+    """The folder that a process shares with the test."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -84,7 +79,6 @@ class FaultControl:
         wait_ms: int = 10_000,
         claim: str | None = None,
     ) -> ArmedFault:
-        """Arms a point; arguments as `ArmedPoint` has them."""
         armed = ArmedPoint(self._next_number, point, action, at, times, match, wait_ms, claim)
         self._next_number += 1
         self._points[armed.number] = armed
@@ -100,15 +94,12 @@ class FaultControl:
         self._write()
 
     def reached(self) -> list[ReachedPoint]:
-        """All armed points that were reached, in order."""
         path = self.folder / REACHED_NAME
-        return decode_reached(path.read_text()) if path.exists() else []
+        return decode_reached(path.read_text("utf-8")) if path.exists() else []
 
     async def snapshot(self, pid: int) -> Mapping[str, Any]:
-        """What lives in the process now: `tasks` by name, number of `objects` by class, `threads` by name.
-
-        Raises:
-            AssertionError: it does not answer.
+        """`tasks`, numbers of live `objects` by class, `threads`; AssertionError without an
+        answer.
         """
         for old in self.folder.glob(SNAPSHOT_NAME.format(number="*")):
             old.unlink()
@@ -120,10 +111,10 @@ class FaultControl:
             return bool(found)
 
         await wait_until(written, f"{self.name} answers SIGUSR2", SNAPSHOT_TIMEOUT_S)
-        snapshot: Mapping[str, Any] = json.loads(found[0].read_text())
+        snapshot: Mapping[str, Any] = json.loads(found[0].read_text("utf-8"))
         return snapshot
 
     def _write(self) -> None:
         scratch = self.folder / f"{PLAN_NAME}.part"
-        scratch.write_text(encode_plan(list(self._points.values())))
+        scratch.write_text(encode_plan(list(self._points.values())), "utf-8")
         scratch.rename(self.folder / PLAN_NAME)

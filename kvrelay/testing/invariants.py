@@ -1,10 +1,8 @@
-"""What must hold when no request runs: nothing of those that ended is left anywhere (I3), every one has an end (I6), and came
-there along allowed edges only (I7).
-
-Blocks and queues are read from the gateways' view of the workers, objects and tasks from the processes, keys from Redis, and
-moves from what Redis shows of its commands.
+"""Checks a cluster at rest: nothing of ended requests is left (I3), each has an end (I6), reached
+along allowed edges (I7).
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import redis.asyncio
 
 from kvrelay.client import AsyncClient
+from kvrelay.core.request_state import RequestState, is_terminal
 from kvrelay.errors import KvrelayError
-from kvrelay.redis_connection import MAX_CONNECTIONS, MAX_FOLLOWERS
-from kvrelay.request_state import RequestState, is_terminal
+from kvrelay.state.redis_connection import MAX_CONNECTIONS, MAX_FOLLOWERS
 from kvrelay.testing.process_files import kinds_of_descriptors
 from kvrelay.testing.waiting import wait_until
 
@@ -22,31 +20,29 @@ if TYPE_CHECKING:
     from kvrelay.testing.fault_cluster import FaultCluster
     from kvrelay.testing.process import FaultProcess
 
+# At rest no process has an object of these classes.
 REQUEST_CLASSES = (
     "prefill_worker.kv_sender.KVSender",
     "prefill_worker.service.PushTarget",
     "decode_worker.kv_receiver._IncomingPush",
-    "decode_worker.push_permits.PushPermit",
-    "decode_worker.transfer_assembly.TransferAssembly",
+    "decode_worker.receiving.write_grants.WriteGrant",
+    "decode_worker.receiving.kv_reassembly.KVReassembly",
     "kvrelay.kv_cache.block_manager.BlockTable",
-    "kvrelay.sequence.Sequence",
+    "kvrelay.worker.sequence.TokenSequence",
+    "decode_worker.scheduling.running_sequence.RunningSequence",
 )
-"""Of none of these may there be one when no request runs. (A gateway keeps its last ended requests, bounded, to show them.)"""
 MAX_READERS = 1
-"""Of gateway.output_readers.OutputReader: gRPC keeps the last call until the next one comes."""
-REQUEST_TASKS = ("push", "takeover", "request")
-"""Beginnings of the names of tasks that live no longer than a request."""
-ORPHANS_TIMEOUT_S = 20.0
-"""Requests of a gateway that died are ended by another two leases later."""
-MAX_MORE_DESCRIPTORS = 8
-"""Sessions that were made again, and sockets that the kernel has not let go of yet."""
+"""gRPC keeps the last call, and with it an OutputReader, until the next one."""
+REQUEST_TASKS = ("push", "takeover", "request")  # how names of a request's tasks begin
+ORPHANS_TIMEOUT_S = 20.0  # requests of a dead gateway end two leases later
+MAX_MORE_DESCRIPTORS = 8  # renewed sessions, and sockets that the kernel still holds
+# Counted apart, because a process keeps as many as it once needed.
 MAX_REDIS_CONNECTIONS = MAX_CONNECTIONS + 1 + MAX_FOLLOWERS
-"""A process keeps those it has needed at once, so they are counted apart from its other descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What each process holds at rest, by the process id of the run that it was."""
+    """What each process holds at rest, by process id."""
 
     descriptors: Mapping[int, int]
     """Without connections to Redis."""
@@ -54,7 +50,6 @@ class Baseline:
 
 
 async def take_baseline(cluster: "FaultCluster") -> Baseline:
-    """Of all processes that run."""
     running = [process for process in cluster.processes.values() if process.is_running]
     return Baseline(
         {process.pid: _num_own_descriptors(cluster, process) for process in running},
@@ -63,21 +58,16 @@ async def take_baseline(cluster: "FaultCluster") -> Baseline:
 
 
 async def check_at_rest(cluster: "FaultCluster", timeout_s: float) -> None:
-    """Waits until everything is as it must be at rest.
-
-    Raises:
-        AssertionError: says what is not.
-    """
-    serving: set[str] = set()  # a process that is just starting would be ended by the question
+    """Waits for all invariants; AssertionError says which are violated."""
+    serving: set[str] = set()  # SIGUSR2 would end a process that is just starting
     for gateway in cluster.of_role("gateway"):
         if gateway.is_running:
             async with cluster.client(gateway.name) as client:
                 await _check_workers(client, timeout_s)
                 serving |= {gateway.name} | await cluster.connected_workers(client)
-    for name in sorted(serving):  # each collects its garbage, of which lost connections to the others may be
-        await cluster[name].snapshot()
-    for name in sorted(serving):
-        await _check_process(cluster, name, timeout_s)
+    # Each collects its garbage first: it may hold connections to other processes.
+    await asyncio.gather(*(cluster[name].snapshot() for name in serving))
+    await asyncio.gather(*(_check_process(cluster, name, timeout_s) for name in sorted(serving)))
     await _check_redis(cluster, timeout_s)
     violations = cluster.state_watch.history.violations
     assert not violations, f"{len(violations)} moves that are not allowed: {'; '.join(violations[:5])}"
@@ -105,7 +95,8 @@ async def _problems_of_workers(client: AsyncClient) -> list[str]:
             continue
         if load.num_running or load.num_waiting or load.num_used_blocks:
             problems.append(
-                f"{worker.worker_id}: {load.num_running} running, {load.num_waiting} waiting, {load.num_used_blocks} used blocks"
+                f"{worker.worker_id}: {load.num_running} running, {load.num_waiting} waiting, "
+                f"{load.num_used_blocks} used blocks"
             )
         if load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks != load.num_blocks:
             problems.append(f"{worker.worker_id}: free + cached + used is not total: {load}")
@@ -116,7 +107,9 @@ async def _check_process(cluster: "FaultCluster", name: str, timeout_s: float) -
     problems: list[str] = []
 
     async def at_rest() -> bool:
-        problems[:] = _problems_of_snapshot(name, await cluster[name].snapshot()) + _problems_of_descriptors(cluster, name)
+        problems[:] = _problems_of_snapshot(name, await cluster[name].snapshot()) + _problems_of_descriptors(
+            cluster, name
+        )
         return not problems
 
     await _wait(at_rest, problems, timeout_s)
@@ -125,9 +118,11 @@ async def _check_process(cluster: "FaultCluster", name: str, timeout_s: float) -
 def _problems_of_snapshot(name: str, snapshot: Mapping[str, Any]) -> list[str]:
     objects = snapshot["objects"]
     problems = [f"{name}: {objects[each]} {each} are left" for each in REQUEST_CLASSES if objects.get(each)]
-    num_readers = objects.get("gateway.output_readers.OutputReader", 0)
+    num_readers = objects.get("gateway.streaming.readers.OutputReader", 0)
     problems += [f"{name}: {num_readers} readers of outputs are left"] if num_readers > MAX_READERS else []
-    return problems + [f"{name}: the task {task!r} is left" for task in snapshot["tasks"] if task.startswith(REQUEST_TASKS)]
+    return problems + [
+        f"{name}: the task {task!r} is left" for task in snapshot["tasks"] if task.startswith(REQUEST_TASKS)
+    ]
 
 
 def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
@@ -141,7 +136,10 @@ def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds_of_descriptors(process.pid).items()))
     links = ", ".join(f"{link.num_open} of {link.source}" for link in process.proxy.links())
-    return [f"{name}: {now} descriptors without those to Redis, {before} at the beginning: {kinds}; connections to it: {links}"]
+    return [
+        f"{name}: {now} descriptors without those to Redis, {before} at the beginning: {kinds}; connections to it: "
+        f"{links}"
+    ]
 
 
 def _num_own_descriptors(cluster: "FaultCluster", process: "FaultProcess") -> int:
@@ -161,7 +159,9 @@ async def _check_redis(cluster: "FaultCluster", timeout_s: float) -> None:
 async def problems_of_redis(url: str) -> list[str]:
     """Keys without an end, and requests without a final state."""
     problems = []
-    async with redis.asyncio.Redis.from_url(url, protocol=2, decode_responses=True, encoding_errors="replace") as client:
+    async with redis.asyncio.Redis.from_url(
+        url, protocol=2, decode_responses=True, encoding_errors="replace"
+    ) as client:
         async for key in client.scan_iter(match="kvrelay:*", count=1000):
             if await client.pttl(key) == -1:
                 problems.append(f"the key {key} has no TTL")

@@ -1,8 +1,4 @@
-"""Requests for a cluster that is being broken, and whether each got what it would have got from a whole one (I1, I2).
-
-The tokens of a run without faults are asked for first, from the same cluster, and kept: the same request has the same tokens
-wherever and however often it runs.
-"""
+"""Runs requests on a broken cluster, and compares tokens with those of a whole one (I1, I2)."""
 
 import asyncio
 import random
@@ -35,31 +31,38 @@ class Request:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `AsyncClient.generate`."""
-        sampling: dict[str, Any] = {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
+        sampling: dict[str, Any] = (
+            {"temperature": 0.0} if self.seed is None else {"temperature": 1.0, "seed": self.seed}
+        )
         sampling |= {"max_tokens": self.num_tokens, "ignore_eos": True, "n": self.num_sequences}
         ways = {"tenant": self.tenant, "resumable": self.resumable, "timeout_s": self.timeout_s}
         return {"token_ids": list(self.prompt), **ways, **sampling}
 
 
 def make_request(number: int, prompt_tokens: int = 40, **changes: Any) -> Request:
-    """The `number`-th of an endless list of different requests: every second one greedy, the others seeded."""
+    """Endless different requests by number: even ones greedy, odd ones seeded."""
     generator = random.Random(number)
     prompt = tuple(generator.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(prompt_tokens))
     return Request(prompt, **{"seed": number if number % 2 else None, "tenant": f"tenant-{number}", **changes})
 
 
 class TokenCheck:
-    """Deltas of one stream: each index of each sequence once and in order (I1)."""
+    """Checks that each index of each sequence comes once and in order (I1)."""
 
     def __init__(self, num_sequences: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(num_sequences)]
 
     def take(self, delta: Delta) -> None:
-        """Raises AssertionError when tokens are left out or repeated."""
         known = self.tokens[delta.sequence]
         if delta.tokens:
-            assert delta.index == len(known), f"index {delta.index} of sequence {delta.sequence} came after {len(known)} tokens"
+            assert delta.index == len(known), (
+                f"index {delta.index} of sequence {delta.sequence} came after {len(known)} tokens"
+            )
         known += [token.token_id for token in delta.tokens]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
 
     @property
     def result(self) -> Tokens:
@@ -68,8 +71,6 @@ class TokenCheck:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended: with its tokens, or with an error."""
-
     request: Request
     tokens: Tokens
     error: KvrelayError | AssertionError | None
@@ -77,12 +78,12 @@ class Outcome:
     duration_s: float
     longest_pause_s: float
     request_id: str | None = None
-    """None when it was never accepted."""
+    """None if it was never accepted."""
 
 
-async def run_request(client: AsyncClient, request: Request) -> Outcome:
-    """Runs a request to its end."""
-    check = TokenCheck(request.num_sequences)
+async def run_request(client: AsyncClient, request: Request, check: TokenCheck | None = None) -> Outcome:
+    """`check` shows the tokens so far."""
+    check = check or TokenCheck(request.num_sequences)
     begin = last = time.monotonic()
     pause_s = 0.0
     error: KvrelayError | AssertionError | None = None
@@ -100,30 +101,28 @@ async def run_request(client: AsyncClient, request: Request) -> Outcome:
     return Outcome(request, check.result, error, num_attempts, time.monotonic() - begin, pause_s, request_id)
 
 
-async def fault_free_tokens(client: AsyncClient, requests: Iterable[Request], concurrency: int = 4) -> dict[Request, Tokens]:
-    """What each request gives when nothing fails.
-
-    Raises:
-        AssertionError: something fails.
-    """
+async def fault_free_tokens(
+    client: AsyncClient, requests: Iterable[Request], concurrency: int = 4
+) -> dict[Request, Tokens]:
+    """Each request's tokens when nothing fails."""
     tokens: dict[Request, Tokens] = {}
     waiting = list(dict.fromkeys(requests))
 
-    async def work() -> None:
+    async def job() -> None:
         while waiting:
             request = waiting.pop()
-            # As another tenant, so that the request itself finds nothing of it in a cache.
+            # As another tenant, so that the later request finds nothing of it in a cache.
             outcome = await run_request(client, replace(request, tenant=f"undisturbed {request.tenant}"))
             assert outcome.error is None, f"without a fault: {outcome.error!r}"
             tokens[request] = outcome.tokens
 
-    await asyncio.gather(*(work() for _ in range(concurrency)))
+    await asyncio.gather(*(job() for _ in range(concurrency)))
     return tokens
 
 
 @dataclass(slots=True)
 class LoadReport:
-    """What came of a load."""
+    """The outcomes of a load."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     wrong: list[Outcome] = field(default_factory=list)
@@ -135,7 +134,7 @@ class LoadReport:
 
     @property
     def num_retried(self) -> int:
-        """Requests that took more than one attempt."""
+        """Requests with more than one attempt."""
         return sum(outcome.num_attempts > 1 for outcome in self.outcomes)
 
     @property
@@ -144,11 +143,11 @@ class LoadReport:
 
     @property
     def longest_pause_s(self) -> float:
-        """Longest time between two deltas of a stream, before its first, or until its end."""
+        """Before, between or after deltas."""
         return max((outcome.longest_pause_s for outcome in self.outcomes), default=0.0)
 
     def figures(self) -> dict[str, Any]:
-        """For people and JSON."""
+        """For JSON."""
         errors = Counter(f"{type(outcome.error).__name__}: {outcome.error}" for outcome in self.failed)
         return {
             "requests": len(self.outcomes),
@@ -161,7 +160,7 @@ class LoadReport:
         }
 
     def check(self) -> None:
-        """AssertionError unless all succeeded with the right tokens."""
+        """Raises AssertionError unless all succeeded with the right tokens."""
         assert not self.failed, f"{self.figures()}: {self.failed[0].error!r}"
         assert not self.wrong, f"{self.figures()}"
 
@@ -169,13 +168,9 @@ class LoadReport:
 async def run_load(
     addresses: Sequence[str], requests: Sequence[Request], expected: Mapping[Request, Tokens], num_clients: int
 ) -> LoadReport:
-    """So many clients share the requests, each running one after the other; every output is compared.
+    """Shares requests between `num_clients` clients, and compares every output.
 
-    Args:
-        addresses: of the gateways; each client begins with another one.
-        requests: to run, once each.
-        expected: tokens of each, from `fault_free_tokens`.
-        num_clients: at once.
+    `expected` comes from `fault_free_tokens`. Each client begins with another address.
     """
     report = LoadReport()
     waiting = list(reversed(requests))

@@ -1,10 +1,10 @@
-"""A TCP proxy in front of a process, and what it does to each link: delay, slow down, hold back, cut, flip a bit, close.
+"""A TCP proxy that harms links: delays, slows, holds, cuts, flips a bit, closes.
 
-    gateway ---+                                 links are told apart by who connects:
+    gateway ---+                                 a link is known by who connects:
     prefill-0 -+--> proxy of decode-0 --> decode-0      proxy.link("prefill-0").to_target.cut_at(1000)
 
-What is held back is not lost: as when a network comes back, it arrives when the link is healed. All proxies run in a thread of
-their own, so that what a test does meanwhile is no fault. Knows no protocol.
+Held bytes arrive when the link heals. All proxies share a thread, so that a busy test does not
+delay them.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,78 +23,59 @@ HOLD_POLL_S = 0.002
 
 ResultT = TypeVar("ResultT")
 
-FindSource = Callable[[int], str]
-"""Name of the process that connects from this local port."""
+FindSource = Callable[[int], Awaitable[str]]
+"""Names the process that connects from a local port."""
 
 
 @dataclass(slots=True)
 class CutRecord:
-    """What a direction did once."""
-
     kind: str
     """cut, flip, hold or close."""
     at_byte: int
-    """Bytes of the direction that had passed since it was told to."""
+    """Bytes passed since the command."""
     time_s: float
 
 
 class Direction:
-    """One direction of a link: all its connections together. Counts bytes since it was last told something."""
+    """One direction of a link, over all its connections."""
 
     def __init__(self) -> None:
         self.latency_s = 0.0
         self.bytes_per_s: float | None = None
         self.num_bytes = 0
-        """Passed since the start, or since the last cut_at or flip_at."""
+        """Passed since the start, or the last cut_at or flip_at."""
         self.records: list[CutRecord] = []
         self._cut_at: int | None = None
         self._flip_at: int | None = None
         self._is_held = False
-        self._trace: bytearray | None = None
 
     def cut_at(self, byte: int) -> None:
-        """Passes so many bytes from now on and then resets the connection that wants to send more."""
+        """Passes this many bytes, then resets the connection that sends more."""
         self.num_bytes, self._cut_at = 0, byte
 
     def flip_at(self, byte: int) -> None:
-        """Flips the lowest bit of that byte, counted from now on, once."""
+        """Flips the lowest bit of that byte, counted from now, once."""
         self.num_bytes, self._flip_at = 0, byte
 
     def hold(self) -> None:
-        """Passes nothing until `release`, neither bytes nor the end of a connection."""
+        """Passes nothing, not even the end of a connection, until `release`."""
         self._is_held = True
 
     def release(self) -> None:
-        """Everything that was held back goes on."""
         self._is_held = False
 
-    @property
-    def is_held(self) -> bool:
-        return self._is_held
-
-    def start_trace(self) -> None:
-        """Keeps what passes from now on."""
-        self._trace, self.num_bytes = bytearray(), 0
-
-    def stop_trace(self) -> bytes:
-        """What passed since `start_trace`."""
-        trace, self._trace = bytes(self._trace or b""), None
-        return trace
-
     def heal(self) -> None:
-        """Passes everything again, unchanged and at once."""
         self.latency_s, self.bytes_per_s, self._cut_at, self._flip_at = 0.0, None, None, None
         self.release()
 
     async def wait_open(self) -> None:
-        """Until nothing is held back."""
         if self._is_held:
             self._record("hold")
         while self._is_held:  # noqa: ASYNC110 - it is set in another thread
             await asyncio.sleep(HOLD_POLL_S)
 
     async def take(self, data: bytes) -> tuple[bytes, bool]:
-        """What is to be sent on of the data, and whether the connection is to be cut behind it."""
+        """Returns the bytes to pass on, and whether to cut the connection after them."""
         await self.wait_open()
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
@@ -110,8 +91,6 @@ class Direction:
             data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             self._record("flip", begin + place)
         self.num_bytes = end
-        if self._trace is not None:
-            self._trace += data
         if cut:
             self._record("cut")
         return data, cut
@@ -120,13 +99,12 @@ class Direction:
         self.records.append(CutRecord(kind, self.num_bytes if at_byte is None else at_byte, time.monotonic()))
 
     def count(self, kind: str) -> int:
-        """How often that happened."""
         return sum(record.kind == kind for record in self.records)
 
 
 @dataclass(slots=True)
 class Link:
-    """Everything between one process and the one behind the proxy."""
+    """All between one process and the one behind the proxy."""
 
     source: str
     to_target: Direction = field(default_factory=Direction)
@@ -136,11 +114,10 @@ class Link:
 
     @property
     def num_open(self) -> int:
-        """Connections that are open now."""
         return len(self._transports) // 2
 
     def blackhole(self) -> None:
-        """Neither side hears of the other any more, new connections included."""
+        """Silences both directions, for new connections too."""
         self.to_target.hold()
         self.to_source.hold()
 
@@ -150,7 +127,7 @@ class Link:
         self.to_source.heal()
 
     def close(self) -> int:
-        """Resets all connections; how many there were."""
+        """Resets all connections; returns their number."""
         transports = list(self._transports)
         for transport in transports:
             _PROXY_THREAD.loop.call_soon_threadsafe(transport.abort)
@@ -159,15 +136,16 @@ class Link:
         return len(transports)
 
 
-class FaultProxy:
-    """Listens in front of a target. `async with FaultProxy("127.0.0.1", 6379) as proxy: proxy.address`
+async def _unnamed(port: int) -> str:
+    return ""
 
-    Args:
-        host, port: of the target; it need not be there yet.
-        find_source: tells connections apart; by default all are of one source named "".
+
+class FaultProxy:
+    """Listens in front of a target, which need not exist yet. `find_source` names a connection's
+    link.
     """
 
-    def __init__(self, host: str, port: int, find_source: FindSource = lambda _port: "") -> None:
+    def __init__(self, host: str, port: int, find_source: FindSource = _unnamed) -> None:
         self._host = host
         self.port_of_target = port
         self._find_source = find_source
@@ -177,23 +155,21 @@ class FaultProxy:
 
     @property
     def port(self) -> int:
-        """Where it listens; only after `start`."""
         assert self._server is not None, "not started"
         return int(self._server.sockets[0].getsockname()[1])
 
     @property
     def address(self) -> str:
-        """host:port where it listens; only after `start`."""
+        """host:port; only after `start`."""
         return f"127.0.0.1:{self.port}"
 
     def link(self, source: str = "") -> Link:
-        """The link from that source, which need not have connected yet."""
+        """The link from a source, which may connect later."""
         if source not in self._links:
             self._links[source] = Link(source)
         return self._links[source]
 
     def links(self) -> list[Link]:
-        """All so far."""
         return list(self._links.values())
 
     def heal(self) -> None:
@@ -202,11 +178,10 @@ class FaultProxy:
             link.heal()
 
     async def start(self) -> None:
-        """Listens on a free port of the loopback interface."""
         await _PROXY_THREAD.run(self._start())
 
     async def stop(self) -> None:
-        """Closes everything. Idempotent."""
+        """Idempotent."""
         await _PROXY_THREAD.run(self._stop())
 
     async def _start(self) -> None:
@@ -224,7 +199,9 @@ class FaultProxy:
         await self.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.stop()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -241,8 +218,7 @@ class FaultProxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         source_port = int(writer.get_extra_info("peername")[1])
-        # In a thread: it takes milliseconds, and on busy cores more, for which all that passes any proxy would stand still.
-        link = self.link(await asyncio.to_thread(self._find_source, source_port))
+        link = self.link(await self._find_source(source_port))
         link.num_connections += 1
         await link.to_target.wait_open()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -257,7 +233,8 @@ class FaultProxy:
         ]
         try:
             done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            if not any(pump.result() for pump in done):  # one side ended in order: what the other still says is passed on
+            # One side ended in order: the other side's rest is passed on.
+            if not any(pump.result() for pump in done):
                 await asyncio.wait(pumps, timeout=CONNECT_TIMEOUT_S)
         finally:
             for pump in pumps:
@@ -268,7 +245,7 @@ class FaultProxy:
 
 
 class _ProxyThread:
-    """The event loop of all proxies; begins with the first of them and ends with the process."""
+    """The event loop of all proxies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -282,16 +259,15 @@ class _ProxyThread:
                 threading.Thread(target=self._loop.run_forever, name="fault proxies", daemon=True).start()
             return self._loop
 
-    async def run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        """Runs a coroutine there, from another loop."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+    async def run(self, job: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job, self.loop))
 
 
 _PROXY_THREAD = _ProxyThread()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> bool:
-    """Passes one direction of one connection on until it ends; True when it is to be reset."""
+    """True when the other side must be reset."""
     try:
         while data := await reader.read(READ_BYTES):
             passed, cut = await direction.take(data)

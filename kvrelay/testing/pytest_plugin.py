@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures, and nothing else. Imports nothing of kvrelay before a fixture is used."""
+"""The pytest plugin. Imports kvrelay only when a fixture is used."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 try:
     import pytest_asyncio
-except ImportError:  # asynchronous fixtures need it; a suite without it may have kvrelay installed all the same
+except ImportError:  # suites without asynchronous fixtures do not need it
     pass
 else:
 
     @pytest_asyncio.fixture
     async def kvrelay_cluster() -> AsyncIterator[Callable[..., Any]]:
-        """Starts clusters: `cluster = await kvrelay_cluster(num_decode=2)`, arguments as `kvrelay.testing.FaultCluster` has them.
+        """Starts clusters: `cluster = await kvrelay_cluster(num_decode=2)`.
 
-        They end with the test, and where it passed, it is checked first that they hold nothing of any request any more.
+        Arguments are those of `kvrelay.testing.FaultCluster`. A cluster ends with the test. After a
+        passed test it must hold nothing of any request.
         """
         from kvrelay.testing import FaultCluster
 

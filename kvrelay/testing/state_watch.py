@@ -1,7 +1,6 @@
-"""Watches the moves of all requests' states in Redis as they are written, and whether each is along an allowed edge (I7).
+"""Checks that states in Redis move along allowed edges (I7).
 
-Reads MONITOR, in which Redis shows every command that it carries out, those of scripts too: so it sees what is stored, whoever
-stores it, and not what a gateway believes. Knows the names of the keys and fields, and nothing of gateways.
+Redis shows all commands with MONITOR, so this checks what is stored, not what a gateway believes.
 """
 
 import asyncio
@@ -9,7 +8,7 @@ import contextlib
 import re
 from dataclasses import dataclass
 
-from kvrelay.request_state import RequestState, check_edge, is_terminal, reachable_states
+from kvrelay.core.request_state import RequestState, check_edge, is_terminal, reachable_states
 
 _WRITE = re.compile(rb'\blua\] "HSET" "(kvrelay:\{[^"]*\}:request)" (.*)')
 _WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"')
@@ -20,32 +19,25 @@ _RETRY_INTERVAL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KnownState:
-    """Where a request is, as last written."""
-
     state: RequestState
     attempt: int
 
 
 class StateHistory:
-    """What was written of every request, and what of it was not allowed. A function of the writes given to it."""
+    """Pure."""
 
     def __init__(self) -> None:
         self._known: dict[str, KnownState] = {}
         self._lost: set[str] = set()
-        """Keys of records that may have come back, as they are or from a dump, in a state that is not known here."""
+        """Keys that may come back in an unknown state."""
         self.num_moves = 0
-        """Moves seen, all of them along an allowed edge but for `violations`."""
+        """Including `violations`."""
         self.num_restored = 0
-        """Records that their owner wrote again as a whole, which may leave states out that were lost."""
+        """Rewrites by owners, which may skip states."""
         self.violations: list[str] = []
 
-    def note(self, key: str, fields: dict[str, str]) -> None:
-        """A request's record was written.
-
-        Args:
-            key: of the record.
-            fields: that were written, of which `state`, `attempt` and `create_time_ms` matter.
-        """
+    def on_write(self, key: str, fields: dict[str, str]) -> None:
+        """Only `state`, `attempt` and `create_time_ms` matter."""
         if "state" not in fields:
             return
         before = self._known.get(key)
@@ -60,7 +52,7 @@ class StateHistory:
             self.violations.append(f"{key} went from {before and (before.state.value, before.attempt)} to {after}")
 
     def forget(self) -> None:
-        """Redis has lost something, or may have: what comes next is taken as it is."""
+        """After a possible loss in Redis, any next state is allowed."""
         self._lost.update(self._known)
         self._known.clear()
 
@@ -77,16 +69,17 @@ class StateHistory:
 
 
 class StateWatch:
-    """Feeds a history from a server. `async with StateWatch("127.0.0.1", 6379) as watch: watch.history`"""
+    """Feeds `history` from a server that listens on TCP."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, password: str) -> None:
         self._address = (host, port)
+        self._password = password
         self._task: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
         self.history = StateHistory()
 
     async def start(self) -> None:
-        """Returns when it sees everything that is written from now on."""
+        """Returns when it sees all further writes."""
         self._task = asyncio.create_task(self._watch(), name="watch of states")
         await self._connected.wait()
 
@@ -106,8 +99,10 @@ class StateWatch:
     async def _read(self) -> None:
         reader, writer = await asyncio.open_connection(*self._address, limit=_LONGEST_LINE_BYTES)
         try:
-            writer.write(b"MONITOR\r\n")
+            writer.write(f"AUTH {self._password}\r\nMONITOR\r\n".encode())
             await writer.drain()
+            if not (await reader.readline()).startswith(b"+OK"):
+                raise PermissionError("the server refuses the password")
             while line := await reader.readline():
                 self._connected.set()
                 self._take(line)
@@ -117,6 +112,6 @@ class StateWatch:
     def _take(self, line: bytes) -> None:
         if match := _WRITE.search(line):
             words = [word.decode("utf-8", "replace") for word in _WORD.findall(match[2])]
-            self.history.note(match[1].decode("utf-8", "replace"), dict(zip(words[::2], words[1::2], strict=False)))
+            self.history.on_write(match[1].decode("utf-8", "replace"), dict(zip(words[::2], words[1::2], strict=False)))
         elif _FORGET.search(line[:200]):
             self.history.forget()

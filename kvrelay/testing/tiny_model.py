@@ -1,7 +1,6 @@
-"""A llama of two layers with random weights, and its tokenizer: a model folder that loads in no time, made without torch.
+"""A llama of two layers with random weights and a byte-level BPE. Loads fast; made without torch.
 
-Weights have a wide spread and a fixed seed, so that greedy output varies and ties are rare. The tokenizer is a byte-level BPE:
-every string round-trips, and `eos`, `bos` and chat markers exist as special tokens.
+Weights have a wide spread and a fixed seed: greedy output varies, and ties are rare.
 """
 
 import json
@@ -25,26 +24,23 @@ CHAT_TEMPLATE = (
 
 _HIDDEN_SIZE, _INTERMEDIATE_SIZE, _NUM_LAYERS, _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM = 64, 96, 2, 4, 2, 16
 _SEED = 20240517
-_TEXT = """The cache of a causal model may be kept, copied and continued elsewhere, because the keys and values of a token
-depend on nothing that comes after it. The prefill worker runs the prompt; the decode worker continues it, one token at a
-time, and streams."""
+_TEXT = (
+    "The cache of a causal model may be kept, copied and continued elsewhere, because the keys and values of a token\n"
+    "depend on nothing that comes after it. The prefill worker runs the prompt; the decode worker continues it, "
+    "one token at a\n"
+    "time, and streams."
+)
 
 
 def default_folder() -> Path:
-    """Where tiny models are kept between test runs."""
     return Path(tempfile.gettempdir()) / f"kvrelay-testing-{os.getuid()}"
 
 
-def make_tiny_llama(folder: Path | None = None, *, seed: int = _SEED, max_context_tokens: int = MAX_CONTEXT_TOKENS) -> Path:
-    """Makes the model, or finds the one made before.
-
-    Args:
-        folder: where tiny models are kept; made when missing. May be shared by tests that run at the same time.
-        seed: of the weights: another seed is another model.
-        max_context_tokens: longest sequence.
-
-    Returns:
-        A model folder with config.json, generation_config.json, model.safetensors and tokenizer files.
+def make_tiny_llama(
+    folder: Path | None = None, *, seed: int = _SEED, max_context_tokens: int = MAX_CONTEXT_TOKENS
+) -> Path:
+    """Makes a model folder below `folder`, or finds an earlier one. Another seed is another
+    model.
     """
     folder = folder or default_folder()
     target = folder / f"tiny-llama-{seed}-{max_context_tokens}"
@@ -64,7 +60,7 @@ def make_tiny_llama(folder: Path | None = None, *, seed: int = _SEED, max_contex
 
 
 def train_tokenizer() -> Any:
-    """The tiny tokenizer, as an object of the `tokenizers` library."""
+    """An object of the `tokenizers` library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -106,7 +102,7 @@ def _save_model(folder: Path, seed: int, max_context_tokens: int) -> None:
     def norm() -> Any:
         return 1 + normal(_HIDDEN_SIZE, std=0.2)
 
-    # [rows, columns] = [outputs, inputs], as torch's linear layers keep them
+    # [outputs, inputs], as in torch's linear layers
     tensors = {"model.embed_tokens.weight": normal(VOCAB_SIZE, _HIDDEN_SIZE, std=0.3), "model.norm.weight": norm()}
     tensors["lm_head.weight"] = normal(VOCAB_SIZE, _HIDDEN_SIZE, std=0.3)
     shapes = {
@@ -153,4 +149,4 @@ def _config(max_context_tokens: int) -> Mapping[str, object]:
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), "utf-8")

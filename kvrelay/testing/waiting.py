@@ -1,4 +1,4 @@
-"""Waiting for what other processes do: asked again and again, never for longer than a bound."""
+"""Polls conditions of other processes, within a bound."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,16 +7,7 @@ POLL_INTERVAL_S = 0.01
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool] | bool], what: str, timeout_s: float = 30.0) -> None:
-    """Returns when the condition is true.
-
-    Args:
-        condition: a function or a coroutine function.
-        what: is waited for, for the error.
-        timeout_s: most time.
-
-    Raises:
-        AssertionError: it did not become true.
-    """
+    """Returns when the condition is true; AssertionError says `what` did not happen in time."""
     try:
         async with asyncio.timeout(timeout_s):
             while not await _ask(condition):  # noqa: ASYNC110 - what is asked is in another process

@@ -28,7 +28,7 @@ class DecodeServiceSessionRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     RESERVE_FIELD_NUMBER: _builtins.int
     RUN_PROMPT_FIELD_NUMBER: _builtins.int
-    CANCEL_WORK_FIELD_NUMBER: _builtins.int
+    CANCEL_JOB_FIELD_NUMBER: _builtins.int
     FINISH_SEQUENCE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
@@ -46,12 +46,12 @@ class DecodeServiceSessionRequest(_message.Message):
         """Compute the prompt here instead of waiting for a push."""
 
     @_builtins.property
-    def cancel_work(self) -> _session_pb2.CancelWork:
-        """Give up work."""
+    def cancel_job(self) -> _session_pb2.CancelJob:
+        """Cancel a job."""
 
     @_builtins.property
     def finish_sequence(self) -> Global___FinishSequence:
-        """End one sequence: its stop string was found or its length reached."""
+        """End one sequence, after a stop string."""
 
     @_builtins.property
     def heartbeat(self) -> _session_pb2.Heartbeat:
@@ -63,7 +63,7 @@ class DecodeServiceSessionRequest(_message.Message):
 
     @_builtins.property
     def set_paused(self) -> Global___SetPaused:
-        """Compute nothing for a work, or go on."""
+        """Pause a job or continue it."""
 
     def __init__(
         self,
@@ -71,17 +71,17 @@ class DecodeServiceSessionRequest(_message.Message):
         hello: _session_pb2.GatewayHello | None = ...,
         reserve: Global___Reserve | None = ...,
         run_prompt: Global___RunPrompt | None = ...,
-        cancel_work: _session_pb2.CancelWork | None = ...,
+        cancel_job: _session_pb2.CancelJob | None = ...,
         finish_sequence: Global___FinishSequence | None = ...,
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
         set_paused: Global___SetPaused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_job", b"cancel_job", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_job", b"cancel_job", "finish_sequence", b"finish_sequence", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run_prompt", b"run_prompt", "set_paused", b"set_paused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "run_prompt", "cancel_work", "finish_sequence", "heartbeat", "heartbeat_ack", "set_paused"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "run_prompt", "cancel_job", "finish_sequence", "heartbeat", "heartbeat_ack", "set_paused"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -97,7 +97,7 @@ class DecodeServiceSessionResponse(_message.Message):
     RESERVED_FIELD_NUMBER: _builtins.int
     DECODE_STARTED_FIELD_NUMBER: _builtins.int
     STEP_OUTPUT_FIELD_NUMBER: _builtins.int
-    WORK_FAILED_FIELD_NUMBER: _builtins.int
+    JOB_FAILED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
@@ -118,8 +118,8 @@ class DecodeServiceSessionResponse(_message.Message):
         """Tokens of one engine step."""
 
     @_builtins.property
-    def work_failed(self) -> _session_pb2.WorkFailed:
-        """The work ended without its result."""
+    def job_failed(self) -> _session_pb2.JobFailed:
+        """The job ended without its result."""
 
     @_builtins.property
     def heartbeat(self) -> _session_pb2.Heartbeat:
@@ -140,16 +140,16 @@ class DecodeServiceSessionResponse(_message.Message):
         reserved: Global___Reserved | None = ...,
         decode_started: Global___DecodeStarted | None = ...,
         step_output: Global___StepOutput | None = ...,
-        work_failed: _session_pb2.WorkFailed | None = ...,
+        job_failed: _session_pb2.JobFailed | None = ...,
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
         load: _session_pb2.WorkerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output", "work_failed", b"work_failed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output", "work_failed", b"work_failed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserved", "decode_started", "step_output", "work_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserved", "decode_started", "step_output", "job_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -157,11 +157,11 @@ Global___DecodeServiceSessionResponse: _TypeAlias = DecodeServiceSessionResponse
 
 @_typing.final
 class Reserve(_message.Message):
-    """Sets aside blocks for the prompt's KV cache. Answered by Reserved or WorkFailed."""
+    """Sets aside blocks for the prompt's KV cache. Answered by Reserved or JobFailed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
@@ -171,40 +171,47 @@ class Reserve(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     RUNS_ALONE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    SHARE_WEIGHT_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
-    """The model fingerprint that the gateway routed by; a worker of another one refuses."""
+    """The model's fingerprint. A worker of another model refuses."""
     num_prompt_tokens: _builtins.int
-    """How many of token_ids are the client's prompt; the rest is output already emitted."""
+    """Leading token_ids that are the client's prompt. The rest is output so far."""
     num_sequences: _builtins.int
-    """How many sequences will be continued, from work_id.first_sequence on."""
+    """Sequences to continue, from job_id.first_sequence on. Range 1 to 8."""
     cache_salt: _builtins.str
-    """Separates prefix caches of tenants: KV is shared within equal salts only."""
+    """Separates prefix caches: only jobs with equal salts share KV. Default empty."""
     deadline_ms: _builtins.int
-    """What is left of the deadline, in milliseconds."""
+    """Time left until the deadline, in milliseconds. A job with 0 is refused."""
     runs_alone: _builtins.bool
-    """A worker may have died of this work. From Reserved on, the worker computes nothing else until each of the work's sequences has
-    two tokens or has ended; so whoever reserved it knows what the worker computed if it dies. Default false.
+    """Whether to isolate the job, because a worker may have crashed on it. From Reserved on, the
+    worker computes nothing else until each of its sequences has two tokens or has ended. If the
+    worker dies, the gateway knows the cause. The job fails when RunPrompt does not follow within a
+    second. Default false.
     """
     traceparent: _builtins.str
-    """W3C trace context of the attempt, as in the header traceparent: what the worker records becomes part of that trace. Empty where
-    the request is not traced; its trace id is then its request id.
+    """W3C trace context of the attempt, as in the header traceparent. The worker's spans join that
+    trace. Empty: not traced; the request id is then the trace id.
+    """
+    share_weight: _builtins.int
+    """Weight of the job's share of a busy worker. Jobs of equal cache_salt are one share, and shares
+    take turns by weight. Range 1 to 1000. Default 0: 1.
     """
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The prompt and, on a later attempt, the tokens already emitted."""
+        """Tokens of the prompt and, on a later attempt, of the output so far. At least one."""
 
     @_builtins.property
     def sampling(self) -> _session_pb2.SamplingParams:
-        """How to sample."""
+        """How to sample. All fields are set."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         fingerprint: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_prompt_tokens: _builtins.int = ...,
@@ -214,10 +221,11 @@ class Reserve(_message.Message):
         deadline_ms: _builtins.int = ...,
         runs_alone: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
+        share_weight: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "runs_alone", b"runs_alone", "sampling", b"sampling", "token_ids", b"token_ids", "traceparent", b"traceparent", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "fingerprint", b"fingerprint", "job_id", b"job_id", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "runs_alone", b"runs_alone", "sampling", b"sampling", "share_weight", b"share_weight", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,35 +233,35 @@ Global___Reserve: _TypeAlias = Reserve  # noqa: Y015
 
 @_typing.final
 class Reserved(_message.Message):
-    """Blocks for the whole prompt are set aside, and wait for a push or for RunPrompt."""
+    """Blocks for the whole prompt are set aside. They wait for a push or for RunPrompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
-    """16 random bytes: whoever shows them may write into this reservation, once."""
+    """16 random bytes that give the right to write into this reservation, once."""
     push_address: _builtins.str
-    """host:port to push to."""
+    """host:port of this worker's KVTransferService."""
     num_cached_tokens: _builtins.int
-    """Leading tokens that are in the worker's cache already and need not be sent."""
+    """Leading tokens in the worker's prefix cache. Their KV is not sent."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         ticket: _builtins.bytes = ...,
         push_address: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "push_address", b"push_address", "ticket", b"ticket", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "num_cached_tokens", b"num_cached_tokens", "push_address", b"push_address", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,23 +269,23 @@ Global___Reserved: _TypeAlias = Reserved  # noqa: Y015
 
 @_typing.final
 class RunPrompt(_message.Message):
-    """Tells the decode worker to compute the prompt of a reservation itself."""
+    """The decode worker must compute the reservation's prompt itself."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,27 +293,27 @@ Global___RunPrompt: _TypeAlias = RunPrompt  # noqa: Y015
 
 @_typing.final
 class FinishSequence(_message.Message):
-    """Ends one sequence before its own finish rules do. Its blocks are freed; no more of its tokens are reported."""
+    """Ends one sequence early. The worker frees its blocks and reports no further tokens of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The sequence within its request, from 0."""
+    """Number of the sequence within its request, from 0."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         sequence: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,27 +321,27 @@ Global___FinishSequence: _TypeAlias = FinishSequence  # noqa: Y015
 
 @_typing.final
 class SetPaused(_message.Message):
-    """Pauses a work whose client reads too slowly, or lets it go on. A paused work keeps its blocks and its place."""
+    """Pauses a job whose client reads too slowly, or continues it. A paused job keeps its blocks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     paused: _builtins.bool
-    """Whether its sequences rest."""
+    """Whether to pause. Default false: continue."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         paused: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["paused", b"paused", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "paused", b"paused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -341,45 +349,45 @@ Global___SetPaused: _TypeAlias = SetPaused  # noqa: Y015
 
 @_typing.final
 class DecodeStarted(_message.Message):
-    """All KV of the work is here, checked, and its sequences run."""
+    """The decode worker has all KV of the job, and its sequences run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     NUM_TRANSFERRED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     kv_bytes: _builtins.int
-    """KV payload bytes received and verified; 0 when the prompt was computed here."""
+    """KV payload bytes received and verified. 0 for a local prefill."""
     num_transferred_tokens: _builtins.int
-    """Prompt tokens that came over the wire."""
+    """Prompt tokens whose KV was received. 0 for a local prefill."""
     prefill_ms: _builtins.float
-    """Time from RunPrompt to the first token when the prompt was computed here, in milliseconds; else 0."""
+    """Time from RunPrompt to the first token, in milliseconds. 0 unless a local prefill."""
     queue_ms: _builtins.float
-    """Time that a prompt computed here waited for its turn, in milliseconds; else 0."""
+    """Time from RunPrompt to the prompt's first step, in milliseconds. 0 unless a local prefill."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
-        """The chunks of the pass of a prompt computed here, from its start, in order; at most 64."""
+        """Chunks of a local prefill, in order; at most 64. Times count from its first step."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         kv_bytes: _builtins.int = ...,
         num_transferred_tokens: _builtins.int = ...,
         prefill_ms: _builtins.float = ...,
         queue_ms: _builtins.float = ...,
         chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "kv_bytes", b"kv_bytes", "num_transferred_tokens", b"num_transferred_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "job_id", b"job_id", "kv_bytes", b"kv_bytes", "num_transferred_tokens", b"num_transferred_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -387,14 +395,14 @@ Global___DecodeStarted: _TypeAlias = DecodeStarted  # noqa: Y015
 
 @_typing.final
 class StepOutput(_message.Message):
-    """All tokens of one engine step that concern this gateway."""
+    """All tokens of one engine step for this gateway."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SequenceToken]:
-        """One for each running sequence; with speculation perhaps several, in order of their index."""
+        """One token for each running sequence; with speculation perhaps several, in the order of index."""
 
     def __init__(
         self,

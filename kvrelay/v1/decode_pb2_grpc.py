@@ -47,7 +47,7 @@ class DecodeServiceServicer:
     """
 
     def Session(self, request_iterator, context):
-        """One per gateway, for as long as both live. Ends all work that came over it when it ends.
+        """One stream per gateway, while both live. Its end cancels all jobs given over it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

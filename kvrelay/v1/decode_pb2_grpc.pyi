@@ -34,7 +34,7 @@ class DecodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeServiceAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_decode_pb2.DecodeServiceSessionRequest, _decode_pb2.DecodeServiceSessionResponse]
-    """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+    """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -42,7 +42,7 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_decode_pb2.DecodeServiceSessionRequest, _decode_pb2.DecodeServiceSessionResponse]  # type: ignore[assignment]
-    """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+    """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Continues sequences one token at a time."""
@@ -53,6 +53,6 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_decode_pb2.DecodeServiceSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decode_pb2.DecodeServiceSessionResponse], _abc.AsyncIterator[_decode_pb2.DecodeServiceSessionResponse]]:
-        """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+        """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generates text, and tells about requests, models and the cluster.
+    """Generates text, and shows requests, models and the cluster.
 
-    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason), BadRequest with the field's name for INVALID_ARGUMENT, and RetryInfo for
-    RESOURCE_EXHAUSTED.
+    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason). INVALID_ARGUMENT also
+    carries BadRequest with the field's name, and RESOURCE_EXHAUSTED carries RetryInfo.
     """
 
     def __init__(self, channel):
@@ -96,71 +96,74 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generates text, and tells about requests, models and the cluster.
+    """Generates text, and shows requests, models and the cluster.
 
-    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason), BadRequest with the field's name for INVALID_ARGUMENT, and RetryInfo for
-    RESOURCE_EXHAUSTED.
+    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason). INVALID_ARGUMENT also
+    carries BadRequest with the field's name, and RESOURCE_EXHAUSTED carries RetryInfo.
     """
 
     def Generate(self, request, context):
-        """Continues a prompt. The stream is Accepted, then tokens, then one terminal: Finished, or a status other than OK.
+        """Continues a prompt. The stream has Accepted, then tokens, then one terminal: Finished, or a
+        status other than OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Converse(self, request_iterator, context):
-        """A conversation: each turn sent is answered by Accepted, tokens and Finished. Its KV stays warm on one decode worker. A turn that is refused ends the
-        stream.
+        """A conversation. Accepted, tokens and Finished answer each turn. Its KV stays cached on one
+        decode worker. A refused turn ends the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Streams a request's output again from any index, and follows it when it is still running. Works on any gateway.
+        """Streams a request's output again, from any index, and follows it while it runs. Works on any
+        gateway. Once it has ended, the output is kept of requests that are resumable or have an
+        idempotency key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRequest(self, request, context):
-        """One request's state.
+        """Returns one request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Known requests, newest first.
+        """Requests of the caller's tenant, newest first; an operator's call lists those of all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRequest(self, request, context):
-        """Ends a running request. Its streams end with CANCELLED. Ending one that has ended already is no error.
+        """Ends a running request. Its streams end with CANCELLED. No error if it has ended already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Text to tokens.
+        """Turns text into tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Tokens to text.
+        """Turns tokens into text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Models that a live worker serves.
+        """Models that live workers serve.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,7 +177,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTimeline(self, request, context):
-        """What happened when to one of the last requests: a waterfall of its attempts. Works on any gateway while the one that runs it is up.
+        """Returns the timeline of a recent request. Works on any gateway while the request's own gateway
+        is up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,10 +251,10 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generates text, and tells about requests, models and the cluster.
+    """Generates text, and shows requests, models and the cluster.
 
-    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason), BadRequest with the field's name for INVALID_ARGUMENT, and RetryInfo for
-    RESOURCE_EXHAUSTED.
+    Errors carry google.rpc.ErrorInfo (domain kvrelay, a constant reason). INVALID_ARGUMENT also
+    carries BadRequest with the field's name, and RESOURCE_EXHAUSTED carries RetryInfo.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import session_pb2 as kvrelay_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvrelay/v1/kv_transfer.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x1a\n\x18OfferSharedMemoryRequest\"l\n\x19OfferSharedMemoryResponse\x12\x13\n\x0bsocket_name\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x18\n\x10max_region_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bmax_regions\x18\x04 \x01(\r\"\x8c\x01\n\x0bPushRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.KVChunkH\x00\x12\"\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x13.kvrelay.v1.PushEndH\x00\x42\t\n\x07message\"\xaf\x01\n\x0cPushResponse\x12\x33\n\x0e\x63hunk_accepted\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.ChunkAcceptedH\x00\x12\x31\n\rchunk_refused\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.ChunkRefusedH\x00\x12,\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.PushCompleteH\x00\x42\t\n\x07message\"\xab\x01\n\nPushHeader\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x13\n\x0btoken_begin\x18\x05 \x01(\r\x12\x11\n\ttoken_end\x18\x06 \x01(\r\x12\x15\n\rshared_region\x18\x07 \x01(\x0c\"\xa3\x01\n\x07KVChunk\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\x12\x11\n\ttoken_end\x18\x04 \x01(\r\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\'\n\x06shared\x18\x07 \x01(\x0b\x32\x17.kvrelay.v1.SharedSlice\"0\n\x0bSharedSlice\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"X\n\x07PushEnd\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"9\n\rChunkAccepted\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\"I\n\x0c\x43hunkRefused\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\" \n\x0cPushComplete\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x32\xb4\x01\n\x11KVTransferService\x12=\n\x04Push\x12\x17.kvrelay.v1.PushRequest\x1a\x18.kvrelay.v1.PushResponse(\x01\x30\x01\x12`\n\x11OfferSharedMemory\x12$.kvrelay.v1.OfferSharedMemoryRequest\x1a%.kvrelay.v1.OfferSharedMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvrelay/v1/kv_transfer.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x1a\n\x18OfferSharedMemoryRequest\"l\n\x19OfferSharedMemoryResponse\x12\x13\n\x0bsocket_name\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x18\n\x10max_region_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bmax_regions\x18\x04 \x01(\r\"\x8c\x01\n\x0bPushRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.KVChunkH\x00\x12\"\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x13.kvrelay.v1.PushEndH\x00\x42\t\n\x07message\"\xaf\x01\n\x0cPushResponse\x12\x33\n\x0e\x63hunk_accepted\x18\x01 \x01(\x0b\x32\x19.kvrelay.v1.ChunkAcceptedH\x00\x12\x31\n\rchunk_refused\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.ChunkRefusedH\x00\x12,\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.PushCompleteH\x00\x42\t\n\x07message\"\xa9\x01\n\nPushHeader\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x13\n\x0btoken_begin\x18\x05 \x01(\r\x12\x11\n\ttoken_end\x18\x06 \x01(\r\x12\x15\n\rshared_region\x18\x07 \x01(\x0c\"\xa3\x01\n\x07KVChunk\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\x12\x11\n\ttoken_end\x18\x04 \x01(\r\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12\'\n\x06shared\x18\x07 \x01(\x0b\x32\x17.kvrelay.v1.SharedSlice\"0\n\x0bSharedSlice\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"X\n\x07PushEnd\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"9\n\rChunkAccepted\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\"I\n\x0c\x43hunkRefused\x12\x13\n\x0blayer_begin\x18\x01 \x01(\r\x12\x13\n\x0btoken_begin\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\" \n\x0cPushComplete\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x32\xb4\x01\n\x11KVTransferService\x12=\n\x04Push\x12\x17.kvrelay.v1.PushRequest\x1a\x18.kvrelay.v1.PushResponse(\x01\x30\x01\x12`\n\x11OfferSharedMemory\x12$.kvrelay.v1.OfferSharedMemoryRequest\x1a%.kvrelay.v1.OfferSharedMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUSHRESPONSE']._serialized_start=352
   _globals['_PUSHRESPONSE']._serialized_end=527
   _globals['_PUSHHEADER']._serialized_start=530
-  _globals['_PUSHHEADER']._serialized_end=701
-  _globals['_KVCHUNK']._serialized_start=704
-  _globals['_KVCHUNK']._serialized_end=867
-  _globals['_SHAREDSLICE']._serialized_start=869
-  _globals['_SHAREDSLICE']._serialized_end=917
-  _globals['_PUSHEND']._serialized_start=919
-  _globals['_PUSHEND']._serialized_end=1007
-  _globals['_CHUNKACCEPTED']._serialized_start=1009
-  _globals['_CHUNKACCEPTED']._serialized_end=1066
-  _globals['_CHUNKREFUSED']._serialized_start=1068
-  _globals['_CHUNKREFUSED']._serialized_end=1141
-  _globals['_PUSHCOMPLETE']._serialized_start=1143
-  _globals['_PUSHCOMPLETE']._serialized_end=1175
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1178
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1358
+  _globals['_PUSHHEADER']._serialized_end=699
+  _globals['_KVCHUNK']._serialized_start=702
+  _globals['_KVCHUNK']._serialized_end=865
+  _globals['_SHAREDSLICE']._serialized_start=867
+  _globals['_SHAREDSLICE']._serialized_end=915
+  _globals['_PUSHEND']._serialized_start=917
+  _globals['_PUSHEND']._serialized_end=1005
+  _globals['_CHUNKACCEPTED']._serialized_start=1007
+  _globals['_CHUNKACCEPTED']._serialized_end=1064
+  _globals['_CHUNKREFUSED']._serialized_start=1066
+  _globals['_CHUNKREFUSED']._serialized_end=1139
+  _globals['_PUSHCOMPLETE']._serialized_start=1141
+  _globals['_PUSHCOMPLETE']._serialized_end=1173
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1176
+  _globals['_KVTRANSFERSERVICE']._serialized_end=1356
 # @@protoc_insertion_point(module_scope)

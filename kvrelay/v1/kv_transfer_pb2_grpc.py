@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class KVTransferServiceStub:
-    """Served by decode workers.
+    """Receives KV. Served by decode workers.
     """
 
     def __init__(self, channel):
@@ -48,19 +48,20 @@ class KVTransferServiceStub:
 
 
 class KVTransferServiceServicer:
-    """Served by decode workers.
+    """Receives KV. Served by decode workers.
     """
 
     def Push(self, request_iterator, context):
-        """One stream per work: a header, KV chunks, an end. Each chunk is acknowledged or refused; a refused one may be sent once more,
-        behind the end too.
+        """One stream per job: a header, KV chunks, an end. Each chunk is acknowledged or refused. A
+        refused chunk may be sent once more, also after the end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OfferSharedMemory(self, request, context):
-        """Where a prefill worker on the same host can hand over memory to share, so that payloads need not go through the stream.
+        """Returns the local socket where a prefill worker of the same host hands over shared memory for
+        payloads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +89,7 @@ def add_KVTransferServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KVTransferService:
-    """Served by decode workers.
+    """Receives KV. Served by decode workers.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import session_pb2 as kvrelay_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/prefill.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x95\x02\n\x1cPrefillServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.GatewayHelloH\x00\x12\x31\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.StartPrefillH\x00\x12-\n\x0b\x63\x61ncel_work\x18\x03 \x01(\x0b\x32\x16.kvrelay.v1.CancelWorkH\x00\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x42\t\n\x07message\"\xec\x02\n\x1dPrefillServiceSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12/\n\x0cprefill_done\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.PrefillDoneH\x00\x12\x31\n\rtransfer_done\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.TransferDoneH\x00\x12-\n\x0bwork_failed\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.WorkFailedH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x06 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoadB\t\n\x07message\"\xa5\x02\n\x0cStartPrefill\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x15\n\rnum_sequences\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12\x14\n\x0cpush_address\x18\t \x01(\t\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\"\xc5\x01\n\x0bPrefillDone\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken\x12\x10\n\x08queue_ms\x18\x03 \x01(\x02\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12%\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime\"\xd4\x01\n\x0cTransferDone\x12#\n\x07work_id\x18\x01 \x01(\x0b\x32\x12.kvrelay.v1.WorkId\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x02\x12\x12\n\nexposed_ms\x18\x04 \x01(\x02\x12\x19\n\x11num_resent_chunks\x18\x05 \x01(\r\x12\x0f\n\x07wire_ms\x18\x06 \x01(\x02\x12\x11\n\ttransport\x18\x07 \x01(\t\x12%\n\x06\x63hunks\x18\x08 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime2t\n\x0ePrefillService\x12\x62\n\x07Session\x12(.kvrelay.v1.PrefillServiceSessionRequest\x1a).kvrelay.v1.PrefillServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/prefill.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x93\x02\n\x1cPrefillServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.GatewayHelloH\x00\x12\x31\n\rstart_prefill\x18\x02 \x01(\x0b\x32\x18.kvrelay.v1.StartPrefillH\x00\x12+\n\ncancel_job\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.CancelJobH\x00\x12*\n\theartbeat\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x05 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x42\t\n\x07message\"\xea\x02\n\x1dPrefillServiceSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12/\n\x0cprefill_done\x18\x02 \x01(\x0b\x32\x17.kvrelay.v1.PrefillDoneH\x00\x12\x31\n\rtransfer_done\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.TransferDoneH\x00\x12+\n\njob_failed\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.JobFailedH\x00\x12*\n\theartbeat\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x06 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoadB\t\n\x07message\"\xb9\x02\n\x0cStartPrefill\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x15\n\rnum_sequences\x18\x04 \x01(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\x0e\n\x06ticket\x18\x08 \x01(\x0c\x12\x14\n\x0cpush_address\x18\t \x01(\t\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x14\n\x0cshare_weight\x18\x0c \x01(\r\"\xc3\x01\n\x0bPrefillDone\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12)\n\x06tokens\x18\x02 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken\x12\x10\n\x08queue_ms\x18\x03 \x01(\x02\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12%\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime\"\xd2\x01\n\x0cTransferDone\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_ms\x18\x03 \x01(\x02\x12\x12\n\nexposed_ms\x18\x04 \x01(\x02\x12\x19\n\x11num_resent_chunks\x18\x05 \x01(\r\x12\x0f\n\x07wire_ms\x18\x06 \x01(\x02\x12\x11\n\ttransport\x18\x07 \x01(\t\x12%\n\x06\x63hunks\x18\x08 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime2t\n\x0ePrefillService\x12\x62\n\x07Session\x12(.kvrelay.v1.PrefillServiceSessionRequest\x1a).kvrelay.v1.PrefillServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.prefill_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_start=67
-  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_end=344
-  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_start=347
-  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_end=711
-  _globals['_STARTPREFILL']._serialized_start=714
-  _globals['_STARTPREFILL']._serialized_end=1007
-  _globals['_PREFILLDONE']._serialized_start=1010
-  _globals['_PREFILLDONE']._serialized_end=1207
-  _globals['_TRANSFERDONE']._serialized_start=1210
-  _globals['_TRANSFERDONE']._serialized_end=1422
-  _globals['_PREFILLSERVICE']._serialized_start=1424
-  _globals['_PREFILLSERVICE']._serialized_end=1540
+  _globals['_PREFILLSERVICESESSIONREQUEST']._serialized_end=342
+  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_start=345
+  _globals['_PREFILLSERVICESESSIONRESPONSE']._serialized_end=707
+  _globals['_STARTPREFILL']._serialized_start=710
+  _globals['_STARTPREFILL']._serialized_end=1023
+  _globals['_PREFILLDONE']._serialized_start=1026
+  _globals['_PREFILLDONE']._serialized_end=1221
+  _globals['_TRANSFERDONE']._serialized_start=1224
+  _globals['_TRANSFERDONE']._serialized_end=1434
+  _globals['_PREFILLSERVICE']._serialized_start=1436
+  _globals['_PREFILLSERVICE']._serialized_end=1552
 # @@protoc_insertion_point(module_scope)

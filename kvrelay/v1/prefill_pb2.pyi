@@ -27,7 +27,7 @@ class PrefillServiceSessionRequest(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     START_PREFILL_FIELD_NUMBER: _builtins.int
-    CANCEL_WORK_FIELD_NUMBER: _builtins.int
+    CANCEL_JOB_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -36,11 +36,11 @@ class PrefillServiceSessionRequest(_message.Message):
 
     @_builtins.property
     def start_prefill(self) -> Global___StartPrefill:
-        """Run a prompt."""
+        """Compute a prompt."""
 
     @_builtins.property
-    def cancel_work(self) -> _session_pb2.CancelWork:
-        """Give up work."""
+    def cancel_job(self) -> _session_pb2.CancelJob:
+        """Cancel a job."""
 
     @_builtins.property
     def heartbeat(self) -> _session_pb2.Heartbeat:
@@ -55,15 +55,15 @@ class PrefillServiceSessionRequest(_message.Message):
         *,
         hello: _session_pb2.GatewayHello | None = ...,
         start_prefill: Global___StartPrefill | None = ...,
-        cancel_work: _session_pb2.CancelWork | None = ...,
+        cancel_job: _session_pb2.CancelJob | None = ...,
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_job", b"cancel_job", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_work", b"cancel_work", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_job", b"cancel_job", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "message", b"message", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "start_prefill", "cancel_work", "heartbeat", "heartbeat_ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "start_prefill", "cancel_job", "heartbeat", "heartbeat_ack"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -78,7 +78,7 @@ class PrefillServiceSessionResponse(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     PREFILL_DONE_FIELD_NUMBER: _builtins.int
     TRANSFER_DONE_FIELD_NUMBER: _builtins.int
-    WORK_FAILED_FIELD_NUMBER: _builtins.int
+    JOB_FAILED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
@@ -92,11 +92,11 @@ class PrefillServiceSessionResponse(_message.Message):
 
     @_builtins.property
     def transfer_done(self) -> Global___TransferDone:
-        """The whole KV cache is with the decode worker."""
+        """The decode worker has the whole KV cache."""
 
     @_builtins.property
-    def work_failed(self) -> _session_pb2.WorkFailed:
-        """The work ended without its result."""
+    def job_failed(self) -> _session_pb2.JobFailed:
+        """The job ended without its result."""
 
     @_builtins.property
     def heartbeat(self) -> _session_pb2.Heartbeat:
@@ -116,16 +116,16 @@ class PrefillServiceSessionResponse(_message.Message):
         hello: _session_pb2.WorkerHello | None = ...,
         prefill_done: Global___PrefillDone | None = ...,
         transfer_done: Global___TransferDone | None = ...,
-        work_failed: _session_pb2.WorkFailed | None = ...,
+        job_failed: _session_pb2.JobFailed | None = ...,
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
         load: _session_pb2.WorkerLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done", "work_failed", b"work_failed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done", "work_failed", b"work_failed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prefill_done", "transfer_done", "work_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prefill_done", "transfer_done", "job_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -133,11 +133,11 @@ Global___PrefillServiceSessionResponse: _TypeAlias = PrefillServiceSessionRespon
 
 @_typing.final
 class StartPrefill(_message.Message):
-    """Runs a prompt and pushes its KV cache to the decode worker that reserved blocks for it."""
+    """Computes a prompt and pushes its KV cache into a reservation of a decode worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
@@ -148,40 +148,45 @@ class StartPrefill(_message.Message):
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    SHARE_WEIGHT_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
-    """How many of token_ids are the client's prompt; the rest is output already emitted."""
+    """Leading token_ids that are the client's prompt. The rest is output so far."""
     num_sequences: _builtins.int
-    """How many sequences to start, from work_id.first_sequence on."""
+    """Sequences to start, from job_id.first_sequence on. Range 1 to 8."""
     cache_salt: _builtins.str
-    """Separates prefix caches of tenants: KV is shared within equal salts only."""
+    """Separates prefix caches: only jobs with equal salts share KV. Default empty."""
     deadline_ms: _builtins.int
-    """What is left of the deadline, in milliseconds."""
+    """Time left until the deadline, in milliseconds. A job with 0 is refused."""
     ticket: _builtins.bytes
-    """16 random bytes from the decode worker: the right to write into the reservation."""
+    """The reservation's ticket. 16 bytes."""
     push_address: _builtins.str
     """host:port of the decode worker's KVTransferService."""
     num_cached_tokens: _builtins.int
-    """Leading tokens that the decode worker already holds; the push starts behind them."""
+    """Leading tokens in the decode worker's prefix cache. The push starts after them."""
     traceparent: _builtins.str
-    """W3C trace context of the attempt, as in the header traceparent: what the worker records becomes part of that trace. Empty where
-    the request is not traced; its trace id is then its request id.
+    """W3C trace context of the attempt, as in the header traceparent. The worker's spans join that
+    trace. Empty: not traced; the request id is then the trace id.
+    """
+    share_weight: _builtins.int
+    """Weight of the job's share of a busy worker. Jobs of equal cache_salt are one share, and shares
+    take turns by weight. Range 1 to 1000. Default 0: 1.
     """
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The prompt and, on a later attempt, the tokens already emitted."""
+        """Tokens of the prompt and, on a later attempt, of the output so far. At least one."""
 
     @_builtins.property
     def sampling(self) -> _session_pb2.SamplingParams:
-        """How to sample."""
+        """How to sample. All fields are set."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_prompt_tokens: _builtins.int = ...,
         num_sequences: _builtins.int = ...,
@@ -192,10 +197,11 @@ class StartPrefill(_message.Message):
         push_address: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        share_weight: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "push_address", b"push_address", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids", "traceparent", b"traceparent", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "num_sequences", b"num_sequences", "push_address", b"push_address", "sampling", b"sampling", "share_weight", b"share_weight", "ticket", b"ticket", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,47 +209,47 @@ Global___StartPrefill: _TypeAlias = StartPrefill  # noqa: Y015
 
 @_typing.final
 class PrefillDone(_message.Message):
-    """The prompt's pass is done and each sequence's first token is sampled."""
+    """The prompt is computed, and each sequence's first token is sampled."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
-    """Time that the work waited in the worker, in milliseconds."""
+    """Time from the job's arrival to its first step, in milliseconds."""
     prefill_ms: _builtins.float
-    """Time from the start of the prompt's pass to its first token, in milliseconds."""
+    """Time from the job's first step to its first token, in milliseconds."""
     num_cached_tokens: _builtins.int
     """Leading tokens found in the prefill worker's prefix cache."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.SequenceToken]:
-        """One for each sequence, in order."""
+        """First token of each sequence, in order."""
 
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
-        """The chunks of the prompt's pass, from its start, in order; at most 64."""
+        """Chunks of the prompt, in order; at most 64. Times count from its first step."""
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         tokens: _abc.Iterable[_session_pb2.SequenceToken] | None = ...,
         queue_ms: _builtins.float = ...,
         prefill_ms: _builtins.float = ...,
         num_cached_tokens: _builtins.int = ...,
         chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "num_cached_tokens", b"num_cached_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens", b"tokens", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "job_id", b"job_id", "num_cached_tokens", b"num_cached_tokens", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,11 +257,13 @@ Global___PrefillDone: _TypeAlias = PrefillDone  # noqa: Y015
 
 @_typing.final
 class TransferDone(_message.Message):
-    """The decode worker acknowledged all of the KV cache. Also sent, with 0 bytes, when every sequence ended with its first token."""
+    """The decode worker acknowledged all KV. Also sent, with 0 bytes, when every sequence ended with
+    its first token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     TRANSFER_MS_FIELD_NUMBER: _builtins.int
     EXPOSED_MS_FIELD_NUMBER: _builtins.int
@@ -264,29 +272,33 @@ class TransferDone(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     kv_bytes: _builtins.int
-    """Payload bytes: keys and values only."""
+    """KV payload in bytes: keys and values only."""
     transfer_ms: _builtins.float
     """Time from the first byte sent to the last acknowledgement, in milliseconds."""
     exposed_ms: _builtins.float
-    """The part of transfer_ms after the first token was sampled: what prefill did not hide."""
+    """The part of transfer_ms after the first token, in milliseconds: prefill does not hide it."""
     num_resent_chunks: _builtins.int
-    """Chunks that were refused and sent once more."""
+    """Chunks that were refused and sent again."""
     wire_ms: _builtins.float
-    """The part of transfer_ms in which a chunk was under way: being copied out, sent, checked or written. kv_bytes over it is the rate."""
+    """The part of transfer_ms in which a chunk was copied, sent, checked or written, in milliseconds.
+    kv_bytes over it is the rate.
+    """
     transport: _builtins.str
-    """How the payloads travelled: "grpc" or "shared-memory"; empty when nothing did."""
+    """Transport of the payloads: "grpc" or "shared-memory". Empty: nothing was sent."""
     @_builtins.property
-    def work_id(self) -> _session_pb2.WorkId:
-        """The work."""
+    def job_id(self) -> _session_pb2.JobId:
+        """The job."""
 
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.ChunkTime]:
-        """The chunks on the wire, from the first byte sent, in the order of their acknowledgements; at most 64."""
+        """Chunks on the wire, in the order of their acknowledgements; at most 64. Times count from the
+        first byte sent.
+        """
 
     def __init__(
         self,
         *,
-        work_id: _session_pb2.WorkId | None = ...,
+        job_id: _session_pb2.JobId | None = ...,
         kv_bytes: _builtins.int = ...,
         transfer_ms: _builtins.float = ...,
         exposed_ms: _builtins.float = ...,
@@ -295,9 +307,9 @@ class TransferDone(_message.Message):
         transport: _builtins.str = ...,
         chunks: _abc.Iterable[_session_pb2.ChunkTime] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["work_id", b"work_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "exposed_ms", b"exposed_ms", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "transport", b"transport", "wire_ms", b"wire_ms", "work_id", b"work_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "exposed_ms", b"exposed_ms", "job_id", b"job_id", "kv_bytes", b"kv_bytes", "num_resent_chunks", b"num_resent_chunks", "transfer_ms", b"transfer_ms", "transport", b"transport", "wire_ms", b"wire_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Runs prompts and ships their KV cache.
+    """Computes prompts and sends their KV cache.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """Runs prompts and ships their KV cache.
+    """Computes prompts and sends their KV cache.
     """
 
     def Session(self, request_iterator, context):
-        """One per gateway, for as long as both live. Ends all work that came over it when it ends.
+        """One stream per gateway, while both live. Its end cancels all jobs given over it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +70,7 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Runs prompts and ships their KV cache.
+    """Computes prompts and sends their KV cache.
     """
 
     @staticmethod

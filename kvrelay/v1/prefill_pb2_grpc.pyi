@@ -27,25 +27,25 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PrefillServiceStub:
-    """Runs prompts and ships their KV cache."""
+    """Computes prompts and sends their KV cache."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_prefill_pb2.PrefillServiceSessionRequest, _prefill_pb2.PrefillServiceSessionResponse]
-    """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+    """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """Runs prompts and ships their KV cache."""
+    """Computes prompts and sends their KV cache."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_prefill_pb2.PrefillServiceSessionRequest, _prefill_pb2.PrefillServiceSessionResponse]  # type: ignore[assignment]
-    """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+    """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs prompts and ships their KV cache."""
+    """Computes prompts and sends their KV cache."""
 
     @_abc_1.abstractmethod
     def Session(
@@ -53,6 +53,6 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_prefill_pb2.PrefillServiceSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillServiceSessionResponse], _abc.AsyncIterator[_prefill_pb2.PrefillServiceSessionResponse]]:
-        """One per gateway, for as long as both live. Ends all work that came over it when it ends."""
+        """One stream per gateway, while both live. Its end cancels all jobs given over it."""
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

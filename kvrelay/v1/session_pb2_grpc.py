@@ -47,7 +47,7 @@ class ModelServiceServicer:
     """
 
     def GetTokenizer(self, request, context):
-        """Sends the files by which a gateway turns text into this model's tokens and back, so that a gateway needs no model folder.
+        """Sends the model's tokenizer files, so that gateways need no model folder.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,56 +1,54 @@
-"""VllmEngine's sampling parameters as ours. Pure; knows no model.
+"""Converts VllmEngine's sampling parameters to ours. Pure.
 
-Zeroes of fields that cannot be absent mean their defaults, as everywhere in that protocol.
+In that protocol, 0 in a field without presence means its default.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+from kvrelay.core.model_spec import ModelSpec
+from kvrelay.core.response_format import ResponseFormat
+from kvrelay.core.sampling_params import PARAMETERS, SamplingParams
 from kvrelay.errors import InvalidRequestError, UnsupportedError
-from kvrelay.response_format import ResponseFormat
-from kvrelay.sampling_params import MAX_LOGPROBS, SamplingParams
 from kvrelay.vllm_engine.messages import Message
 
 FIELD = "sampling_params"
-_SEED_MODULUS = 2**64
-"""Seeds are signed there."""
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "logit_bias": dict,
+    "stop": tuple,
+    "stop_token_ids": tuple,
+    "seed": lambda seed: seed % 2**64,  # it is signed there
+}
 
 
 def sampling_from_vllm(message: Message) -> SamplingParams:
-    """Checked parameters; `max_tokens` and `seed` are None where they are absent.
+    """Validates. `max_tokens` and `seed` are None if absent.
 
-    Raises:
-        InvalidRequestError: one is out of range; the field begins with `sampling_params.`.
-        UnsupportedError: something is asked for that is not offered.
+    Raises InvalidRequestError, whose field begins with `sampling_params.`, or UnsupportedError.
     """
     _refuse_what_is_not_offered(message)
-    sampling = SamplingParams(
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_k=message.top_k,
-        top_p=message.top_p or 1.0,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty or 1.0,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logit_bias=_logit_bias(message),
-        seed=message.seed % _SEED_MODULUS if message.HasField("seed") else None,
-        stop=tuple(message.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
-        min_tokens=message.min_tokens,
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-        ignore_eos=message.ignore_eos,
-        logprobs=_logprobs(message),
-        n=message.n or 1,
-        response_format=_response_format(message),
-    )
+    values = {field.name: value for field, value in message.ListFields() if field.name in PARAMETERS}
     try:
+        for name in _CONVERSIONS.keys() & values.keys():
+            PARAMETERS[name].check_count(values[name])
+            values[name] = _CONVERSIONS[name](values[name])
+        sampling = SamplingParams(**values, response_format=_response_format(message))
         sampling.validate()
     except InvalidRequestError as failure:
         raise InvalidRequestError(f"{FIELD}.{failure.field}", failure.problem) from None
     return sampling
 
 
+def defaults_json(model: ModelSpec) -> str:
+    """The model's defaults for GetModelInfo; empty when it has none. smg adds them to requests."""
+    stated = model.sampling_defaults.stated()
+    return json.dumps(stated) if stated else ""
+
+
 def with_room(sampling: SamplingParams, room: int) -> SamplingParams:
-    """Without a `max_tokens`, this protocol's output may take all the room that the prompt leaves, in tokens."""
+    """Sets an absent `max_tokens` to `room`, the tokens that the prompt leaves."""
     return replace(sampling, max_tokens=room) if sampling.max_tokens is None and room > 0 else sampling
 
 
@@ -60,15 +58,9 @@ def _refuse_what_is_not_offered(message: Message) -> None:
     if message.HasField("truncate_prompt_tokens"):
         raise UnsupportedError("prompts are not truncated; shorten it and leave truncate_prompt_tokens out")
     if message.HasField("structural_tag"):
-        raise UnsupportedError("structural_tag is not offered; send a json_schema, regex, grammar, choice or json_object")
-
-
-def _logprobs(message: Message) -> int | None:
-    if not message.HasField("logprobs"):
-        return None
-    if message.logprobs < 0:
-        raise InvalidRequestError(f"{FIELD}.logprobs", f"is {message.logprobs}; it must lie between 0 and {MAX_LOGPROBS}")
-    return int(message.logprobs)
+        raise UnsupportedError(
+            "structural_tag is not offered; send a json_schema, regex, grammar, choice or json_object"
+        )
 
 
 def _response_format(message: Message) -> ResponseFormat | None:
@@ -85,10 +77,3 @@ def _response_format(message: Message) -> ResponseFormat | None:
             return ResponseFormat.choice(message.choice.choices)
         case _:
             return None
-
-
-def _logit_bias(message: Message) -> dict[int, float]:
-    for token_id in message.logit_bias:
-        if token_id < 0:
-            raise InvalidRequestError(f"{FIELD}.logit_bias[{token_id}]", "is no token id; these begin with 0")
-    return dict(message.logit_bias)

@@ -1,22 +1,19 @@
-"""What VllmEngine tells of a worker, as plain values."""
+"""What VllmEngine reports of a worker, as plain values."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kvrelay.config import EngineSettings
-from kvrelay.model_spec import ModelSpec
-from kvrelay.worker_engine import WorkerEngine
+from kvrelay.config.settings import EngineSettings
+from kvrelay.core.model_spec import ModelSpec
+from kvrelay.worker.engine_setup import WorkerEngine
 
 Role = Literal["kv_producer", "kv_consumer"]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedEngine:
-    """What VllmEngine tells of a worker."""
-
     folder: Path
-    """The model's."""
     model: ModelSpec
     block_size: int
     max_sequence_tokens: int
@@ -30,7 +27,6 @@ class ServedEngine:
 
 
 def served_engine(engine: WorkerEngine, settings: EngineSettings, kv_role: Role) -> ServedEngine:
-    """Of a worker's engine and its settings."""
     return ServedEngine(
         engine.folder,
         engine.model,

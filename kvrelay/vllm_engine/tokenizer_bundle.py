@@ -1,4 +1,4 @@
-"""A model's tokenizer files as VllmEngine.GetTokenizer sends them: a zip archive in pieces, the last with its SHA-256."""
+"""A model's tokenizer files for VllmEngine.GetTokenizer: a zip archive in pieces."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ PIECE_BYTES = 64 * 1024
 
 
 def bundle(files: Mapping[str, bytes]) -> bytes:
-    """The archive: content by file name, compressed. Takes some 100 ms for a large vocabulary: call it off the event loop."""
+    """Zips contents by file name. Takes about 100 ms, so call it off the event loop."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(files.items()):
@@ -20,7 +20,7 @@ def bundle(files: Mapping[str, bytes]) -> bytes:
 
 
 def pieces(archive: bytes) -> Iterator[Message]:
-    """GetTokenizer's messages."""
+    """The last piece carries the archive's SHA-256."""
     digest = hashlib.sha256(archive).hexdigest()
     for begin in range(0, len(archive), PIECE_BYTES):
         end = begin + PIECE_BYTES

@@ -1,36 +1,35 @@
-"""What goes from a prefill worker's answer to the decode worker through smg, unread by it: where the prompt was computed."""
+"""Says where the prompt was computed. smg carries it unread from prefill to decode worker."""
 
 import json
 from typing import Any
 
+from kvrelay.core.bounds import check_length
 from kvrelay.errors import InvalidRequestError
 
 _FIELD = "kv_transfer_params_json"
 _ADDRESS = "kvrelay_prefill_address"
 _FINGERPRINT = "kvrelay_fingerprint"
+MAX_PARAMS_BYTES = 4096
 
 
-def asks_for_handover(params: str) -> bool:
-    """Whether a prefill worker is told that its prompt goes on elsewhere.
-
-    Raises:
-        InvalidRequestError: it is no JSON object.
-    """
+def asks_for_handoff(params: str) -> bool:
+    """Whether another worker continues the prompt."""
     return _parse(params).get("do_remote_decode") is True
 
 
-def handover(prefill_address: str, fingerprint: str) -> str:
+def handoff_params(prefill_address: str, fingerprint: str) -> str:
     """What the prefill worker at host:port answers."""
-    values = {"do_remote_decode": False, "do_remote_prefill": True, _ADDRESS: prefill_address, _FINGERPRINT: fingerprint}
+    values = {
+        "do_remote_decode": False,
+        "do_remote_prefill": True,
+        _ADDRESS: prefill_address,
+        _FINGERPRINT: fingerprint,
+    }
     return json.dumps(values)
 
 
 def prefill_address_of(params: str, fingerprint: str) -> str | None:
-    """Where a decode worker finds the prompt's KV; None where it is to be computed here.
-
-    Raises:
-        InvalidRequestError: it is no JSON object, comes from another kind of engine, or from one with another model.
-    """
+    """None: compute the prompt here. Raises InvalidRequestError."""
     values = _parse(params)
     if values.get("do_remote_prefill") is not True:
         return None
@@ -43,6 +42,7 @@ def prefill_address_of(params: str, fingerprint: str) -> str | None:
 
 
 def _parse(params: str) -> dict[str, Any]:
+    check_length(_FIELD, params, MAX_PARAMS_BYTES)
     try:
         values = json.loads(params)
     except (ValueError, RecursionError):

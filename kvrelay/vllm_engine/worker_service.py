@@ -1,7 +1,7 @@
-"""What VllmEngine is on both kinds of workers, for smg in its prefill-decode mode straight before them, without our gateway.
+"""VllmEngine on both kinds of workers, for smg in its prefill-decode mode, without our gateway.
 
-smg knows ways to hand KV over by vLLM's names for them. Ours answers to NixlConnector's: the prefill worker is asked for one
-token with `do_remote_decode`, and what its answer says goes to the decode worker as it is.
+Workers report vLLM's NixlConnector. With it smg asks the prefill worker for one token with
+`do_remote_decode`, and passes its answer unchanged to the decode worker.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -15,11 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 import kvrelay
+from kvrelay.core.bounds import check_count
+from kvrelay.core.job import FailureKind, Job, JobId
 from kvrelay.errors import (
-    CancelledRequestError,
     DeadlineError,
     InternalError,
     InvalidRequestError,
@@ -29,20 +28,20 @@ from kvrelay.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from kvrelay.model_service import tokenizer_files
-from kvrelay.vllm_engine.local_session import LocalSession
-from kvrelay.vllm_engine.messages import Message, engine_grpc, engine_pb
-from kvrelay.vllm_engine.sampling import sampling_from_vllm, with_room
+from kvrelay.vllm_engine.client_ids import MAX_ABORTED, check_client_id
+from kvrelay.vllm_engine.local_session import LocalSessions
+from kvrelay.vllm_engine.messages import Message, engine_pb
+from kvrelay.vllm_engine.partial_service import Context, PartialVllmEngine
+from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
 from kvrelay.vllm_engine.served_engine import ServedEngine
 from kvrelay.vllm_engine.tokenizer_bundle import bundle, pieces
-from kvrelay.wire import failure_kind_from_pb
-from kvrelay.work import FailureKind, Work, WorkId
-from kvrelay.worker_sessions import WorkerSessions
+from kvrelay.wire.convert import failure_kind_from_pb, with_model_defaults
+from kvrelay.worker.gateway_sessions import GatewaySessions
+from kvrelay.worker.tokenizer_service import tokenizer_files
 
-Context = grpc.aio.ServicerContext[Any, Any]
 CONNECTOR = "NixlConnector"
 DEFAULT_TIMEOUT_S = 300.0
-"""Deadline of requests that come without one, as all of smg's do."""
+"""Deadline of requests without one. smg sets none."""
 _ERRORS: dict[FailureKind, Callable[[str], KvrelayError]] = {
     FailureKind.OUT_OF_CAPACITY: OverloadedError,
     FailureKind.TRANSFER: TransferError,
@@ -52,26 +51,31 @@ _ERRORS: dict[FailureKind, Callable[[str], KvrelayError]] = {
 }
 
 
-class WorkerVllmEngine(engine_grpc.VllmEngineServicer):  # type: ignore[misc]  # its base is not typed
-    """All but Generate.
+class WorkerVllmEngine(PartialVllmEngine):
+    """`generate` answers a request, given its first attempt's job."""
 
-    Args:
-        engine: the worker's.
-        sessions: of the worker.
-    """
-
-    def __init__(self, engine: ServedEngine, sessions: WorkerSessions) -> None:
+    def __init__(
+        self,
+        engine: ServedEngine,
+        sessions: GatewaySessions,
+        local_sessions: LocalSessions,
+        generate: Callable[[Message, Job], AsyncIterator[Message]],
+    ) -> None:
         self._engine = engine
         self._sessions = sessions
+        self._local_sessions = local_sessions
+        self._generate = generate
         self._started_at = time.monotonic()
-        self._requests: dict[str, list[LocalSession]] = {}
-        """Sessions by the ids that clients gave, which two clients may give twice."""
         self._archive: bytes | None = None
 
+    async def Generate(self, request: Message, context: Context) -> AsyncIterator[Message]:
+        async for message in self._generate(request, self._job_of(request, context)):
+            yield message
+
     async def Abort(self, request: Message, context: Context) -> Message:
+        check_count("request_ids", request.request_ids, MAX_ABORTED)
         for request_id in request.request_ids:
-            for session in self._requests.get(request_id, ()):
-                session.send(failed=CancelledRequestError("the request was aborted"))
+            self._local_sessions.abort(request_id)
         return engine_pb.AbortResponse()
 
     async def HealthCheck(self, request: Message, context: Context) -> Message:
@@ -91,12 +95,13 @@ class WorkerVllmEngine(engine_grpc.VllmEngineServicer):  # type: ignore[misc]  #
             vocab_size=model.vocab_size,
             model_type=model.architecture,
             eos_token_ids=model.eos_token_ids,
+            default_sampling_params_json=defaults_json(model),
         )
 
     async def GetServerInfo(self, request: Message, context: Context) -> Message:
         engine = self._engine
         return engine_pb.GetServerInfoResponse(
-            active_requests=sum(map(len, self._requests.values())),
+            active_requests=self._local_sessions.num_open,
             uptime_seconds=time.monotonic() - self._started_at,
             server_type="kvrelay",
             kv_connector=CONNECTOR,
@@ -121,7 +126,9 @@ class WorkerVllmEngine(engine_grpc.VllmEngineServicer):  # type: ignore[misc]  #
             num_waiting_uncached_tokens=load.num_queued_prompt_tokens,
         )
         now = datetime.now(UTC).isoformat()
-        return engine_pb.GetLoadsResponse(timestamp=now, version=kvrelay.__version__, dp_rank_count=1, loads=[scheduler_load])
+        return engine_pb.GetLoadsResponse(
+            timestamp=now, version=kvrelay.__version__, dp_rank_count=1, loads=[scheduler_load]
+        )
 
     async def GetTokenizer(self, request: Message, context: Context) -> AsyncIterator[Message]:
         if self._archive is None:
@@ -129,61 +136,31 @@ class WorkerVllmEngine(engine_grpc.VllmEngineServicer):  # type: ignore[misc]  #
         for piece in pieces(self._archive):
             yield piece
 
-    async def FlushCache(self, request: Message, context: Context) -> Message:
-        raise UnsupportedError("prefix caches are not flushed: they hold nothing that may not be used")
-
-    async def Embed(self, request: Message, context: Context) -> Message:
-        raise UnsupportedError("embeddings are not computed; ask for generated text")
-
-    async def StartProfile(self, request: Message, context: Context) -> Message:
-        raise UnsupportedError("engines are not profiled through this service; see docs/measuring.md")
-
-    async def StopProfile(self, request: Message, context: Context) -> Message:
-        raise UnsupportedError("engines are not profiled through this service; see docs/measuring.md")
-
-    async def SubscribeKvEvents(self, request: Message, context: Context) -> Message:
-        raise UnsupportedError("events of single KV blocks are not published; GetLoads says how full the worker is")
-
-    # --- For Generate
-
-    def _work_of(self, request: Message, context: Context) -> Work:
-        """The first attempt's work.
-
-        Raises:
-            InvalidRequestError, UnsupportedError: it cannot be served.
-        """
-        if not request.request_id:
-            raise InvalidRequestError("request_id", "is empty; Abort needs it")
+    def _job_of(self, request: Message, context: Context) -> Job:
+        check_client_id(request.request_id)
         if request.WhichOneof("input") != "tokenized" or not request.tokenized.input_ids:
             raise InvalidRequestError("input", "must be tokenized: workers know tokens only")
         if request.HasField("mm_inputs") or request.extra_mm_inputs or request.HasField("media_refs"):
             raise UnsupportedError("images, video and audio are not taken; send token ids only")
+        num_tokens = len(request.tokenized.input_ids)
+        if num_tokens >= self._engine.max_tokens:
+            raise self._too_long(num_tokens)
         token_ids = tuple(request.tokenized.input_ids)
-        # Stop strings are matched by who has the text; smg does that anyway.
+        # smg matches stop strings, because it has the text.
         sampling = replace(sampling_from_vllm(request.sampling_params), stop=())
+        sampling = with_model_defaults(sampling, request.sampling_params, self._engine.model)
         sampling = with_room(sampling, self._engine.max_tokens - len(token_ids))
         if sampling.max_tokens is None or len(token_ids) + sampling.max_tokens > self._engine.max_tokens:
-            problem = f"has {len(token_ids)} tokens; the longest sequence here has {self._engine.max_tokens}, with its output"
-            raise InvalidRequestError("tokenized.input_ids", problem)
+            raise self._too_long(num_tokens)
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         remaining_s = context.time_remaining()
         deadline_ms = int((DEFAULT_TIMEOUT_S if remaining_s is None else max(remaining_s, 0.0)) * 1000)
-        return Work(WorkId(secrets.token_hex(16), 1), token_ids, len(token_ids), sampling.n, sampling, "", deadline_ms)
+        return Job(JobId(secrets.token_hex(16), 1), token_ids, len(token_ids), sampling.n, sampling, "", deadline_ms)
 
-    def _open(self, request_id: str) -> LocalSession:
-        """A session for the request; `_close` must follow."""
-        session = LocalSession()
-        self._requests.setdefault(request_id, []).append(session)
-        return session
-
-    def _close(self, request_id: str, session: LocalSession) -> None:
-        """Gives up what the session still has."""
-        self._sessions.end_works_of(session)
-        sessions = self._requests[request_id]
-        sessions.remove(session)
-        if not sessions:
-            del self._requests[request_id]
+    def _too_long(self, num_tokens: int) -> InvalidRequestError:
+        problem = f"has {num_tokens} tokens; the longest sequence here has {self._engine.max_tokens}, with its output"
+        return InvalidRequestError("tokenized.input_ids", problem)
 
 
 def _bundle_of(folder: Path) -> bytes:
@@ -191,6 +168,6 @@ def _bundle_of(folder: Path) -> bytes:
 
 
 def error_of_failure(failed: Any) -> KvrelayError:
-    """The error for a WorkFailed message."""
+    """`failed` is a JobFailed message."""
     kind = failure_kind_from_pb(failed.kind)
     return _ERRORS.get(kind, InternalError)(failed.message)

@@ -35,7 +35,9 @@ async def test_every_message_of_every_stream_arrives_in_order_whatever_the_frame
 
     async with serving(count) as address:
         streams = await asyncio.to_thread(read_streams, address, METHOD, [b"a", b"bc", b""], 20.0)
-    expected = [[request + bytes([number]) * size for number, size in enumerate(sizes)] for request in (b"a", b"bc", b"")]
+    expected = [
+        [request + bytes([number]) * size for number, size in enumerate(sizes)] for request in (b"a", b"bc", b"")
+    ]
     assert [[message for _, message in stream] for stream in streams] == expected
     for stream in streams:
         times = [time_s for time_s, _ in stream]

@@ -1,4 +1,6 @@
-"""What strategies set aside, for traces small enough to count by hand, and for a large one against our block manager."""
+"""What strategies set aside, for traces small enough to count by hand, and for a large one against
+our block manager.
+"""
 
 import pytest
 

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.measurement import Measurement, Objective, RequestRecord, measure, summarize
 from kvrelay.client import Delta
-from kvrelay.telemetry import Phases
-from kvrelay.work import Token
+from kvrelay.core.job import Token
+from kvrelay.core.timeline import Phases
 
 
 def tokens(num_tokens: int) -> tuple[Token, ...]:

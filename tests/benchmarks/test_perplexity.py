@@ -9,8 +9,8 @@ import torch
 from benchmarks.engine_steps import load_engine
 from benchmarks.installed_text import installed_text
 from benchmarks.perplexity import Score, compare, perplexity, score_window, split
-from tests.reference import Reference
-from tests.tiny_models import make_tiny_model
+from tests.support.reference import Reference
+from tests.support.tiny_models import make_tiny_model
 
 
 def test_perplexity_is_the_number_of_equally_likely_choices() -> None:

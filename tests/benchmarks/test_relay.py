@@ -1,4 +1,6 @@
-"""`bench relay` end to end, small: what a simulated worker sends arrives, through a real gateway, in order and counted."""
+"""`bench relay` end to end, small: what a simulated worker sends arrives, through a real gateway,
+in order and counted.
+"""
 
 import os
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 
 from benchmarks.relay import _highest, _is_kept_up_with
 from benchmarks.relay_measurement import RelayBench, RelayLoad, RelayResult
-from kvrelay.model_store import ModelStore, default_model_dir
+from kvrelay.models.store import ModelStore, default_model_dir
 
 
 @pytest.mark.real_model

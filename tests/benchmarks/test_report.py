@@ -18,7 +18,9 @@ class Result:
     tokens_per_s: float
 
 
-def test_the_document_has_machine_versions_notes_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document_has_machine_versions_notes_and_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "results" / "memory.json"
     report = Report("memory", path, None)
     report.add(Result("a", 1.23456), {"name": "b", "tokens_per_s": 2.0})
@@ -62,5 +64,7 @@ def test_tables_show_numbers_for_people(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_command_is_shown_without_its_folder() -> None:
-    assert command_line(["/some/where/kvrelay", "bench", "memory", "--json", "a b"]) == "kvrelay bench memory --json 'a b'"
+    assert (
+        command_line(["/some/where/kvrelay", "bench", "memory", "--json", "a b"]) == "kvrelay bench memory --json 'a b'"
+    )
     assert command_line(["/some/benchmarks/__main__.py"]) == "python -m benchmarks"

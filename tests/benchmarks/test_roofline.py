@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.roofline import Limits, ModelCost, StepCost
 from kvrelay.kv_cache.memory_planning import WeightCounts
-from kvrelay.model_shape import ModelShape
+from kvrelay.models.shape import ModelShape
 
 LAYER_WEIGHTS, HEAD_WEIGHTS = 1000, 10 * 8
 SHAPE = ModelShape(
@@ -34,7 +34,11 @@ def test_a_decode_step_reads_weights_once_and_the_kv_of_every_sequence() -> None
 
 def test_chunks_of_a_prompt_read_the_weights_again_and_compute_the_same() -> None:
     whole, halves = COST.prefill(8, 8), COST.prefill(8, 4)
-    assert whole.num_operations == halves.num_operations == 16 * LAYER_WEIGHTS + 2 * HEAD_WEIGHTS + 36 * ATTENTION_OPERATIONS
+    assert (
+        whole.num_operations
+        == halves.num_operations
+        == 16 * LAYER_WEIGHTS + 2 * HEAD_WEIGHTS + 36 * ATTENTION_OPERATIONS
+    )
     assert halves.num_bytes - whole.num_bytes == 4 * LAYER_WEIGHTS + 4 * KV_BYTES
 
 

@@ -16,7 +16,10 @@ def test_log_tells_how_far_each_process_got_and_what_its_pool_takes() -> None:
     log._take("decode-0  | 2026-01-01 [info     ] kernels ready    num_threads=1")
     assert not log.ready.is_set()
     log._take("kvrelay   | ready: the gateway is 127.0.0.1:1; Ctrl-C ends everything")
-    assert [(event.process, event.event) for event in log.events] == [("decode-0", "model loaded"), ("kvrelay", "ready")]
+    assert [(event.process, event.event) for event in log.events] == [
+        ("decode-0", "model loaded"),
+        ("kvrelay", "ready"),
+    ]
     assert log.kv_pool_bytes == 1023 * MEBIBYTE
     assert log.ready.is_set()
 

@@ -1,4 +1,6 @@
-"""Commands as a user types them, against a scripted gateway: what they print, where, and how they exit."""
+"""Commands as a user types them, against a scripted gateway: what they print, where, and how they
+exit.
+"""
 
 import asyncio
 import io
@@ -16,7 +18,8 @@ import pytest
 from kvrelay import errors
 from kvrelay.cli import main
 from kvrelay.v1 import inference_pb2, session_pb2
-from tests.fake_inference_service import (
+from tests.cli.terminal import Terminal
+from tests.support.fake_inference_service import (
     REQUEST_ID,
     Behaviour,
     FakeInferenceService,
@@ -61,8 +64,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             return int(end.code or 0)
         return 0
 
-    async def run(*arguments: str, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    async def run(*arguments: str, stdin: str | bytes = "") -> Result:
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()))
+        )
         exit_code = await asyncio.to_thread(call, arguments)
         captured = capsys.readouterr()
         return Result(exit_code, captured.out, captured.err)
@@ -75,10 +80,16 @@ async def begin_complete(service: FakeInferenceService, behaviour: Behaviour) ->
     service.unary["CancelRequest"] = inference_pb2.CancelRequestResponse(state=inference_pb2.REQUEST_STATE_CANCELLED)
     service.generate = [behaviour]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "kvrelay.cli", "complete", "x", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "kvrelay.cli",
+        "complete",
+        "x",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.read(5), 30) == b"Hello"
+    assert await asyncio.wait_for(process.stdout.read(5), 60) == b"Hello"
     return process
 
 
@@ -89,7 +100,7 @@ def cancelled_ids(service: FakeInferenceService) -> list[str]:
 async def test_ctrl_c_cancels_the_request(service: FakeInferenceService) -> None:
     process = await begin_complete(service, then_wait(*WHOLE[:2]))
     process.send_signal(signal.SIGINT)
-    _, err = await asyncio.wait_for(process.communicate(), 30)
+    _, err = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, err) == (130, b"")
     assert cancelled_ids(service) == [REQUEST_ID]
 
@@ -109,7 +120,7 @@ async def test_a_request_whose_reader_goes_away_is_cancelled(service: FakeInfere
     transport: Any = process._transport  # type: ignore[attr-defined]  # asyncio offers no way to close one pipe only
     transport.get_pipe_transport(1).close()
     more.set()
-    await asyncio.wait_for(process.wait(), 30)
+    await asyncio.wait_for(process.wait(), 60)
     assert process.stderr is not None
     assert await process.stderr.read() == b""
     assert process.returncode == 1
@@ -131,6 +142,7 @@ async def test_complete_prints_the_text_and_nothing_else(service: FakeInferenceS
 async def test_complete_takes_every_sampling_parameter(service: FakeInferenceService, run: Run) -> None:
     service.generate = [play(*WHOLE)]
     options = {
+        "--temperature": "0.5",
         "--top-k": "5",
         "--top-p": "0.5",
         "--min-p": "0.25",
@@ -146,7 +158,7 @@ async def test_complete_takes_every_sampling_parameter(service: FakeInferenceSer
     result = await run("complete", "x", "--ignore-eos", *(part for pair in options.items() for part in pair))
     assert result.exit_code == 0
     expected = session_pb2.SamplingParams(
-        temperature=1.0,
+        temperature=0.5,
         top_k=5,
         top_p=0.5,
         min_p=0.25,
@@ -163,7 +175,9 @@ async def test_complete_takes_every_sampling_parameter(service: FakeInferenceSer
     assert service.calls[0].sampling == expected
 
 
-async def test_complete_reads_a_prompt_from_standard_input_and_sends_it_as_chat(service: FakeInferenceService, run: Run) -> None:
+async def test_complete_reads_a_prompt_from_standard_input_and_sends_it_as_chat(
+    service: FakeInferenceService, run: Run
+) -> None:
     service.generate = [play(*WHOLE)]
     await run("complete", "-", "--chat", "--system", "Be brief.", stdin="What is it?")
     sent = [(message.role, message.content) for message in service.calls[0].chat.messages]
@@ -222,9 +236,15 @@ async def test_a_broken_connection_is_not_noticed(service: FakeInferenceService,
     ("error", "expected"),
     [
         (errors.InvalidRequestError("max_tokens", "is 0"), "error: max_tokens is 0\n"),
-        (errors.ModelNotFoundError("no model x"), "error: no model x. See the models that are served with `kvrelay status`.\n"),
+        (
+            errors.ModelNotFoundError("no model x"),
+            "error: no model x. See the models that are served with `kvrelay status`.\n",
+        ),
         (errors.OverloadedError("too many requests"), "error: too many requests. Try again later.\n"),
-        (errors.RequestNotFoundError("no request x"), "error: no request x. See known requests with `kvrelay requests`.\n"),
+        (
+            errors.RequestNotFoundError("no request x"),
+            "error: no request x. See known requests with `kvrelay requests`.\n",
+        ),
     ],
 )
 async def test_an_error_is_one_line_that_says_what_to_do(
@@ -267,9 +287,59 @@ async def test_chat_answers_every_line_of_a_pipe_until_exit(service: FakeInferen
     assert service.calls[1].sampling.max_tokens == 4
 
 
+async def test_chat_takes_commands_and_long_messages_from_a_pipe(service: FakeInferenceService, run: Run) -> None:
+    service.converse = play(accepted(), delta(0, "Yes.", last=True), finished())
+    lines = ('"""', "one", "two", '"""', "/system Be brief.", "//three", "/four")
+    result = await run("chat", stdin="\n".join(lines))
+    assert (result.exit_code, result.out) == (1, "Yes.\nYes.\n")
+    assert "error: message /four is no command" in result.err
+    sent = [[message.content for message in call.messages] for call in service.calls]
+    assert sent == [["one\ntwo"], ["Be brief.", "one\ntwo", "Yes.", "/three"]]
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+@pytest.mark.parametrize(("piped", "sent"), [("What is it?", "What is it?"), ("a\nb\r\n", "a\nb"), ("a\n\n", "a\n")])
+async def test_a_prompt_is_read_from_a_pipe_without_its_last_line_end(
+    service: FakeInferenceService, run: Run, arguments: tuple[str, ...], piped: str, sent: str
+) -> None:
+    service.generate = [play(*WHOLE)]
+    service.unary["Tokenize"] = inference_pb2.TokenizeResponse(token_ids=[1, 22])
+    assert (await run("complete", *arguments, stdin=piped)).out == "Hello there\n"
+    assert (await run("tokenize", *arguments, stdin=piped)).out == "1 22\n"
+    assert [call.text for call in service.calls] == [sent, sent]
+
+
+@pytest.mark.parametrize(
+    ("piped", "problem"),
+    [
+        (b"", "is empty: nothing came through standard input"),
+        (b"\n", "is empty"),
+        (b"a\xff", "is no UTF-8 text: its byte 1 is 0xff"),
+        (b"a" * (8 * 1024 * 1024 + 1), "is longer than 8 MiB"),
+    ],
+)
+@pytest.mark.parametrize(("command", "field"), [("complete", "prompt"), ("tokenize", "text")])
+async def test_what_comes_through_a_pipe_and_is_no_prompt_is_not_sent(
+    service: FakeInferenceService, run: Run, command: str, field: str, piped: bytes, problem: str
+) -> None:
+    result = await run(command, stdin=piped)
+    assert (result.exit_code, result.out) == (1, "")
+    assert f"error: {field} {problem}" in result.err
+    assert service.calls == []
+
+
+def test_a_prompt_that_is_missing_at_a_terminal_is_asked_for() -> None:
+    with Terminal(["-m", "kvrelay.cli", "complete"]) as terminal:
+        assert terminal.wait() == 1
+    assert terminal.shown == b"error: prompt is missing: give it as an argument, or through a pipe\r\n"
+
+
 async def test_chat_refuses_several_answers(service: FakeInferenceService, run: Run) -> None:
     result = await run("chat", "--n", "2")
-    assert (result.exit_code, result.err) == (1, "error: n must be 1 in a chat: one answer continues the conversation\n")
+    assert (result.exit_code, result.err) == (
+        1,
+        "error: n must be 1 in a chat: one answer continues the conversation\n",
+    )
 
 
 def cluster(*, degraded: bool = False) -> inference_pb2.GetClusterResponse:
@@ -374,7 +444,9 @@ def test_the_command_line_starts_without_torch_and_grpc() -> None:
     assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", [("serve", "all"), ("complete",), ("chat",), ("status",), ("demo",), ("models", "add")])
+@pytest.mark.parametrize(
+    "command", [("serve", "all"), ("complete",), ("chat",), ("status",), ("demo",), ("models", "add")]
+)
 async def test_help_shows_the_options_in_full_on_a_small_terminal(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
@@ -385,14 +457,21 @@ async def test_help_shows_the_options_in_full_on_a_small_terminal(
     assert "…" not in result.out
 
 
-def test_a_role_that_has_ended_does_not_wait_for_its_libraries(tmp_path: Path) -> None:
-    (tmp_path / "gateway").mkdir()
-    (tmp_path / "gateway" / "__init__.py").touch()
-    program = "import atexit, time\ndef run(settings):\n    atexit.register(time.sleep, 600)\n    print('it ran')\n"
-    (tmp_path / "gateway" / "main.py").write_text(program)
+_SERVE_A_FAKE_GATEWAY = """
+import atexit, sys, time, types
+def run(settings):
+    atexit.register(time.sleep, 600)
+    print('it ran')
+sys.modules["gateway.main"] = types.SimpleNamespace(run=run)
+from kvrelay.cli import main
+main(["serve", "gateway"])
+"""
+
+
+def test_a_role_that_has_ended_does_not_wait_for_its_libraries() -> None:
     environment = {"PYTHONPATH": str(Path.cwd()), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "kvrelay.cli", "serve", "gateway"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=60)
+    command = [sys.executable, "-c", _SERVE_A_FAKE_GATEWAY]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     assert (result.returncode, result.stdout) == (0, "it ran\n")
 
 
@@ -410,5 +489,5 @@ def test_a_worker_without_its_libraries_says_what_to_install(tmp_path: Path) -> 
     environment = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     assert result.returncode == 1
-    assert "pip install 'kvrelay[worker]'" in result.stderr
+    assert "pip install '.[worker]'" in result.stderr
     assert "Traceback" not in result.stderr

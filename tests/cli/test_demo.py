@@ -1,4 +1,6 @@
-"""`kvrelay demo` with a tiny model and real processes: an answer, KV bytes that travelled, and nothing left behind."""
+"""`kvrelay demo` with a tiny model and real processes: an answer, KV bytes that travelled, and
+nothing left behind.
+"""
 
 import json
 import os
@@ -9,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 PROMPT = "The prefill worker runs the prompt. " * 10
 

@@ -1,14 +1,16 @@
 """`kvrelay plan` on a folder that holds a config and nothing else."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kvrelay.cli import main
-from tests.test_model_shape import LLAMA_3_8B, write_config
+from tests.models.test_shape import LLAMA_3_8B, write_config
 
 
 def run(*arguments: str) -> int | str | None:
@@ -33,7 +35,9 @@ def test_the_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (float32["max_sequences"], float32["max_tokens"]) == (0, 0)
 
 
-def test_the_table_names_the_kind_of_attention_and_what_is_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_the_kind_of_attention_and_what_is_too_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_config(tmp_path / "llama-3-8b", LLAMA_3_8B)
     assert run(str(folder), "--prompt-tokens", "9000") == 0
     shown = capsys.readouterr().out
@@ -54,3 +58,20 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "bfloat16" in result.stdout
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_the_plan_of_a_large_model_has_whole_numbers_at_each_width(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_config(tmp_path / "llama-3-8b", LLAMA_3_8B)
+
+    def numbers(columns: int) -> set[str]:
+        monkeypatch.setattr("kvrelay.cli.plan_command.console", lambda: Console(width=columns))
+        assert run(str(folder), "--batch", "256", "--prompt-tokens", "8000", "--memory-gib", "4096") == 0
+        table = capsys.readouterr().out.split("in int8: ")[1]
+        assert max(len(line) for line in table.splitlines() if line[0] in "│┃┏└") <= columns
+        return set(re.findall(r"[\d,.]+(?=[ │])", table))
+
+    assert numbers(width) == numbers(300)
+    assert "30,633.0" in numbers(width)

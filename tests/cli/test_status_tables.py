@@ -1,13 +1,25 @@
 """Tables of a cluster: what they show only where there is something to show."""
 
-from rich.console import Console
+from collections.abc import Callable
 
-from kvrelay.cli.status_tables import cluster_view
-from kvrelay.client.results import Cluster, WorkerInfo, WorkerRole
-from kvrelay.model_spec import KVLayout, ModelSpec
-from kvrelay.work import WorkerLoad
+import pytest
+from rich.console import Console, RenderableType
+
+from kvrelay.cli.views.status_tables import cluster_view
+from kvrelay.cli.views.top_view import top_view
+from kvrelay.client.results import Cluster, WorkerInfo, WorkerRole, cluster_from_pb
+from kvrelay.core.job import WorkerLoad
+from kvrelay.core.model_spec import KVLayout, ModelSpec
+from kvrelay.v1 import inference_pb2
 
 MODEL = ModelSpec("m", "llama", KVLayout(1, 1, 1, "float32"), 50, 64, (0,), "f")
+
+
+def printed(view: RenderableType) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(view)
+    return capture.get()
 
 
 def shown(*loads: WorkerLoad) -> str:
@@ -15,10 +27,7 @@ def shown(*loads: WorkerLoad) -> str:
         WorkerInfo(f"worker-{number}", WorkerRole.DECODE, "127.0.0.1:1", MODEL, load, True, 0.0, 16)
         for number, load in enumerate(loads)
     )
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(cluster_view(Cluster("g", (), workers, degraded=False, running_requests=())))
-    return capture.get()
+    return printed(cluster_view(Cluster("g", (), workers, degraded=False, running_requests=())))
 
 
 def test_the_share_of_right_guesses_is_shown_where_workers_guess() -> None:
@@ -26,3 +35,18 @@ def test_the_share_of_right_guesses_is_shown_where_workers_guess() -> None:
     assert "guesses right" in text
     assert "75 % of 40" in text
     assert "guesses right" not in shown(WorkerLoad())
+
+
+@pytest.mark.parametrize("view", [cluster_view, lambda cluster: top_view(cluster, (), None)], ids=["status", "top"])
+def test_a_worker_that_is_not_connected_has_a_line_that_says_why(view: Callable[[Cluster], RenderableType]) -> None:
+    # brackets are no markup
+    problem = "no session with [fd00::7]:1: UNAVAILABLE: connection refused"
+    away = inference_pb2.WorkerInfo(worker_id="decode-away", role=inference_pb2.WORKER_ROLE_DECODE, problem=problem)
+    up = inference_pb2.WorkerInfo(worker_id="decode-up", role=inference_pb2.WORKER_ROLE_DECODE, connected=True)
+    for worker in (away, up):
+        worker.model.dtype = "float32"
+    cluster = cluster_from_pb(inference_pb2.GetClusterResponse(gateway_id="g", workers=[away, up]))
+    assert [worker.problem for worker in cluster.workers] == [problem, ""]
+    lines = [line.rstrip() for line in printed(view(cluster)).splitlines()]
+    assert f"decode-away: {problem}" in lines
+    assert not [line for line in lines if line.startswith("decode-up:")]

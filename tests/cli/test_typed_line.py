@@ -6,8 +6,8 @@ from tests.cli.terminal import Terminal
 
 CHAT = ("-m", "kvrelay.cli", "chat")
 
-# The hook runs when the prompt has been shown and readline does not wait yet. A C function: in Python code the signal would be
-# heard at once.
+# The hook runs when the prompt has been shown and readline does not wait yet. A C function: in
+# Python code the signal would be heard at once.
 INTERRUPTED_BEFORE_THE_WAIT = """
 import ctypes, functools, readline, signal, sys
 readline.set_pre_input_hook(functools.partial(getattr(ctypes.CDLL(None), "raise"), int(signal.SIGINT)))
@@ -16,11 +16,12 @@ main(["chat"])
 """
 
 
-@pytest.mark.parametrize(("key", "exit_code"), [(b"\x04", 0), (b"\x03", 130)], ids=["Ctrl-D", "Ctrl-C"])
-def test_a_chat_that_is_left_leaves_the_shell_a_line_of_its_own(key: bytes, exit_code: int) -> None:
+@pytest.mark.parametrize(("keys", "exit_code"), [((b"\x04",), 0), ((b"\x03", b"\x03"), 130)], ids=["Ctrl-D", "Ctrl-C"])
+def test_a_chat_that_is_left_leaves_the_shell_a_line_of_its_own(keys: tuple[bytes, ...], exit_code: int) -> None:
     with Terminal(CHAT) as terminal:
-        terminal.read_until(b"> ")
-        terminal.type(key)
+        for key in keys:
+            terminal.read_until(b"> ")
+            terminal.type(key)
         assert terminal.wait() == exit_code
     assert terminal.shown.endswith(b"\r\n")
     assert b"Traceback" not in terminal.shown

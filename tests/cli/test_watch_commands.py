@@ -7,15 +7,15 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from kvrelay.chunk_times import ChunkTime
-from kvrelay.cli.top_view import rates_between, top_view
-from kvrelay.cli.waterfall import Waterfall
+from kvrelay.cli.views.top_view import rates_between, top_view
+from kvrelay.cli.views.waterfall import Waterfall
 from kvrelay.client.results import Cluster, RequestInfo, RequestState, RequestTimeline, TransferTotal
-from kvrelay.timeline import SpanKind, Timeline, TimelineSpan, TokenRun, WorkOutcome, WorkTimeline
-from kvrelay.timeline_messages import timeline_to_pb
+from kvrelay.core.chunk_times import ChunkTime
+from kvrelay.core.timeline import JobOutcome, JobTimeline, SpanKind, Timeline, TimelineSpan, TokenRun
 from kvrelay.v1 import inference_pb2
+from kvrelay.wire.timeline import timeline_to_pb
 from tests.cli.test_commands import Run, run, service
-from tests.fake_inference_service import REQUEST_ID, FakeInferenceService
+from tests.support.fake_inference_service import REQUEST_ID, FakeInferenceService
 
 __all__ = ["run", "service"]
 
@@ -25,13 +25,13 @@ WORKER_LOST = "decode-aaaa was lost"
 
 def survivor() -> Timeline:
     """48 tokens over two attempts."""
-    first = WorkTimeline(
+    first = JobTimeline(
         attempt=1,
         first_sequence=0,
         num_sequences=1,
         begin_ms=0,
         end_ms=500,
-        outcome=WorkOutcome.RETRIED,
+        outcome=JobOutcome.RETRIED,
         end_reason=WORKER_LOST,
         failed_worker_id="decode-aaaa",
         prefill_worker_id="prefill-cccc",
@@ -48,13 +48,13 @@ def survivor() -> Timeline:
         transfer_wire_ms=100,
         token_runs=(TokenRun(0, 0, 18, 200, 450, (200, 450), 17),),
     )
-    second = WorkTimeline(
+    second = JobTimeline(
         attempt=2,
         first_sequence=0,
         num_sequences=1,
         begin_ms=500,
         end_ms=1000,
-        outcome=WorkOutcome.COMPLETED,
+        outcome=JobOutcome.COMPLETED,
         decode_worker_id="decode-bbbb",
         spans=(TimelineSpan(SpanKind.DECODE, 700, 1000, "decode-bbbb"),),
         token_runs=(TokenRun(0, 18, 30, 700, 1000, (700, 1000), 29),),
@@ -86,7 +86,15 @@ async def test_trace_draws_both_attempts_of_a_request_that_survived(service: Fak
     service.unary["GetTimeline"] = answer(survivor())
     result = await run("trace", REQUEST_ID)
     assert (result.exit_code, result.err) == (0, "")
-    for expected in ("attempt 1", WORKER_LOST, "22.0 MB of KV", "attempt 2", "0-17, attempt 1", "18-47, attempt 2", "250 ms"):
+    for expected in (
+        "attempt 1",
+        WORKER_LOST,
+        "22.0 MB of KV",
+        "attempt 2",
+        "0-17, attempt 1",
+        "18-47, attempt 2",
+        "250.0 ms",
+    ):
         assert expected in result.out
     assert "not contiguous" not in result.out
     assert [call.request_id for call in service.calls] == [REQUEST_ID]
@@ -104,9 +112,9 @@ async def test_trace_takes_the_newest_request_when_none_is_named(service: FakeIn
 
 async def test_trace_writes_json_for_programs(service: FakeInferenceService, run: Run) -> None:
     service.unary["GetTimeline"] = answer(survivor())
-    works = json.loads((await run("trace", REQUEST_ID, "--json")).out)["timeline"]["works"]
-    assert [work["outcome"] for work in works] == ["retried", "completed"]
-    runs = [run for work in works for run in work["token_runs"]]
+    jobs = json.loads((await run("trace", REQUEST_ID, "--json")).out)["timeline"]["jobs"]
+    assert [job["outcome"] for job in jobs] == ["retried", "completed"]
+    runs = [run for job in jobs for run in job["token_runs"]]
     assert all(before["first_index"] + before["num_tokens"] == after["first_index"] for before, after in pairwise(runs))
 
 
@@ -119,7 +127,7 @@ def test_a_waterfall_fits_its_terminal(width: int) -> None:
 
 def test_a_waterfall_says_when_tokens_are_missing() -> None:
     whole = survivor()
-    torn = Timeline("g", NOW, 1000, True, (7,), whole.works)
+    torn = Timeline("g", NOW, 1000, True, (7,), whole.jobs)
     assert "not contiguous" in drawn(torn)
     assert "taken over from another gateway after 7 tokens" in drawn(torn)
 
@@ -127,10 +135,16 @@ def test_a_waterfall_says_when_tokens_are_missing() -> None:
 async def test_top_shows_workers_transfers_and_requests_once(service: FakeInferenceService, run: Run) -> None:
     load = inference_pb2.WorkerInfo().load
     load.num_running, load.num_used_blocks, load.num_cached_blocks, load.num_blocks = 2, 30, 20, 100
-    worker = inference_pb2.WorkerInfo(worker_id="decode-bbbb", role=inference_pb2.WORKER_ROLE_DECODE, load=load, connected=True)
+    worker = inference_pb2.WorkerInfo(
+        worker_id="decode-bbbb", role=inference_pb2.WORKER_ROLE_DECODE, load=load, connected=True
+    )
     worker.model.dtype = "float32"
     transfer = inference_pb2.TransferTotal(
-        prefill_worker_id="prefill-cccc", decode_worker_id="decode-bbbb", num_transfers=3, kv_bytes=66_000_000, wire_ms=100
+        prefill_worker_id="prefill-cccc",
+        decode_worker_id="decode-bbbb",
+        num_transfers=3,
+        kv_bytes=66_000_000,
+        wire_ms=100,
     )
     running = answer(survivor()).request
     running.state = inference_pb2.REQUEST_STATE_DECODING

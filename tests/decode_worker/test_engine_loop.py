@@ -4,17 +4,20 @@ from collections.abc import Callable
 
 import pytest
 
-from decode_worker import commands, events
+from decode_worker import commands
 from decode_worker.engine_loop import DecodeEngineLoop
-from decode_worker.push_permits import PushPermits
-from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.receiving.write_grants import WriteGrants
+from decode_worker.scheduling import events
+from decode_worker.scheduling.scheduler import DecodeLimits, DecodeScheduler
+from kvrelay.core.job import FailureKind, JobId, SequenceToken
 from kvrelay.kv_cache.block_manager import BlockManager
-from kvrelay.step import Step
-from kvrelay.work import FailureKind, SequenceToken, WorkId
-from tests.simulated_pool import SimulatedPool, expected_output
-from tests.works import make_work
+from kvrelay.worker.commands import CancelJob, FailJob, JobEnded, JobFailed
+from kvrelay.worker.sequence import PreparedJob
+from kvrelay.worker.step import Step
+from tests.support.jobs import make_job
+from tests.support.simulated_pool import SimulatedPool, expected_output
 
-WORK = make_work(list(range(5, 15)), max_tokens=4)
+JOB = make_job(list(range(5, 15)), max_tokens=4)
 
 
 class SimulatedRunner:
@@ -37,15 +40,15 @@ class SimulatedRunner:
 class Bench:
     def __init__(self) -> None:
         self.blocks = BlockManager(8, 4)
-        self.permits = PushPermits()
+        self.grants = WriteGrants()
         self.reports: list[events.StepReport] = []
-        scheduler = DecodeScheduler(self.blocks, DecodeLimits(8, 8, 8), self.permits)
+        scheduler = DecodeScheduler(self.blocks, DecodeLimits(8, 8, 8), self.grants)
         self.runner = SimulatedRunner(SimulatedPool(8, 4))
-        self.loop = DecodeEngineLoop(scheduler, self.runner, self.permits, self.reports.append)  # type: ignore[arg-type]
+        self.loop = DecodeEngineLoop(scheduler, self.runner, self.grants, self.reports.append)  # type: ignore[arg-type]
 
-    def tokens_of(self, work_id: WorkId) -> list[int]:
+    def tokens_of(self, job_id: JobId) -> list[int]:
         tokens = (token for report in self.reports for token in report.tokens)
-        return [token.token.token_id for token in tokens if token.work_id == work_id]
+        return [token.token.token_id for token in tokens if token.job_id == job_id]
 
     def events(self) -> list[events.Event]:
         return [event for report in self.reports for event in report.events]
@@ -54,85 +57,89 @@ class Bench:
 @pytest.mark.parametrize(
     "ending",
     [
-        commands.GiveUp(WORK.work_id),
-        commands.Fail(WORK.work_id, FailureKind.DEADLINE, "late"),
-        commands.EndSequence(WORK.work_id, 0),
+        CancelJob(JOB.job_id),
+        FailJob(JOB.job_id, FailureKind.DEADLINE, "late"),
+        commands.EndSequence(JOB.job_id, 0),
     ],
     ids=lambda ending: type(ending).__name__,
 )
-def test_a_work_that_ends_within_the_turn_of_its_reservation_leaves_no_permit(ending: commands.Command) -> None:
+def test_a_job_that_ends_within_the_turn_of_its_reservation_leaves_no_grant(ending: commands.Command) -> None:
     """As happens whenever both commands come in during one long step (I4)."""
     bench = Bench()
-    bench.loop.handle(commands.ReserveBlocks(WORK))
+    bench.loop.handle(commands.ReserveBlocks(PreparedJob(JOB)))
     bench.loop.handle(ending)
     bench.loop.step()
     assert bench.blocks.num_used_blocks == 0
-    assert len(bench.permits) == 0
+    assert len(bench.grants) == 0
 
 
-def test_a_prompt_that_is_asked_for_after_its_work_has_ended_leaves_nothing() -> None:
+def test_a_prompt_that_is_asked_for_after_its_job_has_ended_leaves_nothing() -> None:
     bench = Bench()
-    bench.loop.handle(commands.ComputePrompt(WorkId("b" * 32, 1)))
-    assert not bench.loop._prompt_times
+    bench.loop.handle(commands.ComputePrompt(JobId("b" * 32, 1)))
+    assert not bench.loop._observer._prompts
 
 
 def test_a_prompt_that_is_computed_here_is_timed() -> None:
     bench = Bench()
-    bench.loop.handle(commands.ReserveBlocks(WORK))
-    bench.loop.handle(commands.ComputePrompt(WORK.work_id))
+    bench.loop.handle(commands.ReserveBlocks(PreparedJob(JOB)))
+    bench.loop.handle(commands.ComputePrompt(JOB.job_id))
     while bench.loop.step():
         pass
     [started] = [event for event in bench.events() if isinstance(event, events.SequencesStarted)]
     assert started.prefill_ms >= started.queue_ms > 0
-    assert isinstance(bench.events()[-1], events.WorkEnded)
-    assert not bench.loop._prompt_times
+    assert isinstance(bench.events()[-1], JobEnded)
+    assert not bench.loop._observer._prompts
 
 
 def test_only_the_sequence_fails_that_cannot_be_computed() -> None:
     bench = Bench()
-    poisoned, innocent = (make_work([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((99, "a"), (5, "b")))
-    forked = make_work([8, 9, 10], max_tokens=4, request_id="c" * 32, num_sequences=2)
+    poisoned, innocent = (
+        make_job([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((99, "a"), (5, "b"))
+    )
+    forked = make_job([8, 9, 10], max_tokens=4, request_id="c" * 32, num_sequences=2)
     bench.runner.poison = 99
-    for work in (poisoned, innocent, forked):
-        bench.loop.handle(commands.ReserveBlocks(work))
-        bench.loop.handle(commands.ComputePrompt(work.work_id))
+    for job in (poisoned, innocent, forked):
+        bench.loop.handle(commands.ReserveBlocks(PreparedJob(job)))
+        bench.loop.handle(commands.ComputePrompt(job.job_id))
     while bench.loop.step():
         pass
     assert bench.runner.num_failures == 2, "together with the others, then apart"
-    [failed] = [event for event in bench.events() if isinstance(event, events.WorkFailed)]
-    assert (failed.work_id, failed.kind) == (poisoned.work_id, FailureKind.INTERNAL)
-    tokens: dict[tuple[WorkId, int], list[int]] = {}
+    [failed] = [event for event in bench.events() if isinstance(event, JobFailed)]
+    assert (failed.job_id, failed.kind) == (poisoned.job_id, FailureKind.INTERNAL)
+    tokens: dict[tuple[JobId, int], list[int]] = {}
     for token in (token for report in bench.reports for token in report.tokens):
-        tokens.setdefault((token.work_id, token.sequence), []).append(token.token.token_id)
-    expected = {(work.work_id, number): expected_output(work, number) for work in (innocent, forked) for number in work.sequences}
+        tokens.setdefault((token.job_id, token.sequence), []).append(token.token.token_id)
+    expected = {
+        (job.job_id, number): expected_output(job, number) for job in (innocent, forked) for number in job.sequences
+    }
     assert tokens == expected
     assert bench.blocks.num_used_blocks == 0
 
 
-def test_a_paused_work_keeps_its_place_and_others_go_on() -> None:
+def test_a_paused_job_keeps_its_place_and_others_go_on() -> None:
     bench = Bench()
-    paused, other = (make_work([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((4, "a"), (5, "b")))
-    for work in (paused, other):
-        bench.loop.handle(commands.ReserveBlocks(work))
-        bench.loop.handle(commands.ComputePrompt(work.work_id))
+    paused, other = (make_job([first, 6, 7], max_tokens=4, request_id=c * 32) for first, c in ((4, "a"), (5, "b")))
+    for job in (paused, other):
+        bench.loop.handle(commands.ReserveBlocks(PreparedJob(job)))
+        bench.loop.handle(commands.ComputePrompt(job.job_id))
     bench.loop.step()
-    bench.loop.handle(commands.SetPaused(paused.work_id, True))
+    bench.loop.handle(commands.SetPaused(paused.job_id, True))
     while bench.loop.step():
         pass
-    assert bench.tokens_of(other.work_id) == expected_output(other, 0)
-    assert bench.tokens_of(paused.work_id) == expected_output(paused, 0)[:1]
-    bench.loop.handle(commands.SetPaused(paused.work_id, False))
+    assert bench.tokens_of(other.job_id) == expected_output(other, 0)
+    assert bench.tokens_of(paused.job_id) == expected_output(paused, 0)[:1]
+    bench.loop.handle(commands.SetPaused(paused.job_id, False))
     while bench.loop.step():
         pass
-    assert bench.tokens_of(paused.work_id) == expected_output(paused, 0)
+    assert bench.tokens_of(paused.job_id) == expected_output(paused, 0)
 
 
-def test_a_paused_work_can_be_given_up() -> None:
+def test_a_paused_job_can_be_given_up() -> None:
     bench = Bench()
-    bench.loop.handle(commands.ReserveBlocks(WORK))
-    bench.loop.handle(commands.ComputePrompt(WORK.work_id))
+    bench.loop.handle(commands.ReserveBlocks(PreparedJob(JOB)))
+    bench.loop.handle(commands.ComputePrompt(JOB.job_id))
     bench.loop.step()
-    bench.loop.handle(commands.SetPaused(WORK.work_id, True))
-    bench.loop.handle(commands.GiveUp(WORK.work_id))
+    bench.loop.handle(commands.SetPaused(JOB.job_id, True))
+    bench.loop.handle(CancelJob(JOB.job_id))
     bench.loop.step()
     assert bench.blocks.num_used_blocks == 0

@@ -1,16 +1,22 @@
 """Compiling the kernels: once, for this machine, and with a sentence where it cannot be done."""
 
+import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
+from kvrelay.engine.native.library import load_own
+from tests.support import left_out
 
 QUICK_COMPILER = 'exec cc "$@" -O0'
 """How fast kernels are is not the question here."""
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+STAND_IN = 'test "$1" = --version && echo 1.0 && exit 0; while [ "$1" != -o ]; do shift; done; echo kernels > "$2"'
+"""Writes something in the library's place: how it is compiled is not the question."""
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason=left_out.C_COMPILER)
 
 
 @pytest.fixture
@@ -36,6 +42,68 @@ def test_kernels_are_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pyt
     assert list(cache.iterdir()) == [first]
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where kernels lie when the cache folder cannot be used."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder / f"kvrelay-{os.getuid()}" / "kernels"
+
+
+def test_kernels_lie_among_temporary_files_where_there_is_no_cache_folder(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    made = build_library()
+    assert made.parent == temporary
+    assert build_library() == made
+
+
+def test_a_library_that_others_could_have_put_there_is_not_loaded(
+    cache: Path, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    planted = build_library()
+    planted.chmod(0o666)
+    made = build_library()
+    assert made == planted, "its folder is this user's alone, so it is made anew there"
+    assert not made.stat().st_mode & 0o022
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason=left_out.not_for("users who cannot give files away"))
+def test_a_folder_of_another_user_is_left_alone(
+    cache: Path, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(parents=True)
+    os.chown(cache, 12345, 12345)
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    assert build_library().parent == temporary
+    assert list(cache.iterdir()) == []
+
+
+def test_what_others_may_write_to_is_not_loaded_at_the_last_moment_either(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    path.write_bytes(b"\x7fELF")
+    path.chmod(0o666)
+    with pytest.raises(PermissionError, match="others may write to it"):
+        load_own(path)
+
+
+def test_without_any_folder_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    with pytest.raises(
+        KernelsUnavailableError, match=r"/dev/null/kvrelay/kernels cannot be written to.*set XDG_CACHE_HOME"
+    ):
+        build_library()
+
+
 def test_without_a_compiler_the_error_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(cache))
     monkeypatch.delenv("CC", raising=False)
@@ -44,7 +112,9 @@ def test_without_a_compiler_the_error_says_what_to_install(cache: Path, monkeypa
 
 
 def test_what_the_compiler_complains_of_is_said(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_compiler(tmp_path, monkeypatch, 'test "$1" = --version && echo 1.0 && exit 0; echo "no such header" >&2; exit 1')
+    fake_compiler(
+        tmp_path, monkeypatch, 'test "$1" = --version && echo 1.0 && exit 0; echo "no such header" >&2; exit 1'
+    )
     with pytest.raises(KernelsUnavailableError, match="cannot compile the kernels: no such header"):
         build_library()
     assert not list(cache.iterdir())
@@ -54,5 +124,7 @@ def test_what_the_compiler_complains_of_is_said(cache: Path, tmp_path: Path, mon
 def test_a_compiler_that_does_not_know_the_processor_compiles_for_all(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_compiler(tmp_path, monkeypatch, 'for flag; do case "$flag" in -m*native) exit 1;; esac; done; ' + QUICK_COMPILER)
+    fake_compiler(
+        tmp_path, monkeypatch, 'for flag; do case "$flag" in -m*native) exit 1;; esac; done; ' + QUICK_COMPILER
+    )
     assert build_library().is_file()

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from kvrelay.core.model_spec import KVLayout
 from kvrelay.engine.model_loader import load_model
 from kvrelay.engine.weights_digest import _stretches
 from kvrelay.errors import ModelLoadError
-from kvrelay.model_spec import KVLayout
-from tests.tiny_models import MAX_CONTEXT_TOKENS, REFUSED_KINDS, VOCAB_SIZE, make_tiny_model
+from tests.support import left_out
+from tests.support.tiny_models import MAX_CONTEXT_TOKENS, REFUSED_KINDS, SPECIAL_TOKENS, VOCAB_SIZE, make_tiny_model
 
 
 def load(path: Path, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -59,9 +60,20 @@ class TestSpec:
             file.unlink()
         assert load(llama).spec.vocab_size == VOCAB_SIZE
 
-    def test_end_of_sequence_is_the_generation_config_s(self, llama: Path) -> None:
-        (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 7]}))
-        assert load(llama).spec.eos_token_ids == (4, 7)
+    def test_end_tokens_are_those_of_generation_config_config_and_tokenizer_together(self, llama: Path) -> None:
+        (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, VOCAB_SIZE - 1, VOCAB_SIZE]}))
+        change_config(llama, eos_token_id=5)
+        settings = json.loads((llama / "tokenizer_config.json").read_text()) | {"eos_token": {"content": "<|im_end|>"}}
+        (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load(llama).spec.eos_token_ids == (SPECIAL_TOKENS.index("<|im_end|>"), 5, 7, VOCAB_SIZE - 1)
+
+    def test_a_folder_that_declares_no_end_token_has_its_architecture_s(self, llama: Path) -> None:
+        for name in ("generation_config.json", "tokenizer_config.json"):
+            (llama / name).unlink()
+        config = json.loads((llama / "config.json").read_text())
+        del config["eos_token_id"]
+        (llama / "config.json").write_text(json.dumps(config))
+        assert load(llama).spec.eos_token_ids == (2,)
 
     def test_rope_that_depends_on_the_longest_sequence_stays_in_its_original_range(self, llama: Path) -> None:
         rope = {
@@ -111,7 +123,11 @@ class TestFingerprint:
 
     @pytest.mark.parametrize(
         "change",
-        [{"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}, {"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}],
+        [
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+            {"rms_norm_eps": 1e-3},
+            {"hidden_act": "gelu"},
+        ],
     )
     def test_differs_by_settings_that_change_kv(self, llama: Path, change: dict[str, object]) -> None:
         before = load(llama).spec.fingerprint
@@ -149,7 +165,9 @@ class TestRefusals:
             load(tmp_path / "mamba")
 
     def test_attention_beside_a_state_that_is_not_kept(self, tmp_path: Path) -> None:
-        """Every layer calls our attention, yet a second path beside it forgets what came before: only running it shows that."""
+        """Every layer calls our attention, yet a second path beside it forgets what came before:
+        only running it shows that.
+        """
         from transformers import FalconH1Config, FalconH1ForCausalLM
 
         config = FalconH1Config(
@@ -170,7 +188,9 @@ class TestRefusals:
         )
         torch.manual_seed(0)
         FalconH1ForCausalLM(config).save_pretrained(tmp_path / "falcon_h1")
-        with pytest.raises(ModelLoadError, match="falcon_h1 cannot be served: with paged attention it computes something else"):
+        with pytest.raises(
+            ModelLoadError, match="falcon_h1 cannot be served: with paged attention it computes something else"
+        ):
             load(tmp_path / "falcon_h1")
 
     def test_attention_in_chunks(self, llama: Path) -> None:
@@ -244,7 +264,7 @@ class TestRefusals:
         with pytest.raises(ModelLoadError, match=word):
             load(llama, dtype, device)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason=left_out.not_for("machines with CUDA"))
     def test_cuda_where_there_is_none(self, llama: Path) -> None:
         assert load(llama, device="auto").device == torch.device("cpu")
         with pytest.raises(ModelLoadError, match="no CUDA device"):

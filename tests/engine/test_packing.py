@@ -1,4 +1,6 @@
-"""Packed products against plain arithmetic, for shapes that leave remainders, and for the largest numbers int8 can meet."""
+"""Packed products against plain arithmetic, for shapes that leave remainders, and for the largest
+numbers int8 can meet.
+"""
 
 import pytest
 import torch
@@ -7,13 +9,14 @@ from torch import Tensor
 from kvrelay.engine.native import load_library
 from kvrelay.engine.native.library import NativeLibrary
 from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix
+from tests.support import left_out
 
 GROUP = 64
 LARGEST_SUM = 128
 """Times 255 it is less than 2^15."""
 LIBRARY = load_library()
 
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=left_out.C_COMPILER)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool) -> PackedMatrix:
@@ -75,7 +78,9 @@ def test_int8_products_are_those_of_the_quantized_numbers(num_rows: int, n: int,
     packed = pack(weight, bias, int8=True)
     (w, w_scales), (x, x_scales) = quantized_weight(packed), quantized_inputs(inputs)
     expected = torch.einsum("rgi,ngi->rng", x, w) * x_scales.squeeze(-1)[:, None] * w_scales.squeeze(-1)[None]
-    torch.testing.assert_close(multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4
+    )
 
 
 def with_outliers(weight: Tensor) -> Tensor:
@@ -84,7 +89,9 @@ def with_outliers(weight: Tensor) -> Tensor:
     return weight
 
 
-@pytest.mark.parametrize("weight", [random(40, 256), random(40, 256).abs(), -torch.ones(16, 128), with_outliers(random(40, 256))])
+@pytest.mark.parametrize(
+    "weight", [random(40, 256), random(40, 256).abs(), -torch.ones(16, 128), with_outliers(random(40, 256))]
+)
 def test_sums_of_four_products_fit_into_16_bits(weight: Tensor) -> None:
     numbers, scales = quantized_weight(pack(weight, int8=True))
     assert sums_of_four(numbers.clamp(min=0)).max() <= LARGEST_SUM
@@ -117,7 +124,8 @@ def test_the_largest_int8_numbers_do_not_overflow(sign: int) -> None:
 def test_the_worst_inputs_for_a_weight_do_not_overflow(sign: int) -> None:
     packed = pack(random(16, 192), int8=True)
     numbers, scales = quantized_weight(packed)
-    inputs = torch.where(sign * numbers.flatten(1) > 0, 127.0, -127.0)  # row r is the worst of output r
+    # row r is the worst of output r
+    inputs = torch.where(sign * numbers.flatten(1) > 0, 127.0, -127.0)
     expected = torch.einsum("rgi,ngi->rng", inputs.view_as(numbers).double(), numbers) * scales.squeeze(-1)[None]
     torch.testing.assert_close(multiply_packed(packed, inputs.float()).double(), expected.sum(-1), rtol=1e-5, atol=1e-3)
 

@@ -1,4 +1,6 @@
-"""Paged attention against transformers, for every architecture that is served: prompts in chunks, decoding in mixed batches."""
+"""Paged attention against transformers, for every architecture that is served: prompts in chunks,
+decoding in mixed batches.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,16 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvrelay.engine.loaded_model import LoadedModel
+from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.engine.model_loader import load_model
-from kvrelay.engine.model_runner import ModelRunner, StepInput
+from kvrelay.engine.model_runner import LoadedModel, ModelRunner
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from tests.engine.paged_generation import PagedGeneration, RunningPrompt
-from tests.reference import NearTies, Reference
-from tests.tiny_models import SLIDING_WINDOW_TOKENS, TINY_KINDS, VOCAB_SIZE, make_tiny_model
+from kvrelay.kv_transfer.layout import KVSpan
+from tests.engine.paged_generation import PagedGeneration, RunningPrompt, exported_kv
+from tests.support.reference import NearTies, Reference
+from tests.support.tiny_models import SLIDING_WINDOW_TOKENS, TINY_KINDS, VOCAB_SIZE, make_tiny_model
 
 NUM_GENERATED = 12
-PROMPTS = [[(7 * i * i + 13 * i + 3 + 31 * n) % VOCAB_SIZE for i in range(length)] for n, length in enumerate((27, 1, 9, 40))]
+PROMPTS = [
+    [(7 * i * i + 13 * i + 3 + 31 * n) % VOCAB_SIZE for i in range(length)] for n, length in enumerate((27, 1, 9, 40))
+]
 assert len(PROMPTS[0]) > SLIDING_WINDOW_TOKENS
 
 Load = Callable[[str], LoadedModel]
@@ -40,7 +45,9 @@ def reference(tiny_models: Path) -> Callable[[str], Reference]:
 
 @pytest.fixture(scope="module")
 def full_logits(tiny_models: Path) -> Callable[[str, list[int]], torch.Tensor]:
-    """Logits of transformers' eager attention for all positions of a sequence, in one forward: [num_tokens, vocab_size]."""
+    """Logits of transformers' eager attention for all positions of a sequence, in one forward:
+    [num_tokens, vocab_size].
+    """
 
     @cache
     def eager(kind: str) -> Any:
@@ -113,7 +120,9 @@ def test_sequences_of_very_different_lengths_decode_together(
         generation.step()
     for item in items:
         expected = full_logits(kind, item.token_ids[: item.num_computed])
-        torch.testing.assert_close(torch.stack(item.logits), expected[item.num_prompt_tokens - 1 :], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(item.logits), expected[item.num_prompt_tokens - 1 :], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
@@ -165,19 +174,22 @@ def test_layers_are_announced_in_order_with_their_kv_in_the_pool(load: Load) -> 
     written: dict[int, torch.Tensor] = {}
 
     def on_layer_written(layer: int) -> None:
-        written[layer] = cache_.export_kv(layer, layer + 1, blocks, 0, 6)
+        written[layer] = exported_kv(cache_, KVSpan(layer, layer + 1, 0, 6), blocks)
 
-    ModelRunner(model, cache_).run([StepInput(PROMPTS[0][:6], 0, blocks, num_logits=1)], on_layer_written)
+    ModelRunner(model, cache_).run([SequenceInput(PROMPTS[0][:6], 0, blocks, num_logits=1)], on_layer_written)
     assert list(written) == [0, 1]
     for layer, exported in written.items():
-        assert torch.equal(exported, cache_.export_kv(layer, layer + 1, blocks, 0, 6))
+        assert torch.equal(exported, exported_kv(cache_, KVSpan(layer, layer + 1, 0, 6), blocks))
         assert exported.any()
 
 
 def test_only_wanted_rows_have_logits(load: Load) -> None:
     model = load("llama")
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
-    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0), StepInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1)]
+    batch = [
+        SequenceInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0),
+        SequenceInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1),
+    ]
     both = runner.run(batch)
     assert both.shape == (1, VOCAB_SIZE)
     torch.testing.assert_close(both, runner.run(batch[1:]), atol=1e-4, rtol=1e-4)
@@ -189,18 +201,24 @@ def test_the_last_rows_of_an_input_have_logits_in_order(load: Load, keeps_logits
     model = load("llama")
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
     runner._keeps_logits = keeps_logits
-    first, second = StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=5), StepInput(PROMPTS[2][:9], 0, [2, 3, 4], num_logits=2)
+    first, second = (
+        SequenceInput(PROMPTS[0][:5], 0, [0, 1], num_logits=5),
+        SequenceInput(PROMPTS[2][:9], 0, [2, 3, 4], num_logits=2),
+    )
     logits = runner.run([first, second])
     assert logits.shape == (7, VOCAB_SIZE)
-    expected = [runner.run([StepInput(PROMPTS[0][:end], 0, [0, 1], num_logits=1)]) for end in range(1, 6)]
-    expected += [runner.run([StepInput(PROMPTS[2][:end], 0, [2, 3, 4], num_logits=1)]) for end in (8, 9)]
+    expected = [runner.run([SequenceInput(PROMPTS[0][:end], 0, [0, 1], num_logits=1)]) for end in range(1, 6)]
+    expected += [runner.run([SequenceInput(PROMPTS[2][:end], 0, [2, 3, 4], num_logits=1)]) for end in (8, 9)]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_without_logits_to_keep_computes_all_and_returns_the_sampled(load: Load) -> None:
     model = load("llama")
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, 16, 4))
-    batch = [StepInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0), StepInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1)]
+    batch = [
+        SequenceInput(PROMPTS[0][:5], 0, [0, 1], num_logits=0),
+        SequenceInput(PROMPTS[2], 0, [2, 3, 4], num_logits=1),
+    ]
     expected = runner.run(batch)
     runner._keeps_logits = False
     torch.testing.assert_close(runner.run(batch), expected, atol=1e-4, rtol=1e-4)

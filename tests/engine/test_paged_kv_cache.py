@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 import torch
 
+from kvrelay.core.model_spec import KVLayout
+from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.engine.model_loader import load_model
-from kvrelay.engine.model_runner import StepInput
 from kvrelay.engine.native import load_library
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 from kvrelay.errors import TransferError
 from kvrelay.kv_cache.block_manager import BlockCopy
-from kvrelay.model_spec import KVLayout
-from tests.engine.paged_generation import PagedGeneration
-from tests.tiny_models import VOCAB_SIZE, make_tiny_model
+from kvrelay.kv_transfer.layout import KVSpan
+from tests.engine.paged_generation import PagedGeneration, exported_kv, slots_of
+from tests.support import left_out
+from tests.support.tiny_models import VOCAB_SIZE, make_tiny_model
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype="float32")
 BLOCKS = [5, 0, 3]
@@ -26,12 +28,14 @@ def make_cache(layout: KVLayout = LAYOUT, block_size: int = 4, num_blocks: int =
 
 
 def fill(cache: PagedKVCache, blocks: list[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes random K and V, and returns them: each [num_layers, num_tokens, num_kv_heads, head_dim]."""
+    """Writes random K and V, and returns them: each [num_layers, num_tokens, num_kv_heads,
+    head_dim].
+    """
     layout = cache.layout
     shape = (layout.num_layers, num_tokens, layout.num_kv_heads, layout.head_dim)
     dtype = getattr(torch, layout.dtype)
     key, value = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    slots = cache.slots_for(blocks, 0, num_tokens)
+    slots = slots_of(cache, blocks, num_tokens)
     for layer in range(layout.num_layers):
         cache.write(layer, slots, key[layer], value[layer])
     return key, value
@@ -45,19 +49,20 @@ def as_bytes(exported: torch.Tensor) -> bytes:
 def test_export_gives_layers_then_k_and_v_then_tokens(dtype: str) -> None:
     cache = make_cache(KVLayout(3, 2, 8, dtype))
     key, value = fill(cache, BLOCKS, 11)
-    exported = cache.export_kv(1, 3, BLOCKS, 2, 9)
-    expected = torch.stack((key[1:3, 2:9], value[1:3, 2:9]), dim=1)  # [2, 2, 7, num_kv_heads, head_dim]
+    exported = exported_kv(cache, KVSpan(1, 3, 2, 9), BLOCKS)
+    # [2, 2, 7, num_kv_heads, head_dim]
+    expected = torch.stack((key[1:3, 2:9], value[1:3, 2:9]), dim=1)
     assert exported.is_contiguous()
     assert exported.dtype == torch.uint8
     assert exported.shape == (2, 2, 7, 2, 8 * expected.element_size())
     assert as_bytes(exported) == as_bytes(expected.contiguous().view(torch.uint8))
-    assert exported.numel() == cache.export_bytes(2, 7)
+    assert exported.numel() == KVSpan(0, 2, 0, 7).num_bytes(cache.layout)
 
 
 def test_export_does_not_change_when_the_pool_does() -> None:
     cache = make_cache()
     fill(cache, BLOCKS, 11)
-    exported = cache.export_kv(0, 3, BLOCKS, 0, 11)
+    exported = exported_kv(cache, KVSpan(0, 3, 0, 11), BLOCKS)
     before = as_bytes(exported)
     fill(cache, BLOCKS, 11)
     assert as_bytes(exported) == before
@@ -70,40 +75,42 @@ def test_import_puts_bytes_into_other_blocks_of_another_size(dtype: str) -> None
     fill(source, BLOCKS, 11)
     for layer_begin, layer_end in ((0, 1), (1, 3)):
         for token_begin, token_end in ((0, 5), (5, 11)):
-            payload = as_bytes(source.export_kv(layer_begin, layer_end, BLOCKS, token_begin, token_end))
-            target.import_kv(memoryview(payload), layer_begin, layer_end, [1], token_begin, token_end)
-    assert torch.equal(target.export_kv(0, 3, [1], 0, 11), source.export_kv(0, 3, BLOCKS, 0, 11))
-    assert not target.export_kv(0, 3, [0], 0, 16).any()
+            payload = as_bytes(exported_kv(source, KVSpan(layer_begin, layer_end, token_begin, token_end), BLOCKS))
+            target.import_kv(memoryview(payload), KVSpan(layer_begin, layer_end, token_begin, token_end), [1])
+    assert torch.equal(exported_kv(target, KVSpan(0, 3, 0, 11), [1]), exported_kv(source, KVSpan(0, 3, 0, 11), BLOCKS))
+    assert not exported_kv(target, KVSpan(0, 3, 0, 16), [0]).any()
 
 
 @pytest.mark.parametrize("change", [-1, 1, -64])
 def test_import_refuses_a_payload_of_another_length_and_writes_nothing(change: int) -> None:
     source, target = make_cache(), make_cache()
     fill(source, BLOCKS, 11)
-    payload = as_bytes(source.export_kv(0, 3, BLOCKS, 0, 11))
+    payload = as_bytes(exported_kv(source, KVSpan(0, 3, 0, 11), BLOCKS))
     broken = payload[:change] if change < 0 else payload + bytes(change)
     with pytest.raises(TransferError, match="bytes"):
-        target.import_kv(broken, 0, 3, BLOCKS, 0, 11)
+        target.import_kv(broken, KVSpan(0, 3, 0, 11), BLOCKS)
     assert not target._pool.any()
 
 
-@pytest.mark.parametrize(("layers", "tokens"), [((0, 4), (0, 4)), ((2, 1), (0, 4)), ((0, 3), (0, 13)), ((0, 3), (4, 2))])
+@pytest.mark.parametrize(
+    ("layers", "tokens"), [((0, 4), (0, 4)), ((2, 1), (0, 4)), ((0, 3), (0, 13)), ((0, 3), (4, 2))]
+)
 def test_ranges_outside_of_model_and_blocks_are_a_defect(layers: tuple[int, int], tokens: tuple[int, int]) -> None:
     cache = make_cache()
     with pytest.raises(AssertionError):
-        cache.export_kv(*layers, BLOCKS, *tokens)
+        cache.export_kv(memoryview(bytearray()), KVSpan(*layers, *tokens), BLOCKS)
     with pytest.raises(AssertionError):
-        cache.import_kv(b"", *layers, BLOCKS, *tokens)
+        cache.import_kv(b"", KVSpan(*layers, *tokens), BLOCKS)
 
 
 def test_copies_are_made_in_order() -> None:
     cache = make_cache()
     fill(cache, BLOCKS, 12)
-    first, second = cache.export_kv(0, 3, [5], 0, 4), cache.export_kv(0, 3, [0], 0, 4)
+    first, second = exported_kv(cache, KVSpan(0, 3, 0, 4), [5]), exported_kv(cache, KVSpan(0, 3, 0, 4), [0])
     # Block 5 is copied, then given up and taken as the target of another copy.
     cache.copy_blocks([BlockCopy(5, 6), BlockCopy(0, 5)])
-    assert torch.equal(cache.export_kv(0, 3, [6], 0, 4), first)
-    assert torch.equal(cache.export_kv(0, 3, [5], 0, 4), second)
+    assert torch.equal(exported_kv(cache, KVSpan(0, 3, 0, 4), [6]), first)
+    assert torch.equal(exported_kv(cache, KVSpan(0, 3, 0, 4), [5]), second)
     cache.copy_blocks([])
 
 
@@ -117,8 +124,8 @@ def test_a_sequence_continues_on_another_cache_with_the_same_tokens(kind: str, d
     prefill.generate(here, 1)
     there = decode.start(PROMPT, 1)
     for token_begin, token_end in ((0, 8), (8, 16), (16, 23)):
-        payload = as_bytes(prefill.cache.export_kv(0, num_layers, here.table.blocks, token_begin, token_end))
-        decode.cache.import_kv(payload, 0, num_layers, there.table.blocks, token_begin, token_end)
+        payload = as_bytes(exported_kv(prefill.cache, KVSpan(0, num_layers, token_begin, token_end), here.table.blocks))
+        decode.cache.import_kv(payload, KVSpan(0, num_layers, token_begin, token_end), there.table.blocks)
     there.token_ids.append(here.generated[0])
     there.num_computed = len(PROMPT)
     assert decode.generate(there, 20) == prefill.generate(here, 20)
@@ -132,7 +139,7 @@ def test_other_threads_export_and_import_while_a_step_runs(tiny_models: Path) ->
     item = disturbed.start(PROMPT, 8)
     own, cache = [50, 51, 52], disturbed.cache
     assert not set(own) & set(item.table.blocks)
-    payload = torch.randint(0, 60, (cache.export_bytes(2, 12),), dtype=torch.uint8)
+    payload = torch.randint(0, 60, (KVSpan(0, 2, 0, 12).num_bytes(cache.layout),), dtype=torch.uint8)
     errors: list[BaseException] = []
     stop = threading.Event()
     rounds = []
@@ -140,8 +147,8 @@ def test_other_threads_export_and_import_while_a_step_runs(tiny_models: Path) ->
     def transfer() -> None:
         try:
             while not stop.is_set():
-                cache.import_kv(payload.numpy().data, 0, 2, own, 0, 12)
-                assert torch.equal(cache.export_kv(0, 2, own, 0, 12).reshape(-1), payload)
+                cache.import_kv(payload.numpy().data, KVSpan(0, 2, 0, 12), own)
+                assert torch.equal(exported_kv(cache, KVSpan(0, 2, 0, 12), own).reshape(-1), payload)
                 rounds.append(1)
         except BaseException as error:
             errors.append(error)
@@ -159,14 +166,15 @@ def test_other_threads_export_and_import_while_a_step_runs(tiny_models: Path) ->
 def test_a_step_may_write_two_chunks_of_one_pool_at_once(tiny_models: Path) -> None:
     model = load_model(make_tiny_model("llama", tiny_models), "llama", "float32", "cpu")
     together, apart = PagedGeneration(model), PagedGeneration(model)
-    a, b = StepInput(PROMPT[:7], 0, [9, 4], num_logits=1), StepInput(PROMPT[3:15], 0, [1, 7, 2], num_logits=1)
+    a, b = SequenceInput(PROMPT[:7], 0, [9, 4], num_logits=1), SequenceInput(PROMPT[3:15], 0, [1, 7, 2], num_logits=1)
     together.runner.run([a, b])
     for one in (a, b):
         apart.runner.run([one])
     for one in (a, b):
-        ranges = (0, 2, one.block_ids, 0, len(one.token_ids))
-        expected = apart.cache.export_kv(*ranges).view(torch.float32)
-        torch.testing.assert_close(together.cache.export_kv(*ranges).view(torch.float32), expected, atol=1e-5, rtol=1e-5)
+        span = KVSpan(0, 2, 0, len(one.token_ids))
+        expected = exported_kv(apart.cache, span, one.block_ids).view(torch.float32)
+        computed = exported_kv(together.cache, span, one.block_ids).view(torch.float32)
+        torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -174,24 +182,25 @@ def test_a_step_may_write_two_chunks_of_one_pool_at_once(tiny_models: Path) -> N
 def test_kernels_copy_the_same_bytes_as_torch_and_touch_no_others(dtype: str, token_begin: int, token_end: int) -> None:
     library = load_library()
     if library is None:
-        pytest.skip("no compiler")
+        pytest.skip(left_out.C_COMPILER)
     layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=24, dtype=dtype)
     by_torch, by_kernels = PagedKVCache(layout, 8, 4), PagedKVCache(layout, 8, 4, kernels=library)
     everything = list(range(8))
-    before = np.random.default_rng(0).bytes(by_torch.export_bytes(3, 32))
-    payload = np.random.default_rng(1).bytes(by_torch.export_bytes(2, token_end - token_begin))
+    before = np.random.default_rng(0).bytes(KVSpan(0, 3, 0, 32).num_bytes(layout))
+    payload = np.random.default_rng(1).bytes(KVSpan(0, 2, 0, token_end - token_begin).num_bytes(layout))
     for cache in (by_torch, by_kernels):
-        cache.import_kv(before, 0, 3, everything, 0, 32)
-        cache.import_kv(payload, 1, 3, BLOCKS, token_begin, token_end)
-        assert as_bytes(cache.export_kv(1, 3, BLOCKS, token_begin, token_end)) == payload
-    assert as_bytes(by_kernels.export_kv(0, 3, everything, 0, 32)) == as_bytes(by_torch.export_kv(0, 3, everything, 0, 32))
+        cache.import_kv(before, KVSpan(0, 3, 0, 32), everything)
+        cache.import_kv(payload, KVSpan(1, 3, token_begin, token_end), BLOCKS)
+        assert as_bytes(exported_kv(cache, KVSpan(1, 3, token_begin, token_end), BLOCKS)) == payload
+    first, second = (exported_kv(cache, KVSpan(0, 3, 0, 32), everything) for cache in (by_kernels, by_torch))
+    assert as_bytes(first) == as_bytes(second)
 
 
 def test_kernels_refuse_a_block_that_is_not_in_the_pool() -> None:
     library = load_library()
     if library is None:
-        pytest.skip("no compiler")
+        pytest.skip(left_out.C_COMPILER)
     cache = PagedKVCache(KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32"), 2, 4, kernels=library)
     for block in (-1, 2):
         with pytest.raises(AssertionError, match="outside of the pool"):
-            cache.export_kv(0, 1, [0, block], 0, 8)
+            exported_kv(cache, KVSpan(0, 1, 0, 8), [0, block])

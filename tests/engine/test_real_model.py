@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from kvrelay.engine.loaded_model import LoadedModel
 from kvrelay.engine.model_loader import load_model
-from kvrelay.model_store import DEMO_MODEL, default_model_dir
+from kvrelay.engine.model_runner import LoadedModel
+from kvrelay.models.store import DEMO_MODEL, default_model_dir
 from tests.engine.paged_generation import PagedGeneration
-from tests.reference import NearTies, Reference
+from tests.support import left_out
+from tests.support.reference import NearTies, Reference
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -27,7 +28,7 @@ PROMPTS = (
 def folder() -> Path:
     stored = default_model_dir(os.environ) / DEMO_MODEL
     if not stored.is_dir():
-        pytest.skip(f"{stored} is not there; `python tools/prepare_demo_model.py` makes it")
+        pytest.skip(left_out.DEMO_MODEL)
     return stored
 
 
@@ -39,8 +40,12 @@ def model(folder: Path) -> LoadedModel:
 @pytest.mark.parametrize(
     ("num_generated", "num_looped"), [(NUM_GENERATED, 1), pytest.param(64, len(PROMPTS), marks=pytest.mark.soak)]
 )
-def test_greedy_tokens_equal_transformers(folder: Path, model: LoadedModel, num_generated: int, num_looped: int) -> None:
-    """The first `num_looped` prompts' are what transformers' own loop gives; the others' are checked in one pass each."""
+def test_greedy_tokens_equal_transformers(
+    folder: Path, model: LoadedModel, num_generated: int, num_looped: int
+) -> None:
+    """The first `num_looped` prompts' are what transformers' own loop gives; the others' are
+    checked in one pass each.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

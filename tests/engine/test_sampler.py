@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.engine import sampler, truncation
 from kvrelay.engine.sampler import SamplingInput, sample, uniform
 from kvrelay.errors import InternalError
-from kvrelay.sampling_params import SamplingParams
 
 VOCAB_SIZE = 12
 NUM_DRAWS = 4000
@@ -97,7 +97,8 @@ class TestDistribution:
             ({"min_p": 0.3}, 2),
             ({"min_p": 0.2}, 3),
             ({"min_p": 1.0}, 1),
-            # Of the three likeliest, 0.63, 0.23 and 0.14, two reach 0.8; without top-k it would take three.
+            # Of the three likeliest, 0.63, 0.23 and 0.14, two reach 0.8; without top-k it would
+            # take three.
             ({"top_k": 3, "top_p": 0.8}, 2),
             ({"top_k": 4, "min_p": 0.2}, 3),
             ({"top_k": 2, "top_p": 0.99, "min_p": 0.01}, 2),
@@ -116,7 +117,9 @@ class TestDistribution:
         assert not any(actual[4:])
 
     @pytest.mark.parametrize("steps", [(), (2,), (5, 100)])
-    def test_top_p_looks_beyond_the_first_candidates(self, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_top_p_looks_beyond_the_first_candidates(
+        self, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         logits = torch.randn(200, 300)
         inputs = [item(index, top_p=0.95, min_p=0.001) for index in range(200)]
         expected = sample(logits, inputs)
@@ -168,14 +171,16 @@ class TestAgainstSorting:
         probabilities = (logits.double() / sampling.temperature).softmax(dim=-1)
         order = probabilities.argsort(descending=True).tolist()
         kept = order[: sampling.top_k or len(order)]
+        # one by one they would be tensors, which takes a hundred times as long
+        values = probabilities.tolist()
         mass, needed = 0.0, sampling.top_p * float(probabilities[kept].sum())
         if sampling.top_p < 1.0:
             for number, token_id in enumerate(kept):
-                mass += float(probabilities[token_id])
+                mass += values[token_id]
                 if mass >= needed:
                     kept = kept[: number + 1]
                     break
-        kept = [token_id for token_id in kept if probabilities[token_id] >= sampling.min_p * probabilities[order[0]]]
+        kept = [token_id for token_id in kept if values[token_id] >= sampling.min_p * values[order[0]]]
         cumulated = torch.zeros_like(probabilities).index_put((torch.tensor(kept),), probabilities[kept]).cumsum(dim=-1)
         target = uniform(7, 0, index) * float(cumulated[-1])
         return int((cumulated <= target).sum())

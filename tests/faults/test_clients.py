@@ -1,12 +1,13 @@
-"""Rows of the catalogue about gateways and clients: deaths, disconnects, slow readers, repeated keys, deadlines, clocks."""
+"""Rows of the catalogue about gateways and clients: deaths, disconnects, slow readers, repeated
+keys, deadlines, clocks.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import pytest
 
-from kvrelay.client import Delta
+from kvrelay.client import RequestInfo
 from kvrelay.errors import DeadlineError, IdempotencyConflictError, KvrelayError, UnavailableError
 from kvrelay.testing import FaultAction, FaultCluster, make_tiny_llama, wait_until
 from kvrelay.testing.load import TokenCheck, fault_free_tokens, make_request, run_request
@@ -15,45 +16,33 @@ from tests.faults.conftest import Rig
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
-MAX_PENDING_MS = 5000
-"""A bound against hanging only. What is promised, 250 ms, is measured by `python -m kvrelay.testing disconnects`."""
+MAX_PENDING_MS = 30_000
+"""A bound against hanging only. What is promised, 250 ms, is measured by `python -m kvrelay.testing
+disconnects`.
+"""
 
 
 async def test_g_dies_and_a_resumable_request_goes_on_at_another_gateway(rig: Rig) -> None:
-    request = rig.request(num_tokens=400, resumable=True)
+    request = rig.request(num_tokens=100, resumable=True)
     expected = await rig.expected(request)
-    check = TokenCheck(1)
-    async with rig.cluster.client("gateway-1", "gateway") as client:
-        stream = client.generate(**request.options)
-        killed = False
-        async for delta in stream:
-            check.take(delta)
-            if len(check.tokens[0]) >= 20 and not killed:
-                await rig.cluster["gateway-1"].kill()
-                killed = True
-    assert killed
-    assert check.result == expected
+    async with rig.cluster.client("gateway-1", "gateway") as client, rig.held(request, client) as held:
+        await rig.cluster["gateway-1"].kill()
+        held.release()
+        outcome = await held.outcome
+    assert outcome.error is None
+    assert outcome.tokens == expected
 
 
 async def test_g_dies_and_other_requests_end_as_unavailable_never_as_ok_with_a_cut_text(rig: Rig) -> None:
-    request = rig.request(num_tokens=400)
-    async with rig.cluster.client("gateway-1") as client:
-        await client.health()
-        stream = client.generate(**request.options)
-        num_tokens = 0
-
-        async def read() -> None:
-            nonlocal num_tokens
-            async for delta in stream:
-                num_tokens += len(delta.tokens)
-                if num_tokens == 20:
-                    await rig.cluster["gateway-1"].kill()
-
-        with pytest.raises(UnavailableError):
-            await read()
+    request = rig.request(num_tokens=100)
+    async with rig.cluster.client("gateway-1") as client, rig.held(request, client) as held:
+        await rig.cluster["gateway-1"].kill()
+        held.release()
+        outcome = await held.outcome
     assert not rig.cluster["gateway-1"].is_running
-    assert 20 <= num_tokens < 400
-    assert stream.finished is None
+    assert isinstance(outcome.error, UnavailableError)
+    assert 0 < len(outcome.tokens[0]) < 100
+    assert outcome.num_attempts == 0, "it was told no end"
 
 
 async def test_clients_disconnect_at_every_step(rig: Rig) -> None:
@@ -81,11 +70,15 @@ async def test_a_slow_client_delays_nobody_else_and_gets_everything(rig: Rig) ->
 
 @pytest.mark.soak
 async def test_a_client_that_reads_one_frame_a_second_pauses_its_own_sequences_only() -> None:
-    """More is on its way to it than the buffers between take: its own work is paused, and nobody else's."""
+    """More is on its way to it than the buffers between take: its own work is paused, and nobody
+    else's.
+    """
     slow = make_request(1, num_tokens=1500, num_sequences=8, timeout_s=240.0)
     others = [make_request(number, num_tokens=60) for number in range(2, 6)]
     cluster = FaultCluster(
-        model=make_tiny_llama(max_context_tokens=2048), engine={"num_kv_blocks": 4096}, relay={"max_unread_tokens": 64}
+        model=make_tiny_llama(max_context_tokens=2048),
+        engine={"num_kv_blocks": 4096},
+        requests={"max_unread_tokens": 64},
     )
     async with cluster, cluster.client() as client, cluster.client() as other_client:
         expected = await fault_free_tokens(client, [slow, *others])
@@ -127,7 +120,9 @@ async def test_the_same_idempotency_key_fifty_times_at_once_is_one_request(rig: 
         await rig.client.complete(**(request.options | {"max_tokens": 61}), idempotency_key=key)
 
 
-@pytest.mark.parametrize("timeouts_ms", [(1, 5, 20, 60, 120, 200), pytest.param(tuple(range(1, 201)), marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "timeouts_ms", [(1, 5, 20, 60, 120, 200), pytest.param(tuple(range(1, 201)), marks=pytest.mark.soak)]
+)
 async def test_a_deadline_is_kept_on_every_hop_and_frees_everything(rig: Rig, timeouts_ms: tuple[int, ...]) -> None:
     num_expired = 0
     for timeout_ms in timeouts_ms:
@@ -136,7 +131,7 @@ async def test_a_deadline_is_kept_on_every_hop_and_frees_everything(rig: Rig, ti
         outcome = await rig.run(request)
         assert outcome.error is None or isinstance(outcome.error, DeadlineError)
         num_expired += outcome.error is not None
-        assert time.monotonic() - begin < timeout_ms / 1000 + 5
+        assert time.monotonic() - begin < timeout_ms / 1000 + MAX_PENDING_MS / 1000
         await wait_until(lambda: nothing_runs(rig), "blocks are free after the deadline")
     assert num_expired > 0
 
@@ -148,42 +143,36 @@ async def nothing_runs(rig: Rig) -> bool:
 
 @pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
 async def test_the_clock_jumps_by_an_hour_and_nothing_happens(rig: Rig, jump_s: float) -> None:
-    """In all processes at once, in the middle of a stream: leases and deadlines go by monotonic time."""
-    request, later = rig.request(num_tokens=400, timeout_s=30.0), rig.request()
+    """In all processes at once, in the middle of a stream: leases and deadlines go by monotonic
+    time.
+    """
+    request, later = rig.request(num_tokens=100), rig.request()
     expected = [await rig.expected(request), await rig.expected(later)]
-    jumped = False
-
-    def jump(delta: Delta) -> None:
-        nonlocal jumped
-        if delta.index >= 20 and not jumped:
-            rig.wall_clock_offset.write_text(str(jump_s))
-            jumped = True
-
-    tokens, attempts = await read_all(rig, request.options, jump)
-    assert jumped
-    assert tokens == expected[0]
-    assert attempts == 1
+    async with rig.held(request) as held:
+        rig.wall_clock_offset.write_text(str(jump_s))
+        held.release()
+        outcome = await held.outcome
+    assert outcome.error is None
+    assert outcome.tokens == expected[0]
+    assert outcome.num_attempts == 1
     assert (await rig.run(later)).tokens == expected[1]
-    known = (await rig.client.list_requests(page_size=1000)).requests
-    info = next(request for request in known if request.tenant == later.tenant)
+    found: list[RequestInfo] = []
+
+    async def is_listed() -> bool:  # the store is written behind the stream
+        known = (await rig.client.list_requests(page_size=1000)).requests
+        found[:] = [request for request in known if request.tenant == later.tenant]
+        return bool(found)
+
+    await wait_until(is_listed, "the later request is listed")
+    (info,) = found
     assert abs(info.create_time.timestamp() - time.time() - jump_s) < 600, "the clock was off where it is only shown"
     assert all(worker.connected for worker in (await rig.client.cluster()).workers)
 
 
-async def read_all(
-    rig: Rig, options: dict[str, object], on_delta: Callable[[Delta], None]
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    check = TokenCheck(1)
-    stream = rig.client.generate(**options)  # type: ignore[arg-type]
-    async for delta in stream:
-        check.take(delta)
-        on_delta(delta)
-    assert stream.finished is not None
-    return check.result, stream.finished.phases.num_attempts
-
-
 async def test_a_late_write_after_a_cancel_keeps_its_blocks_until_it_has_ended(rig: Rig) -> None:
-    """I4: the blocks of a push whose client has gone are nobody else's while a thread still writes into them."""
+    """I4: the blocks of a push whose client has gone are nobody else's while a thread still writes
+    into them.
+    """
     request, other = rig.request(num_tokens=400), rig.request()
     expected = await rig.expected(other)
     fault = rig.cluster.arm_one_of("decode", "decode.chunk_write_begins", FaultAction.WAIT, wait_ms=20_000)

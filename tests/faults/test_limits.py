@@ -1,12 +1,18 @@
-"""Rows of the catalogue about what runs out: blocks, workers, descriptors, room in a log's pipe; and other models."""
+"""Rows of the catalogue about what runs out: blocks, workers, descriptors, room in a log's pipe;
+and other models.
+"""
 
 import asyncio
 import resource
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 
+from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
-from kvrelay.testing import FaultCluster, FaultProcess, make_tiny_llama
+from kvrelay.testing import FaultCluster, FaultProcess, make_tiny_llama, wait_until
 from kvrelay.testing.load import Request, fault_free_tokens, make_request, run_load, run_request
 from tests.faults.conftest import Rig
 
@@ -15,14 +21,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")
 
 @pytest.mark.soak
 async def test_d_out_of_blocks_preempts_and_never_deadlocks_and_other_models_are_not_paired() -> None:
-    """A pool for one and a half requests, and beside it a decode worker of another model, which gets nothing."""
+    """A pool for one and a half requests, and beside it a decode worker of another model, which
+    gets nothing.
+    """
     requests = [make_request(number, 40, num_tokens=56) for number in range(12)]
     other_model = str(make_tiny_llama(seed=7))
     cluster = FaultCluster(
         num_decode=2,
         engine={"block_size": 8},
         decode_engines={0: {"num_kv_blocks": 18}, 1: {"model": other_model, "served_model_name": "other"}},
-        relay={"local_prefill_tokens": 0},
+        requests={"local_prefill_tokens": 0},
     )
     async with cluster, cluster.client() as client:
         model = next(worker.model.name for worker in (await client.cluster()).workers if worker.model.name != "other")
@@ -32,8 +40,10 @@ async def test_d_out_of_blocks_preempts_and_never_deadlocks_and_other_models_are
 @pytest.mark.soak
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"kv_dtype": "bfloat16"}, {"kv_dtype": "int8"}], ids=str)
 async def test_workers_whose_kv_differs_are_not_paired(changes: dict[str, object]) -> None:
-    """The same weights under the same name, in another type or layout: no prefill worker pushes to it."""
-    cluster = FaultCluster(num_decode=3, decode_engines={2: changes}, relay={"local_prefill_tokens": 0})
+    """The same weights under the same name, in another type or layout: no prefill worker pushes to
+    it.
+    """
+    cluster = FaultCluster(num_decode=3, decode_engines={2: changes}, requests={"local_prefill_tokens": 0})
     async with cluster, cluster.client() as client:
         workers = {cluster.name_of_worker(worker): worker for worker in (await client.cluster()).workers}
         others = {worker.model.fingerprint for name, worker in workers.items() if name != "decode-2"}
@@ -73,7 +83,12 @@ async def test_a_herd_that_waited_for_workers_is_served_with_few_more_attempts(r
     for worker in rig.cluster.of_role("decode"):
         await worker.kill()
     load = asyncio.create_task(run_load(rig.cluster.addresses, requests, expected, num_requests))
-    await asyncio.sleep(1.0)
+    async with AsyncExitStack() as clients:  # each look by a new connection would starve the proxies
+        gateways = [
+            await clients.enter_async_context(rig.cluster.client(gateway.name))
+            for gateway in rig.cluster.of_role("gateway")
+        ]
+        await wait_until(lambda: are_waiting(gateways, num_requests), "all requests wait")
     assert not any(worker.is_running for worker in rig.cluster.of_role("decode"))
     await rig.cluster.restart_ended()
     report = await load
@@ -81,51 +96,50 @@ async def test_a_herd_that_waited_for_workers_is_served_with_few_more_attempts(r
     assert report.num_attempts <= 1.2 * num_requests
 
 
+async def are_waiting(gateways: Sequence[AsyncClient], num_requests: int) -> bool:
+    """Whether all gateways together have this many requests."""
+    found = [len((await gateway.cluster()).running_requests) for gateway in gateways]
+    return sum(found) == num_requests
+
+
 async def test_streams_live_on_when_nobody_reads_the_logs(rig: Rig) -> None:
     """Every process's pipe is full, and something happens that all of them would log."""
-    request, later = rig.request(num_tokens=400, timeout_s=20.0), rig.request(timeout_s=20.0)
+    request, later = rig.request(num_tokens=100), rig.request()
     expected = [await rig.expected(request), await rig.expected(later)]
     processes = list(rig.cluster.processes.values())
-    stream = asyncio.create_task(rig.run(request))
-    try:
-        for process in processes:
-            await fill_until_full(process)
-        for worker in rig.cluster.of_role("decode")[:1]:
-            worker.link_from("gateway").close()
-        outcomes = [await stream, await rig.run(later)]
-    finally:
-        for process in processes:
-            process.drain_log()
+    async with rig.held(request) as held:
+        try:
+            for process in processes:
+                await wait_until(partial(is_full, process), f"the pipe of {process.name} is full")
+            assert held.worker.link_from("gateway").close() > 0
+            held.release()
+            outcomes = [await held.outcome, await rig.run(later)]
+        finally:
+            for process in processes:
+                process.drain_log()
     assert [outcome.error for outcome in outcomes] == [None, None]
     assert [outcome.tokens for outcome in outcomes] == expected
 
 
-async def fill_until_full(process: FaultProcess) -> None:
-    """What is in the pipe is taken into the reader's buffer first, which has an end too."""
-    for _ in range(10):
-        if process.fill_log() == 0:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("the pipe does not fill")
+def is_full(process: FaultProcess) -> bool:
+    """Fills the pipe. What is in it is taken into the reader's buffer first, which has an end too."""
+    return process.fill_log() == 0
 
 
 async def test_a_gateway_out_of_descriptors_goes_on_with_its_streams(rig: Rig) -> None:
     gateway = rig.cluster["gateway"]
-    request = rig.request(num_tokens=400)
+    request = rig.request(num_tokens=100)
     expected = await rig.expected(request)
-    stream = rig.client.generate(**request.options)
-    tokens: list[int] = []
     soft, hard = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
-    limited, num_refused = False, 0
-    async for delta in stream:
-        tokens += [token.token_id for token in delta.tokens]
-        if len(tokens) >= 20 and not limited:
-            resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (3, hard))
-            limited = True
-            num_refused += await count_refused(rig)
+    async with rig.held(request) as held:
+        resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (3, hard))
+        num_refused = await count_refused(rig)
+        held.release()
+        outcome = await held.outcome
     resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (soft, hard))
     assert num_refused > 0, "the limit was felt"
-    assert tuple(tokens) == expected[0]
+    assert outcome.error is None
+    assert outcome.tokens == expected
     assert (await run_request(rig.client, rig.request())).error is None
 
 

@@ -1,4 +1,6 @@
-"""The long scenarios, in a size that a soak can afford; docs/reliability.md has the figures of the full ones."""
+"""The long scenarios, in a size that a soak can afford; docs/reference/reliability.md has the
+figures of the full ones.
+"""
 
 from typing import Any
 

@@ -1,1 +1,3 @@
-"""Garbage for everything that reads what others wrote: KV pushes, sessions, clients' calls, and what lies in Redis."""
+"""Garbage for everything that reads what others wrote: KV pushes, sessions, clients' calls, and
+what lies in Redis.
+"""

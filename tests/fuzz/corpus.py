@@ -1,6 +1,8 @@
-"""Messages in `corpus/` that mutations begin with, one file each; and how they are made: `python -m tests.fuzz.corpus`.
+"""Messages in `corpus/` that mutations begin with, one file each; and how they are made: `python -m
+tests.fuzz.corpus`.
 
-They are kept in git, so that what was once found stays tried, whatever the code that makes messages becomes.
+They are kept in git, so that what was once found stays tried, whatever the code that makes messages
+becomes.
 """
 
 from pathlib import Path
@@ -22,10 +24,10 @@ def _push_messages() -> dict[str, bytes]:
     from kvrelay.v1 import session_pb2
 
     span, digest, payload = KVSpan(1, 3, 16, 300), bytes(range(16)), bytes(range(64))
-    work_id = session_pb2.WorkId(request_id="a" * 32, attempt=2)
-    header = pb.PushHeader(work_id=work_id, ticket=digest, fingerprint="f" * 32, wire_version=1, token_end=300)
+    job_id = session_pb2.JobId(request_id="a" * 32, attempt=2)
+    header = pb.PushHeader(job_id=job_id, ticket=digest, fingerprint="f" * 32, wire_version=1, token_end=300)
     token = session_pb2.Token(token_id=7, logprob=-0.5, top_logprobs=[session_pb2.TopLogprob(token_id=8, logprob=-1.5)])
-    tokens = [session_pb2.SequenceToken(work_id=work_id, token=token, finish_reason=session_pb2.FINISH_REASON_STOP)]
+    tokens = [session_pb2.SequenceToken(job_id=job_id, token=token, finish_reason=session_pb2.FINISH_REASON_STOP)]
     chunk = encode_chunk(Chunk(span, payload, digest))
     middle = pb.KVChunk(layer_end=1, token_end=8, payload=payload, digest=digest)
     return {
@@ -62,7 +64,9 @@ def _requests() -> dict[str, bytes]:
     )  # fmt: skip
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="hi")])
     return {
-        "text": pb.GenerateRequest(text="hello", sampling=sampling, tenant="t", idempotency_key="k").SerializeToString(),
+        "text": pb.GenerateRequest(
+            text="hello", sampling=sampling, tenant="t", idempotency_key="k"
+        ).SerializeToString(),
         "chat": pb.GenerateRequest(chat=chat, sampling=sampling, resumable=True).SerializeToString(),
         "token_ids": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3]), coalesce_ms=5).SerializeToString(),
     }
@@ -70,15 +74,16 @@ def _requests() -> dict[str, bytes]:
 
 def _records() -> dict[str, bytes]:
     """Fields and values by turns, with NUL between; its token ids have none."""
-    from tests.redis_fixtures import make_record
-    from tests.test_request_record import as_stored
+    from tests.state.test_request_record import as_stored
+    from tests.support.redis_fixtures import make_record
 
     stored = as_stored(make_record(prompt_token_ids=(0x01010101, 0x02020202, 0x03030303)))
     return {"record": b"\0".join(part for field in stored.items() for part in field)}
 
 
 def _members() -> dict[str, bytes]:
-    from kvrelay.worker_registry import Member, MemberRole, _encode
+    from kvrelay.core.member import Member, MemberRole
+    from kvrelay.state.member_registry import _encode
 
     return {"decode": _encode(Member("w", MemberRole.DECODE, "127.0.0.1:1", "m", "f")).encode()}
 

@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.coverage_guided TARGET [-runs=N | -max_total_time=SECONDS] [FOLDER ...]
 
-TARGET is one of `TARGETS`; the rest are libFuzzer's own arguments: the first folder takes new inputs, and all are begun with.
-A target raises for what must not be; libFuzzer writes the input that did it to a file `crash-...` in the working folder.
+TARGET is one of `TARGETS`; the rest are libFuzzer's own arguments: the first folder takes new
+inputs, and all are begun with. A target raises for what must not be; libFuzzer writes the input
+that did it to a file `crash-...` in the working folder.
 """
 
 import contextlib
@@ -17,13 +18,19 @@ import atheris
 import structlog
 
 with atheris.instrument_imports(
-    include=["kvrelay.kv_transfer.codec", "kvrelay.request_record", "kvrelay.worker_registry", "kvrelay.request_list", "gateway"]
+    include=[
+        "kvrelay.kv_transfer.codec",
+        "kvrelay.state.request_record",
+        "kvrelay.state.member_registry",
+        "kvrelay.state.request_list",
+        "gateway",
+    ]
 ):
-    from gateway.output_frames import decode_frame
-    from gateway.request_validation import parse_messages, parse_sampling
-    from kvrelay import request_record, worker_registry
+    from gateway.requests.request_validation import parse_messages, parse_sampling
+    from gateway.streaming.frames import decode_frame
     from kvrelay.errors import InvalidRequestError, TransferError, UnreadableStateError
     from kvrelay.kv_transfer.codec import decode_request
+    from kvrelay.state import member_registry, request_record
     from kvrelay.v1 import inference_pb2
 
 
@@ -54,7 +61,7 @@ def read_record(data: bytes) -> None:
 
 def read_member(data: bytes) -> None:
     """A member of the registry."""
-    worker_registry._decode(data)
+    member_registry._decode(data)
 
 
 def read_frame(data: bytes) -> None:
@@ -79,7 +86,8 @@ def main() -> None:
     target = TARGETS.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if target is None:
         raise SystemExit(f"name a target: {', '.join(TARGETS)}")
-    # Not libFuzzer's own limit: that counts what the process was at its fork, when it was still the one that starts it.
+    # Not libFuzzer's own limit: that counts what the process was at its fork, when it was still the
+    # one that starts it.
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SPARE_ADDRESS_SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

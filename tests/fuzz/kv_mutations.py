@@ -1,4 +1,5 @@
-"""Pushes that must be refused, made from pushes that are accepted: each with the errors that are right for it.
+"""Pushes that must be refused, made from pushes that are accepted: each with the errors that are
+right for it.
 
 by bytes        one message with flipped, cut, added, overwritten or foreign bytes
 by meaning      well-formed messages, some even with a right digest, that say what they must not
@@ -12,6 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from kvrelay.core.job import FinishReason, JobId, SequenceToken, Token
 from kvrelay.errors import FingerprintError, KvrelayError, TicketError, TransferError
 from kvrelay.kv_transfer.codec import (
     Chunk,
@@ -25,8 +27,7 @@ from kvrelay.kv_transfer.codec import (
 )
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.v1 import kv_transfer_pb2 as pb
-from kvrelay.wire import sequence_token_from_pb, sequence_token_to_pb
-from kvrelay.work import FinishReason, SequenceToken, Token, WorkId
+from kvrelay.wire.convert import sequence_token_from_pb, sequence_token_to_pb
 from tests.fuzz.kv_pushes import LAYOUT, MODEL, NUM_TOKENS, CapturedPush
 from tests.fuzz.mutations import INTEGERS, LARGE_INTEGERS, mutate_bytes
 
@@ -64,7 +65,9 @@ def draw_bad_push(push: CapturedPush, other: CapturedPush, stale: CapturedPush, 
 
 
 def meaning(messages: Messages) -> list[object]:
-    """What the messages say, read with protobuf alone; bytes that are no message, or more than is known, say what they are."""
+    """What the messages say, read with protobuf alone; bytes that are no message, or more than is
+    known, say what they are.
+    """
     return [_meaning(message) for message in messages]
 
 
@@ -84,7 +87,15 @@ def _meaning(message: bytes) -> object:
             chunk = request.chunk
             where = (chunk.shared.offset, chunk.shared.num_bytes) if chunk.HasField("shared") else None
             payload = chunk.payload if where is None else b""
-            return (chunk.layer_begin, chunk.layer_end, chunk.token_begin, chunk.token_end, payload, chunk.digest, where)
+            return (
+                chunk.layer_begin,
+                chunk.layer_end,
+                chunk.token_begin,
+                chunk.token_end,
+                payload,
+                chunk.digest,
+                where,
+            )
         case "end":
             return (request.end.num_chunks, tuple(map(sequence_token_from_pb, request.end.tokens)), request.end.digest)
     return None
@@ -118,7 +129,7 @@ def _payload(push: CapturedPush, span: KVSpan) -> bytes:
     return push.kv[span.layer_begin * num_bytes : span.layer_end * num_bytes]
 
 
-# --- by bytes -----------------------------------------------------------------------------------------------------------------
+# --- by bytes -------------------------------------------------------------------------------------
 
 
 def _bytes_of(which: str) -> Change:
@@ -137,7 +148,7 @@ def _noise(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generat
     return BadPush("", _put(push, position, generator.randbytes(generator.choice((0, 1, 2, 40, 1000)))), ANY_ERROR)
 
 
-# --- by meaning ---------------------------------------------------------------------------------------------------------------
+# --- by meaning -----------------------------------------------------------------------------------
 
 
 def _header(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
@@ -151,13 +162,15 @@ def _header(push: CapturedPush, other: CapturedPush, stale: CapturedPush, genera
             header.wire_version = generator.choice((0, 2, 2**32 - 1))
             errors = (FingerprintError,)
         case 2:
-            header.ticket = generator.choice((b"", bytes(16), header.ticket[:-1], header.ticket + b"\0", b"x" * 100_000))
+            header.ticket = generator.choice(
+                (b"", bytes(16), header.ticket[:-1], header.ticket + b"\0", b"x" * 100_000)
+            )
             errors = (TicketError,)
         case 3:
-            header.work_id.attempt = generator.choice([each for each in INTEGERS if each != header.work_id.attempt])
+            header.job_id.attempt = generator.choice([each for each in INTEGERS if each != header.job_id.attempt])
             errors = (TicketError,)
         case 4:
-            header.work_id.first_sequence = generator.choice((1, 2**32 - 1))
+            header.job_id.first_sequence = generator.choice((1, 2**32 - 1))
             errors = (TicketError,)
         case _:
             ranges = ((1, NUM_TOKENS), (0, NUM_TOKENS + 1), (0, 0), (0, 2**32 - 1))
@@ -188,7 +201,9 @@ def _range_out_of_the_reservation(
     return BadPush("", _put(push, position, _encode(_sealed(push, replace(chunk, span=span)))))
 
 
-def _range_of_another_chunk(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
+def _range_of_another_chunk(
+    push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random
+) -> BadPush:
     """With the digest that it had."""
     position, chunk = _a_chunk(push, generator)
     layer = (chunk.span.layer_begin + 1) % LAYOUT.num_layers
@@ -203,7 +218,7 @@ def _size(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generato
 
 def _digest(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
     position, chunk = _a_chunk(push, generator)
-    payload, attempt = _payload(push, chunk.span), push.reservation.work.work_id.attempt
+    payload, attempt = _payload(push, chunk.span), push.reservation.job.job_id.attempt
     ticket = push.reservation.ticket
     digest = generator.choice(
         (
@@ -231,19 +246,22 @@ def _end(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator
         tokens * 1000,
         [replace(tokens[0], index=1)],
         [replace(tokens[0], sequence=1)],
-        [replace(tokens[0], work_id=WorkId("f" * 32, 1))],
+        [replace(tokens[0], job_id=JobId("f" * 32, 1))],
         [replace(tokens[0], token=Token(generator.choice((MODEL.vocab_size, 2**32 - 1))))],
     ]
     if not has_right_digest:  # by itself this is nothing that a sender may not say
         changed += [[replace(tokens[0], token=Token((tokens[0].token.token_id + 1) % MODEL.vocab_size))]]
-        changed += [[replace(tokens[0], finish_reason=FinishReason.STOP)], [replace(tokens[0], token=Token(1, logprob=-1.0))]]
+        changed += [
+            [replace(tokens[0], finish_reason=FinishReason.STOP)],
+            [replace(tokens[0], token=Token(1, logprob=-1.0))],
+        ]
     if generator.random() < 0.3:
         num_chunks = generator.choice([each for each in INTEGERS if each != num_chunks])
     else:
         tokens = generator.choice(changed)
     digest = end.digest
     if has_right_digest:
-        digest = end_digest(reservation.ticket, reservation.work.work_id.attempt, num_chunks, tokens)
+        digest = end_digest(reservation.ticket, reservation.job.job_id.attempt, num_chunks, tokens)
     message = pb.PushEnd(num_chunks=num_chunks, tokens=map(sequence_token_to_pb, tokens), digest=digest)
     return BadPush("", _put(push, position, pb.PushRequest(end=message).SerializeToString()))
 
@@ -253,16 +271,16 @@ def _sealed(push: CapturedPush, chunk: Chunk | SharedChunk) -> Chunk | SharedChu
         return _seal(push, chunk)
     reservation = push.reservation
     payload = _payload(push, chunk.span)
-    return replace(chunk, digest=chunk_digest(reservation.ticket, reservation.work.work_id.attempt, chunk.span, payload))
+    return replace(chunk, digest=chunk_digest(reservation.ticket, reservation.job.job_id.attempt, chunk.span, payload))
 
 
 def _seal(push: CapturedPush, chunk: Chunk) -> Chunk:
     reservation = push.reservation
-    digest = chunk_digest(reservation.ticket, reservation.work.work_id.attempt, chunk.span, chunk.payload)
+    digest = chunk_digest(reservation.ticket, reservation.job.job_id.attempt, chunk.span, chunk.payload)
     return replace(chunk, digest=digest)
 
 
-# --- by order -----------------------------------------------------------------------------------------------------------------
+# --- by order -------------------------------------------------------------------------------------
 
 
 def _left_out(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
@@ -277,7 +295,9 @@ def _repeated(push: CapturedPush, other: CapturedPush, stale: CapturedPush, gene
     return BadPush("", (*push.messages[:insert], push.messages[position], *push.messages[insert:]))
 
 
-def _header_not_first(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
+def _header_not_first(
+    push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random
+) -> BadPush:
     header, *rest = push.messages
     insert = generator.randrange(1, len(rest) + 1)
     return BadPush("", (*rest[:insert], header, *rest[insert:]))
@@ -303,7 +323,7 @@ def _stale(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generat
     return BadPush("", stale.messages, (TicketError,))
 
 
-# --- by memory ----------------------------------------------------------------------------------------------------------------
+# --- by memory ------------------------------------------------------------------------------------
 
 
 def _slice(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush:
@@ -315,16 +335,21 @@ def _slice(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generat
     return BadPush("", _put(push, position, encode_shared_chunk(SharedChunk(chunk.span, where, chunk.digest))))
 
 
-def _region_name(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush | None:
+def _region_name(
+    push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random
+) -> BadPush | None:
     names = list(REGION_NAMES)
-    if push.region is not None and other.region is not None:  # a push that has its payloads in its messages would not look
+    # a push that has its payloads in its messages would not look
+    if push.region is not None and other.region is not None:
         names.append(other.region.region_id)
     request = _request(push, 0)
     request.header.shared_region = generator.choice(names)
     return BadPush("", _put(push, 0, request.SerializeToString()))
 
 
-def _damaged_memory(push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random) -> BadPush | None:
+def _damaged_memory(
+    push: CapturedPush, other: CapturedPush, stale: CapturedPush, generator: random.Random
+) -> BadPush | None:
     if push.region is None:
         return None
     return BadPush("", push.messages, damage=(generator.randrange(push.region.num_bytes), 1 << generator.randrange(8)))

@@ -1,6 +1,8 @@
-"""A real receiver with a real pool, and pushes that a real sender made, kept as the bytes that it sent.
+"""A real receiver with a real pool, and pushes that a real sender made, kept as the bytes that it
+sent.
 
-Every push into the receiver goes through `KVReceiver.Push`: called directly, for there are many, or over a real connection.
+Every push into the receiver goes through `KVReceiver.Push`: called directly, for there are many, or
+over a real connection.
 """
 
 from __future__ import annotations
@@ -21,21 +23,22 @@ import xxhash
 
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
-from decode_worker.push_permits import PushPermits
+from decode_worker.receiving.write_grants import WriteGrants
+from kvrelay.core.job import Job, JobId, SequenceToken, Token
+from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.error_status import error_of_rpc
 from kvrelay.errors import KvrelayError
 from kvrelay.kv_transfer.codec import Chunk, SharedChunk, decode_request
-from kvrelay.kv_transfer.memory_handover import HandoverClient, HandoverServer
+from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.shared_memory import SharedRegion
 from kvrelay.kv_transfer.shared_memory_transport import SharedMemoryPush
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient, RegionServer
 from kvrelay.kv_transfer.transports import PUSH_METHOD, GrpcPush, PushPlan
-from kvrelay.model_spec import KVLayout, ModelSpec
-from kvrelay.rpc import bind_server, create_server, create_sync_channel
+from kvrelay.network.rpc import bind_server, create_server, create_sync_channel
 from kvrelay.v1 import kv_transfer_pb2 as pb
-from kvrelay.work import SequenceToken, Token, Work, WorkId
+from kvrelay.wire.errors import error_of_rpc
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
-from tests.works import make_work
+from tests.support.jobs import make_job
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=1, head_dim=4, dtype="float32")
 MODEL = ModelSpec("m", "llama", LAYOUT, 100, 512, (0,), "fingerprint")
@@ -50,9 +53,9 @@ WAIT_S = 20.0
 
 @dataclass(frozen=True)
 class Reservation:
-    """A work whose KV may be pushed, and where to."""
+    """A job whose KV may be pushed, and where to."""
 
-    work: Work
+    job: Job
     block_ids: tuple[int, ...]
     ticket: bytes
 
@@ -82,12 +85,12 @@ class PushOutcome:
 class ReceiverBench:
     """A receiver, and all that a test looks at."""
 
-    def __init__(self, address: str, channel: grpc.Channel, receiver: KVReceiver, memory: HandoverServer) -> None:
+    def __init__(self, address: str, channel: grpc.Channel, receiver: KVReceiver, memory: RegionServer) -> None:
         self.address = address
         self.receiver = receiver
         self.memory = memory
         self.pool = PagedKVCache(LAYOUT, NUM_BLOCKS, BLOCK_SIZE)
-        self.permits = PushPermits()
+        self.grants = WriteGrants()
         self.ended: list[PushEnded] = []
         self._call: Any = channel.stream_stream(PUSH_METHOD)
 
@@ -97,13 +100,15 @@ class ReceiverBench:
 
     def kv_of(self, block_ids: Sequence[int]) -> bytes:
         """All bytes of these blocks."""
-        exported = self.pool.export_kv(0, LAYOUT.num_layers, list(block_ids), 0, len(block_ids) * BLOCK_SIZE)
-        return exported.numpy().tobytes()
+        span = KVSpan(0, LAYOUT.num_layers, 0, len(block_ids) * BLOCK_SIZE)
+        exported = bytearray(span.num_bytes(LAYOUT))
+        self.pool.export_kv(memoryview(exported), span, list(block_ids))
+        return bytes(exported)
 
     def open(self, reservation: Reservation) -> None:
-        """Makes the permit, with the ticket that was in the captured push."""
-        with mock.patch("decode_worker.push_permits.secrets.token_bytes", return_value=reservation.ticket):
-            self.permits.open(reservation.work, reservation.block_ids, 0)
+        """Makes the grant, with the ticket that was in the captured push."""
+        with mock.patch("decode_worker.receiving.write_grants.secrets.token_bytes", return_value=reservation.ticket):
+            self.grants.grant(reservation.job, reservation.block_ids, 0)
 
     async def push(self, messages: Sequence[bytes], *, over_grpc: bool = False) -> PushOutcome:
         """Sends the messages and ends the stream behind them."""
@@ -121,7 +126,8 @@ class ReceiverBench:
         return None, tuple(stream.answers)
 
     async def _push_over_grpc(self, messages: Sequence[bytes]) -> tuple[KvrelayError | None, tuple[str, ...]]:
-        # In a thread: gRPC's asyncio client says INTERNAL when a stream ends while it writes to it, whatever the status was.
+        # In a thread: gRPC's asyncio client says INTERNAL when a stream ends while it writes to it,
+        # whatever the status was.
         return await asyncio.to_thread(self._push_in_thread, messages)
 
     def _push_in_thread(self, messages: Sequence[bytes]) -> tuple[KvrelayError | None, tuple[str, ...]]:
@@ -153,13 +159,13 @@ async def running_receiver() -> AsyncIterator[ReceiverBench]:
     """Serves until left."""
     threads = ThreadPoolExecutor(2)
     server = create_server()
-    memory = HandoverServer()
+    memory = RegionServer()
     memory.start()
     bound = bind_server(server, "127.0.0.1", 0, ())
     address = f"127.0.0.1:{bound.port}"
     with create_sync_channel(address) as channel:
         bench = ReceiverBench(address, channel, None, memory)  # type: ignore[arg-type]  # set below
-        context = ReceiverContext(bench.pool, MODEL, bench.permits, threads, bench.ended.append, memory)
+        context = ReceiverContext(bench.pool, MODEL, bench.grants, threads, bench.ended.append, memory)
         bench.receiver = KVReceiver(context)
         bench.receiver.add_to(server)
         await server.start()
@@ -172,7 +178,9 @@ async def running_receiver() -> AsyncIterator[ReceiverBench]:
 
 
 class _RecordingChannel:
-    """Stands in for the connection of a sender: keeps what is sent, and accepts all of it at the end."""
+    """Stands in for the connection of a sender: keeps what is sent, and accepts all of it at the
+    end.
+    """
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -190,7 +198,9 @@ class _RecordingChannel:
         await self._ended.wait()
         chunks = [request for request in map(decode_request, self.messages) if isinstance(request, Chunk | SharedChunk)]
         last = chunks[-1].span
-        yield pb.PushResponse(chunk_accepted=pb.ChunkAccepted(layer_begin=last.layer_begin, token_begin=last.token_begin))
+        yield pb.PushResponse(
+            chunk_accepted=pb.ChunkAccepted(layer_begin=last.layer_begin, token_begin=last.token_begin)
+        )
         yield pb.PushResponse(complete=pb.PushComplete(kv_bytes=sum(chunk.span.num_bytes(LAYOUT) for chunk in chunks)))
 
     def cancel(self) -> None:
@@ -202,7 +212,7 @@ class _CapturingTransport:
     """Opens pushes whose messages are kept."""
 
     channel: _RecordingChannel
-    client: HandoverClient | None
+    client: RegionClient | None
     region: SharedRegion | None = None
 
     async def open(self, address: str, plan: PushPlan) -> Any:
@@ -215,14 +225,14 @@ class _CapturingTransport:
         await push.send_header(plan, self.region.region_id)
         return SharedMemoryPush(push, self, self.region)  # type: ignore[arg-type]  # what it uses of a client
 
-    def give_back(self, region: SharedRegion) -> None:
+    def release(self, region: SharedRegion) -> None:
         """The region stays with the captured push."""
 
     async def close(self) -> None:
         """Nothing is open."""
 
 
-async def capture_push(seed: int, reservation: Reservation, client: HandoverClient | None = None) -> CapturedPush:
+async def capture_push(seed: int, reservation: Reservation, client: RegionClient | None = None) -> CapturedPush:
     """Has a prefill worker's sender push KV that is made from the seed.
 
     Args:
@@ -232,21 +242,21 @@ async def capture_push(seed: int, reservation: Reservation, client: HandoverClie
     """
     source = PagedKVCache(LAYOUT, NUM_BLOCKS, BLOCK_SIZE)
     kv = random.Random(seed).randbytes(LAYOUT.num_layers * CHUNK_BYTES)
-    source.import_kv(kv, 0, LAYOUT.num_layers, (5, 0, 7), 0, NUM_TOKENS)
+    source.import_kv(kv, KVSpan(0, LAYOUT.num_layers, 0, NUM_TOKENS), (5, 0, 7))
     transport = _CapturingTransport(_RecordingChannel(), client)
     outcomes: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def on_ended(work_id: WorkId, outcome: object) -> None:
+    def on_ended(job_id: JobId, outcome: object) -> None:
         loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
     with ThreadPoolExecutor(1) as threads:
         context = SenderContext(source, LAYOUT, transport, threads, CHUNK_BYTES, 1 << 20)
-        work = reservation.work
-        plan = PushPlan(work.work_id, reservation.ticket, MODEL.fingerprint, 0, NUM_TOKENS)
+        job = reservation.job
+        plan = PushPlan(job.job_id, reservation.ticket, MODEL.fingerprint, 0, NUM_TOKENS)
         sender = KVSender(context, "nowhere", plan, (5, 0, 7), on_ended)
         sender.announce_cached(NUM_TOKENS)
-        sender.finish([SequenceToken(work.work_id, 0, 0, Token(seed % MODEL.vocab_size))])
+        sender.finish([SequenceToken(job.job_id, 0, 0, Token(seed % MODEL.vocab_size))])
         async with asyncio.timeout(WAIT_S):
             outcome = await outcomes.get()
     assert isinstance(outcome, TransferResult), outcome
@@ -258,8 +268,8 @@ async def capture_push(seed: int, reservation: Reservation, client: HandoverClie
 def make_reservation(number: int, ticket: bytes, attempt: int = 1) -> Reservation:
     """One of several that have no block in common."""
     first = 3 * number + 1
-    work = make_work(list(range(NUM_TOKENS)), 8, request_id=f"{number:032x}", attempt=attempt)
-    return Reservation(work, (first + 2, first, first + 1), ticket)
+    job = make_job(list(range(NUM_TOKENS)), 8, request_id=f"{number:032x}", attempt=attempt)
+    return Reservation(job, (first + 2, first, first + 1), ticket)
 
 
 def num_descriptors() -> int:
@@ -268,7 +278,9 @@ def num_descriptors() -> int:
 
 
 def open_descriptors() -> Counter[str]:
-    """What the descriptors of this process are, by kind: files by path, sockets and others by their type."""
+    """What the descriptors of this process are, by kind: files by path, sockets and others by their
+    type.
+    """
     kinds: Counter[str] = Counter()
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the listing's own

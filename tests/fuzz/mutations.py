@@ -1,4 +1,5 @@
-"""Changes of bytes and of messages, drawn from a seeded generator: what a faulty wire, a faulty peer or an attacker would send.
+"""Changes of bytes and of messages, drawn from a seeded generator: what a faulty wire, a faulty
+peer or an attacker would send.
 
 Knows nothing of what the bytes mean.
 """
@@ -18,7 +19,19 @@ VARINTS = (b"\x00", b"\x7f", b"\xff\xff\xff\xff\x0f", b"\xff" * 9 + b"\x01", b"\
 INTEGERS = (0, 1, 2, 7, 255, 4096, 2**31 - 1, 2**31, 2**32 - 1)
 LARGE_INTEGERS = (*INTEGERS, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan)
-TEXTS = ("", "a", "\0", "../../etc/passwd", "{}", "x" * 200, "é\U0001f600", "\u202e", "' OR 1=1 --", "%s%n", "unix:/tmp/x")
+TEXTS = (
+    "",
+    "a",
+    "\0",
+    "../../etc/passwd",
+    "{}",
+    "x" * 200,
+    "é\U0001f600",
+    "\u202e",
+    "' OR 1=1 --",
+    "%s%n",
+    "unix:/tmp/x",
+)
 MAX_REPEATS = 100_000
 
 
@@ -65,11 +78,20 @@ def _cut_out(data: bytes, other: bytes, generator: Generator) -> bytes:
     return data[:begin] + data[begin + generator.randint(1, 16) :]
 
 
-_BYTE_CHANGES: tuple[Callable[[bytes, bytes, Generator], bytes], ...] = (_flip, _truncate, _extend, _splice, _overwrite, _cut_out)
+_BYTE_CHANGES: tuple[Callable[[bytes, bytes, Generator], bytes], ...] = (
+    _flip,
+    _truncate,
+    _extend,
+    _splice,
+    _overwrite,
+    _cut_out,
+)
 
 
 def mutate_message(message: Message, generator: Generator) -> None:
-    """Sets one to three fields, perhaps within a part of the message, to values that nobody would choose."""
+    """Sets one to three fields, perhaps within a part of the message, to values that nobody would
+    choose.
+    """
     for _ in range(generator.choice((1, 1, 2, 3))):
         _mutate_field(message, generator.choice(_fields(message)), generator)
 

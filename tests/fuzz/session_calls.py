@@ -1,4 +1,6 @@
-"""Sessions with a worker that send garbage around one good work, whose tokens say whether the worker still does what it must."""
+"""Sessions with a worker that send garbage around one good job, whose tokens say whether the worker
+still does what it must.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ from typing import Any
 
 import grpc
 
-from kvrelay.error_status import error_of_rpc
+from kvrelay.core.job import Job
+from kvrelay.core.liveness import PROTOCOL_VERSION
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.errors import KvrelayError
-from kvrelay.liveness import PROTOCOL_VERSION
-from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
-from kvrelay.wire import reserve_to_pb, start_prefill_to_pb, work_id_to_pb
-from kvrelay.work import Work
+from kvrelay.wire.convert import job_id_to_pb, reserve_to_pb, start_prefill_to_pb
+from kvrelay.wire.errors import error_of_rpc
 from tests.fuzz.mutations import mutate_bytes, mutate_message
-from tests.works import make_work
+from tests.support.jobs import make_job
 
 CALL_TIMEOUT_S = 60.0
 GOOD_PROMPT = list(range(10, 22))
@@ -35,7 +37,11 @@ class Protocol:
     response_type: Any
 
     def hello(self, **changes: Any) -> bytes:
-        values: dict[str, Any] = {"gateway_id": "g", "protocol_version": PROTOCOL_VERSION, "liveness_window_ms": 60_000} | changes
+        values: dict[str, Any] = {
+            "gateway_id": "g",
+            "protocol_version": PROTOCOL_VERSION,
+            "liveness_window_ms": 60_000,
+        } | changes
         message: bytes = self.request_type(hello=session_pb2.GatewayHello(**values)).SerializeToString()
         return message
 
@@ -44,7 +50,9 @@ DECODE = Protocol(
     "/kvrelay.v1.DecodeService/Session", decode_pb2.DecodeServiceSessionRequest, decode_pb2.DecodeServiceSessionResponse
 )
 PREFILL = Protocol(
-    "/kvrelay.v1.PrefillService/Session", prefill_pb2.PrefillServiceSessionRequest, prefill_pb2.PrefillServiceSessionResponse
+    "/kvrelay.v1.PrefillService/Session",
+    prefill_pb2.PrefillServiceSessionRequest,
+    prefill_pb2.PrefillServiceSessionResponse,
 )
 
 
@@ -54,15 +62,15 @@ class SessionOutcome:
 
     error: KvrelayError | None
     good_tokens: list[int]
-    num_failed_works: int
+    num_failed_jobs: int
 
 
-def good_work(generator: random.Random, max_tokens: int) -> Work:
+def good_job(generator: random.Random, max_tokens: int) -> Job:
     """Greedy: its tokens are always the same."""
-    return make_work(GOOD_PROMPT, max_tokens, request_id=f"{generator.getrandbits(128):032x}")
+    return make_job(GOOD_PROMPT, max_tokens, request_id=f"{generator.getrandbits(128):032x}")
 
 
-def odd_work(generator: random.Random) -> Work:
+def odd_job(generator: random.Random) -> Job:
     """Valid, and sampled in every way that there is."""
     sampling = SamplingParams(
         temperature=generator.choice((0.0, 0.7, 1e-30, 100.0)),
@@ -81,37 +89,41 @@ def odd_work(generator: random.Random) -> Work:
     prompt = [generator.randrange(5, 100) for _ in range(generator.choice((1, 3, 4, 20)))]
     num_sequences = generator.choice((1, 1, 8))
     request_id = f"{generator.getrandbits(128):032x}"
-    return make_work(prompt, 1, request_id=request_id, sampling=sampling, num_sequences=num_sequences)
+    return make_job(prompt, 1, request_id=request_id, sampling=sampling, num_sequences=num_sequences)
 
 
-def decode_commands(work: Work, fingerprint: str) -> list[decode_pb2.DecodeServiceSessionRequest]:
-    """All that a gateway says of a work that is computed on the decode worker."""
-    work_id, request = work_id_to_pb(work.work_id), decode_pb2.DecodeServiceSessionRequest
+def decode_commands(job: Job, fingerprint: str) -> list[decode_pb2.DecodeServiceSessionRequest]:
+    """All that a gateway says of a job that is computed on the decode worker."""
+    job_id, request = job_id_to_pb(job.job_id), decode_pb2.DecodeServiceSessionRequest
     return [
-        request(reserve=reserve_to_pb(work, fingerprint)),
-        request(run_prompt=decode_pb2.RunPrompt(work_id=work_id)),
+        request(reserve=reserve_to_pb(job, fingerprint)),
+        request(run_prompt=decode_pb2.RunPrompt(job_id=job_id)),
         request(heartbeat=session_pb2.Heartbeat(number=3)),
-        request(finish_sequence=decode_pb2.FinishSequence(work_id=work_id, sequence=0)),
-        request(cancel_work=session_pb2.CancelWork(work_id=work_id)),
+        request(finish_sequence=decode_pb2.FinishSequence(job_id=job_id, sequence=0)),
+        request(cancel_job=session_pb2.CancelJob(job_id=job_id)),
     ]
 
 
-def prefill_commands(work: Work) -> list[prefill_pb2.PrefillServiceSessionRequest]:
+def prefill_commands(job: Job) -> list[prefill_pb2.PrefillServiceSessionRequest]:
     """The same of a prefill worker."""
     request = prefill_pb2.PrefillServiceSessionRequest
     return [
-        request(start_prefill=start_prefill_to_pb(work, bytes(16), ADDRESS, 0)),
+        request(start_prefill=start_prefill_to_pb(job, bytes(16), ADDRESS, 0)),
         request(heartbeat_ack=session_pb2.HeartbeatAck(number=3)),
-        request(cancel_work=session_pb2.CancelWork(work_id=work_id_to_pb(work.work_id))),
+        request(cancel_job=session_pb2.CancelJob(job_id=job_id_to_pb(job.job_id))),
     ]
 
 
-def odd_commands(protocol: Protocol, fingerprint: str, generator: random.Random, num_works: int, raw_share: float) -> list[bytes]:
-    """Commands about works, most of them with odd fields; so many of the works with bytes that may be no message."""
+def odd_commands(
+    protocol: Protocol, fingerprint: str, generator: random.Random, num_jobs: int, raw_share: float
+) -> list[bytes]:
+    """Commands about jobs, most of them with odd fields; so many of the jobs with bytes that may be
+    no message.
+    """
     messages: list[bytes] = []
-    for _ in range(num_works):
-        work = odd_work(generator)
-        commands: list[Any] = decode_commands(work, fingerprint) if protocol is DECODE else prefill_commands(work)
+    for _ in range(num_jobs):
+        job = odd_job(generator)
+        commands: list[Any] = decode_commands(job, fingerprint) if protocol is DECODE else prefill_commands(job)
         kept = 2 if protocol is DECODE else 1
         commands = commands[:kept] + [each for each in commands[kept:] if generator.random() < 0.3]
         if generator.random() < 0.7:
@@ -126,8 +138,11 @@ def odd_commands(protocol: Protocol, fingerprint: str, generator: random.Random,
     return messages
 
 
-def run_session(channel: grpc.Channel, protocol: Protocol, hello: bytes, good: list[bytes], odd: list[bytes]) -> SessionOutcome:
-    """Sends the good work's first command, the odd ones, and the rest of the good work's; leaves when that is done.
+def run_session(
+    channel: grpc.Channel, protocol: Protocol, hello: bytes, good: list[bytes], odd: list[bytes]
+) -> SessionOutcome:
+    """Sends the good job's first command, the odd ones, and the rest of the good job's; leaves when
+    that is done.
 
     Blocks; called in a thread.
     """
@@ -140,7 +155,7 @@ def run_session(channel: grpc.Channel, protocol: Protocol, hello: bytes, good: l
             yield request
 
     outcome = SessionOutcome(None, [], 0)
-    good_id = _work_id(protocol.request_type.FromString(good[0]))
+    good_id = _job_id(protocol.request_type.FromString(good[0]))
     try:
         responses: Any = channel.stream_stream(protocol.method)(sent(), timeout=CALL_TIMEOUT_S)  # type: ignore[arg-type]
         for data in responses:
@@ -153,24 +168,24 @@ def run_session(channel: grpc.Channel, protocol: Protocol, hello: bytes, good: l
     return outcome
 
 
-def _work_id(request: Any) -> session_pb2.WorkId:
-    work_id: session_pb2.WorkId = getattr(request, request.WhichOneof("message")).work_id
-    return work_id
+def _job_id(request: Any) -> session_pb2.JobId:
+    job_id: session_pb2.JobId = getattr(request, request.WhichOneof("message")).job_id
+    return job_id
 
 
-def _note(response: Any, good_id: session_pb2.WorkId, outcome: SessionOutcome) -> bool:
-    """Whether the good work has ended."""
+def _note(response: Any, good_id: session_pb2.JobId, outcome: SessionOutcome) -> bool:
+    """Whether the good job has ended."""
     match response.WhichOneof("message"):
-        case "work_failed":
-            outcome.num_failed_works += 1
-            assert response.work_failed.work_id != good_id, f"the good work failed: {response.work_failed.message}"
-            assert response.work_failed.kind != session_pb2.FAILURE_KIND_INTERNAL, response.work_failed
-            assert len(response.work_failed.message) > 5
+        case "job_failed":
+            outcome.num_failed_jobs += 1
+            assert response.job_failed.job_id != good_id, f"the good job failed: {response.job_failed.message}"
+            assert response.job_failed.kind != session_pb2.FAILURE_KIND_INTERNAL, response.job_failed
+            assert len(response.job_failed.message) > 5
         case "step_output":
-            tokens = [token for token in response.step_output.tokens if token.work_id == good_id]
+            tokens = [token for token in response.step_output.tokens if token.job_id == good_id]
             outcome.good_tokens += [token.token.token_id for token in tokens]
             return any(token.finish_reason for token in tokens)
-        case "prefill_done" if response.prefill_done.work_id == good_id:
+        case "prefill_done" if response.prefill_done.job_id == good_id:
             outcome.good_tokens += [token.token.token_id for token in response.prefill_done.tokens]
             return True
     return False

@@ -1,4 +1,6 @@
-"""Clients' calls with garbage: each gets a typed status that says what to do, and the next good request gets its tokens."""
+"""Clients' calls with garbage: each gets a typed status that says what to do, and the next good
+request gets its tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from kvrelay.error_status import error_of_rpc
 from kvrelay.errors import InvalidRequestError
-from kvrelay.rpc import create_sync_channel
+from kvrelay.network.rpc import create_sync_channel
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
+from kvrelay.wire.errors import error_of_rpc
 from tests.fuzz import corpus
 from tests.fuzz.mutations import mutate_bytes, mutate_message
 from tests.gateway.conftest import Bench, read_all, token_request
 from tests.gateway.conftest import bench as bench  # a fixture
-from tests.gateway.fake_workers import expected_token_ids
+from tests.support.fake_workers import expected_token_ids
 
 PROMPT = list(range(10, 30))
 CALL_TIMEOUT_S = 2.0
@@ -85,7 +87,9 @@ def bombard(channel: grpc.Channel, generator: random.Random, num_calls: int) -> 
     for _ in range(num_calls):
         # The cheap ones without fields say little.
         method = generator.choice(("Generate", "Generate", "Generate", "Converse", *SEEDS))
-        requests = [odd_request(method, generator) for _ in range(generator.choice((1, 1, 3)) if method == "Converse" else 1)]
+        requests = [
+            odd_request(method, generator) for _ in range(generator.choice((1, 1, 3)) if method == "Converse" else 1)
+        ]
         code, details = call(channel, method, requests)
         assert code not in NEVER, f"{method}: {code} {details!r} for {[request[:500].hex() for request in requests]}"
         assert code is grpc.StatusCode.OK or len(details) > 10, f"{method}: {code} {details!r}"
@@ -97,8 +101,7 @@ def bombard(channel: grpc.Channel, generator: random.Random, num_calls: int) -> 
 async def test_odd_calls_get_typed_statuses_and_good_ones_their_tokens(
     bench: Bench, num_calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("gateway.service", "gateway.converse"):
-        monkeypatch.setattr(f"{module}.MODEL_WAIT_S", 0.01)  # for models of odd names
+    monkeypatch.setattr("gateway.service.MODEL_WAIT_S", 0.01)  # for models of odd names
     decode = await bench.workers.add_decode()
     await bench.announce(decode)
     gateway = await bench.gateway(local_prefill_tokens=1000, worker_wait_ms=10)

@@ -1,6 +1,7 @@
 """Atheris over every target, from the corpus on; skipped where it is not installed."""
 
 import importlib.util
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import corpus
+from tests.support import left_out
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
+WITHOUT_ATHERIS = sys.platform != "linux" or platform.machine() != "x86_64" or sys.version_info >= (3, 14)
+"""Where there is no wheel of it, as pyproject.toml has it."""
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None,
+    reason=left_out.not_for("platforms without a wheel of atheris") if WITHOUT_ATHERIS else left_out.ATHERIS,
+)
 
 NUM_RUNS = 30_000
 SOAK = (pytest.mark.soak, pytest.mark.timeout(180))

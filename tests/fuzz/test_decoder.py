@@ -20,19 +20,20 @@ from google.protobuf.message import DecodeError
 from kvrelay.errors import TransferError
 from kvrelay.kv_transfer import shared_memory
 from kvrelay.kv_transfer.codec import Chunk, SharedChunk, decode_request
-from kvrelay.kv_transfer.memory_handover import HandoverClient, HandoverServer
 from kvrelay.kv_transfer.shared_memory import REGION_ID_BYTES, create_region, is_supported
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient, RegionServer
 from kvrelay.v1 import kv_transfer_pb2 as pb
 from tests.fuzz import corpus
 from tests.fuzz.kv_pushes import num_descriptors
 from tests.fuzz.mutations import mutate_bytes
+from tests.support import left_out
 
 NUM_MESSAGES = 20_000
 ALLOCATED_PER_BYTE = 4
 ALLOCATED_BYTES = 16 * 1024
 """What reading a message may take, besides so much for each byte that did arrive."""
 SPARE_BYTES = 512 * 1024 * 1024
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 SEEDS = corpus.load("push")
 
@@ -50,7 +51,9 @@ def read_by_protobuf(message: bytes) -> pb.PushRequest | None:
 
 
 def check_decoded(message: bytes) -> bool:
-    """Whether it was read; checks that protobuf reads the same, and that nothing but a TransferError is raised."""
+    """Whether it was read; checks that protobuf reads the same, and that nothing but a
+    TransferError is raised.
+    """
     expected = read_by_protobuf(message)
     try:
         request = decode_request(message)
@@ -79,7 +82,9 @@ def test_the_decoder_reads_what_protobuf_reads_and_refuses_the_rest(seed: int) -
 
 
 def test_the_decoder_takes_memory_by_what_arrived_not_by_what_is_claimed() -> None:
-    """Peaks of Python's allocations; and within a limit of the process, that no more is even asked for."""
+    """Peaks of Python's allocations; and within a limit of the process, that no more is even asked
+    for.
+    """
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_virtual_bytes() + SPARE_BYTES, before[1]))
     tracemalloc.start()
@@ -116,7 +121,7 @@ def test_the_payload_of_what_is_read_is_never_longer_than_the_message() -> None:
             assert len(request.payload) <= len(message)
 
 
-# --- shared memory that is handed over ----------------------------------------------------------------------------------------
+# --- shared memory that is handed over ------------------------------------------------------------
 
 
 def _memfd(num_bytes: int, seals: int) -> int:
@@ -161,25 +166,27 @@ NAMES = (b"../../etc/passwd", b"/dev/shm/kvrelay", bytes(16), b"short", b"x" * 1
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[HandoverServer]:
-    running = HandoverServer()
+async def server() -> AsyncIterator[RegionServer]:
+    running = RegionServer()
     if not running.start():
-        pytest.skip("this system has no memfd")
+        pytest.skip(left_out.MEMFD)
     yield running
     running.close()
 
 
-async def knock(server: HandoverServer, generator: random.Random, victim: bytes) -> None:
-    """A connection that sends letters and descriptors at random, and leaves."""
+async def knock(server: RegionServer, generator: random.Random, victim: bytes) -> None:
+    """A connection that sends messages and descriptors at random, and leaves."""
     loop = asyncio.get_running_loop()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setblocking(False)
-    await loop.sock_connect(connection, f"\0{server.offer.socket_name}")
+    await loop.sock_connect(connection, f"\0{server.endpoint.socket_name}")
     try:
-        first = generator.choice((server.offer.key, server.offer.key, server.offer.key, bytes(16), b"", generator.randbytes(64)))
+        first = generator.choice(
+            (server.endpoint.key, server.endpoint.key, server.endpoint.key, bytes(16), b"", generator.randbytes(64))
+        )
         connection.send(first)
         for _ in range(generator.randrange(6)):
-            name = generator.choice((*NAMES, victim, generator.randbytes(REGION_ID_BYTES), server.offer.key))
+            name = generator.choice((*NAMES, victim, generator.randbytes(REGION_ID_BYTES), server.endpoint.key))
             kinds = generator.choices(list(DESCRIPTORS), k=generator.choice((0, 1, 1, 1, 2, 8)))
             _send(connection, name, kinds)
         await asyncio.sleep(0)
@@ -198,8 +205,8 @@ def _send(connection: socket.socket, name: bytes, kinds: list[str]) -> None:
             os.close(descriptor)
 
 
-async def test_letters_and_descriptors_at_random_leave_nothing_and_touch_nobody(server: HandoverServer) -> None:
-    client = await HandoverClient.connect(server.offer, 4096)
+async def test_messages_and_descriptors_at_random_leave_nothing_and_touch_nobody(server: RegionServer) -> None:
+    client = await RegionClient.connect(server.endpoint, 4096)
     region = await client.lease()
     assert region is not None
     region.buffer[:] = content = random.Random(3).randbytes(4096)
@@ -210,7 +217,7 @@ async def test_letters_and_descriptors_at_random_leave_nothing_and_touch_nobody(
         await knock(server, generator, region.region_id)
         lent = server.lend(region.region_id)
         assert bytes(lent.buffer) == content
-        server.give_back(lent)
+        server.release(lent)
     async with asyncio.timeout(WAIT_S):
         while len(server._connections) > 1 or server.num_regions > 1:  # noqa: ASYNC110 - what is waited for says nothing
             await asyncio.sleep(0.005)
@@ -220,11 +227,15 @@ async def test_letters_and_descriptors_at_random_leave_nothing_and_touch_nobody(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DESCRIPTORS if kind != "region"])
-async def test_what_is_no_sealed_memory_is_not_taken(server: HandoverServer, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = await HandoverClient.connect(server.offer, 4096)
+async def test_what_is_no_sealed_memory_is_not_taken(
+    server: RegionServer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await RegionClient.connect(server.endpoint, 4096)
     region, unused = create_region(4096)
     os.close(unused)
-    monkeypatch.setattr("kvrelay.kv_transfer.memory_handover.create_region", lambda num_bytes: (region, DESCRIPTORS[kind]()))
+    monkeypatch.setattr(
+        "kvrelay.kv_transfer.shm_fd_passing.create_region", lambda num_bytes: (region, DESCRIPTORS[kind]())
+    )
     assert await client.lease() is None
     assert server.num_regions == 0
     client.close()

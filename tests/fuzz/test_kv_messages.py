@@ -1,4 +1,6 @@
-"""KV pushes that were mutated, replayed or made up: all are refused, no block changes, nothing is left; good ones go through."""
+"""KV pushes that were mutated, replayed or made up: all are refused, no block changes, nothing is
+left; good ones go through.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from decode_worker import kv_receiver, push_permits
-from kvrelay.kv_transfer.memory_handover import HandoverClient
+from decode_worker import kv_receiver
+from decode_worker.receiving import write_grants
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient
 from tests.fuzz.kv_mutations import KINDS, BadPush, draw_bad_push
 from tests.fuzz.kv_pushes import (
     NUM_BLOCKS,
@@ -55,18 +58,22 @@ class Tally:
 
 @dataclass
 class Captures:
-    """Captured pushes: by source of the KV, then by reservation. The stale ones are of an older attempt."""
+    """Captured pushes: by source of the KV, then by reservation. The stale ones are of an older
+    attempt.
+    """
 
     pushes: list[list[CapturedPush]]
     stale: list[CapturedPush]
 
 
-async def capture_all(client: HandoverClient) -> Captures:
+async def capture_all(client: RegionClient) -> Captures:
     """Has real senders make all pushes."""
     generator = random.Random(0)
     pushes = []
     for source in range(NUM_SOURCES):
-        reservations = [make_reservation(number, generator.randbytes(16), attempt=2) for number in range(NUM_RESERVATIONS)]
+        reservations = [
+            make_reservation(number, generator.randbytes(16), attempt=2) for number in range(NUM_RESERVATIONS)
+        ]
         pushes.append(
             [
                 await capture_push(10 * source + number, reservation, client if number in SHARED_RESERVATIONS else None)
@@ -74,7 +81,8 @@ async def capture_all(client: HandoverClient) -> Captures:
             ]
         )
     stale = [
-        await capture_push(90 + number, make_reservation(number, generator.randbytes(16))) for number in range(NUM_RESERVATIONS)
+        await capture_push(90 + number, make_reservation(number, generator.randbytes(16)))
+        for number in range(NUM_RESERVATIONS)
     ]
     return Captures(pushes, stale)
 
@@ -95,7 +103,9 @@ async def accept(bench: ReceiverBench, push: CapturedPush, over_grpc: bool) -> N
 
 
 async def refuse(bench: ReceiverBench, push: CapturedPush, bad: BadPush, over_grpc: bool) -> PushOutcome:
-    """Sends it into an open reservation that holds the push's KV already: it is refused, and no byte of the pool changes."""
+    """Sends it into an open reservation that holds the push's KV already: it is refused, and no
+    byte of the pool changes.
+    """
     before = bench.pool_digest()
     bench.open(push.reservation)
     if bad.damage is not None:
@@ -112,9 +122,9 @@ async def refuse(bench: ReceiverBench, push: CapturedPush, bad: BadPush, over_gr
     assert "complete" not in outcome.answers
     if outcome.ended is not None:
         assert outcome.ended.first_tokens is None, "the engine was told that it may go on"
-        assert len(bench.permits) == 0
-    assert bench.permits.close(push.reservation.work.work_id), "somebody still writes"
-    assert len(bench.permits) == 0
+        assert len(bench.grants) == 0
+    assert bench.grants.revoke(push.reservation.job.job_id), "somebody still writes"
+    assert len(bench.grants) == 0
     return outcome
 
 
@@ -153,7 +163,9 @@ async def bombard(bench: ReceiverBench, captures: Captures, seed: int, num_bad: 
 
 
 async def bombard_until_nothing_grows(bench: ReceiverBench, captures: Captures, seed: int, num_bad: int) -> Tally:
-    """What a push leaves, every bombardment leaves again; gRPC's pollers and a connection made anew come once."""
+    """What a push leaves, every bombardment leaves again; gRPC's pollers and a connection made anew
+    come once.
+    """
     for _ in range(MAX_BOMBARDMENTS):
         descriptors, num_tasks = open_descriptors(), len(asyncio.all_tasks())
         tally = await bombard(bench, captures, seed, num_bad)
@@ -165,7 +177,7 @@ async def bombard_until_nothing_grows(bench: ReceiverBench, captures: Captures, 
 
 
 async def check_bombardment(bench: ReceiverBench, seed: int, num_bad: int) -> Tally:
-    client = await HandoverClient.connect(bench.memory.offer, SHARED_REGION_BYTES)
+    client = await RegionClient.connect(bench.memory.endpoint, SHARED_REGION_BYTES)
     captures = await capture_all(client)
     num_regions = bench.memory.num_regions
     await accept(bench, captures.pushes[0][0], over_grpc=True)  # connects, and starts threads
@@ -199,7 +211,7 @@ def accept_all(*arguments: object) -> bool:
 
 GUARDS = {
     "digest": (kv_receiver, "hmac", SimpleNamespace(compare_digest=accept_all)),
-    "ticket": (push_permits, "hmac", SimpleNamespace(compare_digest=accept_all)),
+    "ticket": (write_grants, "hmac", SimpleNamespace(compare_digest=accept_all)),
     "fingerprint": (kv_receiver.KVReceiver, "_check_header", accept_all),
     "range": (kv_receiver._IncomingPush, "_check_range", accept_all),
     "first tokens": (kv_receiver, "_check_first_tokens", accept_all),
@@ -210,7 +222,9 @@ GUARDS = {
 async def test_a_guard_that_is_not_there_would_be_noticed(
     receiver: ReceiverBench, monkeypatch: pytest.MonkeyPatch, guard: str
 ) -> None:
-    """The test of the test: without one of the receiver's checks, something is accepted, or a block changes."""
+    """The test of the test: without one of the receiver's checks, something is accepted, or a block
+    changes.
+    """
     monkeypatch.setattr(*GUARDS[guard])
     with pytest.raises(AssertionError, match=r"a block changed|accepted|refused as"):
         await check_bombardment(receiver, seed=1, num_bad=3000)

@@ -1,4 +1,6 @@
-"""Redis with contents that kvrelay never wrote: the gateway says so with typed errors, and serves all other requests."""
+"""Redis with contents that kvrelay never wrote: the gateway says so with typed errors, and serves
+all other requests.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,20 @@ import grpc
 import pytest
 import redis.asyncio
 
-from gateway.output_frames import decode_frame
-from kvrelay import worker_registry
+from gateway.streaming.frames import decode_frame
+from kvrelay.core.member import Member, MemberRole
 from kvrelay.errors import UnreadableStateError
-from kvrelay.request_list import LIST_KEY
-from kvrelay.request_record import SUMMARY_FIELDS, RequestRecord, decode_record, decode_summary
+from kvrelay.state import member_registry
+from kvrelay.state.request_list import LIST_KEY
+from kvrelay.state.request_record import SUMMARY_FIELDS, RequestRecord, decode_record, decode_summary
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
 from tests.fuzz.mutations import mutate_bytes
 from tests.gateway.conftest import Bench, Gateway, read_all, token_request
 from tests.gateway.conftest import bench as bench  # a fixture
-from tests.gateway.fake_workers import expected_token_ids
-from tests.redis_fixtures import make_record
-from tests.test_request_record import as_stored
+from tests.state.test_request_record import as_stored
+from tests.support.fake_workers import expected_token_ids
+from tests.support.redis_fixtures import make_record
 
 NUM_RECORDS = 5000
 NUM_CONTENTS = 30
@@ -81,10 +84,10 @@ def test_a_record_of_anything_is_read_or_refused_with_one_kind_of_error() -> Non
 
 
 def test_a_member_of_anything_is_read_or_left_out() -> None:
-    member = worker_registry.Member("w", worker_registry.MemberRole.DECODE, "127.0.0.1:1", "m", "f")
-    payload, generator = worker_registry._encode(member).encode(), random.Random(2)
+    member = Member("w", MemberRole.DECODE, "127.0.0.1:1", "m", "f")
+    payload, generator = member_registry._encode(member).encode(), random.Random(2)
     for odd in [*ODD_VALUES, *(mutate_bytes(payload, generator.randbytes(30), generator) for _ in range(NUM_RECORDS))]:
-        read = worker_registry._decode(odd)
+        read = member_registry._decode(odd)
         assert read is None or isinstance(read.address, str)
 
 
@@ -100,7 +103,7 @@ def test_a_frame_of_anything_is_read_or_refused() -> None:
             continue
 
 
-# --- a gateway over it --------------------------------------------------------------------------------------------------------
+# --- a gateway over it ----------------------------------------------------------------------------
 
 PROMPT = list(range(10, 30))
 Client = Any
@@ -236,14 +239,17 @@ async def ask_everything(gateway: Gateway, request_id: str) -> dict[str, grpc.St
     calls: dict[str, Any] = {
         "GetRequest": stub.GetRequest(pb.GetRequestRequest(request_id=request_id), timeout=10),
         "ListRequests": stub.ListRequests(pb.ListRequestsRequest(), timeout=10),
-        "Resume": stub.Resume(pb.ResumeRequest(request_id=request_id), timeout=0.3),  # a record may say that it runs on
+        # a record may say that it runs on
+        "Resume": stub.Resume(pb.ResumeRequest(request_id=request_id), timeout=0.3),
         "CancelRequest": stub.CancelRequest(pb.CancelRequestRequest(request_id=request_id), timeout=10),
         "GetCluster": stub.GetCluster(pb.GetClusterRequest(), timeout=10),
     }
     return {name: await status_of(call) for name, call in calls.items()}
 
 
-@pytest.mark.parametrize("num_contents", [NUM_CONTENTS, pytest.param(1500, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize(
+    "num_contents", [NUM_CONTENTS, pytest.param(1500, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
 async def test_odd_contents_never_stop_a_gateway(bench: Bench, store: Client, num_contents: int) -> None:
     decode = await bench.workers.add_decode()
     await bench.announce(decode)
@@ -254,15 +260,18 @@ async def test_odd_contents_never_stop_a_gateway(bench: Bench, store: Client, nu
     for number in range(num_contents):
         request_id = await finished_request(writer)
         content = CONTENTS[number % len(CONTENTS)]
-        with contextlib.suppress(redis.exceptions.ResponseError):  # a gateway wrote to the key in between
+        # a gateway wrote to the key in between
+        with contextlib.suppress(redis.exceptions.ResponseError):
             await content(store, request_id, generator)
         answers = await ask_everything(gateway, request_id)
-        bad = {name: code for name, code in answers.items() if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)}
+        bad = {
+            name: code for name, code in answers.items() if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+        }
         assert not bad, f"{content.__name__}: {bad}"
         assert answers["GetCluster"] is grpc.StatusCode.OK, content.__name__
         codes |= set(answers.values())
-        for key in (LIST_KEY, *worker_registry._KEYS):
-            if await store.type(key) not in (b"zset" if key != worker_registry._KEYS[1] else b"hash", b"none"):
+        for key in (LIST_KEY, *member_registry._KEYS):
+            if await store.type(key) not in (b"zset" if key != member_registry._KEYS[1] else b"hash", b"none"):
                 await store.delete(key)
         await finished_request(gateway)
     assert {grpc.StatusCode.OK, grpc.StatusCode.DATA_LOSS} <= codes

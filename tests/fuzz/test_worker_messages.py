@@ -1,4 +1,6 @@
-"""A gateway whose workers say anything at all: requests end with tokens or typed errors, never by a defect of the gateway."""
+"""A gateway whose workers say anything at all: requests end with tokens or typed errors, never by a
+defect of the gateway.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway import request_runner, worker_sessions
-from kvrelay.error_status import error_of_rpc
+from gateway.requests import runner
+from gateway.workers import sessions
 from kvrelay.errors import DeadlineError, InternalError, InvalidRequestError, OverloadedError, UnavailableError
 from kvrelay.v1 import decode_pb2, prefill_pb2
+from kvrelay.wire.errors import error_of_rpc
 from tests.fuzz.mutations import mutate_message
 from tests.gateway.conftest import Bench, Gateway, read_all, token_request
 from tests.gateway.conftest import bench as bench  # a fixture
-from tests.gateway.fake_workers import FakeDecodeWorker, FakeWorker
+from tests.support.fake_workers import FakeDecodeWorker, FakeWorker
 
 PROMPT = list(range(10, 40))
 NUM_TOKENS = 12
@@ -69,7 +72,7 @@ async def test_what_workers_say_is_no_defect_of_the_gateway(
     bench: Bench, num_requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     defects: list[str] = []
-    for module in (request_runner, worker_sessions):
+    for module in (runner, sessions):
         monkeypatch.setattr(module._log, "exception", lambda event, **_: defects.append(event), raising=False)
     workers = [await bench.workers.add_prefill(), await bench.workers.add_decode()]
     await bench.announce(*workers)
@@ -77,6 +80,8 @@ async def test_what_workers_say_is_no_defect_of_the_gateway(
     for worker in workers:
         say_anything(worker, num_requests)
     generators = [random.Random(number) for number in range(NUM_CLIENTS)]
-    ends = sum(await asyncio.gather(*(ask(gateway, generator, num_requests) for generator in generators)), Counter[str]())
+    ends = sum(
+        await asyncio.gather(*(ask(gateway, generator, num_requests) for generator in generators)), Counter[str]()
+    )
     assert not defects
     assert ends["success"] > ends.total() / 4, ends

@@ -1,4 +1,4 @@
-"""Gateways over fake workers and a real Valkey, within the test's own loop."""
+"""Gateways over fake workers and a real Valkey, in the test's own event loop."""
 
 import asyncio
 import contextlib
@@ -12,26 +12,29 @@ import pytest
 import redis.asyncio
 
 from gateway.main import serve
-from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
-from kvrelay.embedded_valkey import EmbeddedValkey
-from kvrelay.redis_connection import RedisConnection
-from kvrelay.rpc import create_channel
+from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
+from kvrelay.network.rpc import create_channel
+from kvrelay.state.embedded_valkey import EmbeddedValkey
+from kvrelay.state.member_registry import MemberRegistry
+from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc, session_pb2
-from kvrelay.worker_registry import WorkerRegistry
-from tests.gateway.fake_workers import FakeCluster, FakeWorker
+from tests.support.fake_workers import FakeCluster, FakeWorker
 
-LEASE_MS = 1500
-BOUND_S = 10.0
+LEASE_MS = 3000
+REDIS_TIMEOUT_MS = 2000
+BOUND_S = 30.0
 
 
 class Gateway:
-    """A running gateway and a client of it."""
+    """A running gateway and its client."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, stop: asyncio.Event, task: "asyncio.Task[None]") -> None:
+    def __init__(
+        self, address: str, channel: grpc.aio.Channel, stop: asyncio.Event, task: "asyncio.Task[None]"
+    ) -> None:
         self.address = address
         self.http_url = ""
-        """Of the gateway's HTTP port, where it has one."""
+        """Empty without an HTTP port."""
         self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         self.channel = channel
         self.task = task
@@ -44,20 +47,21 @@ class Gateway:
             await self.task
 
     async def stop_at_once(self) -> None:
-        """Without waiting for running requests."""
+        """Does not wait for running requests."""
         self.task.cancel()
         await asyncio.wait([self.task])
 
 
 class Bench:
-    """All that a test needs: workers, gateways and the store."""
+    """The workers, gateways and store of a test."""
 
-    def __init__(self, valkey: EmbeddedValkey, registry: WorkerRegistry, stack: AsyncExitStack) -> None:
+    def __init__(self, valkey: EmbeddedValkey, registry: MemberRegistry, stack: AsyncExitStack) -> None:
         self.workers = FakeCluster()
         self.valkey = valkey
         self._registry = registry
         self._stack = stack
         self._leases: dict[str, AsyncExitStack] = {}
+        self._gateways: list[Gateway] = []
 
     async def announce(self, *workers: FakeWorker) -> None:
         """Gives workers a lease."""
@@ -67,13 +71,25 @@ class Bench:
             self._stack.push_async_exit(lease)
 
     async def kill(self, worker: FakeWorker) -> None:
-        """Breaks its streams; its lease is gone too."""
+        """Breaks the worker's streams and removes its lease; waits until every gateway has noticed."""
         await worker.kill()
         await self._leases.pop(worker.worker_id).aclose()
 
-    async def gateway(self, num_workers: int | None = None, **relay: Any) -> Gateway:
-        """A gateway that is connected to so many workers; default all."""
-        gateway = await self._stack.enter_async_context(running_gateway(self.valkey.url, **relay))
+        async def noticed() -> bool:
+            answering = [gateway for gateway in self._gateways if not gateway.task.done()]
+            clusters = [await gateway.stub.GetCluster(pb.GetClusterRequest()) for gateway in answering]
+            return not any(
+                known.connected and known.worker_id == worker.worker_id
+                for cluster in clusters
+                for known in cluster.workers
+            )
+
+        await eventually(noticed)
+
+    async def gateway(self, num_workers: int | None = None, **requests: Any) -> Gateway:
+        """Returns a gateway connected to `num_workers`, by default all."""
+        gateway = await self._stack.enter_async_context(running_gateway(self.valkey.url, **requests))
+        self._gateways.append(gateway)
         wanted = len(self.workers.workers) if num_workers is None else num_workers
 
         async def connected() -> bool:
@@ -89,7 +105,7 @@ class Bench:
             await client.flushall()
 
     async def limit_store(self, max_memory: str) -> None:
-        """Redis may use so much memory; 0 is no limit."""
+        """Bounds Redis' memory; 0 is no limit."""
         async with redis.asyncio.Redis.from_url(self.valkey.url) as client:
             await client.config_set("maxmemory", max_memory)
 
@@ -103,7 +119,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def running_gateway(redis_url: str, *, http: bool = False, **relay: Any) -> AsyncIterator[Gateway]:
+async def running_gateway(redis_url: str, *, http: bool = False, **requests: Any) -> AsyncIterator[Gateway]:
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as free_for_http:
         port, http_port = free.getsockname()[1], free_for_http.getsockname()[1]
     settings = GatewaySettings(
@@ -113,10 +129,10 @@ async def running_gateway(redis_url: str, *, http: bool = False, **relay: Any) -
             redis_url=redis_url,
             lease_ms=LEASE_MS,
             drain_timeout_ms=5000,
-            redis_timeout_ms=2000,
+            redis_timeout_ms=REDIS_TIMEOUT_MS,
             log_level="error",
         ),
-        relay=RelaySettings.model_validate({"local_prefill_tokens": 0, "worker_wait_ms": 5000} | relay),
+        requests=RequestSettings.model_validate({"local_prefill_tokens": 0, "worker_wait_ms": 5000} | requests),
     )
     stop = asyncio.Event()
     task = asyncio.create_task(serve(settings, stop))
@@ -140,14 +156,18 @@ async def running_gateway(redis_url: str, *, http: bool = False, **relay: Any) -
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    async with EmbeddedValkey() as valkey, RedisConnection(valkey.url, timeout_ms=2000) as connection, AsyncExitStack() as stack:
-        bench = Bench(valkey, WorkerRegistry(connection, LEASE_MS), stack)
+    async with (
+        EmbeddedValkey() as valkey,
+        RedisConnection(valkey.url, timeout_ms=20_000) as connection,
+        AsyncExitStack() as stack,
+    ):
+        bench = Bench(valkey, MemberRegistry(connection, LEASE_MS), stack)
         stack.push_async_callback(bench.workers.stop)
         yield bench
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = BOUND_S) -> None:
-    """Asks again and again until the condition holds; TimeoutError when it does not in time."""
+    """Polls until the condition holds. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
@@ -157,14 +177,18 @@ async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float 
 
 
 def token_request(prompt: list[int], max_tokens: int = 8, **fields: Any) -> pb.GenerateRequest:
-    """A greedy request with a prompt of token ids; `sampling_...` fields go into the sampling."""
-    sampling = {name.removeprefix("sampling_"): fields.pop(name) for name in list(fields) if name.startswith("sampling_")}
+    """A greedy request with a prompt of token ids; `sampling_...` values are sampling fields."""
+    sampling = {
+        name.removeprefix("sampling_"): fields.pop(name) for name in list(fields) if name.startswith("sampling_")
+    }
     params = session_pb2.SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | sampling)
     return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=params, **fields)
 
 
 class Answer:
-    """A stream's messages, checked while they come: Accepted, deltas with each index once and in order, at most one Finished."""
+    """A stream's messages, checked as they come: Accepted, each index once and in order, one
+    Finished.
+    """
 
     def __init__(self) -> None:
         self.accepted: pb.Accepted | None = None
@@ -196,7 +220,7 @@ class Answer:
 
 
 async def read_all(call: Any, from_index: int = 0) -> Answer:
-    """The whole stream; an error status is raised."""
+    """Raises the stream's error status."""
     answer = Answer()
     await read_into(answer, call, from_index)
     assert answer.finished is not None, "OK means finished"
@@ -204,7 +228,7 @@ async def read_all(call: Any, from_index: int = 0) -> Answer:
 
 
 async def read_into(answer: Answer, call: Any, from_index: int = 0, until: int | None = None) -> None:
-    """Reads the stream to its end, or until there are so many tokens; an error status is raised."""
+    """Reads until the end or until there are `num_tokens`. Raises the stream's error status."""
     async with asyncio.timeout(BOUND_S):
         async for frame in call:
             answer.add(frame, from_index)

@@ -1,4 +1,5 @@
-"""What integration tests share: a cluster's settings, prompts, and the state that a cluster must be in when nothing runs.
+"""What integration tests share: a cluster's settings, prompts, and the state that a cluster must be
+in when nothing runs.
 
 Every wait has a bound, and a cluster's processes end with the test module that started them.
 """
@@ -11,24 +12,34 @@ from pathlib import Path
 import pytest
 
 from kvrelay.client import AsyncClient, Cluster, Completion, WorkerInfo, WorkerRole
-from kvrelay.config import (
+from kvrelay.cluster.local_cluster import LocalCluster
+from kvrelay.config.decoding_settings import DecodingSettings
+from kvrelay.config.settings import (
     DecodeSettings,
-    DecodingSettings,
     EngineSettings,
     GatewaySettings,
     PrefillSettings,
-    RelaySettings,
+    RequestSettings,
     ServerSettings,
 )
-from kvrelay.local_cluster import LocalCluster
-from tests.tiny_models import SPECIAL_TOKENS, VOCAB_SIZE
+from tests.support.tiny_models import SPECIAL_TOKENS, VOCAB_SIZE
 
-REST_TIMEOUT_S = 10.0
+REST_TIMEOUT_S = 30.0
+CALM = {"liveness_window_ms": 5000, "redis_timeout_ms": 5000}
+"""Settings of all processes: one that waits for a core does not count as gone, and neither does
+Redis. Deaths are noticed at once all the same.
+"""
 
 
 def engine(model: Path, **changes: object) -> EngineSettings:
     """An engine with one thread in float32; `changes` override."""
-    values: dict[str, object] = {"model": str(model), "dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_mib": 16}
+    values: dict[str, object] = {
+        "model": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "kv_cache_mib": 16,
+    }
     return EngineSettings.model_validate(values | changes)
 
 
@@ -38,13 +49,17 @@ def cluster_of(
     *,
     restart: bool = False,
     decoding: DecodingSettings | None = None,
-    **relay: object,
+    **requests: object,
 ) -> LocalCluster:
-    """A cluster with a worker for each engine; `relay` are the gateway's settings."""
+    """A cluster with a worker for each engine; `requests` are the gateway's settings."""
+    server = ServerSettings.model_validate({"port": 0, **CALM})
     return LocalCluster(
-        gateway=GatewaySettings(server=ServerSettings(port=0), relay=RelaySettings.model_validate(relay)),
-        prefill=[PrefillSettings(engine=settings) for settings in prefill],
-        decode=[DecodeSettings(engine=settings, decoding=decoding or DecodingSettings()) for settings in decode],
+        gateway=GatewaySettings(server=server, requests=RequestSettings.model_validate(requests)),
+        prefill=[PrefillSettings(server=server, engine=settings) for settings in prefill],
+        decode=[
+            DecodeSettings(server=server, engine=settings, decoding=decoding or DecodingSettings())
+            for settings in decode
+        ],
         restart=restart,
         startup_timeout_s=240,
     )
@@ -57,9 +72,13 @@ def random_prompt(seed: int, num_tokens: int) -> list[int]:
 
 
 def values_under_test(request: pytest.FixtureRequest, parameter: str) -> list[str]:
-    """The values that a parameter has in the module's tests that run: a cluster needs no workers for others."""
+    """The values that a parameter has in the module's tests that run: a cluster needs no workers
+    for others.
+    """
     calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
-    return list(dict.fromkeys(call.params[parameter] for call in calls if call is not None and parameter in call.params))
+    return list(
+        dict.fromkeys(call.params[parameter] for call in calls if call is not None and parameter in call.params)
+    )
 
 
 async def greedy(client: AsyncClient, prompt: Sequence[int], num_tokens: int, **options: object) -> Completion:
@@ -76,7 +95,9 @@ def token_ids(completion: Completion, sequence: int = 0) -> list[int]:
 def workers(cluster: Cluster, role: WorkerRole, model: str | None = None) -> list[WorkerInfo]:
     """The connected workers of a role, and of a model if one is named."""
     return [
-        worker for worker in cluster.workers if worker.role is role and worker.connected and model in (None, worker.model.name)
+        worker
+        for worker in cluster.workers
+        if worker.role is role and worker.connected and model in (None, worker.model.name)
     ]
 
 

@@ -1,4 +1,5 @@
-"""Asks a server for its health, with messages that it encodes itself. Command line and exit codes are those of grpc_health_probe.
+"""Asks a server for its health, with messages that it encodes itself. Command line and exit codes
+are those of grpc_health_probe.
 
 python health_probe.py -addr=HOST:PORT [-service=NAME]
 

@@ -1,5 +1,5 @@
-"""A client that knows nothing of kvrelay but an address: it asks the server what it serves, by gRPC reflection. Its command
-line is a part of grpcurl's.
+"""A client that knows nothing of kvrelay but an address: it asks the server what it serves, by gRPC
+reflection. Its command line is a part of grpcurl's.
 
 python reflection_client.py -plaintext ADDRESS list [SERVICE]
 python reflection_client.py -plaintext ADDRESS describe NAME

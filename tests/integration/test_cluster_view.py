@@ -1,4 +1,6 @@
-"""GetCluster, `kvrelay status` and Redis agree about a running request; after its end its keys expire."""
+"""GetCluster, `kvrelay status` and Redis agree about a running request; after its end its keys
+expire.
+"""
 
 import asyncio
 import json
@@ -10,10 +12,10 @@ import pytest
 import redis.asyncio as redis
 
 from kvrelay.client import AsyncClient, AsyncStream, RequestState
-from kvrelay.fault_points import FaultAction
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
-from tests.integration.clusters import assert_at_rest, random_prompt, wait_until
-from tests.tiny_models import make_tiny_model
+from tests.integration.clusters import CALM, assert_at_rest, random_prompt, wait_until
+from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -22,7 +24,7 @@ async def status(address: str) -> dict[str, Any]:
     """What `kvrelay status --json` prints."""
     command = [sys.executable, "-m", "kvrelay.cli", "status", "--json", "--gateway", address]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         output, _ = await process.communicate()
     assert process.returncode == 0
     answer: dict[str, Any] = json.loads(output)
@@ -30,16 +32,24 @@ async def status(address: str) -> dict[str, Any]:
 
 
 async def stored(store: "redis.Redis", request_id: str) -> dict[str, int]:
-    """Every key of the request with what is left of its life, in milliseconds; a key that never expires has -1."""
+    """Every key of the request with what is left of its life, in milliseconds; a key that never
+    expires has -1.
+    """
     keys = [key async for key in store.scan_iter(match=f"*{{{request_id}}}*")]
     return {key: await store.pttl(key) for key in keys}
 
 
 async def test_all_views_agree_about_a_request(tmp_path: Path) -> None:
-    cluster = FaultCluster(model=make_tiny_model("llama", tmp_path), relay={"local_prefill_tokens": 0})
-    async with cluster, cluster.client() as client, redis.Redis.from_url(cluster.redis_url, decode_responses=True) as store:
+    cluster = FaultCluster(model=make_tiny_model("llama", tmp_path), requests={"local_prefill_tokens": 0}, server=CALM)
+    async with (
+        cluster,
+        cluster.client() as client,
+        redis.Redis.from_url(cluster.redis_url, decode_responses=True) as store,
+    ):
         fault = cluster["decode-0"].arm("decode.step_begins", FaultAction.WAIT, at=20, wait_ms=50_000)
-        stream = client.generate(token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60)
+        stream = client.generate(
+            token_ids=random_prompt(1, 50), max_tokens=400, ignore_eos=True, temperature=0.0, timeout_s=60
+        )
         reading = asyncio.create_task(stream.completion())
         await fault.wait_until_fired()
         request_id = await accepted_id(stream)

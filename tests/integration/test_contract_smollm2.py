@@ -1,6 +1,8 @@
-"""The contract on a real model, in float32, through real processes: the greedy tokens of transformers, alone and eight at once.
+"""The contract on a real model, in float32, through real processes: the greedy tokens of
+transformers, alone and eight at once.
 
-And seeded sampling: the same tokens alone, in a batch of eight, and after the decode worker was killed in mid-stream.
+And seeded sampling: the same tokens alone, in a batch of eight, and after the decode worker was
+killed in mid-stream.
 """
 
 import asyncio
@@ -14,8 +16,8 @@ from transformers import AutoConfig
 
 from kvrelay.client import AsyncClient
 from kvrelay.testing import FaultCluster
-from tests.integration.clusters import assert_at_rest, greedy, token_ids
-from tests.reference import NearTies, Reference
+from tests.integration.clusters import CALM, assert_at_rest, greedy, token_ids
+from tests.support.reference import NearTies, Reference
 
 pytestmark = [
     pytest.mark.integration,
@@ -41,8 +43,8 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 32, 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(smollm2_path: Path) -> AsyncIterator[FaultCluster]:
     engine = {"num_kv_blocks": 1024, "block_size": 16, "prefill_chunk_tokens": 256}
-    relay = {"local_prefill_tokens": 0, "worker_wait_ms": 120000}
-    async with FaultCluster(model=smollm2_path, engine=engine, relay=relay, restart=True) as cluster:
+    requests = {"local_prefill_tokens": 0, "worker_wait_ms": 120000}
+    async with FaultCluster(model=smollm2_path, engine=engine, requests=requests, server=CALM, restart=True) as cluster:
         yield cluster
 
 
@@ -78,7 +80,12 @@ def bytes_per_token(smollm2_path: Path) -> int:
 
 @pytest.mark.parametrize(("lengths", "num_tokens"), SIZES)
 async def test_alone_each_prompt_gives_the_reference_tokens(
-    client: AsyncClient, text: list[int], reference: Reference, bytes_per_token: int, lengths: Sequence[int], num_tokens: int
+    client: AsyncClient,
+    text: list[int],
+    reference: Reference,
+    bytes_per_token: int,
+    lengths: Sequence[int],
+    num_tokens: int,
 ) -> None:
     ties = NearTies()
     # The reference computes on the core that is free: one worker is idle while the other computes.
@@ -93,7 +100,12 @@ async def test_alone_each_prompt_gives_the_reference_tokens(
 
 @pytest.mark.parametrize(("lengths", "num_tokens"), SIZES)
 async def test_eight_at_once_each_prompt_gives_the_reference_tokens(
-    client: AsyncClient, text: list[int], reference: Reference, bytes_per_token: int, lengths: Sequence[int], num_tokens: int
+    client: AsyncClient,
+    text: list[int],
+    reference: Reference,
+    bytes_per_token: int,
+    lengths: Sequence[int],
+    num_tokens: int,
 ) -> None:
     ties = NearTies()
     places = asyncio.Semaphore(8)
@@ -118,7 +130,9 @@ async def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_the_decode
     alone = token_ids(await client.complete(token_ids=prompt, seed=11, tenant="alone", timeout_s=120, **SAMPLED))
 
     seeded = [(11, prompt), *enumerate(others)]
-    runs = (client.complete(token_ids=each, seed=seed, tenant="batch", timeout_s=120, **SAMPLED) for seed, each in seeded)
+    runs = (
+        client.complete(token_ids=each, seed=seed, tenant="batch", timeout_s=120, **SAMPLED) for seed, each in seeded
+    )
     batch = await asyncio.gather(*runs)
     assert token_ids(batch[0]) == alone
     assert token_ids(batch[1]) != alone

@@ -1,7 +1,9 @@
-"""The contract: prefill worker, wire and decode worker together give transformers' greedy tokens, for every kind of attention.
+"""The contract: prefill worker, wire and decode worker together give transformers' greedy tokens,
+for every kind of attention.
 
-Real processes; one worker pair for each model behind one gateway, so that routing by model name is tested as well. A prompt's
-chunk is one block, and the decode workers' pools are so small that sequences together must wait and be preempted.
+Real processes; one worker pair for each model behind one gateway, so that routing by model name is
+tested as well. A prompt's chunk is one block, and the decode workers' pools are so small that
+sequences together must wait and be preempted.
 """
 
 import asyncio
@@ -24,8 +26,8 @@ from tests.integration.clusters import (
     values_under_test,
     workers,
 )
-from tests.reference import NearTies, Reference
-from tests.tiny_models import make_tiny_model
+from tests.support.reference import NearTies, Reference
+from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -52,7 +54,10 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def client(models: dict[str, Path]) -> AsyncIterator[AsyncClient]:
     prefill = [engine(path, block_size=BLOCK_SIZE, prefill_chunk_tokens=BLOCK_SIZE) for path in models.values()]
     decode = [engine(path, block_size=BLOCK_SIZE, num_kv_blocks=NUM_DECODE_BLOCKS) for path in models.values()]
-    async with cluster_of(prefill, decode, local_prefill_tokens=0) as cluster, AsyncClient(cluster.gateway_address) as client:
+    async with (
+        cluster_of(prefill, decode, local_prefill_tokens=0) as cluster,
+        AsyncClient(cluster.gateway_address) as client,
+    ):
         yield client
 
 
@@ -69,9 +74,13 @@ def ties(request: pytest.FixtureRequest) -> Iterator[NearTies]:
 
 
 def kv_bytes_per_token(path: Path) -> int:
-    """2 × layers × kv_heads × head_dim × element size of float32, from the model's own configuration."""
+    """2 × layers × kv_heads × head_dim × element size of float32, from the model's own
+    configuration.
+    """
     config: Any = AutoConfig.from_pretrained(path)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or (1 if getattr(config, "multi_query", False) else None)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or (
+        1 if getattr(config, "multi_query", False) else None
+    )
     num_kv_heads = num_kv_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * num_kv_heads * head_dim * 4)
@@ -159,8 +168,8 @@ async def test_a_pool_too_small_preempts_and_gives_the_reference_tokens(
     for prompt, completion in zip(prompts, await asyncio.gather(*runs), strict=True):
         references[kind].check(prompt, token_ids(completion), ties)
         assert completion.finished.phases.transfer_bytes > 0
-    # The sequences of one request preempt each other, too, and are all there at once: four of 40 + 120 tokens need 34 blocks, the
-    # prompt's shared.
+    # The sequences of one request preempt each other, too, and are all there at once: four of 40 +
+    # 120 tokens need 34 blocks, the prompt's shared.
     four = await greedy(client, prompts[0], 120, model=kind, n=4, tenant="four")
     for sequence in range(4):
         references[kind].check(prompts[0], token_ids(four, sequence), ties)
@@ -172,7 +181,13 @@ async def test_a_pool_too_small_preempts_and_gives_the_reference_tokens(
 @pytest.mark.parametrize("kind", ["llama"])
 async def test_sequences_of_one_sampled_request_differ(kind: str, client: AsyncClient) -> None:
     completion = await client.complete(
-        token_ids=random_prompt(4000, 37), model=kind, n=4, seed=7, temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True
+        token_ids=random_prompt(4000, 37),
+        model=kind,
+        n=4,
+        seed=7,
+        temperature=1.0,
+        max_tokens=NUM_TOKENS,
+        ignore_eos=True,
     )
     assert len({tuple(token_ids(completion, sequence)) for sequence in range(4)}) == 4
     await assert_at_rest(client)

@@ -1,4 +1,6 @@
-"""The contract under other settings, for every kind of attention: whole prompts as one chunk, short ones computed locally."""
+"""The contract under other settings, for every kind of attention: whole prompts as one chunk, short
+ones computed locally.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from kvrelay.client import AsyncClient, WorkerRole
-from kvrelay.config import DecodingSettings
+from kvrelay.config.decoding_settings import DecodingSettings
 from tests.integration.clusters import (
     assert_at_rest,
     cluster_of,
@@ -19,15 +21,14 @@ from tests.integration.clusters import (
     values_under_test,
     workers,
 )
-from tests.reference import NearTies, Reference
-from tests.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
+from tests.support.reference import NearTies, Reference
+from tests.support.tiny_models import MAX_CONTEXT_TOKENS, make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 KINDS = (
-    "gpt_bigcode",  # one KV head for all
-    "gemma3_text",  # one for each group, and a sliding window
-    *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("gpt2", "llama", "qwen3", "mixtral")),
+    "gemma3_text",  # a KV head for each group, and a sliding window
+    *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("gpt2", "gpt_bigcode", "llama", "qwen3", "mixtral")),
 )
 BLOCK_SIZE = 16
 NUM_TOKENS = 24
@@ -93,7 +94,9 @@ async def test_whole_prompts_in_one_chunk_together_give_the_reference_tokens(
 async def test_without_a_prefill_worker_the_decode_worker_computes_every_prompt(
     kind: str, models: dict[str, Path], references: dict[str, Reference]
 ) -> None:
-    """And with speculation the tokens are the same. This model repeats itself, so that some guesses are right."""
+    """And with speculation the tokens are the same. This model repeats itself, so that some guesses
+    are right.
+    """
     decode_engine = engine(models[kind], block_size=BLOCK_SIZE)
     cluster = cluster_of([], [decode_engine], decoding=DecodingSettings(speculative_tokens=8, speculative_max_rows=64))
     async with cluster, AsyncClient(cluster.gateway_address) as client:

@@ -1,4 +1,6 @@
-"""int8 gives a sequence the same tokens alone, in a batch, and on another worker when its own was killed."""
+"""int8 gives a sequence the same tokens alone, in a batch, and on another worker when its own was
+killed.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,9 +11,10 @@ import pytest_asyncio
 
 from kvrelay.client import AsyncClient, WorkerRole
 from kvrelay.engine.native import load_library
-from kvrelay.fault_points import FaultAction
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
 from tests.integration.clusters import (
+    CALM,
     assert_at_rest,
     greedy,
     random_prompt,
@@ -19,13 +22,14 @@ from tests.integration.clusters import (
     values_under_test,
     workers,
 )
-from tests.tiny_models import make_tiny_model
+from tests.support import left_out
+from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(180),
-    pytest.mark.skipif(load_library() is None, reason="no C compiler"),
+    pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER),
 ]
 
 KV_DTYPES = {"with-kv-in-int8": "int8", "with-kv-in-float32": "auto"}
@@ -45,14 +49,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[FaultCluster]:
-    """One prefill and two decode workers of each kind, and nothing is found in a cache: every prompt's KV is shipped."""
-    kinds = [{"kv_dtype": KV_DTYPES[name], "served_model_name": name} for name in values_under_test(request, "model_name")]
+    """One prefill and two decode workers of each kind, and nothing is found in a cache: every
+    prompt's KV is shipped.
+    """
+    kinds = [
+        {"kv_dtype": KV_DTYPES[name], "served_model_name": name} for name in values_under_test(request, "model_name")
+    ]
     cluster = FaultCluster(
         num_prefill=len(kinds),
         num_decode=2 * len(kinds),
         model=model,
         engine={"quantize": "int8", "prefix_cache": False, "prefill_chunk_tokens": 32, "num_kv_blocks": 1024},
-        relay={"local_prefill_tokens": 0},
+        requests={"local_prefill_tokens": 0},
+        server=CALM,
         prefill_engines=dict(enumerate(kinds)),
         decode_engines=dict(enumerate([*kinds, *kinds])),
     )

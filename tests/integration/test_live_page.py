@@ -1,13 +1,16 @@
-"""A real cluster loses the decode worker of a request: both attempts are told and drawn, and each token once."""
+"""A real cluster loses the decode worker of a request: both attempts are told and drawn, and each
+token once.
+"""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from kvrelay.cli.waterfall import Waterfall
-from kvrelay.timeline import SpanKind
-from tools.headless_chromium import NO_CHROMIUM, dump_dom, find_chromium
+from kvrelay.cli.views.waterfall import Waterfall
+from kvrelay.core.timeline import SpanKind
+from tests.support import left_out
+from tools.headless_chromium import dump_dom, find_chromium
 from tools.page_screenshot import DEATH_AFTER_TOKENS, NUM_TOKENS, PROMPT_TOKENS, WatchedCluster
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -18,7 +21,7 @@ async def test_a_request_that_survives_a_kill_is_told_and_drawn_with_both_attemp
     async with watched.faults as cluster, cluster.client() as client:
         survivor = await watched.survive_a_death(client)
         request_id = survivor.request.request_id
-        first, second = survivor.timeline.works
+        first, second = survivor.timeline.jobs
         assert first.token_runs[0].num_tokens == DEATH_AFTER_TOKENS
         assert second.num_prompt_tokens == PROMPT_TOKENS + first.token_runs[0].num_tokens
 
@@ -26,11 +29,13 @@ async def test_a_request_that_survives_a_kill_is_told_and_drawn_with_both_attemp
         assert first.kv_bytes > 0
         assert sum(chunk.num_bytes for chunk in first.kv_chunks) == first.kv_bytes
         assert max(chunk.token_end for chunk in first.kv_chunks) == PROMPT_TOKENS
-        assert [chunk.token_begin for chunk in first.prompt_chunks[1:]] == [chunk.token_end for chunk in first.prompt_chunks[:-1]]
+        assert [chunk.token_begin for chunk in first.prompt_chunks[1:]] == [
+            chunk.token_end for chunk in first.prompt_chunks[:-1]
+        ]
         assert first.prompt_chunks[-1].token_end == PROMPT_TOKENS
         assert [span.kind for span in first.spans] == list(SpanKind)
-        for work in (first, second):
-            assert all(0 <= span.begin_ms <= span.end_ms <= survivor.timeline.duration_ms for span in work.spans)
+        for job in (first, second):
+            assert all(0 <= span.begin_ms <= span.end_ms <= survivor.timeline.duration_ms for span in job.spans)
         assert survivor.timeline.phases is not None
         assert survivor.timeline.phases.num_attempts == 2
 
@@ -42,11 +47,13 @@ async def test_a_request_that_survives_a_kill_is_told_and_drawn_with_both_attemp
         if find_chromium() is not None:
             await check_page(f"{watched.url}#request={request_id}")
     if find_chromium() is None:
-        pytest.skip(f"the page was not drawn, its data is right: {NO_CHROMIUM}")
+        pytest.skip(left_out.CHROMIUM)
 
 
 async def check_page(url: str) -> None:
-    """The page in a browser: both attempts, the token indices of each, every token, and the pause between."""
+    """The page in a browser: both attempts, the token indices of each, every token, and the pause
+    between.
+    """
     dom = await dump_dom(url)
     assert f"0–{DEATH_AFTER_TOKENS - 1}, attempt 1" in dom
     assert f"{DEATH_AFTER_TOKENS}–{NUM_TOKENS - 1}, attempt 2" in dom

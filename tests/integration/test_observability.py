@@ -1,4 +1,5 @@
-"""What a cluster shows of itself: metrics that are what its clients counted, one trace over all processes, and logs that name it.
+"""What a cluster shows of itself: metrics that are what its clients counted, one trace over all
+processes, and logs that name it.
 
 Real processes, one cluster for all of it. The last test kills a worker.
 """
@@ -15,17 +16,17 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway import metrics as gateway_metrics
+from gateway.telemetry import metrics as gateway_metrics
 from kvrelay.client import Completion
-from kvrelay.metrics import vllm_names
-from kvrelay.rpc import create_channel
+from kvrelay.network.rpc import create_channel
+from kvrelay.observability.metrics import vllm_names
 from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.waiting import wait_until
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc, session_pb2
-from tests.integration.clusters import assert_at_rest, greedy, random_prompt, token_ids
-from tests.metrics_lint import problems
-from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, receiving
-from tests.tiny_models import make_tiny_model
+from tests.integration.clusters import CALM, assert_at_rest, greedy, random_prompt, token_ids
+from tests.support.metrics_lint import problems
+from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan, receiving
+from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -70,6 +71,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Obs
     model: Path = make_tiny_model("llama", tmp_path_factory.mktemp("models"))
     async with receiving() as collector:
         server = {
+            **CALM,
             "http_port": 0,
             "vllm_metrics": True,
             "log_format": "json",
@@ -80,7 +82,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Obs
             num_decode=2,
             model=model,
             server=server,
-            relay={"local_prefill_tokens": LOCAL_TOKENS},
+            requests={"local_prefill_tokens": LOCAL_TOKENS},
             engine={"served_model_name": MODEL, "block_size": 16},
         )
         observed = Observed(faults, collector)
@@ -118,9 +120,14 @@ async def scrape_one(cluster: Observed, name: str, accept: str = "text/plain") -
 
 
 def reader(pages: Mapping[str, str], role: str) -> Value:
-    """Sums a sample over the processes of a role, over all of its series that have the given labels."""
+    """Sums a sample over the processes of a role, over all of its series that have the given
+    labels.
+    """
     families = [
-        family for name, page in pages.items() if name.startswith(role) for family in text_string_to_metric_families(page)
+        family
+        for name, page in pages.items()
+        if name.startswith(role)
+        for family in text_string_to_metric_families(page)
     ]
 
     def value(name: str, **labels: str) -> float:
@@ -156,7 +163,9 @@ async def test_metrics_are_what_clients_counted(cluster: Observed, completions: 
     shown_ms = sum(each.phases.time_to_first_token_ms for each in finished)
     assert gateway("kvrelay_time_to_first_token_seconds_sum") == pytest.approx(shown_ms / 1000, rel=0.05, abs=0.01)
 
-    assert prefill("kvrelay_transfer_bytes_total") == decode("kvrelay_decode_received_bytes_total") == transfer_bytes > 0
+    assert (
+        prefill("kvrelay_transfer_bytes_total") == decode("kvrelay_decode_received_bytes_total") == transfer_bytes > 0
+    )
     assert prefill("kvrelay_transfers_total") == decode("kvrelay_decode_starts_total", source="push") == len(pushed)
     exposed_ms = sum(each.phases.exposed_transfer_ms for each in pushed)
     assert prefill("kvrelay_transfer_exposed_seconds_sum") == pytest.approx(exposed_ms / 1000, rel=1e-3)
@@ -174,20 +183,31 @@ async def test_metrics_are_what_clients_counted(cluster: Observed, completions: 
 async def test_metrics_have_vllms_names_too(cluster: Observed, completions: list[Completion]) -> None:
     pages = await scrape(cluster)
     gateway, decode = reader(pages, "gateway"), reader(pages, "decode")
-    assert gateway("vllm:generation_tokens_total", model_name=MODEL, engine="0") == gateway("kvrelay_output_tokens_total")
+    assert gateway("vllm:generation_tokens_total", model_name=MODEL, engine="0") == gateway(
+        "kvrelay_output_tokens_total"
+    )
     assert gateway("vllm:request_success_total", finished_reason="length") == len(completions) + 1
     assert gateway("vllm:time_to_first_token_seconds_count") == len(completions)
-    assert decode("vllm:num_requests_waiting") == decode("vllm:kv_cache_usage_perc") == decode("vllm:num_requests_running") == 0
+    assert (
+        decode("vllm:num_requests_waiting")
+        == decode("vllm:kv_cache_usage_perc")
+        == decode("vllm:num_requests_running")
+        == 0
+    )
     assert decode("vllm:cache_config_info", block_size="16") == 2
     shown = {family.name for page in pages.values() for family in text_string_to_metric_families(page)}
     declared = {family.name.removesuffix("_total") for family in vllm_names.FAMILIES}
     assert {name for name in shown if name.startswith("vllm:")} == declared
 
 
-async def test_metrics_are_named_and_typed_as_prometheus_wants_them(cluster: Observed, completions: list[Completion]) -> None:
+async def test_metrics_are_named_and_typed_as_prometheus_wants_them(
+    cluster: Observed, completions: list[Completion]
+) -> None:
     for name, page in (await scrape(cluster)).items():
         assert problems(page, "kvrelay_") == [], name
-        assert [each for each in problems(page, "vllm:") if "is told" in each or "help" in each or "twice" in each] == []
+        assert [
+            each for each in problems(page, "vllm:") if "is told" in each or "help" in each or "twice" in each
+        ] == []
         assert "process_resident_memory_bytes" in page
     openmetrics = await scrape(cluster, "application/openmetrics-text; version=1.0.0")
     assert all(page.endswith("# EOF\n") for page in openmetrics.values())
@@ -198,7 +218,7 @@ async def test_every_family_of_the_gateway_is_shown(cluster: Observed, completio
     assert [family.name for family in gateway_metrics.FAMILIES if f"# TYPE {family.name} " not in page] == []
 
 
-# --- traces and logs ----------------------------------------------------------------------------------------------------------
+# --- traces and logs ------------------------------------------------------------------------------
 
 
 async def generate(
@@ -206,7 +226,9 @@ async def generate(
 ) -> tuple[str, list[int]]:
     """A greedy request by a client that speaks gRPC and nothing of ours; its id and its tokens."""
     sampling = session_pb2.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    message = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=prompt), sampling=sampling, tenant=tenant)
+    message = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=prompt), sampling=sampling, tenant=tenant
+    )
     metadata = () if traceparent is None else (("traceparent", traceparent),)
     request_id = ""
     tokens: list[int] = []
@@ -220,7 +242,9 @@ async def generate(
 
 
 async def spans_of(cluster: Observed, trace_id: str, names: set[str]) -> dict[str, list[ReceivedSpan]]:
-    """The trace's spans by name, once these names are there, of all services: each exports its own in its time."""
+    """The trace's spans by name, once these names are there, of all services: each exports its own
+    in its time.
+    """
 
     def arrived() -> bool:
         spans = cluster.collector.of_trace(trace_id)
@@ -236,7 +260,9 @@ async def spans_of(cluster: Observed, trace_id: str, names: set[str]) -> dict[st
 WHOLE = {"generate", "attempt", "queue", "reserve", "prefill.queue", "prefill", "kv.send", "kv.receive", "decode"}
 
 
-async def test_a_trace_of_the_client_goes_through_all_processes(cluster: Observed, completions: list[Completion]) -> None:
+async def test_a_trace_of_the_client_goes_through_all_processes(
+    cluster: Observed, completions: list[Completion]
+) -> None:
     request_id, tokens = await generate(cluster, random_prompt(20, 60), NUM_TOKENS, f"00-{TRACE_ID}-{PARENT_ID}-01")
     assert len(tokens) == NUM_TOKENS
     spans = await spans_of(cluster, TRACE_ID, WHOLE)
@@ -256,7 +282,9 @@ async def test_a_trace_of_the_client_goes_through_all_processes(cluster: Observe
     assert all(span.error is None and span.began_ns <= span.ended_ns for found in spans.values() for span in found)
 
 
-async def test_a_request_without_a_trace_begins_one_that_has_its_id(cluster: Observed, completions: list[Completion]) -> None:
+async def test_a_request_without_a_trace_begins_one_that_has_its_id(
+    cluster: Observed, completions: list[Completion]
+) -> None:
     request_id, _ = await generate(cluster, random_prompt(21, 60), NUM_TOKENS, None)
     spans = await spans_of(cluster, request_id, WHOLE)
     assert spans["generate"][0].parent_id == ""
@@ -270,7 +298,9 @@ async def test_a_client_may_want_no_spans(cluster: Observed, completions: list[C
     assert cluster.collector.of_trace(unsampled) == []
 
 
-async def test_lines_about_a_request_name_it_its_attempt_and_its_trace(cluster: Observed, completions: list[Completion]) -> None:
+async def test_lines_about_a_request_name_it_its_attempt_and_its_trace(
+    cluster: Observed, completions: list[Completion]
+) -> None:
     trace_id = TRACE_ID.replace("0af7", "0bf7")
     request_id, _ = await generate(cluster, random_prompt(24, 60), NUM_TOKENS, f"00-{trace_id}-{PARENT_ID}-01")
     await wait_until(lambda: len(cluster.lines_about(request_id)) == 3, "three processes log about the request")
@@ -279,7 +309,9 @@ async def test_lines_about_a_request_name_it_its_attempt_and_its_trace(cluster: 
             assert {"request_id": request_id, "attempt": 1, "trace_id": trace_id}.items() <= line.items(), (name, line)
 
 
-async def test_an_attempt_after_a_death_is_part_of_the_same_trace(cluster: Observed, completions: list[Completion]) -> None:
+async def test_an_attempt_after_a_death_is_part_of_the_same_trace(
+    cluster: Observed, completions: list[Completion]
+) -> None:
     trace_id = TRACE_ID.replace("0af7", "0cf7")
     prompt = random_prompt(25, 60)
     # Another tenant: cached blocks would leave nothing for the prefill worker.
@@ -292,7 +324,8 @@ async def test_an_attempt_after_a_death_is_part_of_the_same_trace(cluster: Obser
     assert [attempt.attributes["kvrelay.attempt"] for attempt in (first, second)] == [1, 2]
     assert (first.error, second.error, spans["generate"][0].error) == ("worker_lost", None, None)
     assert first.parent_id == second.parent_id == spans["generate"][0].span_id
-    assert [span.parent_id for span in spans["decode"]] == [second.span_id]  # the dead worker's was never told
+    # the dead worker's was never told
+    assert [span.parent_id for span in spans["decode"]] == [second.span_id]
     assert {span.service for found in spans.values() for span in found} == SERVICES
     value = reader({"gateway": await scrape_one(cluster, "gateway")}, "gateway")
     assert value("kvrelay_attempts_total", cause="worker_lost") == 1

@@ -1,4 +1,6 @@
-"""OpenAI's API by smg over a cluster with the real model: the unmodified openai SDK, curl, and the KV bytes of requests."""
+"""OpenAI's API by smg over a cluster with the real model: the unmodified openai SDK, curl, and the
+KV bytes of requests.
+"""
 
 import asyncio
 import json
@@ -16,10 +18,11 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 from transformers import AutoConfig
 
-from kvrelay import openai_front
-from kvrelay.child_process import ChildProcess
 from kvrelay.client import AsyncClient, Cluster, Completion, WorkerRole
-from kvrelay.local_cluster import LocalCluster
+from kvrelay.cluster.local_cluster import AnySettings, LocalCluster
+from kvrelay.config.settings import OpenAISettings
+from kvrelay.openai_frontend import readiness, smg
+from kvrelay.runtime.child_process import ChildProcess
 from tests.integration.clusters import assert_at_rest, cluster_of, engine, wait_until, workers
 
 pytestmark = [
@@ -29,7 +32,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-PAGE = (Path(__file__).parents[2] / "docs/clients.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/guides/clients.md").read_text("utf-8")
 PAGE_ADDRESS = "127.0.0.1:8000"
 MODEL = "smollm2-135m-instruct"
 CALL_TIMEOUT_S = 120.0
@@ -44,9 +47,16 @@ async def cluster(smollm2_path: Path) -> AsyncIterator[LocalCluster]:
     # Without a prefix cache every prompt's KV travels as a whole, also of prompts that begin alike.
     settings = engine(smollm2_path, kv_cache_mib=256, prefix_cache=False, served_model_name=MODEL)
     cluster = cluster_of([settings], [settings], local_prefill_tokens=0)
-    cluster.openai_port = 0
+    cluster.openai = OpenAISettings(port=0)
+    cluster.adjust = without_cluster_key
     async with cluster:
         yield cluster
+
+
+def without_cluster_key(name: str, settings: AnySettings) -> AnySettings:
+    """Lets a process that is not the cluster's ask its workers: smg in its own prefill/decode mode."""
+    security = settings.security.model_copy(update={"cluster_key_file": None})
+    return settings.model_copy(update={"security": security})
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -97,9 +107,14 @@ async def test_a_chat_and_its_stream_give_the_text_that_our_own_client_gets(
     await assert_kv_travelled(client, answer.usage.prompt_tokens, bytes_per_token)
 
     events = [
-        event async for event in await sdk.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        event
+        async for event in await sdk.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
     ]
-    assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == expected.outputs[0].text
+    assert (
+        "".join(event.choices[0].delta.content or "" for event in events if event.choices) == expected.outputs[0].text
+    )
     assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "stop"
     assert len(events) > expected.finished.usage.num_output_tokens // 2, "it came in pieces"
     assert events[-1].usage == answer.usage
@@ -127,7 +142,9 @@ async def test_output_ends_before_a_stop_string_streamed_or_not(sdk: AsyncOpenAI
     assert "3." in whole
     stopped = (await sdk.chat.completions.create(**options, stop=["3."])).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (whole.partition("3.")[0], "stop")
-    events = [event.choices[0] async for event in await sdk.chat.completions.create(**options, stop=["3."], stream=True)]
+    events = [
+        event.choices[0] async for event in await sdk.chat.completions.create(**options, stop=["3."], stream=True)
+    ]
     assert "".join(event.delta.content or "" for event in events) == whole.partition("3.")[0]
     assert events[-1].finish_reason == "stop"
 
@@ -141,15 +158,72 @@ async def test_log_probabilities_are_those_of_our_own_client(sdk: AsyncOpenAI, c
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
-    assert [entry.logprob for entry in logprobs.content] == pytest.approx([token.logprob for token in expected], rel=1e-4)
+    assert [entry.logprob for entry in logprobs.content] == pytest.approx(
+        [token.logprob for token in expected], rel=1e-4
+    )
     for entry, token in zip(logprobs.content, expected, strict=True):
-        assert [top.logprob for top in entry.top_logprobs] == pytest.approx([top.logprob for top in token.top_logprobs], rel=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(
+            [top.logprob for top in token.top_logprobs], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_bytes_of_tokens_that_are_parts_of_characters_make_up_the_text(sdk: AsyncOpenAI, streams: bool) -> None:
+    wanted: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "signs", "schema": {"const": "\U0001f600\u65e5\u672c\u00e9\U0001f389"}},
+    }
+    options: Any = {
+        "model": MODEL,
+        "messages": chat("x"),
+        "max_tokens": 40,
+        "logprobs": True,
+        "response_format": wanted,
+    }
+    if streams:
+        events = [event async for event in await sdk.chat.completions.create(**options, stream=True)]
+        text = "".join(event.choices[0].delta.content or "" for event in events)
+        entries = [
+            entry for event in events if event.choices[0].logprobs for entry in event.choices[0].logprobs.content or ()
+        ]
+    else:
+        (choice,) = (await sdk.chat.completions.create(**options)).choices
+        assert choice.logprobs is not None
+        text, entries = choice.message.content or "", choice.logprobs.content or []
+    assert text == '"\U0001f600\u65e5\u672c\u00e9\U0001f389"'
+    assert len(entries) > len(text), "some characters are made of several tokens"
+    assert bytes(value for entry in entries for value in entry.bytes or ()).startswith(text.encode())
+    assert "\ufffd" not in "".join(entry.token for entry in entries)
+
+
+async def test_a_field_that_would_change_nothing_is_refused_by_name(sdk: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        await sdk.chat.completions.create(model=MODEL, messages=chat("x"), logit_bias={"5": 1}, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        await sdk.completions.create(model=MODEL, prompt="x", logprobs=2, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="temprature"):
+        await sdk.completions.create(model=MODEL, prompt="x", max_tokens=1, extra_body={"temprature": 0})
+
+
+async def test_a_tool_call_without_arguments_may_be_sent_back(sdk: AsyncOpenAI) -> None:
+    call: Any = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": ""}}
+    asking: Any = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answer: Any = {"role": "tool", "tool_call_id": "call_1", "content": "noon"}
+    messages = [*chat("What time is it?"), asking, answer]
+    assert (await sdk.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)).choices
 
 
 async def test_several_choices_differ_and_come_again_with_the_same_seed(
     sdk: AsyncOpenAI, client: AsyncClient, bytes_per_token: int
 ) -> None:
-    options: Any = {"model": MODEL, "messages": chat("Tell me a story."), "temperature": 1, "n": 3, "seed": 7, "max_tokens": 10}
+    options: Any = {
+        "model": MODEL,
+        "messages": chat("Tell me a story."),
+        "temperature": 1,
+        "n": 3,
+        "seed": 7,
+        "max_tokens": 10,
+    }
     first = await sdk.chat.completions.create(**options)
     texts = [choice.message.content for choice in first.choices]
     assert len(set(texts)) == 3
@@ -166,17 +240,19 @@ async def test_smg_in_its_prefill_decode_mode_straight_on_the_workers_gives_our_
     client: AsyncClient, bytes_per_token: int
 ) -> None:
     messages = chat("Name three rivers of Europe and where they end.")
-    expected = (await client.complete(messages=messages, max_tokens=24, temperature=0, tenant="expected")).outputs[0].text
+    expected = (
+        (await client.complete(messages=messages, max_tokens=24, temperature=0, tenant="expected")).outputs[0].text
+    )
     cluster = await client.cluster()
     before = kv_bytes(cluster)
     (prefill,), (decode,) = workers(cluster, WorkerRole.PREFILL), workers(cluster, WorkerRole.DECODE)
     port = free_port()
-    command = openai_front.command_without_gateway("127.0.0.1", port, free_port(), [prefill.address], [decode.address])
-    process = ChildProcess("smg", command, openai_front.environment(), lambda name, line: None)
+    command = smg.command_without_gateway(smg.SmgPorts(port, free_port()), [prefill.address], [decode.address])
+    process = ChildProcess("smg", command, smg.environment(), lambda name, line: None)
     await process.start()
     try:
         async with asyncio.timeout(60):
-            await openai_front.wait_until_ready(f"127.0.0.1:{port}")
+            await readiness.wait_for_smg(f"127.0.0.1:{port}")
         async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as sdk:
             options: Any = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
             answer = await sdk.chat.completions.create(**options)
@@ -188,8 +264,11 @@ async def test_smg_in_its_prefill_decode_mode_straight_on_the_workers_gives_our_
     finally:
         await process.stop(5.0)
     assert answer.usage is not None
-    pushed = 2 * bytes_per_token * answer.usage.prompt_tokens  # not for two choices: what is pushed continues once
-    await wait_until(lambda: has_kv_bytes(client, before[0] + pushed, before[1] + pushed), "both workers tell what was pushed")
+    # not for two choices: what is pushed continues once
+    pushed = 2 * bytes_per_token * answer.usage.prompt_tokens
+    await wait_until(
+        lambda: has_kv_bytes(client, before[0] + pushed, before[1] + pushed), "both workers tell what was pushed"
+    )
     await assert_at_rest(client)
 
 
@@ -253,7 +332,8 @@ async def test_a_tool_that_must_be_called_is_and_what_it_answered_is_in_the_next
     assert call.function.name == "get_weather"
     assert set(json.loads(call.function.arguments)) == {"city"}
 
-    asking: Any = called.message.model_dump(exclude_none=True) | {"content": ""}  # the model's template wants one
+    # the model's template wants one
+    asking: Any = called.message.model_dump(exclude_none=True) | {"content": ""}
     answer: Any = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
     first = await sdk.chat.completions.create(**options | {"max_tokens": 1}, messages=asked)
     second = await sdk.chat.completions.create(**options | {"max_tokens": 1}, messages=[*asked, asking, answer])
@@ -267,7 +347,9 @@ async def test_output_has_the_form_that_a_schema_asks_for(sdk: AsyncOpenAI) -> N
     schema = {"type": "object", "properties": properties, "required": ["name", "age"], "additionalProperties": False}
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
     messages = chat("Invent a person.")
-    answer = await sdk.chat.completions.create(model=MODEL, messages=messages, seed=5, max_tokens=80, response_format=wanted)
+    answer = await sdk.chat.completions.create(
+        model=MODEL, messages=messages, seed=5, max_tokens=80, response_format=wanted
+    )
     assert answer.choices[0].finish_reason == "stop"
     person = json.loads(answer.choices[0].message.content or "")
     assert (type(person["name"]), type(person["age"]), len(person)) == (str, int, 2)
@@ -285,7 +367,10 @@ async def test_the_pages_examples_run_as_they_stand(cluster: LocalCluster) -> No
     commands = [line for line in section.splitlines() if line.startswith("curl ")]
     assert (len(code), len(commands)) == (2, 2)
     programs = [*([sys.executable, "-c", example] for example in code), *map(shlex.split, commands)]
-    outputs = [await output_of([part.replace(PAGE_ADDRESS, cluster.openai_address) for part in program]) for program in programs]
+    outputs = [
+        await output_of([part.replace(PAGE_ADDRESS, cluster.openai_address) for part in program])
+        for program in programs
+    ]
     assert outputs[0].startswith("The capital of France is Paris")
     assert outputs[1] in ('{"city": "Paris"}\n', '{"city": "Rome"}\n')
     assert MODEL in outputs[2]

@@ -1,5 +1,6 @@
-"""Clients that know nothing of kvrelay, in processes of their own, against one cluster with the real model: Triton's, unmodified,
-one that has only reflection, a health probe. And every example of docs/clients.md that needs no other server.
+"""Clients that know nothing of kvrelay, in processes of their own, against one cluster with the
+real model: Triton's, unmodified, one that has only reflection, a health probe. And every example of
+docs/guides/clients.md that needs no other server.
 """
 
 import ast
@@ -17,9 +18,10 @@ import pytest_asyncio
 from transformers import AutoConfig
 
 from kvrelay.client import AsyncClient
-from kvrelay.local_cluster import LocalCluster
+from kvrelay.cluster.local_cluster import LocalCluster
 from tests.integration.clusters import assert_at_rest, cluster_of, engine
 from tests.integration.triton_environment import triton_client_folder, triton_environment
+from tools.doc_examples import blocks
 
 pytestmark = [
     pytest.mark.integration,
@@ -29,7 +31,7 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parents[1] / "docs/clients.md").read_text("utf-8")
+PAGE = (HERE.parents[1] / "docs/guides/clients.md").read_text("utf-8")
 PAGE_ADDRESS = "127.0.0.1:50050"
 PROGRAMS = {"grpcurl": "reflection_client.py", "grpc_health_probe": "health_probe.py"}
 """Programs that the page calls, and what stands for them here, where they are not installed."""
@@ -107,15 +109,27 @@ async def test_tritons_client_gets_answers_streams_and_typed_errors(
 ) -> None:
     model = (await client.list_models())[0].model.name
     script = [sys.executable, str(HERE / "triton_calls.py"), cluster.gateway_address, model]
-    got = json.loads(await output_of([*script, json.dumps(PROMPTS), json.dumps(SAMPLING)], triton_environment(triton_folder)))
+    got = json.loads(
+        await output_of([*script, json.dumps(PROMPTS), json.dumps(SAMPLING)], triton_environment(triton_folder))
+    )
     about = got["about"]
-    assert (about["live"], about["ready"], about["model_ready"], about["other_model_ready"]) == (True, True, True, False)
+    assert (about["live"], about["ready"], about["model_ready"], about["other_model_ready"]) == (
+        True,
+        True,
+        True,
+        False,
+    )
     assert (about["server"], about["decoupled"], about["index"]) == ("kvrelay", True, [model])
     assert about["inputs"][0] == "text_input"
 
     texts = await expected_texts(client)
     unary = got["unary"]
-    assert (unary["id"], unary["final"], unary["text_output"], unary["finish_reason"]) == ("one", True, [texts[0]], ["length"])
+    assert (unary["id"], unary["final"], unary["text_output"], unary["finish_reason"]) == (
+        "one",
+        True,
+        [texts[0]],
+        ["length"],
+    )
     assert unary["num_output_tokens"] == [SAMPLING["max_tokens"]]
     assert unary["num_input_tokens"] == [len(await client.tokenize(PROMPTS[0]))]
     await assert_kv_travelled(client, unary["request_id"], PROMPTS[0], bytes_per_token)
@@ -138,7 +152,9 @@ async def test_a_client_with_nothing_but_reflection_finds_the_services_and_gener
     script = [sys.executable, str(HERE / "reflection_client.py"), "-plaintext"]
     services = (await output_of([*script, cluster.gateway_address, "list"])).split()
     assert {"kvrelay.v1.InferenceService", "inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(services)
-    listed = await asyncio.gather(*(output_of([*script, cluster.gateway_address, "list", service]) for service in services))
+    listed = await asyncio.gather(
+        *(output_of([*script, cluster.gateway_address, "list", service]) for service in services)
+    )
     for service, methods in zip(services, listed, strict=True):
         assert methods.startswith(f"{service}.")
 
@@ -153,28 +169,22 @@ async def test_a_client_with_nothing_but_reflection_finds_the_services_and_gener
     assert int(events[-1]["finished"]["phases"]["transferBytes"]) == bytes_per_token * num_prompt_tokens
 
 
-async def test_a_health_probe_tells_a_serving_process_from_an_unknown_service_and_from_nothing(cluster: LocalCluster) -> None:
+async def test_a_health_probe_tells_a_serving_process_from_an_unknown_service_and_from_nothing(
+    cluster: LocalCluster,
+) -> None:
     script = [sys.executable, str(HERE / "health_probe.py"), f"-addr={cluster.gateway_address}"]
     assert await output_of(script) == "status: SERVING\n"
     assert await run([*script, "-service=inference.GRPCInferenceService"]) == (0, "status: SERVING\n")
     assert (await run([*script, "-service=unknown"]))[0] == 3
 
 
-# --- docs/clients.md -----------------------------------------------------------------------------------------------------------
-
-
-def blocks(section: str, language: str) -> list[str]:
-    """Code of that language under a heading of the page."""
-    _, found, rest = PAGE.partition(f"\n## {section}\n")
-    assert found, section
-    text = re.split(r"\n## ", rest)[0]
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+# --- docs/guides/clients.md -----------------------------------------------------------------------
 
 
 async def test_the_pages_examples_in_python_run_as_they_stand(
     cluster: LocalCluster, client: AsyncClient, triton_folder: Path
 ) -> None:
-    own, others = blocks("Python", "python"), blocks("KServe and Triton", "python")
+    own, others = blocks(PAGE, "Python", "python"), blocks(PAGE, "KServe and Triton", "python")
     assert (len(own), len(others)) == (2, 2)
     prompt = "The capital of France is"
     text = (await client.complete(prompt, max_tokens=16, temperature=0)).outputs[0].text
@@ -189,13 +199,17 @@ async def test_the_pages_examples_in_python_run_as_they_stand(
     await asyncio.gather(*(check(code, None) for code in own), *(check(code, environment) for code in others))
 
 
-async def test_the_pages_examples_of_structured_output_run_as_they_stand(cluster: LocalCluster, triton_folder: Path) -> None:
+async def test_the_pages_examples_of_structured_output_run_as_they_stand(
+    cluster: LocalCluster, triton_folder: Path
+) -> None:
     """All but OpenAI's, which test_openai runs."""
     own, _, tritons = (
-        example.replace(PAGE_ADDRESS, cluster.gateway_address) for example in blocks("Structured output", "python")
+        example.replace(PAGE_ADDRESS, cluster.gateway_address)
+        for example in blocks(PAGE, "Structured output", "python")
     )
     answers, triton_answer = await asyncio.gather(
-        output_of([sys.executable, "-c", own]), output_of([sys.executable, "-c", tritons], triton_environment(triton_folder))
+        output_of([sys.executable, "-c", own]),
+        output_of([sys.executable, "-c", tritons], triton_environment(triton_folder)),
     )
     person, date, choice, colours, refused = answers.splitlines()
     assert set(ast.literal_eval(person)) == {"name", "age", "likes"}
@@ -207,7 +221,12 @@ async def test_the_pages_examples_of_structured_output_run_as_they_stand(cluster
 
 
 async def test_the_pages_commands_do_what_they_say(cluster: LocalCluster) -> None:
-    lines = [line for section in ("Any language", "Health") for block in blocks(section, "") for line in block.splitlines()]
+    lines = [
+        line
+        for section in ("Any language", "Health")
+        for block in blocks(PAGE, section, "")
+        for line in block.splitlines()
+    ]
     assert len(lines) == 7
     commands = [shlex.split(line.replace(PAGE_ADDRESS, cluster.gateway_address)) for line in lines]
     outputs = await asyncio.gather(

@@ -1,6 +1,8 @@
-"""A process of a supervised cluster dies or leaves: the stream goes on with the same tokens, its client sees a pause at the most.
+"""A process of a supervised cluster dies or leaves: the stream goes on with the same tokens, its
+client sees a pause at the most.
 
-Each process stops itself at a named step before it is killed or told to leave, so that the fault comes in the middle for certain.
+Each process stops itself at a named step before it is killed or told to leave, so that the fault
+comes in the middle for certain.
 """
 
 import asyncio
@@ -14,10 +16,10 @@ import pytest_asyncio
 
 from kvrelay.client import AsyncClient, Delta
 from kvrelay.errors import UnavailableError
-from kvrelay.fault_points import FaultAction
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
-from tests.integration.clusters import assert_at_rest, random_prompt, token_ids
-from tests.tiny_models import make_tiny_model
+from tests.integration.clusters import CALM, assert_at_rest, random_prompt, token_ids
+from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -36,8 +38,8 @@ NUM_TOKENS, NUM_STEPS_BEFORE = 200, 40
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FaultCluster]:
     model = make_tiny_model("llama", tmp_path_factory.mktemp("models"))
-    relay = {"local_prefill_tokens": 0, "worker_wait_ms": 60000}
-    async with FaultCluster(num_decode=2, model=model, relay=relay, restart=True) as cluster:
+    requests = {"local_prefill_tokens": 0, "worker_wait_ms": 60000}
+    async with FaultCluster(num_decode=2, model=model, requests=requests, server=CALM, restart=True) as cluster:
         yield cluster
 
 
@@ -102,7 +104,9 @@ async def _read(stream: Any) -> list[Delta]:
     return [delta async for delta in stream]
 
 
-async def test_a_prompt_whose_only_prefill_worker_dies_is_attempted_again(cluster: FaultCluster, client: AsyncClient) -> None:
+async def test_a_prompt_whose_only_prefill_worker_dies_is_attempted_again(
+    cluster: FaultCluster, client: AsyncClient
+) -> None:
     prompt = random_prompt(2, 200)
     undisturbed = await client.complete(token_ids=prompt, tenant="undisturbed", **options(**GREEDY))
 

@@ -1,4 +1,6 @@
-"""Structured output of the real model at temperature 1 satisfies its schema, also when a decode worker dies in the middle."""
+"""Structured output of the real model at temperature 1 satisfies its schema, also when a decode
+worker dies in the middle.
+"""
 
 import asyncio
 import json
@@ -12,10 +14,11 @@ import pytest_asyncio
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvrelay.client import AsyncClient, Completion, ResponseFormat
+from kvrelay.core.job import FinishReason
 from kvrelay.errors import InvalidRequestError
-from kvrelay.fault_points import FaultAction
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing import FaultCluster
-from kvrelay.work import FinishReason
+from tests.integration.clusters import CALM
 
 pytestmark = [
     pytest.mark.integration,
@@ -58,7 +61,8 @@ SCHEMA = ResponseFormat.json_schema(Fact.model_json_schema())
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(smollm2_path: Path) -> AsyncIterator[FaultCluster]:
     engine = {"num_kv_blocks": 512, "block_size": 16, "max_context_tokens": 1024, "prefill_chunk_tokens": 128}
-    made = FaultCluster(num_prefill=1, num_decode=2, model=smollm2_path, engine=engine, relay={"local_prefill_tokens": 0})
+    requests = {"local_prefill_tokens": 0}
+    made = FaultCluster(num_prefill=1, num_decode=2, model=smollm2_path, engine=engine, requests=requests, server=CALM)
     async with made as running:
         yield running
 
@@ -105,7 +109,8 @@ async def ask_all_over_a_kill(cluster: FaultCluster, client: AsyncClient, count:
 async def test_json_parses_and_its_kv_crossed_the_wire(client: AsyncClient) -> None:
     completions = await ask_all(client, 2)
     assert_all_parse(completions)
-    # On a busy machine a transfer may be given up, and the decode worker then computes the prompt in another attempt.
+    # On a busy machine a transfer may be given up, and the decode worker then computes the prompt
+    # in another attempt.
     phases = [completion.finished.phases for completion in completions]
     assert all(each.transfer_bytes > 0 for each in phases if each.num_attempts == 1)
     assert any(each.transfer_bytes > 0 for each in phases)
@@ -141,7 +146,9 @@ async def test_a_wrong_form_is_refused_by_name_and_nothing_is_lost(client: Async
     assert_all_parse([await ask(client, 5)])
 
 
-async def test_json_is_the_same_when_a_decode_worker_dies_in_the_middle(cluster: FaultCluster, client: AsyncClient) -> None:
+async def test_json_is_the_same_when_a_decode_worker_dies_in_the_middle(
+    cluster: FaultCluster, client: AsyncClient
+) -> None:
     undisturbed = await ask_all(client, NUM_FEW)
     completions = await ask_all_over_a_kill(cluster, client, NUM_FEW)
     assert_all_parse(completions)

@@ -1,4 +1,5 @@
-"""What a program with Triton's client asks of a gateway; knows nothing of kvrelay. Prints what it got as one JSON document.
+"""What a program with Triton's client asks of a gateway; knows nothing of kvrelay. Prints what it
+got as one JSON document.
 
 python triton_calls.py ADDRESS MODEL PROMPTS SAMPLING_PARAMETERS      the last two in JSON
 """
@@ -51,7 +52,9 @@ def about(client: Any, model: str, prompts: list[str], sampling: dict[str, Any])
 
 
 def unary(client: Any, model: str, prompts: list[str], sampling: dict[str, Any]) -> dict[str, Any]:
-    result = client.infer(model, inputs_of(prompts[0], sampling), request_id="one", parameters={"tenant": "triton unary"})
+    result = client.infer(
+        model, inputs_of(prompts[0], sampling), request_id="one", parameters={"tenant": "triton unary"}
+    )
     outputs = [triton.InferRequestedOutput("num_output_tokens"), triton.InferRequestedOutput("num_input_tokens")]
     counted = client.infer(model, inputs_of(prompts[0], sampling), outputs=outputs, client_timeout=TIMEOUT_S)
     counts = {name: counted.as_numpy(name).tolist() for name in ("num_output_tokens", "num_input_tokens")}
@@ -64,7 +67,9 @@ def streamed(client: Any, model: str, prompts: list[str], sampling: dict[str, An
     client.start_stream(callback=lambda result, error: answers.put((result, error)))
     parameters = {"tenant": "triton stream"}
     for number, prompt in enumerate(prompts):
-        client.async_stream_infer(model, inputs_of(prompt, sampling, True), request_id=str(number), parameters=parameters)
+        client.async_stream_infer(
+            model, inputs_of(prompt, sampling, True), request_id=str(number), parameters=parameters
+        )
         client.async_stream_infer(model, inputs_of(prompt, {"best_of": number}, True), request_id="wrong")
     got: dict[str, list[dict[str, Any]]] = {"errors": []}
     num_left = 2 * len(prompts)

@@ -1,7 +1,8 @@
-"""Where Triton's own client is installed for tests: it wants another protobuf than kvrelay, so it cannot stand beside it.
+"""Where Triton's own client is installed for tests: it wants another protobuf than kvrelay, so it
+cannot stand beside it.
 
-A folder in the user's cache has it with its protobuf; all else that it needs comes from the environment of the tests. It is made
-once on a machine.
+A folder in the user's cache has it with its protobuf; all else that it needs comes from the
+environment of the tests. It is made once on a machine.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kvrelay.cache_folder import cache_folder
+from kvrelay.runtime.cache_folder import cache_folder
 
 REQUIREMENTS = ("tritonclient==2.73.0", "protobuf==6.33.6", "python-rapidjson==1.25", "ml_dtypes==0.5.4")
 INSTALL_TIMEOUT_S = 300
@@ -23,7 +24,8 @@ def triton_client_folder() -> Path:
     """The folder, made when it is not there.
 
     Raises:
-        subprocess.CalledProcessError: the package index does not have it, or cannot be reached; pip has said which.
+        subprocess.CalledProcessError: the package index does not have it, or cannot be reached; pip
+        has said which.
     """
     version = f"{REQUIREMENTS[0].replace('==', '-')}-python{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache_folder(os.environ) / "test-clients" / version
@@ -32,7 +34,16 @@ def triton_client_folder() -> Path:
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check", "--no-deps"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-qq",
+                "--no-input",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
             command = [*pip, "--target", str(unfinished), *REQUIREMENTS]
             subprocess.run(command, check=True, timeout=INSTALL_TIMEOUT_S)
             unfinished.rename(folder)

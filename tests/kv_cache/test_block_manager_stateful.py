@@ -1,7 +1,8 @@
 """Random lives of sequences against a model of what every block holds.
 
-The model keeps, for each block, the tokens whose KV the engine would have written there. After every rule each live sequence must
-find exactly its own tokens in its blocks: sharing, copy on write and eviction never give it those of another.
+The model keeps, for each block, the tokens whose KV the engine would have written there. After
+every rule each live sequence must find exactly its own tokens in its blocks: sharing, copy on write
+and eviction never give it those of another.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(NUM_BLOCKS, SIZE)
-        # What lies in each slot: (salt, all tokens up to and including it), for KV depends on them all.
+        # What lies in each slot: (salt, all tokens up to and including it), for KV depends on them
+        # all.
         self.slots: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.live: list[Life] = []
 
@@ -52,7 +54,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def allocate(self, prompt: tuple[int, int], salt: str, compute: bool) -> None:
         token_ids = [0] * prompt[0] + [1] * prompt[1]
         expected = self.manager.match_prefix(token_ids, salt)
-        fits = self.manager.can_allocate(token_ids, salt)
+        fits = self.fits(token_ids, salt)
         before = self.numbers()
         try:
             table = self.manager.allocate(token_ids, salt)
@@ -68,6 +70,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.live.append(life)
         if compute:
             self.compute_until(life, len(token_ids))
+
+    def fits(self, token_ids: list[int], salt: str) -> bool:
+        """Whether the blocks that nothing holds are enough, less the cached ones that the prefix
+        itself is in.
+        """
+        held = {block for life in self.live for block in life.table.blocks}
+        matched = self.manager._match(token_ids, salt)
+        num_left = NUM_BLOCKS - len(held | set(matched))
+        return self.manager.blocks_for(len(token_ids)) - len(matched) <= num_left
 
     @precondition(lambda self: self.live)
     @rule(number=st.integers(0, 99), num_tokens=st.integers(1, 6))
@@ -96,9 +107,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 return
 
     @precondition(lambda self: self.live)
-    @rule(number=st.integers(0, 99), drafts=st.lists(st.integers(0, 1), min_size=1, max_size=5), num_right=st.integers(0, 5))
+    @rule(
+        number=st.integers(0, 99),
+        drafts=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+        num_right=st.integers(0, 5),
+    )
     def speculate(self, number: int, drafts: list[int], num_right: int) -> None:
-        """Samples a token and computes it together with guesses for those behind it, of which the first ones are right."""
+        """Samples a token and computes it together with guesses for those behind it, of which the
+        first ones are right.
+        """
         life = self.pick(number)
         if life.num_computed < len(life.token_ids):
             return
@@ -158,12 +175,6 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.live.remove(life)
         self.manager.release(life.table)
         self.manager.release(life.table)
-
-    @precondition(lambda self: self.manager.num_cached_blocks > 4)
-    @rule()
-    def reset_prefix_cache(self) -> None:
-        self.manager.reset_prefix_cache()
-        assert self.manager.num_cached_blocks == 0
 
     def numbers(self) -> tuple[int, int, int]:
         return self.manager.num_free_blocks, self.manager.num_cached_blocks, self.manager.num_used_blocks

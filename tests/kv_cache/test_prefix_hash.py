@@ -1,3 +1,5 @@
+import hashlib
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,3 +36,10 @@ def test_the_chain_is_lazy_and_continues_by_hand() -> None:
     assert name == chain_hash(root_hash("salt"), pack_tokens([0, 1, 2, 3]))
     assert tokens == pack_tokens([0, 1, 2, 3])
     assert next(chain)[0] == chain_hash(name, pack_tokens([4, 5, 6, 7]))
+
+
+def test_names_come_from_a_cryptographic_hash() -> None:
+    """A client that could make two names equal would read another one's KV."""
+    root = hashlib.blake2b(b"salt", digest_size=16, person=b"kvrelay prefix").digest()
+    assert root_hash("salt") == root
+    assert chain_hash(root, pack_tokens([1, 2])) == hashlib.blake2b(root + pack_tokens([1, 2]), digest_size=16).digest()

@@ -1,4 +1,6 @@
-"""Chunks on the wire: what is encoded by hand is what protobuf reads, and nothing of a chunk can change unnoticed."""
+"""Chunks on the wire: what is encoded by hand is what protobuf reads, and nothing of a chunk can
+change unnoticed.
+"""
 
 import dataclasses
 
@@ -38,14 +40,18 @@ def test_protobuf_reads_what_the_codec_writes(a: int, b: int, c: int, d: int, pa
 
 
 @given(numbers, numbers, numbers, numbers, st.binary(min_size=1, max_size=70_000))
-def test_a_message_that_is_written_in_place_is_the_one_that_is_encoded(a: int, b: int, c: int, d: int, payload: bytes) -> None:
+def test_a_message_that_is_written_in_place_is_the_one_that_is_encoded(
+    a: int, b: int, c: int, d: int, payload: bytes
+) -> None:
     message = ChunkMessage(KVSpan(a, b, c, d), len(payload))
     message.payload[:] = payload
     assert message.finish(TICKET) == encode_chunk(Chunk(KVSpan(a, b, c, d), payload, TICKET))
 
 
 @given(numbers, numbers, numbers, numbers, st.binary(max_size=70_000), st.booleans())
-def test_the_codec_reads_what_protobuf_and_itself_write(a: int, b: int, c: int, d: int, payload: bytes, by_hand: bool) -> None:
+def test_the_codec_reads_what_protobuf_and_itself_write(
+    a: int, b: int, c: int, d: int, payload: bytes, by_hand: bool
+) -> None:
     chunk = Chunk(KVSpan(a, b, c, d), payload, TICKET)
     fields = kv_transfer_pb2.KVChunk(
         layer_begin=a, layer_end=b, token_begin=c, token_end=d, payload=payload, digest=TICKET
@@ -72,7 +78,9 @@ def test_bytes_that_are_no_message_are_refused_or_read_as_protobuf_would(noise: 
         assert len(read.payload) <= len(message)
 
 
-@pytest.mark.parametrize("message", [b"\x12", b"\x12\xff", b"\x12\x02\x2a\x09", b"\xff" * 12, b"\x12\x0c" + b"\xff" * 12])
+@pytest.mark.parametrize(
+    "message", [b"\x12", b"\x12\xff", b"\x12\x02\x2a\x09", b"\xff" * 12, b"\x12\x0c" + b"\xff" * 12]
+)
 def test_a_message_that_is_cut_is_refused(message: bytes) -> None:
     with pytest.raises(TransferError, match="cannot be read"):
         decode_request(message)
@@ -89,7 +97,11 @@ def test_the_payload_of_a_chunk_is_not_copied() -> None:
 def test_a_memoryview_of_any_shape_is_encoded_as_its_bytes() -> None:
     view = memoryview(PAYLOAD).cast("B", shape=[16, 16])
     flat = memoryview(PAYLOAD)
-    assert encode_chunk(Chunk(SPAN, flat, b"")) == encode_chunk(Chunk(SPAN, PAYLOAD, b"")) == encode_chunk(Chunk(SPAN, view, b""))
+    assert (
+        encode_chunk(Chunk(SPAN, flat, b""))
+        == encode_chunk(Chunk(SPAN, PAYLOAD, b""))
+        == encode_chunk(Chunk(SPAN, view, b""))
+    )
 
 
 @pytest.mark.parametrize("field", ["layer_begin", "layer_end", "token_begin", "token_end"])

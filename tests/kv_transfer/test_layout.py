@@ -5,8 +5,8 @@ from collections import Counter, deque
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvrelay.core.model_spec import KVLayout
 from kvrelay.kv_transfer.layout import KVSpan, SpanCoalescer, split_span, take_chunk
-from kvrelay.model_spec import KVLayout
 
 layouts = st.builds(
     KVLayout,
@@ -38,7 +38,11 @@ def test_a_split_covers_the_span_once_and_no_part_is_larger_than_a_message(
 
 
 @given(
-    layouts, st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 20), st.integers(0, 20), st.integers(1, 4096)
+    layouts,
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.integers(1, 4096),
 )
 def test_chunks_of_coalesced_layers_cover_every_token_from_the_first_to_be_sent_once(
     layout: KVLayout, chunks: list[int], num_cached: int, first_token: int, max_bytes: int

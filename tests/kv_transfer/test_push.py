@@ -1,4 +1,6 @@
-"""Sender and receiver over real gRPC, without models: what is corrupt, swapped, replayed, foreign or cut is refused."""
+"""Sender and receiver over real gRPC, without models: what is corrupt, swapped, replayed, foreign
+or cut is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +19,28 @@ import pytest
 from decode_worker import kv_receiver
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
-from decode_worker.push_permits import PushPermits
+from decode_worker.receiving.write_grants import WriteGrants
+from kvrelay.core.job import Job, JobId, SequenceToken, Token
+from kvrelay.core.model_spec import WIRE_VERSION, KVLayout, ModelSpec
 from kvrelay.errors import DeadlineError, TransferError
 from kvrelay.kv_transfer import transports
 from kvrelay.kv_transfer.codec import Chunk, chunk_digest, encode_chunk, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.memory_handover import HandoverServer
 from kvrelay.kv_transfer.shared_memory_transport import SharedMemoryTransport
+from kvrelay.kv_transfer.shm_fd_passing import RegionServer
 from kvrelay.kv_transfer.transports import GrpcPush, GrpcTransport, PushComplete, PushPlan
-from kvrelay.model_spec import WIRE_VERSION, KVLayout, ModelSpec
-from kvrelay.rpc import bind_server, create_channel, create_server
+from kvrelay.network.rpc import bind_server, create_channel, create_server
 from kvrelay.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
-from kvrelay.wire import sequence_token_to_pb, work_id_to_pb
-from kvrelay.work import SequenceToken, Token, Work, WorkId
+from kvrelay.wire.convert import job_id_to_pb, sequence_token_to_pb
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
-from tests.works import make_work
+from tests.support.jobs import make_job
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="float32")
 MODEL = ModelSpec("m", "llama", LAYOUT, 100, 512, (0,), "fingerprint")
 NUM_TOKENS = 20
 MESSAGE_BYTES = 10 * LAYOUT.bytes_per_layer_token
 REGION_BYTES = 4 * MESSAGE_BYTES
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class FakePool:
@@ -53,31 +55,18 @@ class FakePool:
         self.gate.set()
         self.entered = threading.Event()
 
-    def export_kv_into(
-        self,
-        buffer: memoryview,
-        layer_begin: int,
-        layer_end: int,
-        block_ids: Sequence[int],
-        token_begin: int,
-        token_end: int,
-    ) -> None:
+    def export_kv(self, buffer: memoryview, span: KVSpan, block_ids: Sequence[int]) -> None:
         self._pass_gate()
-        buffer[:] = self.content[layer_begin:layer_end, token_begin:token_end].tobytes()
+        buffer[:] = self._part(span).tobytes()
 
-    def import_kv(
-        self,
-        payload: memoryview | bytes,
-        layer_begin: int,
-        layer_end: int,
-        block_ids: Sequence[int],
-        token_begin: int,
-        token_end: int,
-    ) -> None:
+    def import_kv(self, payload: memoryview | bytes, span: KVSpan, block_ids: Sequence[int]) -> None:
         self._pass_gate()
-        shape = (layer_end - layer_begin, token_end - token_begin, LAYOUT.bytes_per_layer_token)
-        self.content[layer_begin:layer_end, token_begin:token_end] = np.frombuffer(payload, np.uint8).reshape(shape)
+        part = self._part(span)
+        part[:] = np.frombuffer(payload, np.uint8).reshape(part.shape)
         self.num_imports += 1
+
+    def _part(self, span: KVSpan) -> np.ndarray:
+        return self.content[span.layer_begin : span.layer_end, span.token_begin : span.token_end]
 
     def _pass_gate(self) -> None:
         self.entered.set()
@@ -89,29 +78,29 @@ class Bench:
     """A receiver that listens, with one reservation."""
 
     address: str
-    permits: PushPermits
+    grants: WriteGrants
     receiver: KVReceiver
     pool: FakePool
-    work: Work
+    job: Job
     ticket: bytes
     ended: asyncio.Queue[PushEnded]
     threads: ThreadPoolExecutor
     transport: Any
-    memory: HandoverServer
+    memory: RegionServer
     outcomes: asyncio.Queue[TransferResult | TransferError] = field(default_factory=asyncio.Queue)
 
     def plan(self, **changes: Any) -> PushPlan:
-        return replace(PushPlan(self.work.work_id, self.ticket, MODEL.fingerprint, 0, NUM_TOKENS), **changes)
+        return replace(PushPlan(self.job.job_id, self.ticket, MODEL.fingerprint, 0, NUM_TOKENS), **changes)
 
     def tokens(self) -> list[SequenceToken]:
-        return [SequenceToken(self.work.work_id, 0, 0, Token(9))]
+        return [SequenceToken(self.job.job_id, 0, 0, Token(9))]
 
     def send(self, pool: FakePool, transport: Any = None, **changes: Any) -> KVSender:
         """A sender of everything, message by message of one layer's 10 tokens."""
         loop = asyncio.get_running_loop()
         context = SenderContext(pool, LAYOUT, transport or self.transport, self.threads, MESSAGE_BYTES, 1 << 20)
 
-        def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+        def on_ended(job_id: JobId, outcome: TransferResult | TransferError) -> None:
             loop.call_soon_threadsafe(self.outcomes.put_nowait, outcome)
 
         return KVSender(context, self.address, self.plan(**changes), (0,), on_ended)
@@ -148,8 +137,8 @@ async def any_bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
 
 @asynccontextmanager
 async def running_bench() -> AsyncIterator[Bench]:
-    work = make_work(list(range(NUM_TOKENS)), max_tokens=8)
-    permits, pool, threads = PushPermits(), FakePool(), ThreadPoolExecutor(2)
+    job = make_job(list(range(NUM_TOKENS)), max_tokens=8)
+    grants, pool, threads = WriteGrants(), FakePool(), ThreadPoolExecutor(2)
     ended: asyncio.Queue[PushEnded] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -157,16 +146,16 @@ async def running_bench() -> AsyncIterator[Bench]:
         loop.call_soon_threadsafe(ended.put_nowait, command)
 
     server = create_server()
-    memory = HandoverServer()
+    memory = RegionServer()
     memory.start()
-    receiver = KVReceiver(ReceiverContext(pool, MODEL, permits, threads, submit, memory))
+    receiver = KVReceiver(ReceiverContext(pool, MODEL, grants, threads, submit, memory))
     receiver.add_to(server)
     bound = bind_server(server, "127.0.0.1", 0, ())
     await server.start()
-    transport = GrpcTransport(2000, MESSAGE_BYTES)
-    ticket = permits.open(work, (0,), 0)
+    transport = GrpcTransport(20_000, MESSAGE_BYTES)
+    ticket = grants.grant(job, (0,), 0)
     try:
-        yield Bench(f"127.0.0.1:{bound.port}", permits, receiver, pool, work, ticket, ended, threads, transport, memory)
+        yield Bench(f"127.0.0.1:{bound.port}", grants, receiver, pool, job, ticket, ended, threads, transport, memory)
     finally:
         pool.gate.set()
         await transport.close()
@@ -202,7 +191,7 @@ async def push_raw(
 
 def end_message(bench: Bench, num_chunks: int, **changes: Any) -> bytes:
     tokens = [replace(token, **changes) for token in bench.tokens()]
-    digest = end_digest(bench.ticket, bench.work.work_id.attempt, num_chunks, tokens)
+    digest = end_digest(bench.ticket, bench.job.job_id.attempt, num_chunks, tokens)
     end = kv_transfer_pb2.PushEnd(num_chunks=num_chunks, tokens=map(sequence_token_to_pb, tokens), digest=digest)
     return kv_transfer_pb2.PushRequest(end=end).SerializeToString()
 
@@ -228,9 +217,11 @@ async def test_everything_arrives_as_it_was_and_is_measured(any_bench: Bench) ->
     assert outcome.num_resent_chunks == 0
     assert outcome.transport == any_bench_name(any_bench)
     ended = await any_bench.end_at_receiver()
-    assert ended == PushEnded(any_bench.work.work_id, tuple(any_bench.tokens()), outcome.kv_bytes, NUM_TOKENS, ended.problem)
+    assert ended == PushEnded(
+        any_bench.job.job_id, tuple(any_bench.tokens()), outcome.kv_bytes, NUM_TOKENS, ended.problem
+    )
     assert (any_bench.pool.content == source.content).all()
-    assert len(any_bench.permits) == 0
+    assert len(any_bench.grants) == 0
 
 
 async def test_chunks_travel_before_the_pass_has_ended(any_bench: Bench) -> None:
@@ -241,7 +232,7 @@ async def test_chunks_travel_before_the_pass_has_ended(any_bench: Bench) -> None
         while any_bench.pool.num_imports < LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
             await asyncio.sleep(0.005)
     assert any_bench.outcomes.empty()
-    sender.stop()
+    sender.cancel()
     assert isinstance(await any_bench.outcome(), TransferError)
     assert (await any_bench.end_at_receiver()).first_tokens is None
 
@@ -335,7 +326,9 @@ async def test_a_chunk_that_is_corrupt_twice_ends_the_push(any_bench: Bench) -> 
         pytest.param(lambda bench, chunk: bench.chunk(chunk.span, attempt=2), id="another attempt"),
         pytest.param(lambda bench, chunk: bench.chunk(chunk.span, ticket=bytes(16)), id="another ticket"),
         pytest.param(lambda bench, chunk: replace(chunk, payload=bytes(chunk.payload)[:-1]), id="truncated"),
-        pytest.param(lambda bench, chunk: bench.chunk(replace(chunk.span, token_end=NUM_TOKENS + 1)), id="tokens out of range"),
+        pytest.param(
+            lambda bench, chunk: bench.chunk(replace(chunk.span, token_end=NUM_TOKENS + 1)), id="tokens out of range"
+        ),
         pytest.param(lambda bench, chunk: bench.chunk(replace(chunk.span, layer_end=4)), id="layers out of range"),
         pytest.param(lambda bench, chunk: replace(chunk, span=KVSpan(1, 2, 0, 10)), id="swapped"),
         pytest.param(lambda bench, chunk: bench.chunk(KVSpan(0, 1, 5, 5), b""), id="empty"),
@@ -363,8 +356,8 @@ async def test_a_replayed_chunk_is_refused(bench: Bench) -> None:
     ("changes", "code"),
     [
         ({"ticket": bytes(16)}, grpc.StatusCode.PERMISSION_DENIED),
-        ({"work_id": WorkId("b" * 32, 1)}, grpc.StatusCode.PERMISSION_DENIED),
-        ({"work_id": WorkId("a" * 32, 2)}, grpc.StatusCode.PERMISSION_DENIED),
+        ({"job_id": JobId("b" * 32, 1)}, grpc.StatusCode.PERMISSION_DENIED),
+        ({"job_id": JobId("a" * 32, 2)}, grpc.StatusCode.PERMISSION_DENIED),
         ({"fingerprint": "other"}, grpc.StatusCode.FAILED_PRECONDITION),
     ],
 )
@@ -387,7 +380,7 @@ async def test_a_ticket_is_good_for_one_push(bench: Bench) -> None:
 async def test_another_wire_version_is_refused(bench: Bench, version: int) -> None:
     stub = kv_transfer_pb2_grpc.KVTransferServiceStub(channel := create_channel(bench.address))
     header = kv_transfer_pb2.PushHeader(
-        work_id=work_id_to_pb(bench.work.work_id), ticket=bench.ticket, fingerprint="fingerprint", wire_version=version
+        job_id=job_id_to_pb(bench.job.job_id), ticket=bench.ticket, fingerprint="fingerprint", wire_version=version
     )
     call: Any = stub.Push(iter([kv_transfer_pb2.PushRequest(header=header)]))
     assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -401,7 +394,7 @@ async def test_another_range_than_the_reservation_s_ends_the_push(bench: Bench, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"index": 1}, {"sequence": 1}, {"work_id": WorkId("b" * 32, 1)}, {"token": Token(100)}], ids=str
+    "changes", [{"index": 1}, {"sequence": 1}, {"job_id": JobId("b" * 32, 1)}, {"token": Token(100)}], ids=str
 )
 async def test_wrong_first_tokens_end_the_push(bench: Bench, changes: dict[str, Any]) -> None:
     messages = [encode_chunk(bench.chunk(WHOLE)), end_message(bench, 1, **changes)]
@@ -421,13 +414,13 @@ async def test_the_receiver_frees_after_the_write_when_the_sender_disconnects(an
     sender = any_bench.send(FakePool(seed=1))
     sender.announce_cached(NUM_TOKENS)
     assert await asyncio.to_thread(any_bench.pool.entered.wait, WAIT_S)
-    sender.stop()
+    sender.cancel()
     await any_bench.outcome()
-    assert not any_bench.permits.close(any_bench.work.work_id)
+    assert not any_bench.grants.revoke(any_bench.job.job_id)
     assert any_bench.ended.empty()
     any_bench.pool.gate.set()
     assert (await any_bench.end_at_receiver()).first_tokens is None
-    assert any_bench.permits.close(any_bench.work.work_id)
+    assert any_bench.grants.revoke(any_bench.job.job_id)
 
 
 async def test_a_reservation_that_ends_breaks_the_push_off(any_bench: Bench) -> None:
@@ -435,7 +428,7 @@ async def test_a_reservation_that_ends_breaks_the_push_off(any_bench: Bench) -> 
     for layer in range(LAYOUT.num_layers):
         sender.announce(layer, 0, 10)
     assert await asyncio.to_thread(any_bench.pool.entered.wait, WAIT_S)
-    assert not any_bench.permits.close(any_bench.work.work_id)
+    assert not any_bench.grants.revoke(any_bench.job.job_id)
     assert (await any_bench.end_at_receiver()).first_tokens is None
     assert isinstance(await any_bench.outcome(), TransferError)
 
@@ -462,7 +455,7 @@ async def test_a_sender_that_takes_no_answer_keeps_its_blocks_for_a_bounded_time
 ) -> None:
     monkeypatch.setattr(kv_receiver, "ANSWER_TIMEOUT_S", 0.05)
     header = kv_transfer_pb2.PushHeader(
-        work_id=work_id_to_pb(bench.work.work_id),
+        job_id=job_id_to_pb(bench.job.job_id),
         ticket=bench.ticket,
         fingerprint=MODEL.fingerprint,
         wire_version=WIRE_VERSION,
@@ -473,7 +466,7 @@ async def test_a_sender_that_takes_no_answer_keeps_its_blocks_for_a_bounded_time
     push = asyncio.create_task(bench.receiver.Push(None, stream))  # type: ignore[arg-type]
     async with asyncio.timeout(WAIT_S):
         await stream.writes.wait()
-    assert not bench.permits.close(bench.work.work_id)
+    assert not bench.grants.revoke(bench.job.job_id)
     assert (await bench.end_at_receiver()).first_tokens is None
     with pytest.raises(DeadlineError):
         await asyncio.wait_for(push, WAIT_S)
@@ -486,10 +479,11 @@ async def test_a_stopped_sender_ends_only_after_its_export(any_bench: Bench) -> 
     sender.announce_cached(NUM_TOKENS)
     assert await asyncio.to_thread(source.entered.wait, WAIT_S)
     async with asyncio.timeout(WAIT_S):
-        while any_bench.permits._permits[any_bench.work.work_id]._on_close is None:  # noqa: ASYNC110 - the header is on its way
+        while any_bench.grants._grants[any_bench.job.job_id]._on_revoked is None:  # noqa: ASYNC110 - the header is on its way
             await asyncio.sleep(0.005)
-    sender.stop()
-    assert (await any_bench.end_at_receiver()).first_tokens is None  # the receiver knows before the export has ended
+    sender.cancel()
+    # the receiver knows before the export has ended
+    assert (await any_bench.end_at_receiver()).first_tokens is None
     assert any_bench.outcomes.empty()
     source.gate.set()
     assert isinstance(await any_bench.outcome(), TransferError)
@@ -506,7 +500,7 @@ async def test_answers_are_read_to_their_end_when_a_chunk_cannot_be_written(any_
 
 
 async def test_a_sender_that_is_stopped_before_its_first_turn_ends_too(any_bench: Bench) -> None:
-    any_bench.send(FakePool(seed=1)).stop()
+    any_bench.send(FakePool(seed=1)).cancel()
     assert isinstance(await any_bench.outcome(), TransferError)
 
 
@@ -518,7 +512,7 @@ async def test_a_sender_that_is_stopped_while_it_waits_leaves_no_task(bench: Ben
         while bench.pool.num_imports < 2 * LAYOUT.num_layers:  # noqa: ASYNC110 - counted in another thread
             await asyncio.sleep(0.005)
     await asyncio.sleep(0.05)  # for the last answer: it waits for its first tokens now
-    sender.stop()
+    sender.cancel()
     await bench.outcome()
     await bench.end_at_receiver()
     waiting = [task for task in asyncio.all_tasks() - tasks_before if "Event.wait" in repr(task.get_coro())]
@@ -580,12 +574,12 @@ async def test_a_closed_transport_opens_nothing_and_has_closed_what_it_dropped(
 async def test_the_window_bounds_what_is_not_acknowledged(bench: Bench) -> None:
     bench.pool.gate.clear()
     chunk_bytes = 5 * LAYOUT.bytes_per_layer_token
-    grpc_transport = GrpcTransport(2000, chunk_bytes)
+    grpc_transport = GrpcTransport(20_000, chunk_bytes)
     transport = TamperingTransport(grpc_transport, lambda chunk, number: chunk)
     loop = asyncio.get_running_loop()
     context = SenderContext(FakePool(1), LAYOUT, transport, bench.threads, chunk_bytes, 2 * chunk_bytes)
 
-    def on_ended(work_id: WorkId, outcome: TransferResult | TransferError) -> None:
+    def on_ended(job_id: JobId, outcome: TransferResult | TransferError) -> None:
         loop.call_soon_threadsafe(bench.outcomes.put_nowait, outcome)
 
     sender = KVSender(context, bench.address, bench.plan(), (0,), on_ended)

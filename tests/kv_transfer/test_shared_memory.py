@@ -18,12 +18,12 @@ import grpc
 import pytest
 
 from kvrelay.errors import TransferError
-from kvrelay.kv_transfer import memory_handover, shared_memory
+from kvrelay.kv_transfer import shared_memory, shm_fd_passing
 from kvrelay.kv_transfer.codec import SharedChunk, SharedSlice, encode_chunk, encode_shared_chunk
 from kvrelay.kv_transfer.layout import KVSpan
-from kvrelay.kv_transfer.memory_handover import HandoverClient, HandoverOffer, HandoverServer
 from kvrelay.kv_transfer.shared_memory import create_region, is_supported
 from kvrelay.kv_transfer.shared_memory_transport import SharedMemoryTransport
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient, RegionServer, ShmEndpoint
 from prefill_worker.kv_sender import TransferResult
 from tests.kv_transfer.test_push import (
     LAYOUT,
@@ -38,23 +38,24 @@ from tests.kv_transfer.test_push import (
     running_bench,
 )
 from tests.kv_transfer.test_push import bench as bench  # a fixture
+from tests.support import left_out
 
-pytestmark = pytest.mark.skipif(not is_supported(), reason="this system has no memfd")
+pytestmark = pytest.mark.skipif(not is_supported(), reason=left_out.MEMFD)
 
 SPAN = KVSpan(0, 1, 0, 10)
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[HandoverServer]:
-    running = HandoverServer()
+async def server() -> AsyncIterator[RegionServer]:
+    running = RegionServer()
     assert running.start()
     yield running
     running.close()
 
 
 @pytest.fixture
-async def client(server: HandoverServer) -> AsyncIterator[HandoverClient]:
-    connected = await HandoverClient.connect(server.offer, REGION_BYTES)
+async def client(server: RegionServer) -> AsyncIterator[RegionClient]:
+    connected = await RegionClient.connect(server.endpoint, REGION_BYTES)
     yield connected
     connected.close()
 
@@ -71,7 +72,7 @@ def num_mapped_regions() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:kvrelay")
 
 
-async def test_what_one_side_writes_the_other_reads(server: HandoverServer, client: HandoverClient) -> None:
+async def test_what_one_side_writes_the_other_reads(server: RegionServer, client: RegionClient) -> None:
     region = await client.lease()
     assert region is not None
     region.buffer[5:8] = b"abc"
@@ -81,24 +82,24 @@ async def test_what_one_side_writes_the_other_reads(server: HandoverServer, clie
         lent.buffer[0] = 1
 
 
-async def test_a_region_has_one_push_at_a_time(server: HandoverServer, client: HandoverClient) -> None:
+async def test_a_region_has_one_push_at_a_time(server: RegionServer, client: RegionClient) -> None:
     region = await client.lease()
     assert region is not None
     lent = server.lend(region.region_id)
     with pytest.raises(TransferError):
         server.lend(region.region_id)
-    server.give_back(lent)
+    server.release(lent)
     assert server.lend(region.region_id) is lent
     with pytest.raises(TransferError):
         server.lend(bytes(16))
 
 
 async def test_a_region_is_used_again_after_a_complete_push_and_never_after_a_broken_one(
-    server: HandoverServer, client: HandoverClient
+    server: RegionServer, client: RegionClient
 ) -> None:
     first = await client.lease()
     assert first is not None
-    client.give_back(first)
+    client.release(first)
     assert await client.lease() is first
     client.discard(first)
     second = await client.lease()
@@ -109,7 +110,7 @@ async def test_a_region_is_used_again_after_a_complete_push_and_never_after_a_br
         server.lend(first.region_id)
 
 
-async def test_only_so_many_regions_are_taken(server: HandoverServer, client: HandoverClient) -> None:
+async def test_only_so_many_regions_are_taken(server: RegionServer, client: RegionClient) -> None:
     regions = [await client.lease() for _ in range(shared_memory.MAX_REGIONS)]
     assert all(regions)
     assert await client.lease() is None
@@ -120,19 +121,19 @@ async def test_only_so_many_regions_are_taken(server: HandoverServer, client: Ha
 
 
 @pytest.mark.parametrize("key", [bytes(16), b"", b"short"])
-async def test_without_the_key_nothing_is_taken(server: HandoverServer, key: bytes) -> None:
-    offer = HandoverOffer(server.offer.socket_name, key)
-    client = await HandoverClient.connect(offer, REGION_BYTES)
+async def test_without_the_key_nothing_is_taken(server: RegionServer, key: bytes) -> None:
+    endpoint = ShmEndpoint(server.endpoint.socket_name, key)
+    client = await RegionClient.connect(endpoint, REGION_BYTES)
     assert await client.lease() is None
     await until(lambda: client.is_closed)
     assert server.num_regions == 0
 
 
-async def test_a_connection_that_shows_no_key_is_ended(monkeypatch: pytest.MonkeyPatch, server: HandoverServer) -> None:
-    monkeypatch.setattr(memory_handover, "KEY_TIMEOUT_S", 0.05)
+async def test_a_connection_that_shows_no_key_is_ended(monkeypatch: pytest.MonkeyPatch, server: RegionServer) -> None:
+    monkeypatch.setattr(shm_fd_passing, "KEY_TIMEOUT_S", 0.05)
     silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     silent.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(silent, f"\0{server.offer.socket_name}")
+    await asyncio.get_running_loop().sock_connect(silent, f"\0{server.endpoint.socket_name}")
     assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(silent, 1), WAIT_S) == b""
     silent.close()
 
@@ -156,12 +157,14 @@ def regular_file() -> int:
 
 @pytest.mark.parametrize("kind", ["unsealed", "too large", "regular file"])
 async def test_memory_that_could_do_harm_is_not_taken(
-    server: HandoverServer, client: HandoverClient, kind: str, monkeypatch: pytest.MonkeyPatch
+    server: RegionServer, client: RegionClient, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    descriptor = {"unsealed": unsealed, "too large": lambda: too_large(monkeypatch), "regular file": regular_file}[kind]()
+    descriptor = {"unsealed": unsealed, "too large": lambda: too_large(monkeypatch), "regular file": regular_file}[
+        kind
+    ]()
     region, other = create_region(4096)
     os.close(other)
-    monkeypatch.setattr(memory_handover, "create_region", lambda num_bytes: (region, descriptor))
+    monkeypatch.setattr(shm_fd_passing, "create_region", lambda num_bytes: (region, descriptor))
     assert await client.lease() is None
     assert server.num_regions == 0
 
@@ -176,7 +179,7 @@ async def test_a_region_cannot_be_resized() -> None:
     os.close(descriptor)
 
 
-async def test_a_client_that_ends_leaves_no_region(server: HandoverServer, client: HandoverClient) -> None:
+async def test_a_client_that_ends_leaves_no_region(server: RegionServer, client: RegionClient) -> None:
     for _ in range(3):
         await client.lease()
     assert num_mapped_regions() > 0
@@ -187,17 +190,17 @@ async def test_a_client_that_ends_leaves_no_region(server: HandoverServer, clien
 
 CHILD = """
 import asyncio, sys
-from kvrelay.kv_transfer.memory_handover import HandoverClient, HandoverOffer, HandoverServer
+from kvrelay.kv_transfer.shm_fd_passing import RegionClient, ShmEndpoint, RegionServer
 
 async def main(role, name, key):
     if role == "client":
-        client = await HandoverClient.connect(HandoverOffer(name, bytes.fromhex(key)), 1 << 20)
+        client = await RegionClient.connect(ShmEndpoint(name, bytes.fromhex(key)), 1 << 20)
         (await client.lease()).buffer[:] = bytes(1 << 20)
         print("ready", flush=True)
     else:
-        server = HandoverServer()
+        server = RegionServer()
         server.start()
-        print(server.offer.socket_name, server.offer.key.hex(), flush=True)
+        print(server.endpoint.socket_name, server.endpoint.key.hex(), flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main(*sys.argv[1:]))
@@ -218,9 +221,9 @@ def kill(child: subprocess.Popen[str]) -> None:
     child.stdout.close()
 
 
-async def test_a_prefill_worker_that_is_killed_leaves_nothing(server: HandoverServer) -> None:
+async def test_a_prefill_worker_that_is_killed_leaves_nothing(server: RegionServer) -> None:
     files_before = set(os.listdir("/dev/shm"))
-    child, line = await asyncio.to_thread(start_child, "client", server.offer.socket_name, server.offer.key.hex())
+    child, line = await asyncio.to_thread(start_child, "client", server.endpoint.socket_name, server.endpoint.key.hex())
     assert line == "ready\n"
     assert server.num_regions == 1
     assert set(os.listdir("/dev/shm")) <= files_before
@@ -232,10 +235,10 @@ async def test_a_prefill_worker_that_is_killed_leaves_nothing(server: HandoverSe
 async def test_a_decode_worker_that_is_killed_leaves_nothing() -> None:
     child, line = await asyncio.to_thread(start_child, "server", "", "")
     name, key = line.split()
-    client = await HandoverClient.connect(HandoverOffer(name, bytes.fromhex(key)), REGION_BYTES)
+    client = await RegionClient.connect(ShmEndpoint(name, bytes.fromhex(key)), REGION_BYTES)
     region = await client.lease()
     assert region is not None
-    client.give_back(region)
+    client.release(region)
     await asyncio.to_thread(kill, child)
     await until(lambda: client.is_closed)
     assert await client.lease() is None
@@ -260,16 +263,16 @@ async def send_all(bench: Bench, transport: SharedMemoryTransport) -> TransferRe
 async def test_without_a_common_namespace_kv_goes_over_grpc_and_it_is_asked_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.memory.offer = HandoverOffer("kvrelay-nobody-listens-here", bytes(16))
+    bench.memory.endpoint = ShmEndpoint("kvrelay-nobody-listens-here", bytes(16))
     num_calls = 0
-    connect = HandoverClient.connect
+    connect = RegionClient.connect
 
-    async def counted(offer: HandoverOffer, region_bytes: int) -> HandoverClient:
+    async def counted(endpoint: ShmEndpoint, region_bytes: int) -> RegionClient:
         nonlocal num_calls
         num_calls += 1
-        return await connect(offer, region_bytes)
+        return await connect(endpoint, region_bytes)
 
-    monkeypatch.setattr(HandoverClient, "connect", counted)
+    monkeypatch.setattr(RegionClient, "connect", counted)
     transport = shared(bench)
     outcome = await send_all(bench, transport)
     assert isinstance(outcome, TransferResult)
@@ -333,7 +336,7 @@ async def test_a_decode_worker_that_comes_back_is_connected_to_again(bench: Benc
     ids=str,
 )
 async def test_a_chunk_outside_of_the_region_is_refused_and_not_written(bench: Bench, where: SharedSlice) -> None:
-    client = await HandoverClient.connect(bench.memory.offer, REGION_BYTES)
+    client = await RegionClient.connect(bench.memory.endpoint, REGION_BYTES)
     region = await client.lease()
     assert region is not None
     good = bench.chunk(SPAN, bytes(MESSAGE_BYTES))
@@ -369,13 +372,13 @@ async def test_a_refused_chunk_may_come_behind_the_end(bench: Bench) -> None:
 async def test_a_push_that_is_broken_off_gives_its_region_back_to_nobody() -> None:
     async with running_bench() as bench:
         transport = shared(bench, is_required=True)
-        bench.send(FakePool(seed=1), transport).stop()
+        bench.send(FakePool(seed=1), transport).cancel()
         await bench.outcome()
         sender = bench.send(FakePool(seed=1), transport)
         sender.announce(0, 0, 10)
         assert await asyncio.to_thread(bench.pool.entered.wait, WAIT_S)
         assert bench.memory.num_regions >= 1
-        sender.stop()
+        sender.cancel()
         await bench.outcome()
         await until(lambda: bench.memory.num_regions == 0)
         await transport.close()

@@ -1,4 +1,6 @@
-"""`python -m tests.simulation`: runs seeds, on all cores when told so, and says how to replay those that fail."""
+"""`python -m tests.simulation`: runs seeds, on all cores when told so, and says how to replay those
+that fail.
+"""
 
 import multiprocessing
 import os
@@ -53,8 +55,11 @@ def main(
     outcomes_path: Annotated[Path | None, typer.Option("--outcomes", help="Write all outcomes there, pickled.")] = None,
 ) -> None:
     """Runs simulated clusters, one for each seed, and checks what the design promises."""
-    if os.environ.get(_HASH_SEED) != "0":  # sets of strings have an order of their own in every process otherwise
-        os.execve(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]], {**os.environ, _HASH_SEED: "0"})
+    # sets of strings have an order of their own in every process otherwise
+    if os.environ.get(_HASH_SEED) != "0":
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]], {**os.environ, _HASH_SEED: "0"}
+        )
     console = Console()
     if seed is not None:
         chosen = range(seed, seed + 1)

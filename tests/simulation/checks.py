@@ -5,10 +5,10 @@ client    I1, I2, I6    toy_model    I4    here    I3, I5, I7, and which errors 
 
 from collections.abc import Iterable, Sequence
 
-from gateway import lifecycle_messages as m
-from gateway.request_lifecycle import RequestLifecycle
+from gateway.lifecycle import events
+from gateway.lifecycle.lifecycle import RequestLifecycle
 from kvrelay import errors
-from kvrelay.request_state import RequestState, check_edge, is_terminal
+from kvrelay.core.request_state import RequestState, check_edge, is_terminal
 from tests.simulation.client import SimulatedClient, ViolationError
 from tests.simulation.plan import Fault, Plan
 from tests.simulation.processes import SimulatedProcess
@@ -20,6 +20,9 @@ _WORKER_DEATHS = frozenset({Fault.PREFILL_KILLED, Fault.DECODE_KILLED, Fault.WOR
 
 
 _KILLS = frozenset({Fault.PREFILL_KILLED, Fault.DECODE_KILLED})
+_CLAIMS = frozenset({Fault.REQUEST_CLAIMED, Fault.REQUEST_TAKEN})
+LONG_TIMEOUT_S = 30.0
+"""Longer than any recovery."""
 MAX_DEATHS = 2
 """Of workers, by one request."""
 
@@ -30,7 +33,7 @@ class CheckedLifecycle(RequestLifecycle):
     num_attempts = 0
     """Attempts of all lifecycles since it was set to 0."""
 
-    def handle(self, event: m.Event) -> list[m.Action]:
+    def handle(self, event: events.Event) -> list[events.Action]:
         was_finished = self.finished
         actions = super().handle(event)
         if was_finished and actions:
@@ -39,20 +42,20 @@ class CheckedLifecycle(RequestLifecycle):
             self._check(action)
         return actions
 
-    def _check(self, action: m.Action) -> None:
+    def _check(self, action: events.Action) -> None:
         before = self.__dict__.setdefault("_checked_state", (RequestState.QUEUED, self.attempt))
         match action:
-            case m.Emit(token):
+            case events.Emit(token):
                 counts = self.__dict__.setdefault("_num_emitted", {})
-                if token.work_id.attempt != self.attempt:
-                    raise ViolationError(f"I5: attempt {token.work_id.attempt} emits while {self.attempt} runs")
+                if token.job_id.attempt != self.attempt:
+                    raise ViolationError(f"I5: attempt {token.job_id.attempt} emits while {self.attempt} runs")
                 expected = counts.setdefault(token.sequence, token.index)
                 if token.index != expected:
                     raise ViolationError(f"I1: index {token.index} is emitted instead of {expected}")
                 counts[token.sequence] = token.index + 1
-            case m.SetState(state, attempt):
+            case events.SetState(state, attempt):
                 self._check_move(before, (state, attempt))
-            case m.Finish(state):
+            case events.Finish(state):
                 self._check_move(before, (state, before[1]))
 
     def _check_move(self, before: tuple[RequestState, int], after: tuple[RequestState, int]) -> None:
@@ -83,6 +86,8 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
     match client.error:
         case errors.DeadlineError():
             soonest = min(other.deadline for other in group if other.deadline)
+            if faults & _CLAIMS and all(other.plan.timeout_s >= LONG_TIMEOUT_S for other in group):
+                return "I6: silent until its deadline"
             return None if client.loop.world.now >= soonest - 0.1 else "I6: too early"
         case errors.CancelledRequestError():
             return None if any(other.cancelled for other in group) else "nobody cancelled it"
@@ -103,13 +108,22 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
         case errors.UnavailableError():
             lost_for_good = any(fault.fault in _WORKER_DEATHS and not fault.restarts for fault in plan.faults)
             is_killing = any(request.is_killer for request in plan.requests)
-            excused = gateway_faults or redis_faults or lost_for_good or is_killing or client.plan.is_poison
+            excused = (
+                Fault.REQUEST_TAKEN in faults
+                or gateway_faults
+                or redis_faults
+                or lost_for_good
+                or is_killing
+                or client.plan.is_poison
+            )
             return None if excused else "every fault of this seed can be survived"
     return "no fault of this seed explains it"
 
 
 def check_deaths(num_deaths: int, plan: Plan) -> None:
-    """A prompt that kills workers is quarantined, as long as the gateway that counts lives and sees that they died."""
+    """A prompt that kills workers is quarantined, as long as the gateway that counts lives and sees
+    that they died.
+    """
     if {fault.fault for fault in plan.faults} & (_GATEWAY_FAULTS | _REDIS_FAULTS):
         return
     killers = {(request.number if not request.key else request.key) for request in plan.requests if request.is_killer}
@@ -135,12 +149,16 @@ def _same_key(client: SimulatedClient, other: SimulatedClient) -> bool:
 
 
 def may_lose_writes(plan: Plan) -> bool:
-    """Whether Redis may know less than what clients were told: it forgot, or was away when a gateway ended."""
+    """Whether Redis may know less than what clients were told: it forgot, or was away when a
+    gateway ended.
+    """
     faults = {fault.fault for fault in plan.faults}
     return Fault.REDIS_LOST_WRITES in faults or bool(faults & _REDIS_FAULTS and faults & _GATEWAY_FAULTS)
 
 
-def check_store(redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[SimulatedClient], loses_writes: bool) -> None:
+def check_store(
+    redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[SimulatedClient], loses_writes: bool
+) -> None:
     """At rest the store knows of every request of a living gateway how it ended."""
     alive = set(alive_ids)
     states: dict[str, RequestState] = {}
@@ -154,7 +172,11 @@ def check_store(redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[S
         if not is_terminal(state) and not loses_writes:
             raise ViolationError(f"I6: {key} stays {state.name} though its gateway lives")
     for client in clients:
-        if client.succeeded and states.get(client.request_id) not in (RequestState.SUCCEEDED, None) and not loses_writes:
+        if (
+            client.succeeded
+            and states.get(client.request_id) not in (RequestState.SUCCEEDED, None)
+            and not loses_writes
+        ):
             raise ViolationError(f"I7: {client.request_id} succeeded and is {states[client.request_id].name}")
 
 

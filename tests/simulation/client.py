@@ -1,6 +1,8 @@
-"""A client of the simulated cluster: sends one request, checks every message of the answer, resumes elsewhere where it may.
+"""A client of the simulated cluster: sends one request, checks every message of the answer, resumes
+elsewhere where it may.
 
-Checked here: I1 (each index once, in order, one terminal), I2 (tokens, text and reasons as without faults), I6 (an end in time).
+Checked here: I1 (each index once, in order, one terminal), I2 (tokens, text and reasons as without
+faults), I6 (an end in time).
 """
 
 import asyncio
@@ -9,11 +11,11 @@ from typing import Any, cast
 
 import grpc
 
-from kvrelay.error_status import error_of_rpc
+from kvrelay.core.job import FinishReason, Job, JobId
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.errors import DeadlineError, KvrelayError, UnavailableError
-from kvrelay.sampling_params import SamplingParams
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc, session_pb2
-from kvrelay.work import FinishReason, Work, WorkId
+from kvrelay.wire.errors import error_of_rpc
 from tests.simulation.network import ClientCall, Network, Place, SimulatedChannel
 from tests.simulation.plan import RequestPlan
 from tests.simulation.processes import word_of
@@ -53,8 +55,8 @@ def expected_sequences(plan: RequestPlan) -> list[tuple[list[int], str, int]]:
             ignore_eos=plan.ignore_eos,
             n=plan.num_sequences,
         )
-        work = Work(WorkId("", 1), plan.token_ids, len(plan.token_ids), plan.num_sequences, sampling, plan.tenant, 0)
-        token_ids, reason = expected_output(work, number)
+        job = Job(JobId("", 1), plan.token_ids, len(plan.token_ids), plan.num_sequences, sampling, plan.tenant, 0)
+        token_ids, reason = expected_output(job, number)
         for position, token_id in enumerate(token_ids):
             if token_id in plan.stop_words:
                 token_ids, reason = token_ids[: position + 1], FinishReason.STOP
@@ -107,7 +109,8 @@ class SimulatedClient:
         """I6. To be asked at any time."""
         if self.is_done or not self.deadline or self._world.now <= self.deadline + LATENESS_S:
             return
-        if self._call is None or not self._call.is_over:  # else all is here, and the client reads it slowly
+        # else all is here, and the client reads it slowly
+        if self._call is None or not self._call.is_over:
             raise ViolationError(f"I6: client {self.plan.number} has no end {LATENESS_S} s after its deadline")
 
     def _cancel(self) -> None:
@@ -207,7 +210,9 @@ class SimulatedClient:
     def _take_delta(self, delta: inference_pb2.Delta) -> None:
         received = self.received[delta.sequence]
         if delta.index > len(received.token_ids):
-            raise ViolationError(f"I1: index {delta.index} of sequence {delta.sequence} comes after {len(received.token_ids)}")
+            raise ViolationError(
+                f"I1: index {delta.index} of sequence {delta.sequence} comes after {len(received.token_ids)}"
+            )
         token_ids = [token.token_id for token in delta.tokens]
         num_known = len(received.token_ids) - delta.index
         if num_known and not self.num_resumes:
@@ -237,6 +242,8 @@ class SimulatedClient:
             got_text = received.text.strip() if received.has_whole_text else text
             if (received.token_ids, got_text, received.reason) != (token_ids, text, reason):
                 got = (received.token_ids, received.text, received.reason)
-                raise ViolationError(f"I2: sequence {number} ended as {got}, without faults {(token_ids, text, reason)}")
+                raise ViolationError(
+                    f"I2: sequence {number} ended as {got}, without faults {(token_ids, text, reason)}"
+                )
         if list(finished.finish_reasons) != [reason for _, _, reason in self._expected]:
             raise ViolationError("I2: the terminal message has other reasons")

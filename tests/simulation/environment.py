@@ -1,4 +1,6 @@
-"""Makes production code run in a world: its clock, its chance, its network, its log. Everything is put back afterwards."""
+"""Makes production code run in a world: its clock, its chance, its network, its log. Everything is
+put back afterwards.
+"""
 
 import asyncio
 import contextlib
@@ -11,20 +13,24 @@ from unittest import mock
 
 import structlog
 
-import gateway.cancellation
-import gateway.peers
-import gateway.relay
-import gateway.state_writer
-import gateway.worker_sessions
+import gateway.gateway
+import gateway.requests.starter
+import gateway.state.failure_detector
+import gateway.state.other_gateways
+import gateway.state.writer
+import gateway.workers.sessions
 import kvrelay.kv_transfer.transports
 from tests.simulation.network import Network, SimulatedChannel
+from tests.simulation.processes import ToySalts, ToyTokenizers
 from tests.simulation.virtual_time import World, no_running_loop
 
-EXPECTED_FAILURES = frozenset({"a step failed", "a prompt fails its step", "a sequence fails its step"})
+EXPECTED_FAILURES = frozenset({"a step failed", "a sequence fails its step"})
 """What a poisoned prompt does; every other exception that is logged is a defect."""
 START_OF_WALL_CLOCK = 1_700_000_000.0
 WRITER_INTERVAL_S = 0.1
-"""Production's 20 ms of rest between two looks of the state writer would be most of what a simulation does."""
+"""Production's 20 ms of rest between two looks of the state writer would be most of what a
+simulation does.
+"""
 
 
 class WallClock:
@@ -55,10 +61,10 @@ def simulated_environment(
     def monotonic() -> float:
         return world.now
 
-    def create_channel(address: str) -> SimulatedChannel:
+    def create_channel(address: str, *, credentials: None = None) -> SimulatedChannel:
         return SimulatedChannel(network, asyncio.get_running_loop().place, address)  # type: ignore[attr-defined]
 
-    async def is_refused(address: str) -> bool:
+    async def is_refused(address: str, credentials: None = None) -> bool:
         await asyncio.sleep(network.latency_s())
         return network.listener(address) is None
 
@@ -68,13 +74,15 @@ def simulated_environment(
         mock.patch.object(secrets, "token_hex", lambda num_bytes=32: chance.randbytes(num_bytes).hex()),
         mock.patch.object(secrets, "token_bytes", lambda num_bytes=32: chance.randbytes(num_bytes)),
         mock.patch.object(secrets, "randbits", chance.getrandbits),
-        mock.patch.object(gateway.worker_sessions, "create_channel", create_channel),
-        mock.patch.object(gateway.cancellation, "create_channel", create_channel),
-        mock.patch.object(gateway.peers, "create_channel", create_channel),
-        mock.patch.object(gateway.peers, "is_refused", is_refused),
+        mock.patch.object(gateway.workers.sessions, "create_channel", create_channel),
+        mock.patch.object(gateway.state.other_gateways, "create_channel", create_channel),
+        mock.patch.object(gateway.state.failure_detector, "create_channel", create_channel),
+        mock.patch.object(gateway.state.failure_detector, "is_refused", is_refused),
         mock.patch.object(kvrelay.kv_transfer.transports, "create_channel", create_channel),
-        mock.patch.object(gateway.relay, "RequestLifecycle", lifecycle),
-        mock.patch.object(gateway.state_writer, "PASS_INTERVAL_S", WRITER_INTERVAL_S),
+        mock.patch.object(gateway.requests.starter, "RequestLifecycle", lifecycle),
+        mock.patch.object(gateway.gateway, "TokenizerCache", ToyTokenizers),
+        mock.patch.object(gateway.gateway, "CacheSalts", ToySalts),
+        mock.patch.object(gateway.state.writer, "SWEEP_INTERVAL_S", WRITER_INTERVAL_S),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_running_loop())
@@ -93,7 +101,9 @@ def _watched_log(world: World, log: Callable[[str], None] | None) -> Iterator[No
     def watch(logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
         name = event.get("event")
         if method in ("exception", "error", "critical") and name not in EXPECTED_FAILURES:
-            failure = structlog.processors.format_exc_info(logger, method, dict(event, exc_info=True)).get("exception", "")
+            failure = structlog.processors.format_exc_info(logger, method, dict(event, exc_info=True)).get(
+                "exception", ""
+            )
             world.problems.append(f"a defect was logged: {name}: {failure}")
         if log is not None:
             details = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("event", "exc_info"))

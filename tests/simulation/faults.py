@@ -2,16 +2,22 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from decode_worker.service import DecodeService
+from kvrelay.core.job import Job, JobId
+from kvrelay.core.member import MemberRole
+from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.kv_transfer.codec import Chunk, decode_request
 from kvrelay.v1 import kv_transfer_pb2
-from kvrelay.worker_registry import MemberRole
+from kvrelay.wire.convert import reserve_to_pb, start_prefill_to_pb
 from tests.simulation.environment import WallClock
 from tests.simulation.network import Network
 from tests.simulation.plan import Fault, FaultPlan
-from tests.simulation.processes import SimulatedProcess, Slot
+from tests.simulation.processes import SimulatedProcess, Slot, WorkerProcess
 from tests.simulation.redis_model import RedisModel
+from tests.simulation.toy_model import MODEL
 from tests.simulation.virtual_time import World
 
 PUSH_METHOD = "/kvrelay.v1.KVTransferService/Push"
@@ -21,6 +27,7 @@ _CHUNK_FAULTS = frozenset(
 )
 RESTART_AFTER_DRAIN_S = 1.8
 MAX_REMEMBERED_CHUNKS = 8
+STRANGER_ID = "gateway-stranger"
 
 
 class Faults:
@@ -31,7 +38,9 @@ class Faults:
         slots: of the processes, by address.
     """
 
-    def __init__(self, world: World, network: Network, redis: RedisModel, wall_clock: WallClock, slots: dict[str, Slot]) -> None:
+    def __init__(
+        self, world: World, network: Network, redis: RedisModel, wall_clock: WallClock, slots: dict[str, Slot]
+    ) -> None:
         self.fired: Counter[Fault] = Counter()
         self.last_end = 0.0
         """When the last fault is over."""
@@ -76,6 +85,8 @@ class Faults:
                 self._stop_for_a_while(plan)
             case Fault.WORKER_DRAINED | Fault.GATEWAY_DRAINED:
                 self._drain(plan)
+            case Fault.REQUEST_CLAIMED | Fault.REQUEST_TAKEN:
+                self._claim_request(plan)
             case Fault.CLOCK_JUMPED:
                 self._wall_clock.offset_s += 3600.0 if plan.target % 2 else -3600.0
                 self.fired[fault] += 1
@@ -112,6 +123,31 @@ class Faults:
             process.loop.stop_process()
             self._at(self._world.now + plan.seconds, process.loop.continue_process)
             self.fired[plan.fault] += 1
+
+    # --- other gateways
+
+    def _claim_request(self, plan: FaultPlan, num_looks: int = 200) -> None:
+        """A stranger gives a worker a newer attempt of a request that runs there, and leaves."""
+        workers = [slot.process for slot in self._slots_of(MemberRole.PREFILL, MemberRole.DECODE)]
+        held = [
+            (worker, job_id)
+            for worker in workers
+            if isinstance(worker, WorkerProcess)
+            for job_id in worker.service.sessions.leases.jobs()
+        ]
+        if not held:
+            if num_looks:
+                self._at(self._world.now + 0.003, self._claim_request, plan, num_looks - 1)
+            return
+        worker, job_id = held[plan.target % len(held)]
+        if plan.fault is Fault.REQUEST_TAKEN and not self._redis.give_away(job_id.request_id, STRANGER_ID):
+            return
+        stranger = Stranger()
+        claimed = replace(job_id, attempt=job_id.attempt + (1, 2, 500, 1 << 19)[plan.target // 7 % 4])
+        worker.loop.call_soon(stranger.claim, worker, claimed)
+        leave = self._world.now + plan.seconds
+        self._world.schedule(worker.loop, leave, _end_session, (worker, stranger))
+        self.fired[plan.fault] += 1
 
     # --- the network
 
@@ -198,6 +234,28 @@ class Faults:
         self._redis.fall_back()
         if (before.hashes, before.logs) != (self._redis.data.hashes, self._redis.data.logs):
             self.fired[Fault.REDIS_LOST_WRITES] += 1
+
+
+class Stranger:
+    """A gateway outside of the cluster. It reads nothing of what it is sent."""
+
+    def __init__(self) -> None:
+        self.gateway_id = STRANGER_ID
+
+    def send(self, **message: Any) -> None:
+        """Reads nothing."""
+
+    def claim(self, worker: WorkerProcess, job_id: JobId) -> None:
+        sampling = SamplingParams(temperature=0.0, max_tokens=4, seed=1)
+        job = Job(job_id, (1, 2), 2, 1, sampling, "", 30_000)
+        if isinstance(worker.service, DecodeService):
+            worker.service.handle_command(self, "reserve", reserve_to_pb(job, MODEL.fingerprint))
+        else:
+            worker.service.handle_command(self, "start_prefill", start_prefill_to_pb(job, bytes(16), "nowhere:1", 0))
+
+
+def _end_session(worker: WorkerProcess, stranger: Stranger) -> None:
+    worker.service.sessions.end_jobs_of(stranger)
 
 
 def _could_be_taken_for(other: bytes, message: bytes) -> bool:

@@ -1,10 +1,12 @@
-"""gRPC between simulated processes: streams that are in order each, and late, held back, cut or broken off as faults want it.
+"""gRPC between simulated processes: streams that are in order each, and late, held back, cut or
+broken off as faults want it.
 
     client's end  --request, request, half close, cancel-->  server's end
                   <------response, response, status--------
 
-A message takes a latency drawn by the seed. Between two places one direction can be closed for a while: what is sent meanwhile
-arrives when it is open again, as with TCP. A process that dies resets its streams; what it has sent may be lost with it.
+A message takes a latency drawn by the seed. Between two places one direction can be closed for a
+while: what is sent meanwhile arrives when it is open again, as with TCP. A process that dies resets
+its streams; what it has sent may be lost with it.
 
 Knows nothing of what is sent, but lets one filter change, repeat or drop it.
 """
@@ -16,8 +18,8 @@ from typing import Any
 
 import grpc
 
-from kvrelay.error_status import DETAILS_METADATA_KEY, code_of, status_of
 from kvrelay.errors import KvrelayError
+from kvrelay.wire.errors import DETAILS_METADATA_KEY, code_of, status_of
 from tests.simulation.virtual_time import ProcessLoop, World
 
 MAX_UNREAD_MESSAGES = 32
@@ -25,7 +27,9 @@ MAX_UNREAD_MESSAGES = 32
 _EMPTY = grpc.aio.Metadata()
 
 
-def failure_of(code: grpc.StatusCode, details: str, trailing: "grpc.aio.Metadata | None" = None) -> grpc.aio.AioRpcError:
+def failure_of(
+    code: grpc.StatusCode, details: str, trailing: "grpc.aio.Metadata | None" = None
+) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, _EMPTY, trailing or _EMPTY, details)
 
 
@@ -93,7 +97,9 @@ class Network:
         self._waiting_calls.setdefault(address, []).append(connect)
 
     def close_direction(self, source: str, target: str, seconds: float, on_held: Callable[[], None]) -> None:
-        """Nothing gets from one address to the other for so long; says once when something was held back."""
+        """Nothing gets from one address to the other for so long; says once when something was held
+        back.
+        """
         self._closed_until[source, target] = self.world.now + seconds
         self._on_held[source, target] = on_held
 
@@ -341,7 +347,9 @@ class ServerContext(End):
         loop = self.place.loop
         self._task = loop.create_task(self._handle(request), name=self.method)
         if self._deadline is not None:
-            loop.call_at(self._deadline, self.finish, failure_of(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline exceeded"))
+            loop.call_at(
+                self._deadline, self.finish, failure_of(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline exceeded")
+            )
 
     async def _handle(self, request: Any) -> None:
         failure: grpc.aio.AioRpcError | None = None
@@ -424,7 +432,11 @@ class SimulatedChannel:
 
     def stream_stream(self, method: str, **options: Any) -> Callable[..., ClientCall]:
         def call(
-            request_iterator: None = None, *, wait_for_ready: bool = False, timeout: float | None = None, metadata: Any = None
+            request_iterator: None = None,
+            *,
+            wait_for_ready: bool = False,
+            timeout: float | None = None,  # as gRPC's stubs have it
+            metadata: Any = None,
         ) -> ClientCall:
             made = ClientCall(self._network, self._place, self._address, method, timeout)
             made.connect(waits=wait_for_ready)

@@ -1,4 +1,6 @@
-"""What a seed draws before anything runs: the cluster, the requests, and the faults with their times. Plain values."""
+"""What a seed draws before anything runs: the cluster, the requests, and the faults with their
+times. Plain values.
+"""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -43,6 +45,8 @@ class Fault(Enum):
     REDIS_LOST_WRITES = "redis lost writes"
     REDIS_FULL = "redis full"
     CLOCK_JUMPED = "wall clock jumped"
+    REQUEST_CLAIMED = "request claimed by a stranger"
+    REQUEST_TAKEN = "request given to another gateway"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,9 @@ class FaultPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of a seed's choices. What happens within the run, such as latencies, is drawn as it happens."""
+    """All of a seed's choices. What happens within the run, such as latencies, is drawn as it
+    happens.
+    """
 
     num_gateways: int
     prefill: list[WorkerShape]
@@ -123,6 +129,8 @@ STRIKING = (
     Fault.REDIS_LOST_WRITES,
     Fault.REDIS_FULL,
     Fault.CLOCK_JUMPED,
+    Fault.REQUEST_CLAIMED,
+    Fault.REQUEST_TAKEN,
 )
 _LASTING_S = {
     Fault.PARTITION: (0.8, 1.4),
@@ -131,6 +139,8 @@ _LASTING_S = {
     Fault.ZOMBIE: (0.9, 1.6),
     Fault.REDIS_AWAY: (0.1, 1.0),
     Fault.REDIS_FULL: (0.1, 0.5),
+    Fault.REQUEST_CLAIMED: (0.01, 0.3),
+    Fault.REQUEST_TAKEN: (0.01, 0.3),
 }
 
 
@@ -150,7 +160,9 @@ def make_plan(random: Random) -> Plan:
         decode=[_make_shape(random, num_blocks, block_size) for _ in range(random.choice([1, 2, 2, 3]))],
         local_prefill_tokens=random.choice([None, 0, 0, 8]),
         requests=requests,
-        faults=sorted((_make_fault(random) for _ in range(random.choice([0, 1, 1, 2, 2, 3, 4]))), key=lambda fault: fault.at_s),
+        faults=sorted(
+            (_make_fault(random) for _ in range(random.choice([0, 1, 1, 2, 2, 3, 4]))), key=lambda fault: fault.at_s
+        ),
     )
 
 
@@ -170,7 +182,9 @@ def _make_shape(random: Random, num_blocks: int, block_size: int) -> WorkerShape
     )
 
 
-def _make_request(random: Random, number: int, num_gateways: int, earlier: list[RequestPlan], capacity: int) -> RequestPlan:
+def _make_request(
+    random: Random, number: int, num_gateways: int, earlier: list[RequestPlan], capacity: int
+) -> RequestPlan:
     shared = [1 + token % 37 for token in range(40)]
     length = random.choice([random.randint(1, 8), random.randint(4, 20), random.randint(8, 30)])
     length = min(length, capacity - 2)

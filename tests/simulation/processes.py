@@ -1,7 +1,8 @@
-"""The processes of a simulated cluster, each put together from production code as its `main` does it.
+"""The processes of a simulated cluster, each put together from production code as its `main` does
+it.
 
-A process is started, killed, stopped, continued and drained from outside, like a real one. After a restart it is another instance
-under the same address.
+A process is started, killed, stopped, continued and drained from outside, like a real one. After a
+restart it is another instance under the same address.
 """
 
 import asyncio
@@ -17,31 +18,37 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from decode_worker.commands import Command as DecodeCommand
 from decode_worker.engine_loop import DecodeEngineLoop
-from decode_worker.events import StepReport
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
-from decode_worker.push_permits import PushPermits
-from decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.receiving.write_grants import WriteGrants
+from decode_worker.scheduling.events import StepReport
+from decode_worker.scheduling.scheduler import DecodeLimits, DecodeScheduler
+from decode_worker.scheduling.speculation import SpeculationLimits
 from decode_worker.service import DecodeService
-from decode_worker.speculation import SpeculationLimits
-from gateway.relay import Relay
+from gateway.gateway import Gateway
+from gateway.requests.cache_salts import CacheSalts
 from gateway.service import InferenceService
-from kvrelay.config import GatewaySettings
+from gateway.text.token_text import TokenTexts
+from kvrelay.config.settings import GatewaySettings
+from kvrelay.core.job import Job, JobId
+from kvrelay.core.liveness import PROTOCOL_VERSION
+from kvrelay.core.member import Member, MemberRole
 from kvrelay.errors import PreconditionError
 from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.kv_transfer.registered_receivers import RegisteredReceivers
 from kvrelay.kv_transfer.transports import GrpcTransport
-from kvrelay.liveness import PROTOCOL_VERSION
-from kvrelay.redis_connection import RedisConnection
-from kvrelay.state_store import StateStore
-from kvrelay.step import Step
-from kvrelay.step_runner import StepRunner
+from kvrelay.state.member_registry import MemberRegistry, MemberView
+from kvrelay.state.redis_connection import RedisConnection
+from kvrelay.state.registered_peers import RegisteredPeers
+from kvrelay.state.request_owners import RequestOwners
+from kvrelay.state.state_store import StateStore
 from kvrelay.v1 import decode_pb2_grpc, inference_pb2_grpc, prefill_pb2_grpc, session_pb2
-from kvrelay.wire import model_to_pb
-from kvrelay.work import Work, WorkId
-from kvrelay.worker_registry import Member, MemberRole, MemberView, WorkerRegistry
+from kvrelay.wire.convert import model_to_pb
+from kvrelay.worker.step import Step
+from kvrelay.worker.step_runner import StepRunner
 from prefill_worker.commands import Command as PrefillCommand
 from prefill_worker.engine_loop import PrefillEngineLoop
 from prefill_worker.kv_sender import SenderContext
-from prefill_worker.scheduler import PrefillLimits, PrefillScheduler
+from prefill_worker.scheduling.scheduler import PrefillLimits, PrefillScheduler
 from prefill_worker.service import PrefillService
 from tests.simulation.network import Network, Place
 from tests.simulation.redis_model import RedisModel, SimulatedRedisConnection
@@ -168,7 +175,7 @@ class WorkerProcess(SimulatedProcess):
         member = Member(self.instance_id, self.role, self.address, MODEL.name, MODEL.fingerprint)
         self.thread.start()
         self.surroundings.network.listen(self.place)
-        async with WorkerRegistry(self.surroundings.connection(), LEASE_MS).lease(member):
+        async with MemberRegistry(self.surroundings.connection(), LEASE_MS).lease(member):
             await self.stop.wait()
             await self.service.sessions.drain(DRAIN_TIMEOUT_MS)
         await self._end()
@@ -188,12 +195,12 @@ class WorkerProcess(SimulatedProcess):
         held = {
             "used blocks": self.blocks.num_used_blocks,
             "leases": len(self.service.sessions.leases),
-            "engine works": len(self._work_ids()),
+            "engine jobs": len(self._job_ids()),
             "waiting commands": 0 if self.thread.is_idle else 1,
         }
         return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
 
-    def _work_ids(self) -> list[WorkId]:
+    def _job_ids(self) -> list[JobId]:
         raise NotImplementedError
 
     def _die(self) -> None:
@@ -213,16 +220,16 @@ class WorkerProcess(SimulatedProcess):
             raise ProcessDiedError
 
 
-class RecordingPermits(PushPermits):
+class RecordingGrants(WriteGrants):
     """Tells the pool whose the blocks of a reservation are."""
 
     def __init__(self, pool: ToyPool) -> None:
         super().__init__()
         self._pool = pool
 
-    def open(self, work: Work, block_ids: tuple[int, ...], token_begin: int) -> bytes:
-        self._pool.note_reserved(work.work_id, block_ids)
-        return super().open(work, block_ids, token_begin)
+    def grant(self, job: Job, block_ids: tuple[int, ...], token_begin: int) -> bytes:
+        self._pool.note_reserved(job.job_id, block_ids)
+        return super().grant(job, block_ids, token_begin)
 
 
 class DecodeProcess(WorkerProcess):
@@ -230,30 +237,34 @@ class DecodeProcess(WorkerProcess):
 
     def __init__(self, surroundings: Surroundings, address: str, shape: WorkerShape) -> None:
         super().__init__(surroundings, MemberRole.DECODE, address, shape)
-        self.permits = RecordingPermits(self.pool)
-        limits = DecodeLimits(shape.chunk_tokens, shape.max_sequences, shape.max_waiting_works, shape.shared_chunk_tokens)
+        self.grants = RecordingGrants(self.pool)
+        limits = DecodeLimits(
+            shape.chunk_tokens, shape.max_sequences, shape.max_waiting_works, shape.shared_chunk_tokens
+        )
         speculation = None
         if shape.max_draft_tokens:
             speculation = SpeculationLimits(shape.max_draft_tokens, 16, self.max_sequence_tokens)
-        self.scheduler = DecodeScheduler(self.blocks, limits, self.permits, speculation)
-        self.pool.is_held_for = lambda work_id: work_id in self.scheduler.work_ids()
-        engine_loop = DecodeEngineLoop(self.scheduler, self.step_runner, self.permits, self._publish, now=self.loop.time)
+        self.scheduler = DecodeScheduler(self.blocks, limits, self.grants, speculation)
+        self.pool.is_held_for = lambda job_id: job_id in self.scheduler.job_ids()
+        engine_loop = DecodeEngineLoop(self.scheduler, self.step_runner, self.grants, self._publish, now=self.loop.time)
         self.thread: SimulatedEngineThread[DecodeCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
         pool = self.pool
-        receiver = KVReceiver(ReceiverContext(pool, MODEL, self.permits, self.threads, self.thread.submit))
-        self.service: DecodeService = DecodeService(self.hello(), MODEL, address, self.thread.submit, self.thread.submit_work)
+        receiver = KVReceiver(ReceiverContext(pool, MODEL, self.grants, self.threads, self.thread.submit))
+        self.service: DecodeService = DecodeService(
+            self.hello(), MODEL, address, self.thread, owners=RequestOwners(surroundings.connection())
+        )
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self.service, cast(Any, self.place))
         receiver.add_to(cast(Any, self.place))
 
     def leftovers(self) -> list[str]:
-        permits = [f"{self.loop.name}: {len(self.permits)} permits"] if len(self.permits) else []
-        return super().leftovers() + permits
+        grants = [f"{self.loop.name}: {len(self.grants)} grants"] if len(self.grants) else []
+        return super().leftovers() + grants
 
     def _publish(self, report: StepReport) -> None:
         self.loop.call_soon(self.service.report, report)
 
-    def _work_ids(self) -> list[WorkId]:
-        return self.scheduler.work_ids()
+    def _job_ids(self) -> list[JobId]:
+        return self.scheduler.job_ids()
 
 
 class PrefillProcess(WorkerProcess):
@@ -263,18 +274,26 @@ class PrefillProcess(WorkerProcess):
         super().__init__(surroundings, MemberRole.PREFILL, address, shape)
         limits = PrefillLimits(shape.chunk_tokens, shape.max_waiting_works)
         self.scheduler = PrefillScheduler(self.blocks, MODEL, limits)
-        engine_loop = PrefillEngineLoop(self.scheduler, self.step_runner, self._publish, self._announce, now=self.loop.time)
+        engine_loop = PrefillEngineLoop(
+            self.scheduler, self.step_runner, self._publish, self._announce, now=self.loop.time
+        )
         self.thread: SimulatedEngineThread[PrefillCommand] = SimulatedEngineThread(self.loop, engine_loop, MAX_INBOX)
+        peers = RegisteredPeers(MemberRegistry(surroundings.connection(), LEASE_MS))
         context = SenderContext(
             exporter=self.pool,
             layout=MODEL.kv_layout,
-            transport=GrpcTransport(connect_timeout_ms=500, max_payload_bytes=shape.message_bytes),
+            transport=RegisteredReceivers(
+                GrpcTransport(connect_timeout_ms=500, max_payload_bytes=shape.message_bytes),
+                lambda address: peers.is_registered(MemberRole.DECODE, address),
+            ),
             threads=self.threads,
             max_message_bytes=shape.message_bytes,
             max_window_bytes=3 * shape.message_bytes,
             now=self.loop.time,
         )
-        self.service: PrefillService = PrefillService(self.hello(), MODEL, context, self.thread.submit, self.thread.submit_work)
+        self.service: PrefillService = PrefillService(
+            self.hello(), MODEL, context, self.thread, owners=RequestOwners(surroundings.connection())
+        )
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self.service, cast(Any, self.place))
 
     def leftovers(self) -> list[str]:
@@ -287,8 +306,16 @@ class PrefillProcess(WorkerProcess):
     def _announce(self, layer: int, written: Any) -> None:
         self.loop.call_soon(self.service.announce, layer, written)
 
-    def _work_ids(self) -> list[WorkId]:
-        return self.scheduler.work_ids()
+    def _job_ids(self) -> list[JobId]:
+        return self.scheduler.job_ids()
+
+
+class ToySalts(CacheSalts):
+    """Tenants as they are: the toy model's tokens depend on the salt, so clients must know it."""
+
+    def of(self, tenant: str) -> str:
+        """The tenant."""
+        return tenant
 
 
 class GatewayProcess(SimulatedProcess):
@@ -302,36 +329,37 @@ class GatewayProcess(SimulatedProcess):
     def __init__(self, surroundings: Surroundings, address: str, settings: GatewaySettings) -> None:
         super().__init__(surroundings, MemberRole.GATEWAY, address)
         self._settings = settings
-        self.relay: Relay | None = None
+        self.gateway: Gateway | None = None
         """None until it runs."""
 
     async def _main(self) -> None:
         connection = self.surroundings.connection()
-        store = StateStore(connection, self.instance_id, self._settings.relay.retention_ms)
-        self.relay = relay = Relay(self.instance_id, self._settings, store, LeisurelyRegistry(connection, LEASE_MS))
-        relay.tokenizers = cast(Any, ToyTokenizers())
-        relay.address = self.address
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(relay), cast(Any, self.place))
+        store = StateStore(connection, self.instance_id, self._settings.requests.retention_ms)
+        self.gateway = gateway = Gateway(
+            self.instance_id, self._settings, store, LeisurelyRegistry(connection, LEASE_MS)
+        )
+        gateway.address = self.address
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), cast(Any, self.place))
         member = Member(self.instance_id, MemberRole.GATEWAY, self.address)
-        async with relay.running(), relay.registry.lease(member):
+        async with gateway.running(), gateway.registry.lease(member):
             self.surroundings.network.listen(self.place)
             await self.stop.wait()
-            relay.draining = True
-            await relay.requests.wait_until_idle(DRAIN_TIMEOUT_MS / 1000)
+            gateway.drain()
+            await gateway.requests.wait_until_idle(DRAIN_TIMEOUT_MS / 1000)
         await self._end()
 
     def leftovers(self) -> list[str]:
-        if self.relay is None:
+        if self.gateway is None:
             return []
         held = {
-            "running requests": len(self.relay.requests.running()),
-            "admitted requests": self.relay.admission.num_running_requests,
-            "queued prompt tokens": self.relay.admission.num_queued_prompt_tokens,
+            "running requests": len(self.gateway.requests.running()),
+            "admitted requests": self.gateway.admission.num_running_requests,
+            "queued prompt tokens": self.gateway.admission.num_queued_prompt_tokens,
         }
         return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
 
 
-class LeisurelyRegistry(WorkerRegistry):
+class LeisurelyRegistry(MemberRegistry):
     """Looks less often: each look is dear where seconds are nothing."""
 
     def watch(  # type: ignore[override]
@@ -341,12 +369,14 @@ class LeisurelyRegistry(WorkerRegistry):
 
 
 class ToyTokenizers:
-    """A tokenizer whose every token is a word."""
+    """A tokenizer cache with one tokenizer, whose every token is a word."""
 
-    def __init__(self) -> None:
-        tokenizer = Tokenizer(models.WordLevel({word_of(token_id): token_id for token_id in range(VOCAB_SIZE)}, unk_token="w00"))
+    def __init__(self, sessions: object, on_template: object) -> None:
+        tokenizer = Tokenizer(
+            models.WordLevel({word_of(token_id): token_id for token_id in range(VOCAB_SIZE)}, unk_token="w00")
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        self._tokenizer = SimpleNamespace(tokenizer=tokenizer, has_chat_template=False)
+        self._tokenizer = SimpleNamespace(tokenizer=tokenizer, token_texts=TokenTexts(tokenizer), template=None)
 
     def cached(self, fingerprint: str) -> Any:
         return self._tokenizer if fingerprint == MODEL.fingerprint else None

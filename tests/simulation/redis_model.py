@@ -1,7 +1,8 @@
-"""What Redis with kvrelay's scripts does, as plain Python: the store of simulated processes, and the model that tests compare the
-scripts with.
+"""What Redis with kvrelay's scripts does, as plain Python: the store of simulated processes, and
+the model that tests compare the scripts with.
 
-Data lives in `RedisModel`, which several `SimulatedRedisConnection`s share, each with a breaker like the real one's.
+Data lives in `RedisModel`, which several `SimulatedRedisConnection`s share, each with a breaker
+like the real one's.
 """
 
 import asyncio
@@ -10,8 +11,10 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvrelay.core.request_state import RequestState, is_terminal
 from kvrelay.errors import StoreFullError, UnavailableError
-from kvrelay.redis_connection import StoreHealth
+from kvrelay.state.state_store import owner_key, request_key
+from kvrelay.state.store_health import StoreHealth
 from tests.simulation.virtual_time import World
 
 TIMEOUT_S = 0.2
@@ -27,7 +30,9 @@ def to_bytes(value: Argument) -> bytes:
 
 @dataclass
 class RedisData:
-    """Everything that is kept. Keys never expire: a simulation and a test are shorter than any retention."""
+    """Everything that is kept. Keys never expire: a simulation and a test are shorter than any
+    retention.
+    """
 
     hashes: dict[str, dict[str, bytes]] = field(default_factory=dict)
     logs: dict[str, list[bytes]] = field(default_factory=dict)
@@ -66,9 +71,21 @@ class RedisModel:
             StoreFullError: it may not run while the server is full.
         """
         if self.is_full and name in ("append", "claim", "create", "restore"):
-            raise StoreFullError("The state store is out of memory; new work is taken when old requests are forgotten.")
+            raise StoreFullError(
+                "The state store is out of memory; new requests are taken when old ones are forgotten."
+            )
         script: Callable[[Sequence[str], Sequence[Argument]], Any] = getattr(self, f"_{name}")
         return script(keys, arguments)
+
+    def give_away(self, request_id: str, gateway_id: str) -> bool:
+        """As a takeover does. False for a request that has ended or is not known."""
+        stored = self.data.hashes.get(request_key(request_id))
+        if stored is None or is_terminal(RequestState(stored["state"].decode())):
+            return False
+        stored |= {"gateway_id": gateway_id.encode(), "attempt": b"%d" % (int(stored["attempt"]) + 1)}
+        stored["state"] = RequestState.QUEUED.value.encode()
+        self._set_owner(owner_key(request_id), gateway_id)
+        return True
 
     # --- requests
 
@@ -78,10 +95,11 @@ class RedisModel:
         if stored is not None:
             return int(stored["gateway_id"] == to_bytes(owner) and stored["create_time_ms"] == to_bytes(create_time_ms))
         self._write(keys[0], fields, int(remaining_ms))
+        self._set_owner(keys[1], owner)
         return 1
 
     def _transition(self, keys: Sequence[str], arguments: Sequence[Argument]) -> bytes:
-        owner, attempt, to_state, new_attempt, _, edges, paths, terminal, *fields = arguments
+        owner, attempt, to_state, new_attempt, _, edges, paths, terminal, _, *fields = arguments
         assert isinstance(to_state, str), "a state's name"
         stored = self.data.hashes.get(keys[0])
         if stored is None:
@@ -111,7 +129,7 @@ class RedisModel:
         return b"DONE"
 
     def _restore(self, keys: Sequence[str], arguments: Sequence[Argument]) -> bytes:
-        owner, attempt, state, remaining_ms, _, terminal, position, num_fields, *rest = arguments
+        owner, attempt, state, remaining_ms, _, terminal, position, _, num_fields, *rest = arguments
         position, attempt = int(position), int(attempt)
         fields, frames = rest[: int(num_fields)], rest[int(num_fields) :]
         stored = self.data.hashes.get(keys[0])
@@ -128,6 +146,7 @@ class RedisModel:
         if position > len(self.data.logs.get(keys[1], ())):
             return b"LOST"
         self._write(keys[0], fields, int(remaining_ms))
+        self._set_owner(keys[2], owner)
         self._append_frames(keys[1], position, frames)
         if _has(terminal, str(state)):
             self.data.ended_logs.add(keys[1])
@@ -188,7 +207,11 @@ class RedisModel:
             "update_time_ms": self.now_ms(),
         }
         stored.update({name: to_bytes(value) for name, value in changes.items()})
+        self._set_owner(keys[1], new_owner)
         return 1
+
+    def _set_owner(self, key: str, gateway_id: Argument) -> None:
+        self.data.hashes[key] = {"gateway_id": to_bytes(gateway_id)}
 
     def _write(self, key: str, fields: Sequence[Argument], remaining_ms: int) -> None:
         now_ms = self.now_ms()
@@ -204,7 +227,9 @@ class RedisModel:
 
     def _claim(self, keys: Sequence[str], arguments: Sequence[Argument]) -> list[bytes]:
         digest, request_id, _ = arguments
-        stored = self.data.hashes.setdefault(keys[0], {"body_digest": to_bytes(digest), "request_id": to_bytes(request_id)})
+        stored = self.data.hashes.setdefault(
+            keys[0], {"body_digest": to_bytes(digest), "request_id": to_bytes(request_id)}
+        )
         return [stored["body_digest"], stored["request_id"]]
 
     def _release(self, keys: Sequence[str], arguments: Sequence[Argument]) -> int:
@@ -213,6 +238,10 @@ class RedisModel:
             return 0
         del self.data.hashes[keys[0]]
         return 1
+
+    def _cache_secret(self, keys: Sequence[str], arguments: Sequence[Argument]) -> bytes:
+        stored = self.data.hashes.setdefault(keys[0], {"secret": to_bytes(arguments[0])})
+        return stored["secret"]
 
     # --- members
 
@@ -251,7 +280,9 @@ class SimulatedRedisConnection:
         self._recovery: asyncio.Task[None] | None = None
 
     async def run_script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-        """As `RedisConnection.run_script`: the script runs once half of the way is done, so a command that fails may have run."""
+        """As `RedisConnection.run_script`: the script runs once half of the way is done, so a
+        command that fails may have run.
+        """
         self.health.check()
         await self._travel()
         answer = self._model.run(name, keys, arguments)
@@ -306,9 +337,9 @@ class _Client:
     def time(self) -> None:
         """Comes with the answer."""
 
-    async def execute_command(self, *_arguments: Argument) -> list[bytes]:
-        """Lists nothing: there is no list of requests here."""
-        return []
+    async def execute_command(self, name: str, key: str, *arguments: Argument) -> list[bytes] | bytes | None:
+        """HGET; else it lists nothing: there is no list of requests here."""
+        return self._model.data.hashes.get(key, {}).get(str(arguments[0])) if name == "HGET" else []
 
     async def execute(self) -> tuple[dict[bytes, bytes], tuple[int, int]]:
         stored = {name.encode(): value for name, value in self._model.data.hashes.get(self._key, {}).items()}

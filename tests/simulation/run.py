@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from kvrelay.config import GatewaySettings, RelaySettings, ServerSettings
-from kvrelay.worker_registry import MemberRole
+from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
+from kvrelay.core.member import MemberRole
 from tests.simulation.checks import (
     CheckedLifecycle,
     check_deaths,
@@ -39,8 +39,8 @@ REST_S = 8.0
 """So long after the last client's end, nothing may be held any more."""
 MAX_S = 120.0
 
-_RELAY_SETTINGS = {
-    value: RelaySettings(
+_REQUEST_SETTINGS = {
+    value: RequestSettings(
         local_prefill_tokens=value, worker_wait_ms=WORKER_WAIT_MS, resume_grace_ms=RESUME_GRACE_MS, max_attempts=8
     )
     for value in (None, 0, 8)
@@ -81,7 +81,7 @@ def run_seed(seed: int, trace: Callable[[str], None] | None = None) -> Outcome:
         plan = make_plan(world.random)
         redis = RedisModel(lambda: int((START_OF_WALL_CLOCK + world.now) * 1000))
         surroundings = Surroundings(world, network, redis)
-        settings = GatewaySettings(server=_SERVER_SETTINGS, relay=_RELAY_SETTINGS[plan.local_prefill_tokens])
+        settings = GatewaySettings(server=_SERVER_SETTINGS, requests=_REQUEST_SETTINGS[plan.local_prefill_tokens])
         slots = slots_of(surroundings, settings, plan.num_gateways, plan.prefill, plan.decode)
         faults = Faults(world, network, redis, wall_clock, slots)
         run = _Run(world, network, plan, slots, faults, redis)

@@ -1,4 +1,6 @@
-"""That the simulation can fail: with one guard of production code removed, some seed breaks the promise that it guards."""
+"""That the simulation can fail: with one guard of production code removed, some seed breaks the
+promise that it guards.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,19 +12,22 @@ import pytest
 import decode_worker.kv_receiver
 import kvrelay.kv_cache.block_manager
 import kvrelay.kv_cache.prefix_hash
-from decode_worker.push_permits import PushPermits
-from decode_worker.scheduler import DecodeScheduler
-from decode_worker.transfer_assembly import TransferAssembly
-from gateway import lifecycle_messages as m
-from gateway.idempotency import IdempotencyKeys
-from gateway.request_lifecycle import RequestLifecycle
-from gateway.suspicion import Inquests, InStep
-from gateway.token_order import TokenOrder
-from gateway.work_progress import WorkProgress
+from decode_worker.receiving.kv_reassembly import KVReassembly
+from decode_worker.receiving.write_grants import WriteGrants
+from decode_worker.scheduling.scheduler import DecodeScheduler
+from gateway.api.idempotency import IdempotencyKeys
+from gateway.lifecycle import events
+from gateway.lifecycle.generation_request import GenerationRequest
+from gateway.lifecycle.job_progress import JobProgress
+from gateway.lifecycle.lifecycle import RequestLifecycle
+from gateway.lifecycle.poison_detector import InStep, PoisonDetector
+from gateway.lifecycle.token_order import TokenOrder
+from kvrelay.core.job import JobId, SequenceToken
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockManager
-from kvrelay.work import SequenceToken, Work, WorkId
-from kvrelay.work_leases import WorkLeases
+from kvrelay.worker.gateway_sessions import GatewaySessions
+from kvrelay.worker.job_leases import JobLeases
+from kvrelay.worker.sequence import PreparedJob
 from tests.simulation.run import run_seed, without_garbage_collection
 
 MAX_SEEDS = 10_000
@@ -35,21 +40,21 @@ Patch = pytest.MonkeyPatch
 def take_every_attempt_for_this_one(patch: Patch) -> None:
     dispatch = RequestLifecycle._dispatch
 
-    def renamed(self: RequestLifecycle, work_id: WorkId) -> WorkId:
-        return replace(work_id, attempt=self.attempt)
+    def renamed(self: RequestLifecycle, job_id: JobId) -> JobId:
+        return replace(job_id, attempt=self.attempt)
 
     def dispatch_any(self: RequestLifecycle, event: Any) -> None:
-        if isinstance(event, m.DecodeTokens):
-            tokens = tuple(replace(token, work_id=renamed(self, token.work_id)) for token in event.tokens)
+        if isinstance(event, events.DecodeTokens):
+            tokens = tuple(replace(token, job_id=renamed(self, token.job_id)) for token in event.tokens)
             event = replace(event, tokens=tokens)
-        elif hasattr(event, "work_id") and not isinstance(event, m.Routed | m.NoWorker):
-            event = replace(event, work_id=renamed(self, event.work_id))
+        elif hasattr(event, "job_id") and not isinstance(event, events.Routed | events.NoWorker):
+            event = replace(event, job_id=renamed(self, event.job_id))
         dispatch(self, event)
 
-    # By itself that shows nothing: who holds the work is asked as well.
+    # By itself that shows nothing: who holds the job is asked as well.
     patch.setattr(RequestLifecycle, "_dispatch", dispatch_any)
-    patch.setattr(WorkProgress, "is_reserved_by", lambda self, worker_id: True)
-    patch.setattr(WorkProgress, "is_prefilled_by", lambda self, worker_id: True)
+    patch.setattr(JobProgress, "is_reserved_by", lambda self, worker_id: True)
+    patch.setattr(JobProgress, "is_prefilled_by", lambda self, worker_id: True)
 
 
 def believe_every_digest(patch: Patch) -> None:
@@ -57,17 +62,17 @@ def believe_every_digest(patch: Patch) -> None:
 
 
 def miss_nothing_at_the_end_of_a_push(patch: Patch) -> None:
-    patch.setattr(TransferAssembly, "check_end", lambda self, num_chunks: None)
+    patch.setattr(KVReassembly, "check_end", lambda self, num_chunks: None)
 
 
 def free_blocks_under_a_writer(patch: Patch) -> None:
-    close = PushPermits.close
+    revoke = WriteGrants.revoke
 
-    def close_at_once(self: PushPermits, work_id: WorkId) -> bool:
-        close(self, work_id)
+    def revoke_at_once(self: WriteGrants, job_id: JobId) -> bool:
+        revoke(self, job_id)
         return True
 
-    patch.setattr(PushPermits, "close", close_at_once)
+    patch.setattr(WriteGrants, "revoke", revoke_at_once)
 
 
 def emit_tokens_as_they_come(patch: Patch) -> None:
@@ -97,13 +102,13 @@ def _grow_without_copies(self: BlockManager, table: Any, num_tokens: int) -> lis
     return []
 
 
-def keep_works_of_a_lost_session(patch: Patch) -> None:
-    patch.setattr(WorkLeases, "end_session", lambda self, session: [])
+def keep_jobs_of_a_lost_session(patch: Patch) -> None:
+    patch.setattr(JobLeases, "end_session", lambda self, session: [])
 
 
 def begin_every_request_with_a_key(patch: Patch) -> None:
-    async def claim(self: IdempotencyKeys, tenant: str, key: str, digest: str, request_id: str, ttl_ms: int) -> str:
-        return request_id
+    async def claim(self: IdempotencyKeys, name: tuple[str, str], digest: str, request: GenerationRequest) -> str:
+        return request.request_id
 
     patch.setattr(IdempotencyKeys, "_claim", claim)
 
@@ -113,19 +118,26 @@ def never_free_blocks(patch: Patch) -> None:
 
 
 def suspect_for_ever(patch: Patch) -> None:
-    def open_inquest(self: Inquests, worker_id: str, in_step: list[InStep]) -> dict[str, m.Blame | None]:
-        return {request.request_id: m.Blame.SUSPECT for request in in_step}
+    def suspect_all(
+        self: PoisonDetector, worker_id: str, in_step: list[InStep]
+    ) -> dict[str, events.CrashVerdict | None]:
+        return {request.request_id: events.CrashVerdict.SUSPECTED for request in in_step}
 
-    patch.setattr(Inquests, "open", open_inquest)
+    patch.setattr(PoisonDetector, "on_death_suspected", suspect_all)
 
 
 def compute_suspects_together_with_others(patch: Patch) -> None:
     reserve = DecodeScheduler.reserve
 
-    def reserve_anyhow(self: DecodeScheduler, work: Work) -> None:
-        reserve(self, replace(work, runs_alone=False))
+    def reserve_anyhow(self: DecodeScheduler, prepared: PreparedJob) -> None:
+        reserve(self, replace(prepared, job=replace(prepared.job, isolated=False)))
 
     patch.setattr(DecodeScheduler, "reserve", reserve_anyhow)
+
+
+def tell_no_superseded_session(patch: Patch) -> None:
+    told = GatewaySessions._on_superseded
+    patch.setattr(GatewaySessions, "_on_superseded", lambda self, job_id, session: told(self, job_id, None))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +150,11 @@ def compute_suspects_together_with_others(patch: Patch) -> None:
         (emit_tokens_as_they_come, ("I1", "I2", "a defect")),
         (share_prefixes_between_tenants, ("I4",)),
         (write_into_shared_blocks, ("I4",)),
-        (keep_works_of_a_lost_session, ("I3",)),
+        (keep_jobs_of_a_lost_session, ("I3",)),
         (begin_every_request_with_a_key, ("KEY",)),
         (never_free_blocks, ("I3",)),
         (suspect_for_ever, ("I6",)),
+        (tell_no_superseded_session, ("I6: silent",)),
         (compute_suspects_together_with_others, ("I6", "an innocent")),
     ],
 )

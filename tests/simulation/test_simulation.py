@@ -1,4 +1,6 @@
-"""Runs of the simulation, and that it is what it claims to be: the same again for the same seed, with every fault in it."""
+"""Runs of the simulation, and that it is what it claims to be: the same again for the same seed,
+with every fault in it.
+"""
 
 import os
 import pickle
@@ -13,7 +15,8 @@ from tests.simulation.__main__ import replay_command
 from tests.simulation.plan import Fault
 from tests.simulation.run import Outcome, run_seed
 
-NUM_SEEDS = 250
+NUM_SEEDS = 150
+NUM_REPLAYED = 15
 NUM_SOAK_SEEDS = 10_000
 RARE_FAULTS = frozenset({Fault.CHUNK_FOREIGN, Fault.RESUMED_ELSEWHERE, Fault.CHUNK_REPLAYED, Fault.PUSH_BROKEN})
 """Those that a few hundred seeds may miss; ten thousand must have them many times."""
@@ -30,7 +33,13 @@ def check(outcomes: list[Outcome]) -> Counter[Fault]:
 def run_in_another_process(seeds: range, num_processes: int, folder: Path) -> list[Outcome]:
     """As a user runs them, in a process whose sets have the order that a replay has."""
     path = folder / f"outcomes-{seeds.start}-{seeds.stop}"
-    command = [sys.executable, "-m", "tests.simulation", f"--seeds={seeds.start}:{seeds.stop}", f"--processes={num_processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.simulation",
+        f"--seeds={seeds.start}:{seeds.stop}",
+        f"--processes={num_processes}",
+    ]
     subprocess.run([*command, f"--outcomes={path}"], check=False, capture_output=True)
     outcomes: list[Outcome] = pickle.loads(path.read_bytes())
     assert [outcome.seed for outcome in outcomes] == list(seeds)
@@ -47,7 +56,9 @@ def test_no_seed_breaks_a_promise(outcomes: list[Outcome]) -> None:
     num_seeds = check(outcomes)
     assert set(Fault) - RARE_FAULTS <= set(num_seeds), "a fault that never strikes is not survived"
     assert sum(outcome.num_succeeded for outcome in outcomes) > NUM_SEEDS
-    assert sum(outcome.num_attempts for outcome in outcomes) > NUM_SEEDS / 4, "faults that cost no attempt strike nobody"
+    assert sum(outcome.num_attempts for outcome in outcomes) > NUM_SEEDS / 4, (
+        "faults that cost no attempt strike nobody"
+    )
 
 
 @pytest.mark.soak
@@ -59,9 +70,9 @@ def test_no_seed_of_ten_thousand_breaks_a_promise(tmp_path: Path) -> None:
 
 
 def test_a_seed_runs_the_same_again(outcomes: list[Outcome], tmp_path: Path) -> None:
-    again = run_in_another_process(range(30), 2, tmp_path)
-    assert [outcome.digest for outcome in again] == [outcome.digest for outcome in outcomes[:30]]
-    assert len({outcome.digest for outcome in again}) == 30
+    again = run_in_another_process(range(NUM_REPLAYED), 2, tmp_path)
+    assert [outcome.digest for outcome in again] == [outcome.digest for outcome in outcomes[:NUM_REPLAYED]]
+    assert len({outcome.digest for outcome in again}) == NUM_REPLAYED
 
 
 def test_a_seed_that_fails_says_how_to_see_it_again() -> None:

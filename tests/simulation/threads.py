@@ -1,13 +1,15 @@
-"""Threads of a simulated process: those that export and import KV, and the one that owns the engine. They run on virtual time.
+"""Threads of a simulated process: those that export and import KV, and the one that owns the
+engine. They run on virtual time.
 
-The engine's step lasts: while it computes a layer, everybody else goes on, its own process included.
+The engine's step lasts: while it computes a layer, everybody else goes on, its own process
+included.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, Generic, TypeVar
 
-from kvrelay.engine_thread import EngineLoop
+from kvrelay.worker.engine_thread import EngineLoop
 from tests.simulation.virtual_time import ProcessDiedError, ProcessLoop
 
 CommandT = TypeVar("CommandT")
@@ -18,7 +20,8 @@ SLOWEST_JOB_S = 0.08
 
 
 class SimulatedThreads(Executor):
-    """A pool whose jobs each take a moment, drawn by the seed. What a job does happens at the end of that moment.
+    """A pool whose jobs each take a moment, drawn by the seed. What a job does happens at the end
+    of that moment.
 
     Args:
         loop: of the process.
@@ -50,12 +53,13 @@ class SimulatedThreads(Executor):
 
 
 class SimulatedEngineThread(Generic[CommandT]):
-    """In place of `kvrelay.engine_thread.EngineThread`: handles what waits, steps, and again, until there is nothing to do.
+    """In place of `kvrelay.worker.engine_thread.EngineThread`: handles what waits, steps, and
+    again, until there is nothing to do.
 
     Args:
         process_loop: of the process.
         engine_loop: what to run.
-        max_commands: of those that bring new work.
+        max_commands: of those that bring new jobs.
     """
 
     def __init__(self, process_loop: ProcessLoop, engine_loop: EngineLoop[CommandT], max_commands: int) -> None:
@@ -66,7 +70,9 @@ class SimulatedEngineThread(Generic[CommandT]):
         self._turn_is_due = False
         self._in_turn = False
         self.num_failures = 0
-        """Commands or steps that failed as a whole: never by anything that a request or a peer does."""
+        """Commands or steps that failed as a whole: never by anything that a request or a peer
+        does.
+        """
 
     def start(self) -> None:
         self._wake()
@@ -75,7 +81,7 @@ class SimulatedEngineThread(Generic[CommandT]):
         self._commands.append(command)
         self._wake()
 
-    def submit_work(self, command: CommandT) -> bool:
+    def submit_job(self, command: CommandT) -> bool:
         if len(self._commands) >= self._max_commands:
             return False
         self.submit(command)

@@ -1,22 +1,25 @@
-"""The model of simulated workers and its KV pool. A token is a function of the KV before it, and KV says whose it is.
+"""The model of simulated workers and its KV pool. A token is a function of the KV before it, and KV
+says whose it is.
 
     K of a slot   hash of the salt and of all tokens up to and including the slot's
-    V of a slot   number of the work that wrote it into this pool: computed it, or pushed it under its reservation
+    V of a slot   number of the job that wrote it into this pool: computed it, or pushed it under its reservation
 
-A sequence may read what another work wrote only where it found a cached prefix. Whatever else it reads must be its own, with the
-right hash: stale, foreign or corrupt KV fails the simulation where it is read (I4), before it becomes a wrong token.
+A sequence may read what another job wrote only where it found a cached prefix. Whatever else it
+reads must be its own, with the right hash: stale, foreign or corrupt KV fails the simulation where
+it is read (I4), before it becomes a wrong token.
 """
 
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
 
-from kvrelay.finish_rules import finish_reason
+from kvrelay.core.finish_rules import finish_reason
+from kvrelay.core.job import FinishReason, Job, JobId, SequenceToken, Token
+from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.kv_cache.block_manager import BlockCopy
-from kvrelay.model_spec import KVLayout, ModelSpec
-from kvrelay.step import Step, StepEntry
-from kvrelay.step_output import next_tokens
-from kvrelay.work import FinishReason, SequenceToken, Token, Work, WorkId
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.worker.step import Step, StepEntry
+from kvrelay.worker.verification import accept_tokens
 
 VOCAB_SIZE = 50
 NUM_LAYERS = 2
@@ -48,22 +51,24 @@ def chain(keys: list[int], token_ids: Sequence[int], salt: str) -> None:
         keys.append(key)
 
 
-def sample(work: Work, number: int, index: int, key: int, last_token: int) -> int:
+def sample(job: Job, number: int, index: int, key: int, last_token: int) -> int:
     """The token of a sequence at an output index."""
-    sampling = work.sampling
+    sampling = job.sampling
     assert sampling.seed is not None, "resolved by the gateway"
     return token_after(key, last_token, sampling.seed, number, index, sampling.greedy)
 
 
-def expected_output(work: Work, number: int) -> tuple[list[int], FinishReason]:
-    """All tokens of a sequence, as they come without any fault, and why it ends. Stop strings are not applied."""
-    token_ids, keys = list(work.token_ids), list[int]()
+def expected_output(job: Job, number: int) -> tuple[list[int], FinishReason]:
+    """All tokens of a sequence, as they come without any fault, and why it ends. Stop strings are
+    not applied.
+    """
+    token_ids, keys = list(job.token_ids), list[int]()
     while True:
-        chain(keys, token_ids, work.cache_salt)
-        index = len(token_ids) - work.num_prompt_tokens
-        token_ids.append(sample(work, number, index, keys[-1], token_ids[-1]))
-        if reason := finish_reason(token_ids[-1], index, work.num_prompt_tokens, work.sampling, MODEL):
-            return token_ids[work.num_prompt_tokens :], reason
+        chain(keys, token_ids, job.cache_salt)
+        index = len(token_ids) - job.num_prompt_tokens
+        token_ids.append(sample(job, number, index, keys[-1], token_ids[-1]))
+        if reason := finish_reason(token_ids[-1], index, job.num_prompt_tokens, job.sampling, MODEL):
+            return token_ids[job.num_prompt_tokens :], reason
 
 
 class ToyPool:
@@ -78,18 +83,18 @@ class ToyPool:
         self._block_size = block_size
         self._keys = [[[0] * block_size for _ in range(num_blocks)] for _ in range(NUM_LAYERS)]
         self._writers = [[[0] * block_size for _ in range(num_blocks)] for _ in range(NUM_LAYERS)]
-        self._numbers: dict[WorkId, int] = {}
-        self._reservations: dict[int, tuple[tuple[int, ...], WorkId]] = {}
-        self.is_held_for: Callable[[WorkId], bool] = lambda work_id: True
-        """Whether the worker still holds the blocks that it reserved for a work."""
+        self._numbers: dict[JobId, int] = {}
+        self._reservations: dict[int, tuple[tuple[int, ...], JobId]] = {}
+        self.is_held_for: Callable[[JobId], bool] = lambda job_id: True
+        """Whether the worker still holds the blocks that it reserved for a job."""
 
-    def number_of(self, work_id: WorkId) -> int:
-        """The work's number in this pool."""
-        return self._numbers.setdefault(work_id, len(self._numbers) + 1)
+    def number_of(self, job_id: JobId) -> int:
+        """The job's number in this pool."""
+        return self._numbers.setdefault(job_id, len(self._numbers) + 1)
 
-    def note_reserved(self, work_id: WorkId, block_ids: tuple[int, ...]) -> None:
-        """Whatever is imported into this very tuple of blocks is the work's."""
-        self._reservations[id(block_ids)] = (block_ids, work_id)
+    def note_reserved(self, job_id: JobId, block_ids: tuple[int, ...]) -> None:
+        """Whatever is imported into this very tuple of blocks is the job's."""
+        self._reservations[id(block_ids)] = (block_ids, job_id)
 
     def write(self, layer: int, block_ids: Sequence[int], begin: int, keys: Sequence[int], writer: int) -> None:
         """K of the positions from `begin` on."""
@@ -100,16 +105,20 @@ class ToyPool:
             layer_writers[block][slot] = writer
 
     def check(self, block_ids: Sequence[int], keys: Sequence[int], end: int, num_shared: int, writer: int) -> None:
-        """Checks what a sequence is about to read: positions [0, end), of which it found `num_shared` in the cache."""
+        """Checks what a sequence is about to read: positions [0, end), of which it found
+        `num_shared` in the cache.
+        """
         size = self._block_size
         for begin in range(0, end, size):
             count, block = min(size, end - begin), block_ids[begin // size]
             wanted = keys[begin : begin + count]
             for layer in range(NUM_LAYERS):
                 if self._keys[layer][block][:count] != wanted:
-                    raise ForeignKVError(f"I4: block {block} of layer {layer} has other KV than that of positions from {begin}")
+                    raise ForeignKVError(
+                        f"I4: block {block} of layer {layer} has other KV than that of positions from {begin}"
+                    )
                 if begin >= num_shared and self._writers[layer][block][:count].count(writer) != count:
-                    raise ForeignKVError(f"I4: block {block} of layer {layer} was written by another work")
+                    raise ForeignKVError(f"I4: block {block} of layer {layer} was written by another job")
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
@@ -119,36 +128,27 @@ class ToyPool:
 
     # --- what senders and receivers use
 
-    def export_kv_into(
-        self, buffer: memoryview, layer_begin: int, layer_end: int, block_ids: Sequence[int], token_begin: int, token_end: int
-    ) -> None:
+    def export_kv(self, buffer: memoryview, span: KVSpan, block_ids: Sequence[int]) -> None:
         size, payload = self._block_size, array("I")
-        for layer in range(layer_begin, layer_end):
+        tokens = range(span.token_begin, span.token_end)
+        for layer in range(span.layer_begin, span.layer_end):
             for table in (self._keys[layer], self._writers[layer]):
-                payload.extend(table[block_ids[token // size]][token % size] for token in range(token_begin, token_end))
+                payload.extend(table[block_ids[token // size]][token % size] for token in tokens)
         buffer[:] = payload.tobytes()
 
-    def import_kv(
-        self,
-        payload: memoryview | bytes,
-        layer_begin: int,
-        layer_end: int,
-        block_ids: Sequence[int],
-        token_begin: int,
-        token_end: int,
-    ) -> None:
-        _, work_id = self._reservations[id(block_ids)]
-        if not self.is_held_for(work_id):
-            raise ForeignKVError(f"I4: a push of {work_id} writes into blocks that were freed")
-        writer = self.number_of(work_id)
-        numbers, num_tokens = array("I", bytes(payload)), token_end - token_begin
-        for offset, layer in enumerate(range(layer_begin, layer_end)):
+    def import_kv(self, payload: memoryview | bytes, span: KVSpan, block_ids: Sequence[int]) -> None:
+        _, job_id = self._reservations[id(block_ids)]
+        if not self.is_held_for(job_id):
+            raise ForeignKVError(f"I4: a push of {job_id} writes into blocks that were freed")
+        writer = self.number_of(job_id)
+        numbers, num_tokens = array("I", bytes(payload)), span.num_tokens
+        for offset, layer in enumerate(range(span.layer_begin, span.layer_end)):
             begin = 2 * offset * num_tokens
-            self.write(layer, block_ids, token_begin, numbers[begin : begin + num_tokens], writer)
+            self.write(layer, block_ids, span.token_begin, numbers[begin : begin + num_tokens], writer)
 
 
 class ToyStepRunner:
-    """In place of `kvrelay.step_runner.StepRunner`.
+    """In place of `kvrelay.worker.step_runner.StepRunner`.
 
     Args:
         pool: the worker's.
@@ -183,39 +183,39 @@ class ToyStepRunner:
             if entry.continued:
                 self._check(entry, keys, entry.token_end + len(entry.drafts))
                 sampled.extend(self._sample(entry, keys))
-        return next_tokens(step.entries, sampled, MODEL)
+        return accept_tokens(step.entries, sampled, MODEL)
 
     def _keys_of(self, entry: StepEntry) -> list[int]:
         """K of all tokens of the entry's sequence and of its drafts."""
         sequence = entry.sequence
         kept = self._keys.setdefault(id(sequence), (sequence, []))[1]
-        chain(kept, sequence.token_ids, sequence.work.cache_salt)
+        chain(kept, sequence.token_ids, sequence.job.cache_salt)
         if not entry.drafts:
             return kept
         keys = list(kept)
-        chain(keys, [*sequence.token_ids, *entry.drafts], sequence.work.cache_salt)
+        chain(keys, [*sequence.token_ids, *entry.drafts], sequence.job.cache_salt)
         return keys
 
     def _check(self, entry: StepEntry, keys: list[int], end: int) -> None:
         table = entry.sequence.block_table
         assert table is not None, "a scheduled sequence holds blocks"
-        writer = self._pool.number_of(entry.work_id)
+        writer = self._pool.number_of(entry.job_id)
         self._pool.check(table.blocks, keys, end, table.num_cached_tokens, writer)
 
     def _write(self, layer: int, entry: StepEntry, keys: list[int]) -> None:
         table = entry.sequence.block_table
         assert table is not None, "nobody takes a sequence's blocks during its step"
         part = keys[entry.token_begin : entry.token_end + len(entry.drafts)]
-        self._pool.write(layer, table.blocks, entry.token_begin, part, self._pool.number_of(entry.work_id))
+        self._pool.write(layer, table.blocks, entry.token_begin, part, self._pool.number_of(entry.job_id))
 
     @staticmethod
     def _sample(entry: StepEntry, keys: list[int]) -> list[Token]:
         """One token for each continued sequence, or one for each row of an entry with drafts."""
-        work, end = entry.sequence.work, entry.token_end
+        job, end = entry.sequence.job, entry.token_end
         token_ids = [*entry.sequence.token_ids[:end], *entry.drafts]
         rows = [(entry.continued[0], end + offset) for offset in range(entry.num_logits)] if entry.drafts else []
         rows = rows or [(number, end) for number in entry.continued]
         return [
-            Token(sample(work, number, row_end - work.num_prompt_tokens, keys[row_end - 1], token_ids[row_end - 1]))
+            Token(sample(job, number, row_end - job.num_prompt_tokens, keys[row_end - 1], token_ids[row_end - 1]))
             for number, row_end in rows
         ]

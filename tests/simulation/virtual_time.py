@@ -1,7 +1,8 @@
-"""Virtual time: one queue of callbacks for all processes, and for each process an event loop that it takes for asyncio's.
+"""Virtual time: one queue of callbacks for all processes, and for each process an event loop that
+it takes for asyncio's.
 
-Time advances from one callback to the next, so that seconds of waiting cost nothing. A process that is stopped keeps what is due
-for it until it is continued; one that is dead never runs again.
+Time advances from one callback to the next, so that seconds of waiting cost nothing. A process that
+is stopped keeps what is due for it until it is continued; one that is dead never runs again.
 
 Knows nothing of what processes are.
 """
@@ -25,7 +26,9 @@ class SimulationError(Exception):
 
 
 class ProcessDiedError(BaseException):
-    """Unwinds the engine of a process that was killed in the middle of a step. No handler may take it for a failure."""
+    """Unwinds the engine of a process that was killed in the middle of a step. No handler may take
+    it for a failure.
+    """
 
 
 class ScheduledCall:
@@ -186,7 +189,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self.world.resume(self.missed)
 
     def close_tasks(self) -> None:
-        """Closes the coroutines of a dead process, so that none is left for the garbage collector to complain about."""
+        """Closes the coroutines of a dead process, so that none is left for the garbage collector
+        to complain about.
+        """
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
         for task in self._tasks:
@@ -247,7 +252,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
 
 def _close(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Ends a coroutine as a cancellation does, also one that awaits within `finally` or misses there what is gone."""
+    """Ends a coroutine as a cancellation does, also one that awaits within `finally` or misses
+    there what is gone.
+    """
     for _ in range(MAX_AWAITS_AT_END):
         try:
             coroutine.throw(asyncio.CancelledError())

@@ -4,7 +4,12 @@ import os
 import socket
 import subprocess
 
-from kvrelay.testing.process_files import kinds_of_descriptors, num_connections_to, num_descriptors, owner_of_local_port
+from kvrelay.testing.process_files import (
+    kinds_of_descriptors,
+    num_connections_to,
+    num_descriptors,
+    owners_of_local_ports,
+)
 
 
 def test_connections_are_told_by_where_they_lead() -> None:
@@ -15,7 +20,8 @@ def test_connections_are_told_by_where_they_lead() -> None:
             own_port = client.getsockname()[1]
             assert num_connections_to(os.getpid(), port) == 1
             assert num_connections_to(os.getpid(), own_port) == 1
-            assert owner_of_local_port(own_port, [os.getpid()]) == os.getpid()
+            assert owners_of_local_ports({own_port}, [os.getpid()]) == {own_port: os.getpid()}
+            assert owners_of_local_ports({own_port}, []) == {}
             kinds = kinds_of_descriptors(os.getpid())
             assert kinds[f"tcp {own_port} to {port}"] == kinds[f"tcp {port} to {own_port}"] == 1
             assert accepted.fileno() >= 0

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from kvrelay.embedded_valkey import EmbeddedValkey
-from kvrelay.redis_connection import RedisConnection
-from kvrelay.request_state import RequestState
-from kvrelay.state_store import StateStore
+from kvrelay.core.request_state import RequestState
+from kvrelay.state.embedded_valkey import EmbeddedValkey
+from kvrelay.state.redis_connection import RedisConnection
+from kvrelay.state.state_store import StateStore
 from kvrelay.testing import wait_until
 from kvrelay.testing.state_watch import StateHistory, StateWatch
-from tests.redis_fixtures import make_record
+from tests.support.redis_fixtures import make_record
 
 KEY = "kvrelay:{r}:request"
 
@@ -18,7 +18,7 @@ KEY = "kvrelay:{r}:request"
 def history_of(*writes: dict[str, Any]) -> StateHistory:
     history = StateHistory()
     for write in writes:
-        history.note(KEY, {name: str(value) for name, value in write.items()})
+        history.on_write(KEY, {name: str(value) for name, value in write.items()})
     return history
 
 
@@ -33,10 +33,18 @@ def moved(state: str, attempt: int = 1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "writes",
     [
-        (created(), moved("RESERVING"), moved("PREFILLING"), moved("TRANSFERRING"), moved("DECODING"), moved("SUCCEEDED")),
+        (
+            created(),
+            moved("RESERVING"),
+            moved("PREFILLING"),
+            moved("TRANSFERRING"),
+            moved("DECODING"),
+            moved("SUCCEEDED"),
+        ),
         (created(), moved("RESERVING"), moved("QUEUED", 2), moved("RESERVING", 2), moved("EXPIRED", 2)),
         (created(), moved("RESERVING"), {"num_output_tokens": 4}, moved("RESERVING"), moved("CANCELLED")),
-        (created(), moved("RESERVING"), created("DECODING")),  # written again by its owner: what is between was lost
+        # written again by its owner: what is between was lost
+        (created(), moved("RESERVING"), created("DECODING")),
         (created(), moved("RESERVING"), created("DECODING", 3)),
     ],
 )
@@ -67,10 +75,10 @@ def test_other_moves_are_violations(writes: tuple[dict[str, Any], ...]) -> None:
 
 async def test_what_the_store_writes_is_seen_and_what_redis_lost_is_forgotten() -> None:
     async with (
-        EmbeddedValkey() as valkey,
+        EmbeddedValkey(on_tcp=True) as valkey,
         RedisConnection(valkey.url, timeout_ms=10_000) as connection,
     ):
-        watch = StateWatch("127.0.0.1", int(valkey.url.rsplit(":", 1)[1].split("/")[0]))
+        watch = StateWatch("127.0.0.1", valkey.port, valkey.password)
         await watch.start()
         store, record = StateStore(connection, "g1"), make_record(request_id="a" * 32)
         assert await store.create(record)
@@ -79,7 +87,9 @@ async def test_what_the_store_writes_is_seen_and_what_redis_lost_is_forgotten() 
         await connection.run(lambda client: client.flushall())
         assert await store.create(record)
         await wait_until(lambda: watch.history.num_moves == 3, "the new one is seen", 30.0)
-        await connection.run(lambda client: client.hset(f"kvrelay:{{{record.request_id}}}:request", "state", "DECODING"))
+        await connection.run(
+            lambda client: client.hset(f"kvrelay:{{{record.request_id}}}:request", "state", "DECODING")
+        )
         await watch.stop()
     assert not watch.history.violations
 
@@ -87,8 +97,8 @@ async def test_what_the_store_writes_is_seen_and_what_redis_lost_is_forgotten() 
 def test_records_that_redis_got_back_from_a_dump_go_on_from_wherever_they_were() -> None:
     history = history_of(created(), moved("RESERVING"))
     history.forget()
-    history.note(KEY, {name: str(value) for name, value in moved("PREFILLING").items()})
+    history.on_write(KEY, {name: str(value) for name, value in moved("PREFILLING").items()})
     assert not history.violations
-    history.note(KEY, {name: str(value) for name, value in moved("RESERVING").items()})
-    history.note("kvrelay:{new}:request", {name: str(value) for name, value in moved("PREFILLING").items()})
+    history.on_write(KEY, {name: str(value) for name, value in moved("RESERVING").items()})
+    history.on_write("kvrelay:{new}:request", {name: str(value) for name, value in moved("PREFILLING").items()})
     assert len(history.violations) == 2, "back, and of a request that never began"

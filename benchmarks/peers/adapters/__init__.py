@@ -1,1 +1,3 @@
-"""One program per engine. Each runs in its peer's environment: here only the standard library and that engine may be imported."""
+"""One program per engine. Each runs in its peer's environment: here only the standard library and
+that engine may be imported.
+"""

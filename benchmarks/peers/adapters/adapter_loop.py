@@ -1,4 +1,5 @@
-"""What all adapters share: the protocol with the runner, the clock, and when requests are due. Standard library only.
+"""What all adapters share: the protocol with the runner, the clock, and when requests are due.
+Standard library only.
 
 An adapter is a process. It reads one JSON object per line and answers each with one:
 
@@ -7,7 +8,8 @@ An adapter is a process. It reads one JSON object per line and answers each with
     {"command": "close"}                      -> {}, and it ends
     anything that failed                      -> {"error": text}
 
-Times are seconds of one monotonic clock. What the engine prints to standard output goes to standard error.
+Times are seconds of one monotonic clock. What the engine prints to standard output goes to standard
+error.
 """
 
 import ctypes
@@ -116,7 +118,9 @@ class Arrivals:
         return due
 
     def end(self, request_id: int) -> None:
-        """The request has all its tokens. With the last one of the foreground, nothing arrives any more."""
+        """The request has all its tokens. With the last one of the foreground, nothing arrives any
+        more.
+        """
         self._open_foreground.discard(request_id)
         if not self._open_foreground:
             self._waiting.clear()
@@ -171,7 +175,9 @@ def run_stepped(engine: SteppedEngine, requests: Sequence[Request], recorder: Re
 
 
 def die_with_parent() -> None:
-    """This process is killed when its parent ends, even if it is stopped then. Linux only; nothing elsewhere."""
+    """This process is killed when its parent ends, even if it is stopped then. Linux only; nothing
+    elsewhere.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -191,7 +197,9 @@ def serve(adapter: Adapter, lines: TextIO, reply: Callable[[dict[str, Any]], Non
                 break
             try:
                 reply(_obey(adapter, message))
-            except Exception as error:  # whatever an engine raises is the runner's to report; this is the top of the loop
+            except (
+                Exception
+            ) as error:  # whatever an engine raises is the runner's to report; this is the top of the loop
                 traceback.print_exc()
                 reply({"error": f"{type(error).__name__}: {error}"})
     finally:

@@ -1,4 +1,6 @@
-"""CTranslate2's generator: requests that arrive together run as one batch; it has no continuous batching."""
+"""CTranslate2's generator: requests that arrive together run as one batch; it has no continuous
+batching.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ class CTranslate2Adapter:
         import ctranslate2
 
         folder = Path(options.converted_folder) / "ctranslate2"
-        self._tokens: list[str] = json.loads((folder / "vocabulary.json").read_text())
+        self._tokens: list[str] = json.loads((folder / "vocabulary.json").read_text("utf-8"))
         self._generator: Any = ctranslate2.Generator(
             str(folder), device="cpu", compute_type="float32", inter_threads=1, intra_threads=options.num_threads
         )

@@ -1,4 +1,6 @@
-"""An engine that is an HTTP server: started here, asked over loopback with one thread per stream. Standard library only."""
+"""An engine that is an HTTP server: started here, asked over loopback with one thread per stream.
+Standard library only.
+"""
 
 import http.client
 import json
@@ -104,11 +106,15 @@ class HttpServer:
             connection.close()
 
 
-def run_threads(requests: Sequence[Request], recorder: Recorder, stream: Callable[[Request], Iterator[Sequence[int]]]) -> None:
-    """`Adapter.run` for an engine whose streams are read one by one; `stream` yields a request's tokens as they arrive.
+def run_threads(
+    requests: Sequence[Request], recorder: Recorder, stream: Callable[[Request], Iterator[Sequence[int]]]
+) -> None:
+    """`Adapter.run` for an engine whose streams are read one by one; `stream` yields a request's
+    tokens as they arrive.
 
     Raises:
-        RuntimeError: a stream has another number of tokens than asked for; or whatever `stream` raises.
+        RuntimeError: a stream has another number of tokens than asked for; or whatever `stream`
+            raises.
     """
     foreground_ended = threading.Event()
 

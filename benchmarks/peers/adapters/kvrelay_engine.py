@@ -1,4 +1,6 @@
-"""kvrelay's engine in this process: model runner and sampler, with prompt chunks and decode steps in one batch. No service."""
+"""kvrelay's engine in this process: model runner and sampler, with prompt chunks and decode steps
+in one batch. No service.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from benchmarks.peers.adapters.adapter_loop import Options, Recorder, Request, m
 from benchmarks.peers.adapters.kvrelay_settings import engine_settings
 
 if TYPE_CHECKING:
-    from kvrelay.engine.model_runner import StepInput
+    from kvrelay.engine.kernel_batch import SequenceInput
 
 KV_CACHE_MIB = 1024
 
@@ -22,16 +24,18 @@ class _Sequence:
 
 
 class EngineAdapter:
-    """First come, first served: all decoding sequences, and of the prompts as many tokens as a chunk has."""
+    """First come, first served: all decoding sequences, and of the prompts as many tokens as a
+    chunk has.
+    """
 
     def load(self, options: Options) -> str:
         use_cores(options.cores)
         import kvrelay
-        from kvrelay.core_set import format_cores
-        from kvrelay.engine.model_runner import StepInput
+        from kvrelay.core.sampling_params import SamplingParams
+        from kvrelay.engine.kernel_batch import SequenceInput
         from kvrelay.engine.sampler import SamplingInput, sample
-        from kvrelay.sampling_params import SamplingParams
-        from kvrelay.worker_engine import build_engine
+        from kvrelay.runtime.cpu_cores import format_cores
+        from kvrelay.worker.engine_setup import build_engine
 
         settings = engine_settings(options, cores=format_cores(options.cores), kv_cache_mib=KV_CACHE_MIB)
         self._engine = build_engine(settings)
@@ -41,7 +45,7 @@ class EngineAdapter:
         self._sequences: dict[int, _Sequence] = {}
         self._sampling = SamplingInput(SamplingParams(temperature=0.0), sequence=0, index=0)
         self._sample = sample
-        self._step_input = StepInput
+        self._sequence_input = SequenceInput
         return kvrelay.__version__
 
     def run(self, requests: Sequence[Request], recorder: Recorder) -> None:
@@ -65,8 +69,8 @@ class EngineAdapter:
             self._advance(request_id, token.token_id)
             yield request_id, [token.token_id]
 
-    def _schedule(self) -> list[tuple[int, "StepInput"]]:
-        batch: list[tuple[int, StepInput]] = []
+    def _schedule(self) -> list[tuple[int, "SequenceInput"]]:
+        batch: list[tuple[int, SequenceInput]] = []
         room = self._chunk_tokens
         for request_id, sequence in self._sequences.items():
             missing = sequence.token_ids[sequence.num_computed :]
@@ -74,7 +78,12 @@ class EngineAdapter:
                 missing, room = missing[:room], room - len(missing[:room])
             if missing:
                 complete = sequence.num_computed + len(missing) == len(sequence.token_ids)
-                batch.append((request_id, self._step_input(missing, sequence.num_computed, sequence.block_ids, int(complete))))
+                batch.append(
+                    (
+                        request_id,
+                        self._sequence_input(missing, sequence.num_computed, sequence.block_ids, int(complete)),
+                    )
+                )
         return batch
 
     def _advance(self, request_id: int, token_id: int) -> None:

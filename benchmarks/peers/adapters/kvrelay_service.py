@@ -1,4 +1,6 @@
-"""kvrelay's service: a gateway, a prefill worker and a decode worker as processes, asked through kvrelay's own client."""
+"""kvrelay's service: a gateway, a prefill worker and a decode worker as processes, asked through
+kvrelay's own client.
+"""
 
 import asyncio
 import contextlib
@@ -12,7 +14,8 @@ from benchmarks.peers.adapters.kvrelay_settings import engine_settings
 KV_CACHE_MIB = 1024
 TIMEOUT_S = 600.0
 STOPPED_MS = 3_600_000
-"""The whole cluster is stopped while others are measured: nobody in it may take that for a death."""
+"""The whole cluster is stopped while others are measured: nobody in it may take that for a death.
+"""
 
 
 class ServiceAdapter:
@@ -30,12 +33,13 @@ class ServiceAdapter:
     async def _load(self, options: Options) -> str:
         import kvrelay
         from kvrelay.client import AsyncClient
-        from kvrelay.config import DecodeSettings, GatewaySettings, PrefillSettings, ServerSettings
-        from kvrelay.local_cluster import LocalCluster
+        from kvrelay.cluster.local_cluster import LocalCluster
+        from kvrelay.config.settings import DecodeSettings, GatewaySettings, PrefillSettings, ServerSettings
 
         self._folder = tempfile.TemporaryDirectory()
-        # A board of its own: a cluster that is stopped while others are measured must not be asked for its cores.
-        engine = engine_settings(options, kv_cache_mib=KV_CACHE_MIB, core_board=f"{self._folder.name}/cores")
+        # A board of its own: a cluster that is stopped while others are measured must not be asked
+        # for its cores.
+        engine = engine_settings(options, kv_cache_mib=KV_CACHE_MIB, core_sharing_file=f"{self._folder.name}/cores")
         server = ServerSettings(liveness_window_ms=STOPPED_MS, lease_ms=STOPPED_MS, log_level="warning")
         self._cluster = LocalCluster(
             gateway=GatewaySettings(server=server),
@@ -70,7 +74,11 @@ class ServiceAdapter:
     async def _follow(self, request: Request, recorder: Recorder) -> None:
         recorder.submit(request.request_id)
         stream = self._client.generate(
-            token_ids=request.token_ids, max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True, timeout_s=TIMEOUT_S
+            token_ids=request.token_ids,
+            max_tokens=request.max_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            timeout_s=TIMEOUT_S,
         )
         async with stream:
             async for delta in stream:

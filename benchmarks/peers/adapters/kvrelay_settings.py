@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.peers.adapters.adapter_loop import Options
 
 if TYPE_CHECKING:
-    from kvrelay.config import EngineSettings
+    from kvrelay.config.settings import EngineSettings
 
 
 def engine_settings(options: Options, **more: Any) -> "EngineSettings":
@@ -14,7 +14,7 @@ def engine_settings(options: Options, **more: Any) -> "EngineSettings":
     Raises:
         ValueError: this version cannot quantize in that way.
     """
-    from kvrelay.config import EngineSettings
+    from kvrelay.config.settings import EngineSettings
 
     settings: dict[str, Any] = {"model": options.model_folder, "dtype": "float32", "prefix_cache": False, **more}
     if options.chunk_tokens is not None:

@@ -25,7 +25,11 @@ class OpenVINOAdapter:
             f"{options.converted_folder}/{FILES[options.weights]}",
             scheduling,
             "CPU",
-            {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": options.num_threads},
+            {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "KV_CACHE_PRECISION": "f32",
+                "INFERENCE_NUM_THREADS": options.num_threads,
+            },
         )
         self._handles: dict[int, Any] = {}
         self._num_added = 0

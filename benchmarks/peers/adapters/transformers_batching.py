@@ -28,7 +28,9 @@ class TransformersBatchingAdapter:
         batching = transformers.ContinuousBatchingConfig(
             num_blocks=NUM_BLOCKS, max_batch_tokens=options.chunk_tokens, allow_block_sharing=False
         )
-        self._manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
+        self._manager = model.init_continuous_batching(
+            generation_config=generation, continuous_batching_config=batching
+        )
         self._manager.start()
         self._num_received: dict[int, int] = {}
         self._num_added = 0

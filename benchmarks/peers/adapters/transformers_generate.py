@@ -1,4 +1,6 @@
-"""transformers' `generate`: requests that arrive together and have prompts of one length run as one batch, others not at all."""
+"""transformers' `generate`: requests that arrive together and have prompts of one length run as one
+batch, others not at all.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +30,9 @@ class TransformersAdapter:
         prompts = torch.tensor([request.token_ids for request in requests])
 
         class Watch:
-            """Called after every step with all tokens so far: [num_sequences, num_tokens]. Never stops."""
+            """Called after every step with all tokens so far: [num_sequences, num_tokens]. Never
+            stops.
+            """
 
             def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
                 for request, token_id in zip(requests, input_ids[:, -1].tolist(), strict=True):

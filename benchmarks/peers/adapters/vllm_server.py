@@ -21,8 +21,23 @@ class VllmServerAdapter:
 
         if options.weights != "f32":
             raise ValueError(f"vLLM computes in f32 here, not in {options.weights}")
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", options.model_folder, "--served-model-name", MODEL_NAME]
-        command += ["--host", "127.0.0.1", "--port", "{port}", "--dtype", "float32", "--max-model-len", str(MAX_MODEL_TOKENS)]
+        command = [
+            str(Path(sys.executable).with_name("vllm")),
+            "serve",
+            options.model_folder,
+            "--served-model-name",
+            MODEL_NAME,
+        ]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            str(MAX_MODEL_TOKENS),
+        ]
         command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
         if options.chunk_tokens is not None:
             command += ["--max-num-batched-tokens", str(options.chunk_tokens)]

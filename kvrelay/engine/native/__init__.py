@@ -1,10 +1,8 @@
-"""Kernels in C for models in float32 or int8 on a CPU: compiled once on each machine, called through ctypes.
+"""Kernels in C for a CPU.
 
-    build.py      compiles the C files into the user's cache folder
-    library.py    the compiled library: its structures and functions
-    packing.py    weights as the kernels read them
-
-Where they cannot be had, torch's own kernels do the same work more slowly. Knows nothing of models' modules and of steps.
+build.py      compiles the C files once per machine
+library.py    the compiled library: its structures and functions
+packing.py    weights as the kernels read them
 """
 
 from kvrelay.engine.native.library import NativeLibrary, kernel_seconds, load_library

@@ -1,6 +1,7 @@
-// Flash attention (Dao et al. 2022) over the paged pool: keys pass by in tiles of 64, the softmax is renewed with each tile.
+// Flash attention (Dao et al. 2022) over the paged pool, by tiles of 64 keys with online softmax.
 //
-// Tiles begin at multiples of 64 of the position, never at a chunk's edge, so a row sums in one order however its prompt was cut.
+// Tiles begin at multiples of 64 of the position, never at a chunk's edge, so the order of a row's
+// sums does not depend on how its prompt was cut.
 #include "attention.h"
 
 #include <math.h>
@@ -9,7 +10,7 @@
 
 enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX };
 
-// What one tile of rows needs while its keys pass by; one per thread, kept.
+// Buffers for one tile of rows; one workspace per thread, reused.
 typedef struct {
     int64_t head_dim;
     float *queries;        // [TILE_ROWS][head_dim], scaled
@@ -46,7 +47,7 @@ static inline uint16_t f32_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The layer as if it began with one of its heads.
+// The layer, starting at one of its heads.
 static kv_layer from_head(const kv_layer *kv, int64_t head) {
     kv_layer of_head = *kv;
     of_head.keys = (char *)kv->keys + head * kv_row_bytes(kv->dtype, kv->head_dim);
@@ -54,7 +55,7 @@ static kv_layer from_head(const kv_layer *kv, int64_t head) {
     return of_head;
 }
 
-// Finds up to TILE_KEYS keys from key_begin on, those up to `last`; none when it lies behind.
+// Finds up to TILE_KEYS keys from key_begin to `last`; none if key_begin is after `last`.
 static void find_keys(const kv_layer *kv, const segment *s, int64_t key_begin, int64_t last, key_tile *tile) {
     int64_t row = kv->num_kv_heads * kv_row_items(kv->dtype, kv->head_dim);
     int64_t block = key_begin / kv->block_size, within = key_begin % kv->block_size, num_left = last + 1 - key_begin;
@@ -67,14 +68,14 @@ static void find_keys(const kv_layer *kv, const segment *s, int64_t key_begin, i
     for (; key % PANEL != 0; key++) tile->offsets[key] = tile->offsets[key - 1];
 }
 
-// A tile's rows of one side, of so many heads from the layer's first on.
+// A tile's rows of one side, for the layer's first heads.
 static row_fetch rows_to_fetch(const kv_layer *kv, const void *side, const key_tile *tile, int64_t num_heads) {
     return (row_fetch){
         .side = side, .tile = tile, .item_bytes = kv_item_bytes(kv->dtype),
         .row_bytes = num_heads * kv_row_bytes(kv->dtype, kv->head_dim)};
 }
 
-// The tile's keys, turned: [head_dim][TILE_KEYS]. Columns behind num_keys may be anything.
+// The tile's keys, transposed: [head_dim][TILE_KEYS]. Columns after num_keys are undefined.
 static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
     for (int64_t key = 0; key < tile->num_keys; key += 8)
         for (int64_t d = 0; d < kv->head_dim; d += 8) {
@@ -96,7 +97,7 @@ static void multiply_tiles(
     int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
     int64_t k, int add) {
     const fetch nothing = {(const char *)b, 0};
-    // A column of b stays in the first-level cache while the rows pass by.
+    // A column of b stays in the first-level cache for all rows.
     for (int64_t column = 0; column < num_columns; column += PANEL)
         for (int64_t row = 0; row < num_rows; row += 6) {
             int64_t rows = num_rows - row < 6 ? num_rows - row : 6;
@@ -104,8 +105,8 @@ static void multiply_tiles(
         }
 }
 
-// Turns a row's scores of one tile into weights, and scales what it has summed so far.
-static void renew_softmax(workspace *w, int64_t row, int64_t first_visible, int64_t num_visible_end) {
+// Turns a row's scores of one tile into weights, and rescales its sums so far.
+static void update_softmax(workspace *w, int64_t row, int64_t first_visible, int64_t num_visible_end) {
     float *scores = w->scores + row * TILE_KEYS;
     for (int64_t i = 0; i < first_visible && i < TILE_KEYS; i++) scores[i] = -INFINITY;
     for (int64_t i = num_visible_end < 0 ? 0 : num_visible_end; i < TILE_KEYS; i++) scores[i] = -INFINITY;
@@ -140,7 +141,7 @@ typedef struct {
     int64_t row_begin, num_rows;  // of the workspace
 } head_rows;
 
-// The rows' scores with a tile's keys, of which those behind num_keys may be anything; others are fetched meanwhile.
+// The rows' scores with a tile's keys, undefined after num_keys. Prefetches the next tile.
 static void score_keys(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
     const kv_layer *kv = &h->kv;
     const float *queries = w->queries + h->row_begin * kv->head_dim;
@@ -172,7 +173,7 @@ typedef struct {
     const attention_call *call;
     const kv_layer *kv;
     int enough_tiles;
-} attention_job;
+} attention_args;
 
 static void load_queries(
     const attention_call *c, const attention_tile *tile, int64_t head, int64_t group, workspace *w, const head_rows *h) {
@@ -205,14 +206,14 @@ static int64_t last_key_of(const attention_call *c, const attention_tile *tile) 
     return c->segments[tile->segment].position + tile->token_begin + tile->num_tokens - 1;
 }
 
-// Where the first tile of keys begins that the rows see.
+// First key of the first tile that the rows see.
 static int64_t first_key_of(const attention_call *c, const attention_tile *tile) {
     int64_t first = c->segments[tile->segment].position + tile->token_begin;
     return (c->window > 0 && first >= c->window ? first - c->window + 1 : 0) / TILE_KEYS * TILE_KEYS;
 }
 
-// Attention of a tile's rows to KV heads [head_begin, head_end): head by head of each tile of keys, so that the pool is read in the
-// order in which it lies in memory. The first keys of `next`, where there is one, are fetched at the end.
+// Attention of a tile's rows to KV heads [head_begin, head_end). Goes head by head through each
+// tile of keys, in the order of memory. Prefetches the first keys of `next`, if there is one.
 static void attend_heads(
     const attention_call *c, const kv_layer *kv, const attention_tile *tile, const attention_tile *next, int64_t head_begin,
     int64_t head_end) {
@@ -249,31 +250,30 @@ static void attend_heads(
         for (int64_t r = 0; r < num_heads * num_rows; r++) {
             int64_t position = first + r % num_rows / group;
             int64_t visible = c->window > 0 ? position - c->window + 1 - key : 0;
-            renew_softmax(w, r, visible, position + 1 - key);
+            update_softmax(w, r, visible, position + 1 - key);
         }
         for (int64_t h = 0; h < num_heads; h++) add_weighted_values(w, &heads[h], &keys, &keys_ahead);
     }
     for (int64_t h = 0; h < num_heads; h++) store_out(c, tile, head_begin + h, group, w, &heads[h]);
 }
 
-// A task for each tile and head. A tile with few rows attends to all heads in its first one, where there are tiles enough for the
-// threads.
+// One task per tile and head. If there are enough tiles, one with few rows does all heads at once.
 static void attend_tile(void *argument, int64_t task) {
-    const attention_job *job = argument;
-    const attention_call *c = job->call;
-    int64_t num_kv_heads = job->kv->num_kv_heads, head = task % num_kv_heads;
-    int64_t number = task / num_kv_heads, next = number + num_threads();  // the others take those between
+    const attention_args *args = argument;
+    const attention_call *c = args->call;
+    int64_t num_kv_heads = args->kv->num_kv_heads, head = task % num_kv_heads;
+    int64_t number = task / num_kv_heads, next = number + num_threads();  // others take those between
     const attention_tile *tile = &c->tiles[number];
-    if (!job->enough_tiles || tile->num_tokens * c->num_heads > TILE_ROWS)
-        attend_heads(c, job->kv, tile, NULL, head, head + 1);
+    if (!args->enough_tiles || tile->num_tokens * c->num_heads > TILE_ROWS)
+        attend_heads(c, args->kv, tile, NULL, head, head + 1);
     else if (head == 0)
-        attend_heads(c, job->kv, tile, next < c->num_tiles ? &c->tiles[next] : NULL, 0, num_kv_heads);
+        attend_heads(c, args->kv, tile, next < c->num_tiles ? &c->tiles[next] : NULL, 0, num_kv_heads);
 }
 
 void attend(const attention_call *call, const kv_layer *kv) {
     int64_t threads = num_threads();
-    attention_job job = {call, kv, threads == 1 || call->num_tiles >= TILES_PER_THREAD * threads};
-    parallel_for(call->num_tiles * kv->num_kv_heads, attend_tile, &job);
+    attention_args args = {call, kv, threads == 1 || call->num_tiles >= TILES_PER_THREAD * threads};
+    parallel_for(call->num_tiles * kv->num_kv_heads, attend_tile, &args);
 }
 
 void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {

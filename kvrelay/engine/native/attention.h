@@ -8,7 +8,7 @@
 
 enum { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
 
-// Items of the dtype's size in a head's row: in int8 the scale's four bytes lie behind the head's numbers.
+// Items of a head's row; in int8 the four bytes of the scale follow the head's numbers.
 ALWAYS_INLINE int64_t kv_row_items(int64_t dtype, int64_t head_dim) {
     return dtype == KV_INT8 ? head_dim + (int64_t)sizeof(float) : head_dim;
 }
@@ -23,7 +23,7 @@ typedef struct {
     int64_t dtype, block_size, num_kv_heads, head_dim;
 } kv_layer;
 
-// Rows [row_begin, row_begin + num_rows) of the flat batch are positions [position, ...) of one sequence.
+// Rows [row_begin, row_begin + num_rows) of the flat batch: a sequence from `position` on.
 typedef struct {
     int64_t row_begin, num_rows, position;
     const int64_t *block_ids;
@@ -45,30 +45,31 @@ typedef struct {
     float *out;      // [num_tokens][num_heads * head_dim]
 } attention_call;
 
-// Most rows (tokens times the query heads that share a key) of a tile.
+// Most rows of a tile: tokens times the query heads that share a key.
 enum { TILE_ROWS = 48 };
 
-// A token's result does not depend on which others it shares a tile or a call with.
+// A token's result does not depend on the other tokens of its tile or call.
 void attend(const attention_call *call, const kv_layer *kv);
 
-// Writes K and V of all rows. slots: [num_tokens], block * block_size + offset. keys, values: [num_tokens][stride].
+// Writes K and V of all rows. slots: [num_tokens], block * block_size + offset. keys, values:
+// [num_tokens][stride].
 void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
 
-// ---------------------------------------------------------------- between attention.c, attention_few_rows.c and attention_int8.c
+// ------------------------------------------------------------ shared by the attention_*.c files
 
 enum { TILE_KEYS = 64 };
 
-enum { MAX_FEW_ROWS = 12 };  // rows for which keys and values are not brought into a form of their own first
+enum { MAX_FEW_ROWS = 12 };  // with at most this many rows, keys and values are read in place
 
-// Where the keys of a tile lie in either side of the pool, for the first KV head: offsets in items. Behind num_keys the last is
-// repeated up to a whole panel.
+// Offsets, in items, of a tile's keys in each side of the pool, for the first KV head. After
+// num_keys the last one is repeated up to a whole panel.
 typedef struct {
     int64_t num_keys;
     int64_t offsets[TILE_KEYS];
 } key_tile;
 
-// A tile's rows of one side of the pool, fetched into the cache some lines at a time, in the order of memory, while others are
-// worked on. All at once, or in another order, they come half as fast.
+// A tile's rows of one side of the pool, fetched a few lines at a time, in the order of memory,
+// while the previous tile is computed. All at once, or in another order, is half as fast.
 typedef struct {
     const char *side, *line, *row_end;
     const key_tile *tile;
@@ -112,7 +113,7 @@ ALWAYS_INLINE f32x8 load_kv8(const void *side, int64_t dtype, int64_t offset) {
 #endif
 }
 
-// Turns eight rows of eight into columns.
+// Transposes 8 x 8.
 ALWAYS_INLINE void transpose8(f32x8 r[8]) {
 #if HAVE_AVX2
     __m256 t[8], u[8];
@@ -141,12 +142,13 @@ ALWAYS_INLINE void transpose8(f32x8 r[8]) {
 #endif
 }
 
-// Scores of f32 or bf16 keys, [num_rows][TILE_KEYS]; those behind num_keys may be anything. Returns 0 when there are too many rows.
+// Scores of f32 or bf16 keys, [num_rows][TILE_KEYS]; undefined after num_keys. Returns 0 if there
+// are too many rows.
 int score_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores, row_fetch *ahead);
 
-// out[num_rows][head_dim] += weights[num_rows][TILE_KEYS] * values, in int8 without their scales. Returns 0 when there are too many
-// rows.
+// out[num_rows][head_dim] += weights[num_rows][TILE_KEYS] * values, in int8 without their
+// scales. Returns 0 if there are too many rows.
 int add_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out, row_fetch *ahead);
 
@@ -156,12 +158,13 @@ void write_kv_int8(
 // queries, to: [num_rows][head_dim]; scales: [num_rows].
 void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales);
 
-// scores: [num_rows][TILE_KEYS], those up to num_keys; some behind them are overwritten.
+// scores: [num_rows][TILE_KEYS], up to num_keys; some after them are overwritten.
 void score_keys_int8(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
     row_fetch *ahead);
 
-// Weights times the values' scales, which leaves integers to sum. weights: [num_rows][TILE_KEYS].
+// Multiplies weights by the values' scales, so that integers remain to sum. weights:
+// [num_rows][TILE_KEYS].
 void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights);
 
 #endif

@@ -1,12 +1,12 @@
-// Attention of few rows, as decoding has them: a tile of keys goes through the registers straight from the pool.
+// Attention of few rows, as in decoding: keys go straight from the pool to the registers.
 //
-// What is slow then is waiting for memory, so while one tile is worked on the next is fetched, a few lines at a time. Sums run in
-// the order of tile_rows_f32: the result is bit for bit that of many rows.
+// Memory is the bottleneck, so the next tile is prefetched a few lines at a time. Sums have the
+// order of tile_rows_f32: the result has the same bits as with many rows.
 #include "attention.h"
 
 enum { KEYS_TOGETHER = 8, MAX_GROUPS = 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
 
-// Rows are worked on in parts of even size: 7 as 4 and 3.
+// Rows are split into parts of even size: 7 into 4 and 3.
 static int64_t end_of_part(int64_t row, int64_t num_rows) {
     int64_t num_parts = (num_rows - row + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
     return row + (num_rows - row + num_parts - 1) / num_parts;
@@ -15,7 +15,8 @@ static int64_t end_of_part(int64_t row, int64_t num_rows) {
 // ---------------------------------------------------------------- scores
 
 #if HAVE_AVX2
-// Scores of `groups` times eight keys for `rows` queries; rows, groups and dtype are constants after inlining.
+// Scores of `groups` times eight keys for `rows` queries; rows, groups and dtype are constants
+// after inlining.
 ALWAYS_INLINE void score_groups(
     const int rows, const int groups, const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t first_key,
     const float *queries, float *scores, row_fetch *ahead) {
@@ -87,8 +88,8 @@ int score_few_rows(
 
 // ---------------------------------------------------------------- values
 
-// out[rows][vectors * 8] += weights[rows][keys] * values[keys][from item d on]; rows, vectors and dtype are constants after
-// inlining.
+// out[rows][vectors * 8] += weights[rows][keys] * values[keys][from item d on]; rows, vectors and
+// dtype are constants after inlining.
 ALWAYS_INLINE void add_columns(
     const int rows, const int vectors, const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t d,
     const float *weights, float *out, row_fetch *ahead) {

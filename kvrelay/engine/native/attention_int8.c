@@ -1,7 +1,7 @@
-// Keys and values kept in int8: a head's row is head_dim numbers from -127 to 127 and the float that they are multiplied by.
+// Keys and values in int8: a head's row is head_dim numbers from -127 to 127 and a float scale.
 //
-// Scores are dot products of integers, so their sums are exact in any order. Queries have 14 bits, whose rounding is nothing beside
-// that of the keys' seven.
+// Scores are dot products of integers, so their sums are exact in any order. Queries have 14 bits;
+// their rounding error is negligible beside that of the keys' seven.
 #include "attention.h"
 
 #include <float.h>
@@ -10,7 +10,7 @@
 
 enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, ROWS_TOGETHER = 3, KEYS_TOGETHER = 4 };
 
-// What a row's integers are multiplied by: the largest of them becomes `levels`. Rows of nothing but (nearly) zeros have 0.
+// The scale of a row's integers, of which the largest becomes `levels`; 0 for rows of zeros.
 static float scale_of(const float *x, int64_t width, float levels) {
     f32x8 largest = splat8(0);
     for (int64_t i = 0; i < width; i += 8) largest = max8(largest, max8(load8(x + i), -load8(x + i)));
@@ -19,7 +19,7 @@ static float scale_of(const float *x, int64_t width, float levels) {
 }
 
 #if HAVE_AVX2
-// Eight numbers times a factor, rounded, as int16 in the order that they came in.
+// Eight numbers times a factor, rounded, as int16 in the same order.
 ALWAYS_INLINE __m128i round8(const float *x, __m256 factor) {
     __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), factor));
     return _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));

@@ -1,7 +1,9 @@
-"""Compiles the kernels for this machine's processor, once: the result lies in the user's cache folder under a digest of all that
-it depends on (sources, compiler, flags, processor), so that another machine, or a newer kvrelay, makes its own.
+"""Compiles the kernels for this machine's processor, once.
+
+Their file name has a digest of sources, compiler, flags and processor.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -12,7 +14,8 @@ from pathlib import Path
 import structlog
 import xxhash
 
-from kvrelay.cache_folder import cache_folder
+from kvrelay.errors import StartupError
+from kvrelay.runtime.cache_folder import cache_folder, is_private, make_private, temporary_folder
 
 SOURCE_FOLDER = Path(__file__).parent
 SOURCES = (
@@ -28,8 +31,8 @@ SOURCES = (
 )
 HEADERS = ("kernels.h", "attention.h")
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+# Compilers differ in the flag; the last, empty one leaves newer instructions out.
 FOR_THIS_PROCESSOR: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
-"""Compilers name it differently; the last leaves out what only newer processors have."""
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 120
 
@@ -37,20 +40,57 @@ _log = structlog.get_logger(__name__)
 
 
 class KernelsUnavailableError(Exception):
-    """The kernels cannot be compiled here; says why."""
+    """Says why."""
 
 
 def build_library() -> Path:
-    """The compiled library, made now if it is not there yet. Several processes may do so at once.
+    """Returns the library, compiled if missing. Processes may do so at once.
+
+    It lies where no other user can write.
 
     Raises:
-        KernelsUnavailableError: no compiler, or it does not compile them.
+        KernelsUnavailableError: no compiler, a compile error, or no folder.
     """
     compiler = _find_compiler()
-    target = cache_folder(os.environ) / "kernels" / f"kernels-{_digest(compiler)}.so"
-    if not target.is_file():
+    name = f"kernels-{_digest(compiler)}.so"
+    targets = [folder / name for folder in _folders()]
+    for target in targets:
+        if target.is_file() and is_private(target.parent) and is_private(target):
+            return target
+    problems = []
+    for target in targets:
+        if problem := _problem_of(target.parent):
+            problems.append(f"{target.parent} {problem}")
+            continue
         _compile(compiler, target)
-    return target
+        return target
+    advice = "set XDG_CACHE_HOME to a folder that this user may write to and execute from"
+    raise KernelsUnavailableError(
+        f"there is no folder for them: {'; '.join(problems) or 'none can be written to'}; {advice}"
+    )
+
+
+def _folders() -> list[Path]:
+    folders = []
+    with contextlib.suppress(StartupError):
+        folders.append(cache_folder(os.environ) / "kernels")
+    if (fallback := temporary_folder()) is not None and fallback / "kernels" not in folders:
+        folders.append(fallback / "kernels")
+    return folders
+
+
+def _problem_of(folder: Path) -> str:
+    """Empty if the folder can hold the library."""
+    try:
+        if not make_private(folder):
+            return "is another user's, or others may write to it"
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            return "is mounted noexec"
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
+    return ""
 
 
 def _find_compiler() -> str:
@@ -71,37 +111,54 @@ def _digest(compiler: str) -> str:
 def _version(compiler: str) -> str:
     try:
         return subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=True
+            [compiler, "--version"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMPILE_TIMEOUT_S,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailableError(f"{compiler} does not run: {error}") from error
 
 
 def _processor() -> str:
-    """What "native" stands for: the processor's model and features."""
+    """What "native" refers to."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))))
+    return "\n".join(
+        dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+    )
 
 
 def _compile(compiler: str, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
-            problems = [_run(compiler, flags, made) for flags in FOR_THIS_PROCESSOR if not made.is_file()]
+            problems = [
+                _run(compiler, flags, made, Path(scratch)) for flags in FOR_THIS_PROCESSOR if not made.is_file()
+            ]
             if not made.is_file():
                 raise KernelsUnavailableError(f"{compiler} cannot compile the kernels: {problems[-1]}")
+            made.chmod(0o755)  # independent of the umask
             os.replace(made, target)
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailableError(f"the kernels cannot be compiled into {target.parent}: {error}") from error
     _log.info("kernels compiled", library=str(target))
 
 
-def _run(compiler: str, flags: tuple[str, ...], target: Path) -> str:
-    """Compiles into the target; the end of what the compiler said."""
+def _run(compiler: str, flags: tuple[str, ...], target: Path, scratch: Path) -> str:
     command = [compiler, *FLAGS, *flags, *(str(SOURCE_FOLDER / name) for name in SOURCES), "-o", str(target), "-lm"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
+    # The output may have any encoding. TMPDIR, because the default folder may be missing.
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=COMPILE_TIMEOUT_S,
+        check=False,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
     return result.stderr.strip()[-500:]

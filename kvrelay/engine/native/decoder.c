@@ -1,7 +1,7 @@
-// The forward pass of a llama-like decoder over a flat batch of tokens: RMS norms, rotary positions, grouped attention, gated MLP.
+// The forward pass of a llama-like decoder over a flat batch of tokens.
 //
 // A layer:  h += attention(norm(h)) Wo;  h += (silu(norm(h) Wg) * norm(h) Wu) Wd
-// Whether a model is of this kind, and that this computes what transformers computes for it, is checked by fused_decoder.py.
+// native_decoder.py selects such models; kernel_backend.py compares results with transformers'.
 #include "attention.h"
 
 #include <math.h>
@@ -38,7 +38,7 @@ typedef struct {
     float *logits;  // [num_logits][vocab_size]
 } decoder_step;
 
-// Rows of a step between the operations; grows with the largest step, one per process.
+// Rows of a step between the operations. One per process; grows with the largest step.
 static struct {
     int64_t num_bytes;
     char *memory;
@@ -63,7 +63,7 @@ static char *reserve(char **at, int64_t num_bytes) {
     return begin;
 }
 
-// Sizes when memory is NULL, else places the arrays.
+// Returns the size if memory is NULL, else places the arrays.
 static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, rows *r) {
     char *at = memory;
     int64_t widest = d->intermediate > d->hidden ? d->intermediate : d->hidden;
@@ -98,7 +98,7 @@ static void norm_row(const float *x, const float *weight, float epsilon, int64_t
     for (int64_t i = 0; i < n; i += 8) store8(out + i, load8(x + i) * factor * load8(weight + i));
 }
 
-// ---------------------------------------------------------------- row-wise operations, some rows a task
+// ---------------------------------------------------------------- row-wise operations
 
 enum { ROWS_PER_TASK = 16 };
 
@@ -110,44 +110,44 @@ typedef struct {
     const float *from;     // of norms and quantization
     const float *weight;   // of the norm
     int64_t num_rows, width;
-    const matrix *next;    // what the rows are for: quantized when it is int8
+    const matrix *next;    // input for this product: quantized if it is int8
     kv_layer kv;
-} row_job;
+} row_args;
 
-static void for_rows(row_job *job, task_function function) {
-    int64_t num_tasks = (job->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
-    if (job->num_rows <= ROWS_PER_TASK)
-        for (int64_t i = 0; i < num_tasks; i++) function(job, i);
+static void for_rows(row_args *args, task_function function) {
+    int64_t num_tasks = (args->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
+    if (args->num_rows <= ROWS_PER_TASK)
+        for (int64_t i = 0; i < num_tasks; i++) function(args, i);
     else
-        parallel_for(num_tasks, function, job);
+        parallel_for(num_tasks, function, args);
 }
 
-static void rows_of(const row_job *job, int64_t task, int64_t *begin, int64_t *end) {
+static void rows_of(const row_args *args, int64_t task, int64_t *begin, int64_t *end) {
     *begin = task * ROWS_PER_TASK;
-    *end = *begin + ROWS_PER_TASK < job->num_rows ? *begin + ROWS_PER_TASK : job->num_rows;
+    *end = *begin + ROWS_PER_TASK < args->num_rows ? *begin + ROWS_PER_TASK : args->num_rows;
 }
 
-static void quantize_if_wanted(const row_job *job, int64_t begin, int64_t end, const float *x) {
-    if (job->next->kind != MATRIX_INT8) return;
+static void quantize_if_wanted(const row_args *args, int64_t begin, int64_t end, const float *x) {
+    if (args->next->kind != MATRIX_INT8) return;
     quantized_rows q = {
-        job->r->quantized.values + begin * job->width, job->r->quantized.scales + begin * (job->width / GROUP)};
-    quantize_rows(end - begin, job->width, x + begin * job->width, &q);
+        args->r->quantized.values + begin * args->width, args->r->quantized.scales + begin * (args->width / GROUP)};
+    quantize_rows(end - begin, args->width, x + begin * args->width, &q);
 }
 
 static void norm_task(void *argument, int64_t task) {
-    const row_job *job = argument;
+    const row_args *args = argument;
     int64_t begin, end;
-    rows_of(job, task, &begin, &end);
+    rows_of(args, task, &begin, &end);
     for (int64_t i = begin; i < end; i++)
-        norm_row(job->from + i * job->width, job->weight, job->d->norm_epsilon, job->width, job->r->normed + i * job->width);
-    quantize_if_wanted(job, begin, end, job->r->normed);
+        norm_row(args->from + i * args->width, args->weight, args->d->norm_epsilon, args->width, args->r->normed + i * args->width);
+    quantize_if_wanted(args, begin, end, args->r->normed);
 }
 
 static void quantize_task(void *argument, int64_t task) {
-    const row_job *job = argument;
+    const row_args *args = argument;
     int64_t begin, end;
-    rows_of(job, task, &begin, &end);
-    quantize_if_wanted(job, begin, end, job->from);
+    rows_of(args, task, &begin, &end);
+    quantize_if_wanted(args, begin, end, args->from);
 }
 
 static void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
@@ -158,24 +158,24 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t h
     }
 }
 
-// Norms and turns queries and keys, and writes keys and values into the pool.
+// Normalizes and rotates queries and keys, and writes keys and values into the pool.
 static void rope_task(void *argument, int64_t task) {
-    const row_job *job = argument;
-    const decoder *d = job->d;
-    int64_t begin, end, stride = job->layer->qkv.n, half = d->rotary_dim / 2;
-    rows_of(job, task, &begin, &end);
+    const row_args *args = argument;
+    const decoder *d = args->d;
+    int64_t begin, end, stride = args->layer->qkv.n, half = d->rotary_dim / 2;
+    rows_of(args, task, &begin, &end);
     for (int64_t t = begin; t < end; t++) {
-        float *row = job->r->qkv + t * stride;
+        float *row = args->r->qkv + t * stride;
         for (int64_t h = 0; h < d->num_heads + d->num_kv_heads; h++) {
             float *x = row + h * d->head_dim;
-            const float *norm = h < d->num_heads ? job->layer->query_norm : job->layer->key_norm;
+            const float *norm = h < d->num_heads ? args->layer->query_norm : args->layer->key_norm;
             if (norm != NULL) norm_row(x, norm, d->norm_epsilon, d->head_dim, x);
-            if (job->layer->has_rope)
-                rotate(x, d->cosines + job->step->positions[t] * half, d->sines + job->step->positions[t] * half, half);
+            if (args->layer->has_rope)
+                rotate(x, d->cosines + args->step->positions[t] * half, d->sines + args->step->positions[t] * half, half);
         }
     }
-    const float *keys = job->r->qkv + begin * stride + d->num_heads * d->head_dim;
-    write_kv(&job->kv, end - begin, job->step->slots + begin, keys, keys + d->num_kv_heads * d->head_dim, stride);
+    const float *keys = args->r->qkv + begin * stride + d->num_heads * d->head_dim;
+    write_kv(&args->kv, end - begin, args->step->slots + begin, keys, keys + d->num_kv_heads * d->head_dim, stride);
 }
 
 // ---------------------------------------------------------------- the pass
@@ -188,12 +188,12 @@ static kv_layer kv_of(const decoder *d, const decoder_step *s, int64_t layer) {
 
 static void run_attention_part(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
     const decoder_layer *layer = &d->layers[number];
-    row_job job = {
+    row_args args = {
         .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->hidden, .weight = layer->attention_norm,
         .width = d->hidden, .next = &layer->qkv, .kv = kv_of(d, s, number)};
-    for_rows(&job, norm_task);
+    for_rows(&args, norm_task);
     multiply(&layer->qkv, s->num_tokens, r->normed, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE, &layer->output);
-    for_rows(&job, rope_task);
+    for_rows(&args, rope_task);
 }
 
 static void run_rest_of_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
@@ -203,21 +203,21 @@ static void run_rest_of_layer(const decoder *d, const decoder_step *s, const row
         .segments = s->segments, .tiles = s->tiles, .num_tiles = s->num_tiles, .queries = r->qkv, .query_stride = layer->qkv.n,
         .num_heads = d->num_heads, .scale = d->attention_scale, .window = layer->window, .out = r->attended};
     attend(&call, &kv);
-    row_job job = {
+    row_args args = {
         .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->attended,
         .width = d->num_heads * d->head_dim, .next = &layer->output};
-    if (layer->output.kind == MATRIX_INT8) for_rows(&job, quantize_task);
+    if (layer->output.kind == MATRIX_INT8) for_rows(&args, quantize_task);
     multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, &layer->gate_up);
-    job.from = r->hidden;
-    job.weight = layer->mlp_norm;
-    job.width = d->hidden;
-    job.next = &layer->gate_up;
-    for_rows(&job, norm_task);
+    args.from = r->hidden;
+    args.weight = layer->mlp_norm;
+    args.width = d->hidden;
+    args.next = &layer->gate_up;
+    for_rows(&args, norm_task);
     multiply(&layer->gate_up, s->num_tokens, r->normed, &r->quantized, r->activated, d->intermediate, OUTPUT_GATED, &layer->down);
-    job.from = r->activated;
-    job.width = d->intermediate;
-    job.next = &layer->down;
-    if (layer->down.kind == MATRIX_INT8) for_rows(&job, quantize_task);
+    args.from = r->activated;
+    args.width = d->intermediate;
+    args.next = &layer->down;
+    if (layer->down.kind == MATRIX_INT8) for_rows(&args, quantize_task);
     const matrix *following = number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head;
     multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, following);
 }
@@ -228,19 +228,18 @@ static void embed(const decoder *d, const decoder_step *s, const rows *r) {
 }
 
 static void compute_logits(const decoder *d, const decoder_step *s, const rows *r) {
-    // The wanted rows move to the front: row numbers ascend, so none is overwritten before it was moved.
+    // Moves the wanted rows to the front. Their numbers ascend, so none is overwritten too early.
     for (int64_t i = 0; i < s->num_logits; i++)
         memmove(r->hidden + i * d->hidden, r->hidden + s->logit_rows[i] * d->hidden, d->hidden * 4);
-    row_job job = {
+    row_args args = {
         .d = d, .step = s, .r = r, .num_rows = s->num_logits, .from = r->hidden, .weight = d->final_norm, .width = d->hidden,
         .next = &d->lm_head};
-    for_rows(&job, norm_task);
+    for_rows(&args, norm_task);
     multiply(&d->lm_head, s->num_logits, r->normed, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE, NULL);
 }
 
-// Runs layers [layer_begin, layer_end). The first part begins with the embeddings; after the last come the logits. Between two
-// calls of one step nothing else may run. A layer's K and V are in the pool when its call returns.
-// Returns 0 when there is no memory for the rows, else 1.
+// Runs layers [layer_begin, layer_end), embeddings before the first, logits after the last. Nothing
+// else may run between two calls of one step. Returns 0 if there is no memory for the rows, else 1.
 int64_t run_decoder(const decoder *d, const decoder_step *s, int64_t layer_begin, int64_t layer_end) {
     rows r;
     if (!get_rows(d, s->num_tokens, &r)) return 0;
@@ -255,5 +254,5 @@ int64_t run_decoder(const decoder *d, const decoder_step *s, int64_t layer_begin
     return 1;
 }
 
-// Nanoseconds that this process has spent in `run_decoder`.
+// Nanoseconds of this process in `run_decoder`.
 int64_t nanoseconds_spent(void) { return spent_ns; }

@@ -1,8 +1,8 @@
-// What the kernels share: vector types, the thread pool, and the matrices. Built by kvrelay/engine/native/build.py.
+// Shared by the kernels: vector types, the thread pool, and the matrices. Built by build.py.
 //
-// One rule holds in every file: a row's result depends on that row alone. Sums run in a fixed order, whatever the number of rows
-// in a call, of threads, or of tokens in a chunk. So a token is computed bit for bit the same alone, in a batch, in a prompt
-// and by another worker after a failure.
+// One rule holds in every file: a row's result depends on that row alone, not on the number of
+// rows, threads, or tokens in a chunk. So a token has the same bits alone, in a batch, in a prompt
+// and on another worker after a failure.
 #ifndef KVRELAY_KERNELS_H
 #define KVRELAY_KERNELS_H
 
@@ -66,7 +66,7 @@ ALWAYS_INLINE float max_lanes(f32x8 v) {
     return v[0] > v[1] ? v[0] : v[1];
 }
 
-// 1.5 * 2^23: a float plus this is rounded to an integer, which then is the difference of the two bit patterns.
+// 1.5 * 2^23: adding it rounds a float to an integer, the difference of the two bit patterns.
 #define ROUNDING 12582912.0f
 
 ALWAYS_INLINE f32x8 exp8_inline(f32x8 x) {
@@ -96,18 +96,18 @@ ALWAYS_INLINE f32x8 exp8_inline(f32x8 x) {
 // A task of a parallel loop.
 typedef void (*task_function)(void *argument, int64_t task);
 
-// Runs tasks 0 .. num_tasks - 1, on the calling thread and on whichever others of the pool are free; returns when all are done.
-// num_tasks < MAX_TASKS.
+// Runs tasks 0 .. num_tasks - 1 < MAX_TASKS on the calling thread and on free threads of the pool.
+// Returns when all are done.
 enum { MAX_TASKS = 65536 };
 void parallel_for(int64_t num_tasks, task_function function, void *argument);
 
-// Threads that work on a loop at present, the caller's included.
+// Threads that currently work on loops, the caller's included.
 int64_t num_threads(void);
 
 // ---------------------------------------------------------------- matrices
 
 enum { PANEL = 16 };    // output columns that are stored and computed together
-enum { MAX_ROWS = 6 };  // rows that are: 6 x 16 sums fill 12 of 16 vector registers
+enum { MAX_ROWS = 6 };  // rows computed together: 6 x 16 sums fill 12 of 16 vector registers
 enum { GROUP = 64 };    // int8: inputs that share a scale
 
 enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
@@ -115,7 +115,7 @@ enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
 // W of y = x W^T + bias, [n, k], packed.
 //   f32:   data = float [n / PANEL][k][PANEL]
 //   int8:  data = int8_t [n / PANEL][k / 4][PANEL][4], chosen by quantize_weights
-//          scales = float [n / PANEL][k / GROUP][PANEL], sums = int16_t, the same shape: of each group's numbers
+//          scales = float, sums (of each group) = int16_t, both [n / PANEL][k / GROUP][PANEL]
 // n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8.
 typedef struct {
     int64_t n, k, kind;
@@ -125,7 +125,8 @@ typedef struct {
     const float *bias;  // [n] or NULL
 } matrix;
 
-// Rows of numbers x ~ scale * (value - 128), 1 <= value <= 255, with a scale for each GROUP of them.
+// Rows of numbers x ~ scale * (value - 128), 1 <= value <= 255, with a scale for each GROUP of
+// them.
 typedef struct {
     uint8_t *values;  // [num_rows][k]
     float *scales;    // [num_rows][k / GROUP]
@@ -137,27 +138,28 @@ typedef struct {
     int64_t step;
 } fetch;
 
-// c[rows][16] (+)= a[rows][k] * b[k][16] for 1 to 6 rows: what products and attention are made of.
+// c[rows][16] (+)= a[rows][k] * b[k][16] for 1 to 6 rows; the core of products and attention.
 void tile_rows_f32(
     int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add, fetch ahead);
 
-// What becomes of a product.
+// The destination of a product.
 enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };
 
-// out = x W^T (+ bias), or out += x W^T, or out = silu(gate) * up, where the panels of W alternate between gate and up.
-//   x: [num_rows][k]; q: the same rows quantized, for int8; out: [num_rows][ldo], ldo >= n (GATED: n / 2)
-//   following: the product that comes next, whose first weights are fetched at the end; or NULL
+// out = x W^T (+ bias), or out += x W^T, or out = silu(gate) * up with alternating panels in W.
+//   x: [num_rows][k]; q: the same rows, quantized for int8
+//   out: [num_rows][ldo], ldo >= n (GATED: n / 2)
+//   following: the next product, whose first weights are prefetched; or NULL
 void multiply(
     const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode,
     const matrix *following);
 
-// Of an int8 matrix, for 1 to 6 rows: c[rows][16] (+)= x * the panel's columns; x begins with the first of the rows.
+// int8, 1 to 6 rows: c[rows][16] (+)= x * the panel's columns; x begins with the first row.
 void tile_rows_int8(
     int64_t rows, const quantized_rows *x, const matrix *w, int64_t panel, float *c, int64_t ldc, int add, fetch ahead);
 
 void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out);
 
-// Rounds W [n][k] to a matrix's data, scales and sums, which are zero before.
+// Quantizes W [n][k] into zeroed data, scales and sums of a matrix.
 void quantize_weights(int64_t n, int64_t k, const float *weights, int8_t *data, float *scales, int16_t *sums);
 
 #endif

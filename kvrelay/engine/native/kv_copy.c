@@ -1,5 +1,5 @@
-// KV between a pool of blocks and one contiguous piece of memory, in the order in which it travels: for each layer K, then V, each
-// [tokens, row]. Copies bytes and knows nothing of what they mean.
+// Copies KV between a pool of blocks and contiguous memory in the wire's order: for each layer K,
+// then V, each [tokens, row].
 
 #include <stdint.h>
 #include <string.h>
@@ -9,19 +9,19 @@
 #endif
 
 typedef struct {
-    // Where K of the first layer that is copied begins, in the pool.
+    // Start of K of the first copied layer, in the pool.
     char *first_layer;
-    // From one layer's K to its V, and from that to the next layer's K.
+    // Distance from K to V of a layer, and from V to K of the next layer.
     int64_t side_bytes;
-    // A token of K, or of V.
+    // One token of K or V.
     int64_t row_bytes;
     int64_t block_size;
-    // Of the sequence, from its first token on.
+    // The sequence's blocks, from the first one copied.
     const int64_t *block_ids;
 } kv_blocks;
 
-// Written past the caches where the processor can: what is copied into a pool is more than they hold, and a line that is written
-// in them is read from memory first.
+// Bypasses the caches where possible: they cannot hold a whole chunk, and a write into them would
+// first read the line from memory.
 static void write_past_caches(char *to, const char *from, int64_t num_bytes) {
 #if defined(__AVX__)
     int64_t head = -(intptr_t)to & 31;
@@ -42,7 +42,7 @@ static void write_past_caches(char *to, const char *from, int64_t num_bytes) {
 #endif
 }
 
-// Copies tokens [token_begin, token_end) of so many layers: into the pool, or out of it.
+// Copies tokens [token_begin, token_end) of `num_layers` layers, into or out of the pool.
 void copy_kv(const kv_blocks *blocks, int64_t num_layers, int64_t token_begin, int64_t token_end, char *wire, int64_t into_pool) {
     for (int64_t side = 0; side < 2 * num_layers; side++) {
         char *rows = blocks->first_layer + side * blocks->side_bytes;

@@ -1,24 +1,26 @@
-"""The compiled kernels as Python sees them: structures laid out as in the C headers, and functions with their types.
+"""The compiled kernels: structures as in the C headers, and typed functions.
 
-Tensors go in as addresses; whoever calls keeps them alive. Calls release the interpreter lock.
+Callers keep tensors alive, because addresses are passed. Calls release the interpreter lock.
 """
 
 import ctypes
+import errno
+import os
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 
 import structlog
 
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
-from kvrelay.engine.native.core_board import CoreBoard
+from kvrelay.engine.native.core_sharing import CoreActivityTable
+from kvrelay.kv_transfer.layout import KVSpan
+from kvrelay.runtime.cache_folder import is_own
 
-PANEL = 16
-"""Output columns that the kernels store and compute together."""
-GROUP = 64
-"""int8: inputs that share a scale."""
-TILE_ROWS = 48
-"""Most rows of an attention tile: tokens times the query heads that share a key."""
+PANEL = 16  # output columns stored and computed together
+GROUP = 64  # int8: inputs that share a scale
+TILE_ROWS = 48  # most rows of an attention tile: tokens times query heads that share a key
 MATRIX_F32, MATRIX_INT8 = 0, 1
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
@@ -76,18 +78,6 @@ class Decoder(ctypes.Structure):
         ("final_norm", c_void_p),
         ("lm_head", Matrix),
     ]
-
-
-class Segment(ctypes.Structure):
-    """`segment` of attention.h."""
-
-    _fields_ = [("row_begin", c_int64), ("num_rows", c_int64), ("position", c_int64), ("block_ids", c_void_p)]
-
-
-class AttentionTile(ctypes.Structure):
-    """`attention_tile` of attention.h."""
-
-    _fields_ = [("segment", c_int64), ("token_begin", c_int64), ("num_tokens", c_int64)]
 
 
 class KVLayer(ctypes.Structure):
@@ -154,11 +144,9 @@ class DecoderStep(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The loaded library."""
-
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._board: CoreBoard | None = None
+        self._activity: CoreActivityTable | None = None
         library.run_decoder.argtypes = [POINTER(Decoder), POINTER(DecoderStep), c_int64, c_int64]
         library.run_decoder.restype = c_int64
         library.set_threads.argtypes = [
@@ -179,80 +167,58 @@ class NativeLibrary:
         library.nanoseconds_spent.argtypes = []
         library.nanoseconds_spent.restype = c_int64
 
-    def use_threads(self, num_threads: int, cores: Sequence[int] = (), board: CoreBoard | None = None) -> int:
-        """Sets the threads of a step, the caller's included; not while a step runs.
+    def use_threads(
+        self, num_threads: int, cores: Sequence[int] = (), activity: CoreActivityTable | None = None
+    ) -> int:
+        """Sets a step's threads, the caller's included, between steps; returns how many there are.
 
         Args:
-            num_threads: at least 1.
-            cores: of the caller's thread, which must be there already, and of the others; those beyond them run anywhere.
-            board: through which idle cores are borrowed, and these lent.
-
-        Returns:
-            How many threads there are, guests on borrowed cores included.
+            cores: the caller's, which must run there already, then those of other threads.
+            activity: borrows idle cores of other processes, and lends these.
         """
-        guests = () if board is None else tuple(core for core in board.cores if core not in cores)
-        address, num_entries = (None, 0) if board is None else (board.address, board.num_entries)
+        borrowed = () if activity is None else tuple(core for core in activity.cores if core not in cores)
+        address, num_entries = (None, 0) if activity is None else (activity.address, activity.num_entries)
         num_in_all = self._library.set_threads(
-            num_threads, _numbers(cores), len(cores), _numbers(guests), len(guests), address, num_entries
+            num_threads, _numbers(cores), len(cores), _numbers(borrowed), len(borrowed), address, num_entries
         )
-        self._board = board  # kept as long as its threads; those of the one before have ended now
+        # as long as its threads run; those of the previous table have ended
+        self._activity = activity
         return int(num_in_all)
 
     def run_decoder(self, decoder: Decoder, step: DecoderStep, layer_begin: int, layer_end: int) -> None:
-        """Runs layers [layer_begin, layer_end) of a step, the embeddings before the first and the logits after the last.
-
-        Raises:
-            MemoryError: there is none for the step's rows.
-        """
+        """Runs layers [layer_begin, layer_end), embeddings first, logits last."""
         if not self._library.run_decoder(decoder, step, layer_begin, layer_end):
             raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
 
     def run_linear(self, matrix: Matrix, num_rows: int, inputs_address: int, outputs_address: int) -> None:
-        """outputs [num_rows, n] = inputs [num_rows, k] W^T + bias, all float32.
-
-        Raises:
-            MemoryError: there is none for the quantized rows.
-        """
+        """float32 [num_rows, n] = [num_rows, k] W^T + bias."""
         if not self._library.run_linear(matrix, num_rows, inputs_address, outputs_address):
             raise MemoryError(f"no memory for {num_rows} rows of a linear layer")
 
     def quantize_weights(
         self, n: int, k: int, weights_address: int, data_address: int, scales_address: int, sums_address: int
     ) -> None:
-        """Rounds weights, float32 [n, k], to the data, scales and sums of an int8 `Matrix`, which are zero before."""
+        """Quantizes float32 [n, k] into zeroed data, scales and sums of a `Matrix`."""
         self._library.quantize_weights(n, k, weights_address, data_address, scales_address, sums_address)
 
     def attend(self, call: AttentionCall, kv: KVLayer) -> None:
-        """Attention of all tokens of a step in one layer, whose K and V are in the pool."""
         self._library.attend(call, kv)
 
-    def write_kv(self, kv: KVLayer, num_tokens: int, slots_address: int, keys_address: int, values_address: int) -> None:
-        """Writes K and V of one layer into the pool, in its dtype.
-
-        Args:
-            kv: the layer's part of the pool.
-            num_tokens: rows of K and of V.
-            slots_address: int64 [num_tokens].
-            keys_address, values_address: float32 [num_tokens, num_kv_heads, head_dim].
-        """
+    def write_kv(
+        self, kv: KVLayer, num_tokens: int, slots_address: int, keys_address: int, values_address: int
+    ) -> None:
+        """slots: int64 [num_tokens]; keys, values: float32 [num_tokens, num_kv_heads, head_dim]."""
         stride = kv.num_kv_heads * kv.head_dim
         self._library.write_kv(kv, num_tokens, slots_address, keys_address, values_address, stride)
 
-    def copy_kv(
-        self, blocks: KVBlocks, num_layers: int, token_begin: int, token_end: int, wire_address: int, *, into_pool: bool
-    ) -> None:
-        """Copies tokens [token_begin, token_end) of so many layers between the pool and memory in the wire's order.
+    def copy_kv(self, blocks: KVBlocks, span: KVSpan, wire_address: int, *, into_pool: bool) -> None:
+        """Copies between the pool and `wire_address`: K, then V of each layer, [tokens, row_bytes].
 
-        Args:
-            blocks: where they lie in the pool, from the first layer that is copied.
-            num_layers, token_begin, token_end: what is copied.
-            wire_address: K, then V of each layer, each [tokens, row_bytes].
-            into_pool: which way.
+        The span's tokens count from the first of `blocks`.
         """
-        self._library.copy_kv(blocks, num_layers, token_begin, token_end, wire_address, into_pool)
+        self._library.copy_kv(blocks, span.num_layers, span.token_begin, span.token_end, wire_address, into_pool)
 
-    def seconds_spent(self) -> float:
-        """Time in `run_decoder` since the process began."""
+    def seconds_spent(self) -> float:  # in `run_decoder` since the process began
         return float(self._library.nanoseconds_spent()) * 1e-9
 
 
@@ -260,17 +226,28 @@ def _numbers(values: Sequence[int]) -> "ctypes.Array[c_int64]":
     return (c_int64 * len(values))(*values)
 
 
+def load_own(path: Path) -> ctypes.CDLL:
+    """Checks the owner; the file cannot be replaced in between. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not is_own(os.fstat(descriptor)):
+            raise PermissionError(errno.EPERM, "it is another user's, or others may write to it", str(path))
+        opened = Path(f"/proc/self/fd/{descriptor}")
+        return ctypes.CDLL(str(opened if opened.exists() else path))
+    finally:
+        os.close(descriptor)
+
+
 @cache
 def load_library() -> NativeLibrary | None:
-    """The kernels, compiled if need be; None where they cannot be had, with a warning that says why."""
+    """None: not available; a warning says why."""
     try:
-        return NativeLibrary(ctypes.CDLL(str(build_library())))
+        return NativeLibrary(load_own(build_library()))
     except (KernelsUnavailableError, OSError) as error:
         _log.warning("no compiled kernels: torch's are used, which are slower, and int8 is not served", why=str(error))
         return None
 
 
 def kernel_seconds() -> float:
-    """Time that this process has spent in compiled kernels."""
     library = load_library()
     return 0.0 if library is None else library.seconds_spent()

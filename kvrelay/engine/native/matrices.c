@@ -1,5 +1,5 @@
-// Packed matrix products: y = x W^T, from one row (decode) to thousands (prompts) with the same kernels. Tiles of int8 are in
-// matrices_int8.c.
+// Packed matrix products y = x W^T, with the same kernels for one row (decode) and thousands
+// (prompts). matrices_int8.c has the tiles of int8.
 #include "kernels.h"
 
 #include <math.h>
@@ -7,12 +7,12 @@
 
 enum {
     ROWS_PER_BLOCK = 264,      // rows of a task
-    GROUP_BYTES = 192 * 1024,  // weights that stay in the second-level cache while a block's rows pass by
+    GROUP_BYTES = 192 * 1024,  // weights that stay in the second-level cache for a block's rows
     TASK_BYTES = 192 * 1024,   // weights of a task with few rows
     TASK_WORK = 4000000,       // multiply-adds of a task with many rows
 };
 
-// c[rows][16] (+)= a[rows][k] * b[k][16]; rows is a constant after inlining. Meanwhile memory from `ahead.begin` on is fetched.
+// c[rows][16] (+)= a[rows][k] * b[k][16]; rows is a constant after inlining. Prefetches `ahead`.
 ALWAYS_INLINE void tile_f32(
     const int rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
     fetch ahead) {
@@ -39,7 +39,7 @@ ALWAYS_INLINE void tile_f32(
     }
 }
 
-// Any number of rows from 1 to MAX_ROWS; also what attention is made of.
+// 1 to MAX_ROWS rows; attention uses it too.
 void tile_rows_f32(
     int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t k, int add,
     fetch ahead) {
@@ -56,8 +56,8 @@ void tile_rows_f32(
 typedef struct {
     const matrix *w;
     int64_t num_rows, rows_per_block, num_blocks, num_panels, panels_per_task, tasks_per_block, panels_per_group, num_threads;
-    const char *following;     // what comes after this product: the first task of each thread there
-    int64_t following_bytes;   // of each
+    const char *following;     // the next product: the first task of each thread
+    int64_t following_bytes;   // of each task
     const float *x;
     const quantized_rows *q;
     float *out;
@@ -67,7 +67,8 @@ typedef struct {
 
 static int64_t panel_bytes(const matrix *w) { return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : 1); }
 
-// Rows [row, row + rows) of one panel's 16 columns; part `part` of `num_parts` of a panel's bytes at `ahead` is fetched meanwhile.
+// Rows [row, row + rows) of one panel's 16 columns. Prefetches part `part` of `num_parts` of a
+// panel's bytes at `ahead`.
 typedef struct {
     int64_t row, rows, panel, part, num_parts;
     const char *ahead;
@@ -129,13 +130,14 @@ static void multiply_plain(const product *p, tile_place at) {
     for (int64_t r = 0; r < at.rows; r++) memcpy(c + r * p->ldo, padded + r * PANEL, num_columns * sizeof(float));
 }
 
-// The rows of a block times a group of panels that stays in the second-level cache; as many bytes at `ahead` are fetched meanwhile.
+// The rows of a block times a group of panels that stays in the second-level cache. Prefetches as
+// many bytes at `ahead`.
 static void multiply_group(
     const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, const char *ahead) {
     int64_t step = p->mode == OUTPUT_GATED ? 2 : 1, num_rows = row_end - row_begin;
     int64_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
-        // Tiles of even height: two rows more would cost almost as much as six.
+        // Tiles of even height, because two extra rows cost almost as much as six.
         tile_place at = {.row = row_begin + num_rows * tile / num_tiles, .part = tile, .num_parts = num_tiles};
         at.rows = row_begin + num_rows * (tile + 1) / num_tiles - at.row;
         for (at.panel = panel_begin; at.panel < panel_end; at.panel += step) {
@@ -148,8 +150,8 @@ static void multiply_group(
     }
 }
 
-// What the thread needs when it is through with a task: its next one, for the next tasks are the other threads', or its first one of
-// the product that follows. `otherwise` where there is none.
+// The weights that this thread needs after a task: of its own next task, or of its first task in
+// the next product; else `otherwise`.
 static const char *needed_after(const product *p, int64_t task, const char *otherwise) {
     int64_t next = (task % p->tasks_per_block + p->num_threads) * p->panels_per_task;
     int64_t last = p->num_blocks * p->tasks_per_block - p->num_threads;
@@ -174,7 +176,7 @@ static void run_product_task(void *argument, int64_t task) {
 
 static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }
 
-// How a product is cut into tasks.
+// Cuts a product into tasks.
 static product plan(const matrix *w, int64_t num_rows) {
     product p = {.w = w, .num_rows = num_rows};
     p.num_panels = (w->n + PANEL - 1) / PANEL;
@@ -183,13 +185,13 @@ static product plan(const matrix *w, int64_t num_rows) {
     p.num_threads = num_threads();
     p.panels_per_group = round_up_to_even(GROUP_BYTES / panel_bytes(w));
     if (p.panels_per_group < 2) p.panels_per_group = 2;
-    // Long against a claim, short against the wait for the last task: by work, and by bytes when there are few rows.
+    // Longer than a claim, shorter than the wait for the last task: by multiply-adds or bytes.
     int64_t work = p.rows_per_block * w->k * PANEL * (w->kind == MATRIX_F32 ? 2 : 1);
     int64_t by_work = TASK_WORK / work, by_bytes = TASK_BYTES / panel_bytes(w);
     p.panels_per_task = round_up_to_even(by_work < by_bytes ? by_work : by_bytes);
     if (p.panels_per_task < 2) p.panels_per_task = 2;
     p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
-    if (p.num_blocks == 1) {  // as many for each thread
+    if (p.num_blocks == 1) {  // the same number for each thread
         p.tasks_per_block = (p.tasks_per_block + p.num_threads - 1) / p.num_threads * p.num_threads;
         p.panels_per_task = round_up_to_even((p.num_panels + p.tasks_per_block - 1) / p.tasks_per_block);
         p.tasks_per_block = (p.num_panels + p.panels_per_task - 1) / p.panels_per_task;
@@ -204,14 +206,14 @@ static product plan(const matrix *w, int64_t num_rows) {
 void multiply(
     const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode,
     const matrix *following) {
-    if (num_rows == 0) return;  // a step in which nobody samples
+    if (num_rows == 0) return;  // a step without sampling
     product p = plan(w, num_rows);
     p.x = x;
     p.q = q;
     p.out = out;
     p.ldo = ldo;
     p.mode = mode;
-    if (following != NULL && num_rows > MAX_ROWS) {  // fewer wait for memory anyhow, which has nothing to spare then
+    if (following != NULL && num_rows > MAX_ROWS) {  // fewer rows are bound by memory
         p.following = following->data;
         p.following_bytes = plan(following, num_rows).panels_per_task * panel_bytes(following);
     }

@@ -1,15 +1,15 @@
-// int8: how weights and rows become whole numbers, and the products of both.
+// int8: quantizes weights and rows, and multiplies them.
 //
-// A processor without VNNI multiplies bytes in pairs whose sum has 16 bits, and then has to widen it. Weights are chosen such that two
-// pairs still fit (see `quantize_group_weights`), so that is needed half as often, and every sum is exact.
+// Without VNNI, bytes are multiplied in pairs whose 16-bit sum must then be widened. Weights are
+// chosen so that two pairs fit (`quantize_group_weights`): half the widenings, and exact sums.
 #include "kernels.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-// Inputs whose products are summed before the sum is widened. Their eight bytes make two sums for each output: of the inputs 0 1 4 5
-// and 2 3 6 7, for the instruction adds neighbours, and fours of inputs lie behind one another.
+// Inputs whose products are summed before widening. Their eight bytes make two sums per output, of
+// inputs 0 1 4 5 and 2 3 6 7, because the instruction adds neighbours and inputs lie in fours.
 enum { STEP = 8 };
 
 // ---------------------------------------------------------------- products
@@ -21,7 +21,8 @@ enum { STEP = 8 };
 #define ADD_FOUR_PRODUCTS _mm256_dpbusd_avx_epi32
 #endif
 
-// sums + products of four neighbours, x unsigned and w signed: in int16 as two sums of pairs, or in int32 with VNNI.
+// sums + products of four neighbours, x unsigned and w signed: in int16 as two sums of pairs, or in
+// int32 with VNNI.
 ALWAYS_INLINE __m256i add_products(__m256i sums, __m256i x, __m256i w) {
 #ifdef ADD_FOUR_PRODUCTS
     return ADD_FOUR_PRODUCTS(sums, x, w);
@@ -38,7 +39,7 @@ ALWAYS_INLINE __m256i widen(__m256i sums) {
 #endif
 }
 
-// -128 * the sums of 8 columns: what the values' zero point adds to their products.
+// -128 * the sums of 8 columns: removes the values' zero point from the products.
 ALWAYS_INLINE __m256i zero_point(const int16_t *sums) {
     __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)sums));
     return _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(wide, 7));
@@ -88,7 +89,7 @@ ALWAYS_INLINE void tile_int8(
                 __m256i first = splat_four(at), second = splat_four(at + 4);
                 exact[r][0] = _mm256_add_epi32(exact[r][0], multiply_step(first, second, columns));
                 exact[r][1] = _mm256_add_epi32(exact[r][1], multiply_step(first, second, columns + 32));
-                // Row by row: left to itself the compiler loads all weights first, and has no registers left for the sums.
+                // Row by row: otherwise the compiler loads all weights first and spills the sums.
                 __asm__("" : "+x"(exact[r][0]), "+x"(exact[r][1]) : : "memory");
             }
         }
@@ -157,7 +158,7 @@ static void quantize_group(const float *x, float inverse, uint8_t *out) {
             quarters[j] = _mm256_add_epi32(rounded, _mm256_set1_epi32(128));
         }
         __m256i low = _mm256_packus_epi32(quarters[0], quarters[1]), high = _mm256_packus_epi32(quarters[2], quarters[3]);
-        // Packing works within halves: fours of numbers lie in the order 0 2 4 6 1 3 5 7 afterwards.
+        // Packing works within halves: groups of four then have the order 0 2 4 6 1 3 5 7.
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
         _mm256_storeu_si256((__m256i *)(out + i), bytes);
@@ -200,13 +201,13 @@ ALWAYS_INLINE float round_group(const f32x8 *weights, float scale, f32x8 *number
     return sum_lanes(errors) * scale * scale;
 }
 
-// The largest sum that add_products can make in one place of a group's numbers, of those of one sign alone: values of rows are not
-// negative, so that is the worst case.
+// The largest sum that add_products can make in one place of a group's numbers. Values of rows are
+// not negative, so numbers of one sign alone are the worst case.
 ALWAYS_INLINE float largest_sum(const f32x8 *numbers) {
     f32x8 largest = splat8(0);
     for (int i = 0; i < GROUP / STEP; i++) {
         f32x8 above = max8(numbers[i], splat8(0)), below = above - numbers[i];
-        above += swap_lanes(above, 4);  // a four and the next
+        above += swap_lanes(above, 4);  // a group of four and the next
         below += swap_lanes(below, 4);
         above += swap_lanes(above, 1);  // neighbours
         below += swap_lanes(below, 1);
@@ -215,8 +216,8 @@ ALWAYS_INLINE float largest_sum(const f32x8 *numbers) {
     return max_lanes(largest);
 }
 
-// Rounds a group to numbers whose sums fit, and returns its scale: the best of those by which the largest number is a whole one, from the
-// finest that fits down to 7/8 of it, for weights often lie better on a coarser grid.
+// Quantizes one group so that pair sums fit 16 bits. Tries scales from the finest that fits down to
+// 7/8 of it and returns the one with the least error.
 static float quantize_group_weights(const float *from, f32x8 *numbers) {
     f32x8 weights[GROUP / 8], largest = splat8(0);
     for (int i = 0; i < GROUP / 8; i++) {
@@ -246,28 +247,28 @@ typedef struct {
     int8_t *data;
     float *scales;
     int16_t *sums;
-} quantize_job;
+} quantize_args;
 
 static void quantize_panel(void *argument, int64_t panel) {
-    const quantize_job *job = argument;
-    int64_t num_groups = job->k / GROUP;
-    for (int64_t column = 0; column < PANEL && panel * PANEL + column < job->n; column++)
+    const quantize_args *args = argument;
+    int64_t num_groups = args->k / GROUP;
+    for (int64_t column = 0; column < PANEL && panel * PANEL + column < args->n; column++)
         for (int64_t g = 0; g < num_groups; g++) {
             f32x8 numbers[GROUP / 8];
-            float scale = quantize_group_weights(job->weights + (panel * PANEL + column) * job->k + g * GROUP, numbers);
-            int8_t *to = job->data + (panel * job->k + g * GROUP) * PANEL + column * 4;
+            float scale = quantize_group_weights(args->weights + (panel * PANEL + column) * args->k + g * GROUP, numbers);
+            int8_t *to = args->data + (panel * args->k + g * GROUP) * PANEL + column * 4;
             float sum = 0;
             for (int i = 0; i < GROUP; i++) {
                 float number = numbers[i / 8][i % 8];
                 to[i / 4 * 4 * PANEL + i % 4] = (int8_t)number;
                 sum += number;
             }
-            job->scales[(panel * num_groups + g) * PANEL + column] = scale;
-            job->sums[(panel * num_groups + g) * PANEL + column] = (int16_t)sum;
+            args->scales[(panel * num_groups + g) * PANEL + column] = scale;
+            args->sums[(panel * num_groups + g) * PANEL + column] = (int16_t)sum;
         }
 }
 
 void quantize_weights(int64_t n, int64_t k, const float *weights, int8_t *data, float *scales, int16_t *sums) {
-    quantize_job job = {n, k, weights, data, scales, sums};
-    parallel_for((n + PANEL - 1) / PANEL, quantize_panel, &job);
+    quantize_args args = {n, k, weights, data, scales, sums};
+    parallel_for((n + PANEL - 1) / PANEL, quantize_panel, &args);
 }

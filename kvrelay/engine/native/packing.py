@@ -1,8 +1,7 @@
-"""Weights as the kernels read them: panels of 16 output columns, in float32, or in int8 with a scale for each 64 inputs.
+"""Packs weights for the kernels: panels of 16 output columns, in float32, or int8 with scales.
 
-int8 is symmetric and rounds to nearest: w ~ scale * q over 64 consecutive inputs of one output, with the scale that loses least
-among those by which sums of four products fit into 16 bits, for that is how processors without VNNI are fast. Rows of activations
-get 8 bits when they arrive. The scheme is that of GGUF's Q8_0, with longer blocks.
+int8 is GGUF's Q8_0 with longer blocks: w ~ scale * q over 64 inputs of one output. Sums of four
+products fit into 16 bits, because processors without VNNI are fast only then.
 """
 
 import mmap
@@ -19,22 +18,16 @@ _ALIGNMENT = 64
 
 @dataclass(slots=True)
 class WeightArena:
-    """Memory for packed weights, in large pages where the system has them: a decode step walks through all of it.
-
-    Args:
-        num_bytes: of the next region; further ones are made when it is full.
-    """
+    """Memory in regions of `num_bytes`, in large pages because a decode step reads all of it."""
 
     num_bytes: int
     _regions: list[tuple[mmap.mmap, Tensor]] = field(default_factory=list)
     _used_bytes: int = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """The same tensor, contiguous, in the arena."""
         return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor in the arena, whose memory was never used before."""
         num_bytes = prod(shape) * dtype.itemsize
         begin = -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
         if not self._regions or begin + num_bytes > self._regions[-1][1].numel():
@@ -45,7 +38,6 @@ class WeightArena:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all regions."""
         return sum(region.numel() for _, region in self._regions)
 
     def _add_region(self, num_bytes: int) -> None:
@@ -57,22 +49,16 @@ class WeightArena:
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A packed weight, and the tensors that its addresses point into."""
+    """`tensors` keep the memory of `matrix`."""
 
     matrix: Matrix
     tensors: tuple[Tensor, ...]
 
 
-def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool) -> PackedMatrix:
-    """Packs y = x weight^T + bias.
-
-    Args:
-        weight: float32 [n, k].
-        bias: float32 [n] or None.
-        arena: where the packed weight lies.
-        library: the kernels, which quantize.
-        int8: quantize it; where k is no multiple of 64 it stays float32.
-    """
+def pack_matrix(
+    weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool
+) -> PackedMatrix:
+    """weight: float32 [n, k]; bias: float32 [n]. int8 keeps float32 if k is no multiple of 64."""
     n, k = weight.shape
     tensors: tuple[Tensor, ...]
     if int8 and k % GROUP == 0:
@@ -80,7 +66,8 @@ def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, library
         kind = MATRIX_INT8
         tensors = (data, scales, sums)
     else:
-        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k).transpose(1, 2))  # [panels, k, PANEL]
+        # [panels, k, PANEL]
+        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k).transpose(1, 2))
         kind = MATRIX_F32
         tensors = (data,)
     padded_bias = None if bias is None else arena.copy(_pad_rows(bias.float().unsqueeze(1)).squeeze(1))
@@ -97,23 +84,19 @@ def pack_matrix(weight: Tensor, bias: Tensor | None, arena: WeightArena, library
 
 
 def packed_bytes(weight: Tensor, *, int8: bool) -> int:
-    """Most bytes that `pack_matrix` takes for the weight, without its bias."""
+    """An upper bound, without the bias."""
     n, k = -(-weight.shape[0] // PANEL) * PANEL, weight.shape[1]
     num_bytes = n * k + n * (k // GROUP) * (4 + 2) if int8 and k % GROUP == 0 else 4 * n * k
     return num_bytes + 3 * _ALIGNMENT
 
 
 def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of two weights [n, k] or biases [n] in turns of 16, which a gated product reads together: [2 n, k] or [2 n].
-
-    n must be a multiple of 16.
-    """
+    """Interleaves [n, ...] by 16 rows to [2 n, ...]; n is a multiple of 16."""
     shape = (gate.shape[0] // PANEL, PANEL, *gate.shape[1:])
     return torch.stack((gate.view(shape), up.view(shape)), dim=1).reshape(2 * gate.shape[0], *gate.shape[1:])
 
 
 def _pack_int8(weight: Tensor, arena: WeightArena, library: NativeLibrary) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 [panels, k / 4, PANEL, 4]; float32 scales and int16 sums of each group, both [panels, k / GROUP, PANEL]."""
     n, k = weight.shape
     num_panels = -(-n // PANEL)
     data = arena.zeros(num_panels, k // 4, PANEL, 4, dtype=torch.int8)

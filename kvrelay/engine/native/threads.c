@@ -1,11 +1,11 @@
 // The pool of threads that run parallel loops. One loop at a time; called by one engine thread.
 //
-// A loop is a ticket (generation, number of tasks, next task) in one 64-bit word. Whoever is free claims the next task by
-// compare-and-set, so a helper that comes late, or not at all, delays nobody, and none can claim a task of a loop that has ended.
+// A loop is a ticket (generation, number of tasks, next task) in one 64-bit word. A free thread
+// claims the next task by compare-and-set, so it cannot claim one of a loop that has ended.
 //
-// Threads on cores of one's own always help. Guests run on cores that belong to other processes, and only while these are idle:
-// every process notes on a board, shared by all on the machine, when its threads last worked on their cores. A guest looks at
-// the board before each task, so the owner gets its core back within one task, some 100 microseconds.
+// Helpers run on this process's own cores. Borrowers run on cores of other processes while these
+// are idle. All processes share an activity table of when each core's owner last worked there. A
+// borrower reads it before each task, so an owner waits for one task at most, about 100 us.
 #define _GNU_SOURCE
 #include "kernels.h"
 
@@ -19,35 +19,35 @@
 
 enum {
     MAX_HELPERS = 255,
-    NUM_SPINS = 4000,          // some 100 microseconds: longer than what lies between two loops of a step
-    IDLE_NS = 3000000,         // longer than what lies between two steps of a busy worker
+    NUM_SPINS = 4000,          // about 100 us: longer than the pause between two loops of a step
+    IDLE_NS = 3000000,         // longer than the pause between two steps of a busy worker
     LOOK_INTERVAL_NS = 500000  // how often the caller looks for idle cores
 };
 
 static _Atomic uint64_t ticket;  // generation << 32 | num_tasks << 16 | next
 static _Atomic int64_t num_done;
-static task_function job_function;
-static void *job_argument;
+static task_function loop_function;
+static void *loop_argument;
 
 typedef struct {
     pthread_t thread;
     int64_t core;       // -1: not pinned
-    int guest;
+    int borrower;
     _Atomic int enabled, asleep;
 } helper;
 
 static helper helpers[MAX_HELPERS];
-static int num_helpers, num_guests;
+static int num_helpers, num_borrowers;
 static _Atomic int stopping;
 static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
 
-// [core]: when a thread that owns the core last worked there; one cache line each. NULL: cores are not shared.
+// [core]: when its owner last worked there; one cache line each. NULL: cores are not shared.
 typedef struct {
     _Atomic int64_t worked_ns;
     char padding[56];
-} board_entry;
-static board_entry *board;
+} core_activity;
+static core_activity *activity;
 static int64_t caller_core;
 static int64_t looked_ns;
 
@@ -63,36 +63,36 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void note_work(int64_t core) {
-    if (board != NULL && core >= 0) atomic_store_explicit(&board[core].worked_ns, now_ns(), memory_order_relaxed);
+static void record_work(int64_t core) {
+    if (activity != NULL && core >= 0) atomic_store_explicit(&activity[core].worked_ns, now_ns(), memory_order_relaxed);
 }
 
 static int is_idle(int64_t core) {
-    return now_ns() - atomic_load_explicit(&board[core].worked_ns, memory_order_relaxed) > IDLE_NS;
+    return now_ns() - atomic_load_explicit(&activity[core].worked_ns, memory_order_relaxed) > IDLE_NS;
 }
 
-// Claims and runs tasks of the current loop until none is left, or until the guest has to leave.
-static void work(int64_t core, int guest) {
+// Runs tasks of the current loop until none is left, or until a borrower has to leave.
+static void run_tasks(int64_t core, int borrower) {
     uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
     for (;;) {
         uint64_t next = seen & 0xffff, num_tasks = seen >> 16 & 0xffff;
         if (next >= num_tasks) return;
-        if (guest && !is_idle(core)) return;
+        if (borrower && !is_idle(core)) return;
         if (!atomic_compare_exchange_weak_explicit(&ticket, &seen, seen + 1, memory_order_acq_rel, memory_order_acquire)) continue;
-        if (!guest) note_work(core);
-        // The loop cannot end before this task has, so its function and argument are still there.
-        job_function(job_argument, (int64_t)next);
+        if (!borrower) record_work(core);
+        // The loop cannot end before this task, so its function and argument are still valid.
+        loop_function(loop_argument, (int64_t)next);
         atomic_fetch_add_explicit(&num_done, 1, memory_order_release);
         seen = atomic_load_explicit(&ticket, memory_order_acquire);
     }
 }
 
-static int has_work(void) {
+static int has_tasks(void) {
     uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
     return (seen & 0xffff) < (seen >> 16 & 0xffff);
 }
 
-static int may_help(const helper *me) { return atomic_load(&me->enabled) && has_work(); }
+static int may_help(const helper *me) { return atomic_load(&me->enabled) && has_tasks(); }
 
 static void sleep_until_wanted(helper *me) {
     pthread_mutex_lock(&sleep_mutex);
@@ -105,13 +105,13 @@ static void sleep_until_wanted(helper *me) {
 static void *help(void *argument) {
     helper *me = argument;
     while (!atomic_load(&stopping)) {
-        for (int spins = 0; atomic_load(&me->enabled) && !has_work() && spins < NUM_SPINS; spins++) pause_briefly();
+        for (int spins = 0; atomic_load(&me->enabled) && !has_tasks() && spins < NUM_SPINS; spins++) pause_briefly();
         if (!may_help(me)) sleep_until_wanted(me);
-        if (me->guest && !is_idle(me->core)) {
+        if (me->borrower && !is_idle(me->core)) {
             atomic_store(&me->enabled, 0);
             continue;
         }
-        work(me->core, me->guest);
+        run_tasks(me->core, me->borrower);
     }
     return NULL;
 }
@@ -122,12 +122,12 @@ static void wake_all(void) {
     pthread_mutex_unlock(&sleep_mutex);
 }
 
-// Lets guests in whose cores have become idle.
+// Enables the borrowers whose cores have become idle.
 static void look_for_idle_cores(void) {
     int64_t now = now_ns();
     if (now - looked_ns < LOOK_INTERVAL_NS) return;
     looked_ns = now;
-    for (int i = num_helpers - num_guests; i < num_helpers; i++)
+    for (int i = num_helpers - num_borrowers; i < num_helpers; i++)
         if (!atomic_load(&helpers[i].enabled) && is_idle(helpers[i].core)) atomic_store(&helpers[i].enabled, 1);
 }
 
@@ -146,19 +146,19 @@ int64_t num_threads(void) {
 }
 
 void parallel_for(int64_t num_tasks, task_function function, void *argument) {
-    if (num_guests > 0) look_for_idle_cores();
+    if (num_borrowers > 0) look_for_idle_cores();
     if (num_tasks <= 1 || num_helpers == 0) {
-        note_work(caller_core);
+        record_work(caller_core);
         for (int64_t i = 0; i < num_tasks; i++) function(argument, i);
         return;
     }
-    job_function = function;
-    job_argument = argument;
+    loop_function = function;
+    loop_argument = argument;
     atomic_store_explicit(&num_done, 0, memory_order_relaxed);
     uint64_t generation = (atomic_load_explicit(&ticket, memory_order_relaxed) >> 32) + 1;
     atomic_store(&ticket, generation << 32 | (uint64_t)num_tasks << 16);
     wake_helpers();
-    work(caller_core, 0);
+    run_tasks(caller_core, 0);
     while (atomic_load_explicit(&num_done, memory_order_acquire) < num_tasks) pause_briefly();
 }
 
@@ -169,18 +169,18 @@ static void pin(pthread_t thread, int64_t core) {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
-    pthread_setaffinity_np(thread, sizeof(set), &set);  // fails where the core is not to be had: then it runs anywhere
+    pthread_setaffinity_np(thread, sizeof(set), &set);  // on failure it runs anywhere
 #else
     (void)thread, (void)core;
 #endif
 }
 
-static int add_helper(int64_t core, int guest) {
+static int add_helper(int64_t core, int borrower) {
     if (num_helpers == MAX_HELPERS) return 0;
     helper *h = &helpers[num_helpers];
     h->core = core;
-    h->guest = guest;
-    atomic_store(&h->enabled, !guest);
+    h->borrower = borrower;
+    atomic_store(&h->enabled, !borrower);
     atomic_store(&h->asleep, 0);
     if (pthread_create(&h->thread, NULL, help, h) != 0) return 0;
     if (core >= 0) pin(h->thread, core);
@@ -192,24 +192,23 @@ static void stop_helpers(void) {
     atomic_store(&stopping, 1);
     wake_all();
     for (int i = 0; i < num_helpers; i++) pthread_join(helpers[i].thread, NULL);
-    num_helpers = num_guests = 0;
+    num_helpers = num_borrowers = 0;
     atomic_store(&stopping, 0);
 }
 
-// Sets the threads of this process, the caller's included; not while a loop runs.
-//   cores: of the caller and of the helpers, in this order, as far as they go; helpers beyond them are not pinned
-//   guest_cores: of other processes; one guest each, if there is a board
-//   shared_board: memory that all processes of the machine map, 64 bytes for each core number below board_cores, or NULL
-// Returns how many threads there are.
+// Sets this process's threads, the caller's included, and returns their number. Not within a loop.
+//   cores: of the caller, then of helpers; further helpers are not pinned
+//   borrowed_cores: of other processes; one borrower each, if there is a table
+//   activity_table: 64 bytes for each core number below table_cores; or NULL
 int64_t set_threads(
-    int64_t num_threads, const int64_t *cores, int64_t num_cores, const int64_t *guest_cores, int64_t num_guest_cores,
-    void *shared_board, int64_t board_cores) {
+    int64_t num_threads, const int64_t *cores, int64_t num_cores, const int64_t *borrowed_cores, int64_t num_borrowed_cores,
+    void *activity_table, int64_t table_cores) {
     stop_helpers();
-    board = shared_board;
-    caller_core = num_cores > 0 && cores[0] < board_cores ? cores[0] : -1;
+    activity = activity_table;
+    caller_core = num_cores > 0 && cores[0] < table_cores ? cores[0] : -1;
     for (int64_t i = 1; i < num_threads; i++)
         if (!add_helper(i < num_cores ? cores[i] : -1, 0)) break;
-    for (int64_t i = 0; board != NULL && i < num_guest_cores; i++)
-        if (guest_cores[i] < board_cores && add_helper(guest_cores[i], 1)) num_guests++;
+    for (int64_t i = 0; activity != NULL && i < num_borrowed_cores; i++)
+        if (borrowed_cores[i] < table_cores && add_helper(borrowed_cores[i], 1)) num_borrowers++;
     return num_helpers + 1;
 }

@@ -1,1 +1,1 @@
-"""Long scenarios with figures: what docs/reliability.md claims, for everybody to run. `python -m kvrelay.testing kill-matrix`"""
+"""Long scenarios that give the figures of docs/reference/reliability.md."""

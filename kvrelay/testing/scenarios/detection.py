@@ -1,4 +1,4 @@
-"""How long a gateway takes to notice that a worker is gone: killed, stopped, or not to be heard in one direction."""
+"""Detection of lost workers."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -13,11 +13,7 @@ Harm = Callable[[FaultProcess], Awaitable[None]]
 
 
 async def detection(num_rounds: int = 10) -> dict[str, Any]:
-    """Milliseconds from each kind of loss of a worker until its gateway has no session with it any more.
-
-    Args:
-        num_rounds: of every kind, on a prefill and on a decode worker.
-    """
+    """Milliseconds from the loss of a worker, by kind, until its gateway has no session with it."""
     times_ms: dict[str, list[float]] = {kind: [] for kind in HARMS}
     async with FaultCluster() as cluster, cluster.client() as client:
         for _ in range(num_rounds):
@@ -27,16 +23,15 @@ async def detection(num_rounds: int = 10) -> dict[str, Any]:
         await cluster.check()
     figures: dict[str, Any] = {"losses": sum(len(times) for times in times_ms.values())}
     for kind, times in times_ms.items():
-        figures |= {f"{kind}_median_ms": round(sorted(times)[len(times) // 2], 1), f"{kind}_worst_ms": round(max(times), 1)}
+        figures |= {
+            f"{kind}_median_ms": round(sorted(times)[len(times) // 2], 1),
+            f"{kind}_worst_ms": round(max(times), 1),
+        }
     return figures
 
 
 async def detect(cluster: FaultCluster, client: AsyncClient, kind: str, victim: FaultProcess) -> float:
-    """One loss, and the cluster whole again; milliseconds until it was noticed.
-
-    Raises:
-        AssertionError: it is not noticed, or the worker does not come back.
-    """
+    """Causes one loss and repairs it; milliseconds until it was noticed."""
 
     async def is_gone() -> bool:
         return victim.name not in await cluster.connected_workers(client)
@@ -73,5 +68,11 @@ async def _part(victim: FaultProcess) -> None:
     victim.link_from("gateway").blackhole()
 
 
-HARMS: dict[str, Harm] = {"killed": _kill, "stopped": _stop, "hears_nothing": _deafen, "not_heard": _mute, "parted": _part}
-"""Kinds of loss, by the name under which they are reported."""
+HARMS: dict[str, Harm] = {
+    "killed": _kill,
+    "stopped": _stop,
+    "hears_nothing": _deafen,
+    "not_heard": _mute,
+    "parted": _part,
+}
+"""By their name in the figures."""

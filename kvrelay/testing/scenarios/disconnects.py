@@ -1,13 +1,10 @@
-"""Clients go away at a named step, again and again: how long both workers hold blocks afterwards.
-
-The process that reaches the step is held there until the client has gone, so that it is the step that is measured and no luck.
-"""
+"""Clients leave at a step, which waits until they are gone."""
 
 import time
 from typing import Any
 
 from kvrelay.client import AsyncClient, AsyncStream
-from kvrelay.fault_points import FaultAction
+from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.load import make_request
 from kvrelay.testing.waiting import wait_until
@@ -17,9 +14,9 @@ POINTS = {
     "gateway.reserve_sent": "gateway",
     "gateway.start_prefill_sent": "gateway",
     "gateway.token_emitted": "gateway",
-    "decode.work_received": "decode",
+    "decode.job_received": "decode",
     "decode.blocks_reserved": "decode",
-    "prefill.work_received": "prefill",
+    "prefill.job_received": "prefill",
     "prefill.step_begins": "prefill",
     "prefill.layer_written": "prefill",
     "prefill.step_computed": "prefill",
@@ -36,13 +33,13 @@ POINTS = {
     "decode.step_computed": "decode",
     "decode.tokens_reported": "decode",
 }
-"""Steps at which clients leave, and the role that takes them."""
+"""Steps at which clients leave, and the role of their process."""
 
 
 async def disconnects(num_rounds: int = 20, points: tuple[str, ...] = tuple(POINTS)) -> dict[str, Any]:
-    """Disconnects `num_rounds` times at each step; milliseconds until no block is used on either worker."""
+    """Clients leave at each step, repeatedly; milliseconds until both workers use no block."""
     times_ms: dict[str, list[float]] = {point: [] for point in points}
-    async with FaultCluster(relay={"local_prefill_tokens": 0}) as cluster, cluster.client() as client:
+    async with FaultCluster(requests={"local_prefill_tokens": 0}) as cluster, cluster.client() as client:
         number = 0
         for _ in range(num_rounds):
             for point in points:
@@ -62,11 +59,6 @@ async def disconnects(num_rounds: int = 20, points: tuple[str, ...] = tuple(POIN
 
 
 async def disconnect_at(cluster: FaultCluster, client: AsyncClient, point: str, number: int) -> float:
-    """One request whose client leaves there; milliseconds from then until both workers' blocks are free.
-
-    Raises:
-        AssertionError: the step was not reached, or blocks stay used.
-    """
     request = make_request(number, tenant=f"leaves-{number}", num_tokens=400)
     fault = cluster.arm_one_of(POINTS[point], point, FaultAction.WAIT, wait_ms=1500)
     stream = client.generate(**request.options)
@@ -101,5 +93,5 @@ def _begin(stream: AsyncStream) -> Any:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Of sorted values: the least one that is not below `share` of them."""
+    """Of sorted values."""
     return values[min(int(share * len(values)), len(values) - 1)]

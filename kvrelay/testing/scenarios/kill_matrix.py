@@ -1,4 +1,4 @@
-"""Workers are killed again and again under load, and every output is compared with the undisturbed one."""
+"""Kills workers under load."""
 
 import asyncio
 import itertools
@@ -8,13 +8,13 @@ from typing import Any
 
 from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.load import LoadReport, Request, fault_free_tokens, run_load
-from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, make_requests
+from kvrelay.testing.scenarios.lasting_load import ENGINE, REQUEST_SETTINGS, make_requests
 
 
 async def run_under_faults(
     cluster: FaultCluster, requests: Sequence[Request], num_clients: int, harm: Callable[[], Awaitable[None]]
 ) -> tuple[LoadReport, float]:
-    """Runs the load, and `harm` beside it until that is over or the load is; the report and its seconds."""
+    """Runs the load beside `harm`; returns the report and the load's seconds."""
     async with cluster.client() as client:
         expected = await fault_free_tokens(client, requests, num_clients)
     await cluster.check()
@@ -35,16 +35,9 @@ async def run_under_faults(
 async def kill_matrix(
     num_clients: int = 8, num_requests: int = 100, num_tokens: int = 200, every_s: float = 10.0
 ) -> dict[str, Any]:
-    """One of two prefill or decode workers is killed with SIGKILL every `every_s`, in turn; each starts again by itself.
-
-    Args:
-        num_clients: at once.
-        num_requests: of each client.
-        num_tokens: of each output.
-        every_s: between two kills.
-    """
+    """Kills one of two prefill or decode workers every `every_s`, in turn, and restarts it."""
     num_kills = 0
-    async with FaultCluster(num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE) as cluster:
+    async with FaultCluster(num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE) as cluster:
         victims = itertools.cycle(["decode-0", "prefill-0", "decode-1", "prefill-1"])
 
         async def harm() -> None:

@@ -1,8 +1,4 @@
-"""A load that lasts as long as something is done to the cluster, and what Redis has of it afterwards.
-
-So a scenario takes as long as its faults do, on whatever machine. Requests come again and again, as other tenants, so that none
-finds in a cache what its like has left there.
-"""
+"""A load that lasts as long as the faults. New tenants keep repeated requests out of caches."""
 
 import asyncio
 import itertools
@@ -15,15 +11,26 @@ from typing import Any
 from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError, OverloadedError
 from kvrelay.testing.fault_cluster import FaultCluster
-from kvrelay.testing.load import LoadReport, Outcome, Request, TokenCheck, Tokens, fault_free_tokens, make_request, run_request
+from kvrelay.testing.load import (
+    LoadReport,
+    Outcome,
+    Request,
+    TokenCheck,
+    Tokens,
+    fault_free_tokens,
+    make_request,
+    run_request,
+)
 
-RELAY = {"local_prefill_tokens": 0, "worker_wait_ms": 60_000}
+REQUEST_SETTINGS = {"local_prefill_tokens": 0, "worker_wait_ms": 60_000}
 ENGINE = {"num_kv_blocks": 512}
 NUM_READERS = 8
 
 
-def make_requests(number: int, *, num_tokens: int, resumable: bool | None = False, timeout_s: float = 120.0) -> list[Request]:
-    """Every second one greedy, the others seeded; every tenth has two sequences; `resumable` None: every third is not."""
+def make_requests(
+    number: int, *, num_tokens: int, resumable: bool | None = False, timeout_s: float = 120.0
+) -> list[Request]:
+    """Even ones are greedy, every tenth has two sequences. `resumable` None: two of three are."""
     return [
         make_request(
             each,
@@ -39,13 +46,7 @@ def make_requests(number: int, *, num_tokens: int, resumable: bool | None = Fals
 
 @dataclass(slots=True)
 class LastingLoad:
-    """Clients that send one request after the other, from `run` on until the harm is done.
-
-    Args:
-        cluster: started.
-        requests: different ones, to be sent again and again.
-        num_clients: at once.
-    """
+    """Clients that send different `requests` again and again."""
 
     cluster: FaultCluster
     requests: Sequence[Request]
@@ -53,14 +54,10 @@ class LastingLoad:
     report: LoadReport = field(default_factory=LoadReport, init=False)
     duration_s: float = field(default=0.0, init=False)
     tenants_waiting: set[str] = field(default_factory=set, init=False)
-    """Tenants of the requests that clients are reading now; each has one."""
+    """Tenants of running requests; each has one."""
 
     async def run(self, harm: Callable[[], Awaitable[None]]) -> LoadReport:
-        """Runs the requests without a fault first, and then again and again for as long as `harm` takes.
-
-        Raises:
-            AssertionError: a request fails without a fault, something is left of one, or the harm cannot be done.
-        """
+        """Runs all requests without a fault, then repeats them until `harm` ends."""
         async with self.cluster.client() as client:
             expected = await fault_free_tokens(client, self.requests, self.num_clients)
         await self.cluster.check()
@@ -68,7 +65,9 @@ class LastingLoad:
         begin = time.monotonic()
         harming = asyncio.ensure_future(harm())
         supply = self._supply()
-        clients = [asyncio.ensure_future(self._run_client(each, supply, expected, harming)) for each in range(self.num_clients)]
+        clients = [
+            asyncio.ensure_future(self._run_client(each, supply, expected, harming)) for each in range(self.num_clients)
+        ]
         try:
             await asyncio.gather(harming, *clients)
         finally:
@@ -79,11 +78,10 @@ class LastingLoad:
         return self.report
 
     def figures(self) -> dict[str, Any]:
-        """Of the report, and how long it all took."""
         return {**self.report.figures(), "seconds": round(self.duration_s, 1), "_report": self.report}
 
     def _supply(self) -> Iterator[tuple[Request, Request]]:
-        """A request as it is known, and as it is sent."""
+        """Pairs of a known request and the one to send."""
         for round_number in itertools.count():
             for request in self.requests:
                 yield request, replace(request, tenant=f"{request.tenant} in round {round_number}")
@@ -110,18 +108,17 @@ class LastingLoad:
                     await asyncio.sleep(outcome.error.retry_after_ms / 1000)
 
 
-async def compare_stored(cluster: FaultCluster, report: LoadReport) -> dict[str, Any]:
-    """Reads every output again, from gateways that know of it from Redis only: all are started anew.
+async def compare_stored(cluster: FaultCluster, report: LoadReport, *, all_are_kept: bool = False) -> dict[str, Any]:
+    """Restarts all gateways, and counts outputs that Redis has right (`stored`).
 
-    Returns:
-        Outputs that Redis has as the client got them (`stored`), otherwise (`stored_wrong`), or not at all (`not_stored`,
-        with the errors that said so).
+    Only outputs of resumable requests are kept, unless gateways run with --keep-outputs.
     """
     for gateway in cluster.of_role("gateway"):
         await gateway.terminate()
         await gateway.start_again()
     await cluster.wait_until_ready()
-    waiting = [outcome for outcome in report.outcomes if outcome.error is None]
+    succeeded = [outcome for outcome in report.outcomes if outcome.error is None]
+    waiting = [outcome for outcome in succeeded if all_are_kept or outcome.request.resumable]
     found = {"stored": 0, "stored_wrong": 0, "not_stored": 0}
     errors: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""Five times as many requests as can be served: what is too much is refused at once, and the others are served as before."""
+"""Overload."""
 
 import asyncio
 import time
@@ -12,19 +12,15 @@ from kvrelay.testing.load import fault_free_tokens, make_request
 from kvrelay.testing.scenarios.disconnects import percentile
 
 MAX_RUNNING_REQUESTS = 16
-RAMP_SHARE = 0.2
-"""Of the time of a load that passes before anything is counted."""
+RAMP_SHARE = 0.2  # of a load's time, before counting starts
 
 
 @dataclass(slots=True)
 class Load:
-    """What came of a load of one strength."""
-
     begin: float
     seconds: float
     num_done: int = 0
     refusals_ms: list[float] = field(default_factory=list)
-    """How long each refusal took."""
     num_without_retry_info: int = 0
     num_failed: int = 0
 
@@ -38,20 +34,17 @@ class Load:
 
     @property
     def done_per_s(self) -> float:
-        """Requests that ended well within the counted time, by second."""
+        """Successful requests in the counted time."""
         return self.num_done / (self.seconds * (1 - RAMP_SHARE))
 
 
 async def overload(seconds: float = 20.0, num_tokens: int = 100, factor: float = 5.0) -> dict[str, Any]:
-    """Requests at several times the rate that can be served: goodput beside the peak, and how fast the others are refused.
-
-    Args:
-        seconds: of each load.
-        num_tokens: of each output.
-        factor: arrivals, in rates that can be served.
-    """
-    relay = {"local_prefill_tokens": 0, "max_running_requests": MAX_RUNNING_REQUESTS}
-    async with FaultCluster(relay=relay, engine={"num_kv_blocks": 1024}) as cluster, _direct_client(cluster) as client:
+    """Goodput, and time to refuse, at `factor` times the rate that can be served."""
+    requests = {"local_prefill_tokens": 0, "max_running_requests": MAX_RUNNING_REQUESTS}
+    async with (
+        FaultCluster(requests=requests, engine={"num_kv_blocks": 1024}) as cluster,
+        _direct_client(cluster) as client,
+    ):
         await fault_free_tokens(client, [make_request(number, num_tokens=num_tokens) for number in range(16)], 8)
         peaks = [await _closed(client, num_clients, seconds, num_tokens) for num_clients in (8, MAX_RUNNING_REQUESTS)]
         peak = max(load.done_per_s for load in peaks)
@@ -72,12 +65,12 @@ async def overload(seconds: float = 20.0, num_tokens: int = 100, factor: float =
 
 
 def _direct_client(cluster: FaultCluster) -> AsyncClient:
-    """Past the proxy: what that takes of the cores for each refusal would be missed by the requests that are served."""
+    """Not through the proxy, whose CPU time would slow the served requests."""
     return AsyncClient(f"127.0.0.1:{cluster['gateway'].proxy.port_of_target}")
 
 
 async def _closed(client: AsyncClient, num_clients: int, seconds: float, num_tokens: int) -> Load:
-    """So many clients, each with one request after the other."""
+    """A closed loop: each client sends one request after the other."""
     load = Load(time.monotonic(), seconds)
     numbers = iter(range(num_clients * 1_000_000, num_clients * 2_000_000))
 
@@ -90,7 +83,7 @@ async def _closed(client: AsyncClient, num_clients: int, seconds: float, num_tok
 
 
 async def _open(client: AsyncClient, per_s: float, seconds: float, num_tokens: int) -> Load:
-    """Requests that arrive at a rate, whatever becomes of those before them."""
+    """An open loop: requests arrive at a fixed rate."""
     load = Load(time.monotonic(), seconds)
     async with asyncio.TaskGroup() as group:
         for number in range(int(per_s * seconds)):

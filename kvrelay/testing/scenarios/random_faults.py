@@ -1,7 +1,7 @@
-"""Streams under faults that a seed draws, and clients that come and go: every sequence is compared with the undisturbed one.
+"""Streams under random faults, checked against the invariants I1 to I7.
 
-Whole sequences (I2), of attempts that must not mix (I4, I5), each index once and one end (I1); ends by the deadline (I6); stored
-states along allowed edges (I7); and nothing left at the end (I3).
+Each index once and one end (I1), the undisturbed tokens (I2), nothing left (I3), attempts not mixed
+(I4, I5), ends by the deadline (I6), allowed edges (I7).
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.fault_storm import KINDS, FaultStorm
 from kvrelay.testing.load import Request, TokenCheck, Tokens, fault_free_tokens, make_request
 
-RELAY = {"local_prefill_tokens": 24, "worker_wait_ms": 60_000, "retention_ms": 60_000}
+REQUEST_SETTINGS = {"local_prefill_tokens": 24, "worker_wait_ms": 60_000, "retention_ms": 60_000}
 ENGINE = {"num_kv_blocks": 512, "prefill_chunk_tokens": 32}
 NUM_DIFFERENT_REQUESTS = 200
 NUM_WARM_UP_STREAMS = 50
-"""Of all gateways, so that each has the connections that it has at work."""
+"""Each gateway opens its usual connections."""
 REQUEST_TIMEOUT_S = 60.0
 END_MARGIN_S = 1.0
-"""A request ends by its deadline and this (I6)."""
+"""After a request's deadline (I6)."""
 AT_REST_MARGIN_S = 15.0
 SHARE_OF_LEAVERS, SHARE_OF_SLOW = 0.1, 0.05
 SLOW_READ_S = 0.05
@@ -33,11 +33,9 @@ SLOW_READ_S = 0.05
 
 @dataclass(slots=True)
 class StreamReport:
-    """What came of the streams."""
-
     num_streams: int = 0
     num_left: int = 0
-    """Whose clients left on purpose."""
+    """Clients that left on purpose."""
     num_tokens: int = 0
     num_retried: int = 0
     longest_pause_s: float = 0.0
@@ -45,7 +43,6 @@ class StreamReport:
     violations: list[str] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
-        """For people and JSON."""
         return {
             "streams": self.num_streams,
             "left": self.num_left,
@@ -60,13 +57,7 @@ class StreamReport:
 
 
 class Streams:
-    """Clients that run requests whose right tokens are known.
-
-    Args:
-        addresses: of the gateways.
-        expected: the requests, and the tokens of each.
-        seed: which request each stream runs, and which clients leave or are slow.
-    """
+    """Clients that run requests of known tokens."""
 
     def __init__(self, addresses: Sequence[str], expected: Mapping[Request, Tokens], seed: int) -> None:
         self._addresses = list(addresses)
@@ -78,18 +69,13 @@ class Streams:
         self.report = StreamReport()
 
     def end(self) -> None:
-        """No stream begins any more, in this run or a later one; those under way go on to their ends."""
+        """Starts no more streams; running ones end as usual."""
         self._is_ended = True
 
-    async def run(self, num_clients: int, num_streams: int | None, until: float | None = None, rest_s: float = 0.0) -> None:
-        """Runs so many streams, or until that time of the monotonic clock.
-
-        Args:
-            num_clients: at once.
-            num_streams: in all; None: no bound.
-            until: no stream begins later.
-            rest_s: of each client between two streams.
-        """
+    async def run(
+        self, num_clients: int, num_streams: int | None, until: float | None = None, rest_s: float = 0.0
+    ) -> None:
+        """Runs `num_streams` (None: no bound), and starts none after the monotonic time `until`."""
         last = None if num_streams is None else self._next_number + num_streams
 
         async def run_client(number: int) -> None:
@@ -109,13 +95,13 @@ class Streams:
     async def _run_stream(self, client: AsyncClient, number: int) -> None:
         generator = random.Random(f"{self._seed} {number}")
         request = generator.choice(self._requests)
-        fate = generator.random()
-        leave_at = generator.randrange(request.num_tokens) if fate < SHARE_OF_LEAVERS else None
-        is_slow = SHARE_OF_LEAVERS <= fate < SHARE_OF_LEAVERS + SHARE_OF_SLOW
+        kind = generator.random()
+        leave_at = generator.randrange(request.num_tokens) if kind < SHARE_OF_LEAVERS else None
+        is_slow = SHARE_OF_LEAVERS <= kind < SHARE_OF_LEAVERS + SHARE_OF_SLOW
         check, begin = TokenCheck(request.num_sequences), time.monotonic()
         last, report = begin, self.report
         report.num_streams += 1
-        # Of a tenant of its own: nothing of another run of the same request is in a cache for it.
+        # A tenant of its own finds no cache entry of another run of the request.
         stream = client.generate(**replace(request, tenant=f"stream-{self._seed}-{number}").options)
         try:
             async for delta in stream:
@@ -147,7 +133,6 @@ class Streams:
 
 
 def make_requests(seed: int, num_tokens: int) -> list[Request]:
-    """Greedy and seeded ones, with prompts short enough to be computed by the decode worker and longer ones, some with n = 2."""
     return [
         make_request(
             seed * 1000 + number,
@@ -161,16 +146,13 @@ def make_requests(seed: int, num_tokens: int) -> list[Request]:
     ]
 
 
-async def random_faults(num_streams: int = 2000, num_clients: int = 8, num_tokens: int = 120, seed: int = 1) -> dict[str, Any]:
-    """Streams under faults of all kinds, drawn by a seed; violations of I1 to I7.
-
-    Args:
-        num_streams: in all.
-        num_clients: at once.
-        num_tokens: of the longest outputs.
-        seed: of the requests, of which clients leave, and of the faults.
-    """
-    async with FaultCluster(num_gateways=2, num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE) as cluster:
+async def random_faults(
+    num_streams: int = 2000, num_clients: int = 8, num_tokens: int = 120, seed: int = 1
+) -> dict[str, Any]:
+    """Streams under random faults of all kinds; counts violations of I1 to I7."""
+    async with FaultCluster(
+        num_gateways=2, num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE
+    ) as cluster:
         async with cluster.client() as client:
             expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
         storm, streams = FaultStorm(cluster, seed), Streams(cluster.addresses, expected, seed)
@@ -182,14 +164,16 @@ async def random_faults(num_streams: int = 2000, num_clients: int = 8, num_token
         duration_s = time.monotonic() - begin
         history = cluster.state_watch.history
         await check_end(cluster, streams.report)
-    return {**streams.report.figures(), **storm_figures(storm), "moves": history.num_moves, "seconds": round(duration_s, 1)}
+    return {
+        **streams.report.figures(),
+        **storm_figures(storm),
+        "moves": history.num_moves,
+        "seconds": round(duration_s, 1),
+    }
 
 
 async def run_beside(storm: FaultStorm, load: Coroutine[Any, Any, None], report: StreamReport) -> None:
-    """Runs the load under the storm, and makes the cluster whole when the load is over.
-
-    A cluster that cannot be made whole after a fault is a violation, and the end of both.
-    """
+    """Runs the load under the storm. A cluster that stays broken ends both."""
     raging, loading = asyncio.ensure_future(storm.run()), asyncio.ensure_future(load)
     try:
         await asyncio.wait([raging, loading], return_when=asyncio.FIRST_COMPLETED)
@@ -211,7 +195,7 @@ async def _cancel(*tasks: "asyncio.Future[None]") -> None:
 
 
 async def check_end(cluster: FaultCluster, report: StreamReport) -> None:
-    """Adds to the violations what is left of anything. A resumable request of a dead gateway is waited for until its deadline."""
+    """Adds what is left to the violations."""
     try:
         await cluster.check(REQUEST_TIMEOUT_S + AT_REST_MARGIN_S)
     except AssertionError as error:
@@ -219,7 +203,6 @@ async def check_end(cluster: FaultCluster, report: StreamReport) -> None:
 
 
 def storm_figures(storm: FaultStorm) -> dict[str, Any]:
-    """How often each kind of fault happened."""
     return {
         "faults": sum(storm.fired.values()),
         "faults_by_kind": {kind: storm.fired[kind] for kind in KINDS},

@@ -1,4 +1,4 @@
-"""Redis stands still, or is out of memory, under load: what runs goes on, and once Redis is well, all of its state is there."""
+"""Redis stands still, or is out of memory."""
 
 import asyncio
 import os
@@ -10,34 +10,32 @@ from typing import Any
 import redis.asyncio
 
 from kvrelay.client import AsyncClient
+from kvrelay.core.request_state import is_terminal
 from kvrelay.errors import KvrelayError, OverloadedError
-from kvrelay.redis_connection import RedisConnection
-from kvrelay.request_state import is_terminal
-from kvrelay.state_store import StateStore
+from kvrelay.state.redis_connection import RedisConnection
+from kvrelay.state.state_store import StateStore
 from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.load import LoadReport, make_request, run_request
 from kvrelay.testing.process_files import state_of
-from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, compare_stored, make_requests
+from kvrelay.testing.scenarios.lasting_load import ENGINE, REQUEST_SETTINGS, LastingLoad, compare_stored, make_requests
 from kvrelay.testing.waiting import wait_until
 
 BEFORE_AND_AFTER_S = 2.0
+KEEPING_SETTINGS = {**REQUEST_SETTINGS, "keep_outputs": True}
+"""So that all that succeeded can be compared."""
 RECOVERY_TIMEOUT_S = 60.0
 
 
 async def redis_stopped(
     num_clients: int = 8, num_tokens: int = 300, stop_s: float = 30.0, redis_timeout_ms: int = 200
 ) -> dict[str, Any]:
-    """Valkey is stopped while requests run; seconds until the gateway has noticed, and until what it missed is stored.
-
-    Args:
-        num_clients: at once.
-        num_tokens: of each output.
-        stop_s: for how long.
-        redis_timeout_ms: of every process; on a busy machine, Redis seems to be away with the default.
-    """
+    """Stops Valkey under load; seconds until the gateway recovers and has stored what it missed."""
     figures: dict[str, float] = {}
     server = {"redis_timeout_ms": redis_timeout_ms}
-    async with FaultCluster(relay=RELAY, engine=ENGINE, server=server) as cluster, cluster.client() as client:
+    async with (
+        FaultCluster(requests=KEEPING_SETTINGS, engine=ENGINE, server=server) as cluster,
+        cluster.client() as client,
+    ):
         load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens), num_clients)
 
         async def stop() -> None:
@@ -49,7 +47,7 @@ async def redis_stopped(
                 await wait_until(lambda: state_of(pid) == "T", "Valkey is stopped")
                 await asyncio.sleep(stop_s)
                 assert (await client.cluster()).degraded, "the gateway has noticed"
-                assert state_of(pid) == "T", "nobody else has continued it"
+                assert state_of(pid) == "T", "no other process has continued it"
             finally:
                 os.kill(pid, signal.SIGCONT)
             missed = [each.request_id for each in load.report.outcomes[num_before:] if each.request_id is not None]
@@ -63,7 +61,7 @@ async def redis_stopped(
 
         await load.run(stop)
         await cluster.check()
-        stored = await compare_stored(cluster, load.report)
+        stored = await compare_stored(cluster, load.report, all_are_kept=True)
     return {**load.figures(), **stored, "stopped_s": stop_s, **figures}
 
 
@@ -74,18 +72,15 @@ async def redis_full(
     max_memory_kib: int = 1024,
     redis_timeout_ms: int = 200,
 ) -> dict[str, Any]:
-    """Valkey is out of memory: what was accepted goes on, the rest is refused with RESOURCE_EXHAUSTED and when to retry.
-
-    Args:
-        num_clients: at once.
-        num_tokens: of each output.
-        full_s: for how long.
-        max_memory_kib: Valkey's maxmemory meanwhile: less than it has at its start.
-        redis_timeout_ms: as for `redis_stopped`.
+    """Fills Valkey's memory: accepted requests go on, others get RESOURCE_EXHAUSTED and
+    RetryInfo.
     """
     figures: dict[str, float] = {}
     server = {"redis_timeout_ms": redis_timeout_ms}
-    async with FaultCluster(relay=RELAY, engine=ENGINE, server=server) as cluster, cluster.client() as client:
+    async with (
+        FaultCluster(requests=KEEPING_SETTINGS, engine=ENGINE, server=server) as cluster,
+        cluster.client() as client,
+    ):
         load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens), num_clients)
 
         async def fill() -> None:
@@ -106,16 +101,18 @@ async def redis_full(
         await cluster.check()
         refused = _take_refused(load.report)
         assert refused > 0, "nothing was refused: the fault did not happen"
-        stored = await compare_stored(cluster, load.report)
+        stored = await compare_stored(cluster, load.report, all_are_kept=True)
     return {**load.figures(), **stored, "full_s": full_s, "refused": refused, **figures}
 
 
 def _take_refused(report: LoadReport) -> int:
-    """Takes what was refused in order out of the report: with the right error, a time to retry, and before it was accepted."""
+    """Removes correct refusals from the report."""
     refused = [
         outcome
         for outcome in report.outcomes
-        if isinstance(outcome.error, OverloadedError) and outcome.error.retry_after_ms > 0 and outcome.request_id is None
+        if isinstance(outcome.error, OverloadedError)
+        and outcome.error.retry_after_ms > 0
+        and outcome.request_id is None
     ]
     report.outcomes = [outcome for outcome in report.outcomes if outcome not in refused]
     return len(refused)
@@ -130,7 +127,6 @@ async def _is_accepted(client: AsyncClient) -> bool:
 
 
 async def _are_stored(cluster: FaultCluster, request_ids: list[str]) -> bool:
-    """Whether Redis has the ends of all these requests."""
     async with RedisConnection(cluster.redis_url, 5000) as connection:
         store = StateStore(connection, "scenario")
         records = [await store.get(request_id) for request_id in request_ids]

@@ -1,4 +1,4 @@
-"""Hours of streams under random faults: whether the processes that live through them hold more at the end than at the start."""
+"""Hours of streams under random faults. Do surviving processes grow?"""
 
 import asyncio
 import resource
@@ -12,10 +12,18 @@ from kvrelay.testing.fault_cluster import FaultCluster
 from kvrelay.testing.fault_storm import FaultStorm
 from kvrelay.testing.footprint import Footprint, footprint_of
 from kvrelay.testing.load import fault_free_tokens
-from kvrelay.testing.scenarios.random_faults import ENGINE, RELAY, Streams, check_end, make_requests, run_beside, storm_figures
+from kvrelay.testing.scenarios.random_faults import (
+    ENGINE,
+    REQUEST_SETTINGS,
+    Streams,
+    check_end,
+    make_requests,
+    run_beside,
+    storm_figures,
+)
 
 MORTAL = frozenset({"gateway-1", "prefill-1", "decode-1"})
-"""These are killed; the others live from the start to the end, are stopped and cut off, and are what is measured."""
+"""These may be killed. The others are measured."""
 
 
 async def soak(
@@ -27,23 +35,15 @@ async def soak(
     longest_pause_s: float = 1.0,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Streams under random faults; growth of memory, descriptors, threads and tasks of the processes that live through it all.
+    """Growth of the processes that survive hours of random faults: memory, descriptors, tasks.
 
-    SIGTERM and SIGINT end it early: the streams under way end, and the figures are those of the time until then. What the
-    processes log as errors, tracebacks too, goes to stderr.
-
-    Args:
-        minutes: of faults.
-        num_clients: at once.
-        num_tokens: of the longest outputs.
-        num_warm_up_streams: before the first measurement, so that what a process keeps within bounds is full.
-        rest_s: of each client between two streams; more of it takes less of the machine.
-        longest_pause_s: between two faults; a process that is killed takes seconds of a core to start again.
-        seed: of the requests and the faults.
+    SIGTERM and SIGINT end it early, after the running streams. Logged errors go to stderr.
     """
     began_at = time.monotonic()
     logging: dict[str, Any] = {"server": {"log_format": "json"}, "on_line": _show_error}
-    async with FaultCluster(num_gateways=2, num_prefill=2, num_decode=2, relay=RELAY, engine=ENGINE, **logging) as cluster:
+    async with FaultCluster(
+        num_gateways=2, num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE, **logging
+    ) as cluster:
         async with cluster.client() as client:
             expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
         storm, streams = FaultStorm(cluster, seed, MORTAL, longest_pause_s), Streams(cluster.addresses, expected, seed)
@@ -56,7 +56,8 @@ async def soak(
         begin = time.monotonic()
         await run_beside(storm, streams.run(num_clients, None, begin + minutes * 60, rest_s), streams.report)
         duration_s = time.monotonic() - begin
-        await check_end(cluster, streams.report)  # blocks, references, buffers, tasks, keys, descriptors, moves
+        # Blocks, references, buffers, tasks, keys, descriptors, edges.
+        await check_end(cluster, streams.report)
         after = await footprints(cluster)
     growth = {name: after[name].growth_since(before[name]) for name in before}
     return {
@@ -73,17 +74,16 @@ async def soak(
 
 
 def _show_error(name: str, line: str) -> None:
-    if '"level": "error"' in line:  # not parsed: who is killed may leave half a line
+    if '"level": "error"' in line:  # not parsed: a killed process may leave half a line
         print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 def _cpu_s() -> float:
-    """Of this process and all that it started, once they have ended."""
+    """Of this process and its ended children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 async def footprints(cluster: FaultCluster) -> Mapping[str, Footprint]:
-    """Of every process that is never killed."""
     survivors = [process for name, process in cluster.processes.items() if name not in MORTAL]
     return {process.name: await footprint_of(process) for process in survivors}

@@ -1,23 +1,19 @@
-"""The only decode worker dies under load, and a supervisor starts it again: everybody waits for it, and nothing is lost."""
+"""Losses of the only decode worker."""
 
 import asyncio
 import time
 from typing import Any
 
 from kvrelay.testing.fault_cluster import FaultCluster
-from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, make_requests
+from kvrelay.testing.scenarios.lasting_load import ENGINE, REQUEST_SETTINGS, LastingLoad, make_requests
 
 
 async def sole_decode_worker(num_clients: int = 8, num_tokens: int = 300, num_kills: int = 3) -> dict[str, Any]:
-    """The only decode worker is killed, and a supervisor starts it again; seconds until it takes work, at the longest.
-
-    Args:
-        num_clients: at once.
-        num_tokens: of each output.
-        num_kills: one after the other, two seconds after the worker is back each.
-    """
+    """Kills the only decode worker; the longest time in seconds until it takes jobs again."""
     back_after_s: list[float] = []
-    async with FaultCluster(num_prefill=1, num_decode=1, relay=RELAY, engine=ENGINE, restart=True) as cluster:
+    async with FaultCluster(
+        num_prefill=1, num_decode=1, requests=REQUEST_SETTINGS, engine=ENGINE, restart=True
+    ) as cluster:
         worker = cluster["decode-0"]
 
         async def kill_again_and_again() -> None:

@@ -1,8 +1,6 @@
-"""Processes of all kinds stand still for longer than others believe in them, and then go on with what they were at.
+"""Processes stand still until others give them up, and then resume as zombies.
 
-A worker is continued once every gateway has given it up, a gateway once what it ran has been taken over by another: so each
-is a zombie for certain, whatever the machine's speed. What a zombie does then would show in a client's tokens, in a block that
-another request has by now (and so in that one's tokens), or in what Redis has of the requests.
+Harm would show in a client's tokens, in another request's block or in Redis.
 """
 
 import asyncio
@@ -15,30 +13,26 @@ from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.testing.fault_cluster import CLIENT, FaultCluster
 from kvrelay.testing.process import FaultProcess
-from kvrelay.testing.scenarios.lasting_load import ENGINE, RELAY, LastingLoad, compare_stored, make_requests
+from kvrelay.testing.scenarios.lasting_load import ENGINE, REQUEST_SETTINGS, LastingLoad, compare_stored, make_requests
 from kvrelay.testing.waiting import wait_until
 
 LEASE_MS = 2000
 GIVEN_UP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 300.0
-"""Of every kind a process is always stopped, so requests get on a little at a time; retries of failed transfers have a budget."""
+"""Long, because one process of each kind is always stopped."""
 MAX_ATTEMPTS = 64
-"""Workers are lost one after the other here; that a request is given up after its eighth is another matter."""
+"""High, because workers are lost all the time."""
 
 
 async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 200) -> dict[str, Any]:
-    """Workers and gateways are stopped with SIGSTOP until they are given up, and continued. All at once: one of each kind.
-
-    Args:
-        num_clients: at once.
-        num_tokens: of each output.
-        num_stops: of all processes together.
+    """Stops workers and gateways until they are given up, and resumes them. One of each kind at
+    once.
     """
     async with FaultCluster(
         num_gateways=2,
         num_prefill=2,
         num_decode=3,
-        relay=RELAY | {"max_attempts": MAX_ATTEMPTS},
+        requests=REQUEST_SETTINGS | {"max_attempts": MAX_ATTEMPTS},
         engine=ENGINE,
         server={"lease_ms": LEASE_MS},
     ) as cluster:
@@ -53,12 +47,7 @@ async def zombies(num_clients: int = 8, num_tokens: int = 300, num_stops: int = 
 
 
 class Stops:
-    """Stops and continues processes until there were enough of it.
-
-    Args:
-        load: on a cluster of at least two processes of each kind, so that somebody is there to give up the stopped ones.
-        num_stops: in all.
-    """
+    """Makes zombies under a load, on at least two processes of each kind."""
 
     def __init__(self, load: LastingLoad, num_stops: int) -> None:
         self.counts: Counter[str] = Counter()
@@ -68,10 +57,9 @@ class Stops:
         self._num_left = num_stops
         self._clients: dict[FaultProcess, AsyncClient] = {}
         self._missing = ""
-        """Why the gateway that was stopped last was not given up yet, when that was last asked."""
+        """Why the last gateway was not given up yet."""
 
     async def run(self) -> None:
-        """Makes all the zombies; three at a time, of each kind one."""
         self._clients = {gateway: self._cluster.client(gateway.name) for gateway in self._cluster.of_role("gateway")}
         try:
             async with asyncio.TaskGroup() as group:
@@ -94,19 +82,24 @@ class Stops:
         await self._wait(lambda: self._is_connected_everywhere(victim), f"{victim.name} is back")
 
     async def _make_zombie_gateway(self, victim: FaultProcess) -> None:
-        """Its clients lose it too, as behind a load balancer: they hear nothing of what it goes on with."""
+        """Its clients lose it too, as behind a load balancer."""
         gateway_id = (await self._clients[victim].cluster()).gateway_id
-        await self._stop_until(victim, lambda: self._is_taken_over(gateway_id), lambda: victim.link_from(CLIENT).close())
+        await self._stop_until(
+            victim, lambda: self._is_taken_over(gateway_id), lambda: victim.link_from(CLIENT).close()
+        )
         await self._wait(lambda: self._has_workers(victim), f"{victim.name} is back")
 
     async def _stop_until(
-        self, victim: FaultProcess, given_up: Callable[[], Awaitable[bool]], when_stopped: Callable[[], object] = lambda: None
+        self,
+        victim: FaultProcess,
+        given_up: Callable[[], Awaitable[bool]],
+        when_stopped: Callable[[], object] = lambda: None,
     ) -> None:
         await victim.stop()
         try:
             when_stopped()
             await self._wait(given_up, f"{victim.name} is given up")
-            assert victim.state == "T", "nobody else has continued it"
+            assert victim.state == "T", "no other process has continued it"
         finally:
             await victim.resume()
 
@@ -120,16 +113,20 @@ class Stops:
         try:
             await wait_until(is_so, what, GIVEN_UP_TIMEOUT_S)
         except AssertionError as error:
-            after = f"after {self.counts.total()} stops; of the gateway stopped last: {self._missing or 'nothing is missing'}"
+            missing = self._missing or "nothing is missing"
+            after = f"after {self.counts.total()} stops; of the gateway stopped last: {missing}"
             raise AssertionError(f"{error}, {after}") from None
 
     def _running_gateways(self) -> list[AsyncClient]:
         return [client for gateway, client in self._clients.items() if gateway.state != "T"]
 
     async def _connections(self, victim: FaultProcess) -> list[bool]:
-        """Whether it has a session with each gateway that is not stopped."""
+        """Whether the worker has a session, for each running gateway."""
         seen = [await client.cluster(timeout_s=2.0) for client in self._running_gateways()]
-        return [any(worker.connected for worker in cluster.workers if worker.address == victim.proxy.address) for cluster in seen]
+        return [
+            any(worker.connected for worker in cluster.workers if worker.address == victim.proxy.address)
+            for cluster in seen
+        ]
 
     async def _is_connected_nowhere(self, victim: FaultProcess) -> bool:
         return not any(await self._connections(victim))
@@ -138,7 +135,6 @@ class Stops:
         return all(await self._connections(victim))
 
     async def _is_taken_over(self, gateway_id: str) -> bool:
-        """Whether its lease has run out, and others run what clients wait for. What nobody resumes is left until its deadline."""
         (other,) = self._running_gateways()
         if any(gateway.gateway_id == gateway_id for gateway in (await other.cluster(timeout_s=2.0)).gateways):
             self._missing = "it has its lease"

@@ -1,4 +1,6 @@
-"""An engine that gives token ids 0, 1, 2, ... one per step to each request, for tests of the protocol. Prints, as engines do."""
+"""An engine that gives token ids 0, 1, 2, ... one per step to each request, for tests of the
+protocol. Prints, as engines do.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence

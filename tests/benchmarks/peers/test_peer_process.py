@@ -1,4 +1,6 @@
-"""The protocol between runner and adapters, with an adapter of a real process and an engine that computes nothing."""
+"""The protocol between runner and adapters, with an adapter of a real process and an engine that
+computes nothing.
+"""
 
 import contextlib
 import os
@@ -23,7 +25,9 @@ def peer(tmp_path: Path) -> Iterator[PeerProcess]:
 
 
 def adapter_process() -> psutil.Process:
-    """That of the one running adapter. Other children of this process end whenever they do, and have no command line then."""
+    """That of the one running adapter. Other children of this process end whenever they do, and
+    have no command line then.
+    """
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if "tests.benchmarks.peers.fake_adapter" in child.cmdline():
@@ -33,7 +37,9 @@ def adapter_process() -> psutil.Process:
 
 def test_each_request_comes_back_with_all_its_tokens_and_their_times(peer: PeerProcess) -> None:
     assert peer.load(OPTIONS)["version"] == "fake on 2 threads"
-    first, second = sorted(peer.run([Request(0, [5], 3), Request(1, [5], 2, at_s=0.01)]), key=lambda each: each.request_id)
+    first, second = sorted(
+        peer.run([Request(0, [5], 3), Request(1, [5], 2, at_s=0.01)]), key=lambda each: each.request_id
+    )
     assert (first.token_ids, second.token_ids) == ([0, 1, 2], [0, 1])
     times_s = [first.submitted_s, *first.token_times_s]
     assert times_s == sorted(times_s)
@@ -62,7 +68,8 @@ def test_a_paused_peer_is_stopped_and_goes_on_when_resumed(peer: PeerProcess) ->
     peer.load(OPTIONS)
     child = adapter_process()
     peer.pause()
-    while child.status() != psutil.STATUS_STOPPED:  # a process on another core takes the signal a moment later
+    # a process on another core takes the signal a moment later
+    while child.status() != psutil.STATUS_STOPPED:
         os.sched_yield()
     peer.resume()
     assert [len(each.token_ids) for each in peer.run([Request(0, [5], 4)])] == [4]

@@ -1,0 +1,1 @@
+"""What the receiver writes into, and with which grant."""

@@ -1,0 +1,1 @@
+"""VllmEngine on a decode worker."""

@@ -1,0 +1,1 @@
+"""Serves generation and conversations of kvrelay's own protocol."""

@@ -1,1 +1,0 @@
-"""The inference protocol of KServe and Triton, as a gateway serves it: the same requests in other messages."""

@@ -1,0 +1,1 @@
+"""Decides what happens to a request: events in, actions out. Pure."""

@@ -1,0 +1,1 @@
+"""Serves the protocols of other projects."""

@@ -1,0 +1,1 @@
+"""The inference protocol of KServe and Triton."""

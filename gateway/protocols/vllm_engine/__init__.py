@@ -1,0 +1,1 @@
+"""VllmEngine, smg's protocol, over the same requests as InferenceService."""

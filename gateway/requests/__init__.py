@@ -1,0 +1,1 @@
+"""Requests of clients, from message to end."""

@@ -1,0 +1,1 @@
+"""Requests that this gateway did not start."""

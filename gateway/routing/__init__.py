@@ -1,0 +1,1 @@
+"""Picks workers for a job. Pure."""

@@ -1,0 +1,96 @@
+"""Chooses the workers of a job. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvrelay.core.job import WorkerLoad
+from kvrelay.core.member import MemberRole
+from kvrelay.core.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    worker_id: str
+    role: MemberRole
+    address: str
+    model: ModelSpec
+    block_size: int
+    max_sequence_tokens: int
+    load: WorkerLoad
+    num_assigned: int = 0
+    """Jobs since its last load report."""
+    num_assigned_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouteQuery:
+    fingerprint: str
+    num_tokens: int
+    excluded_worker_ids: frozenset[str] = frozenset()
+    avoided_pairs: frozenset[tuple[str, str]] = frozenset()
+    """(decode, prefill) worker."""
+    preferred_decode_worker_id: str | None = None
+    """Probably caches the prompt's beginning."""
+    on_one_worker: bool = False
+    """The decode worker must compute the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Without a prefill worker, the decode worker computes the prompt."""
+
+    decode_worker_id: str
+    prefill_worker_id: str | None
+
+
+def choose_workers(workers: Iterable[WorkerView], query: RouteQuery) -> Assignment | None:
+    """Returns None without a decode worker."""
+    candidates = [worker for worker in workers if _is_candidate(worker, query)]
+    decode_workers = [worker for worker in candidates if worker.role is MemberRole.DECODE]
+    prefill_workers = [worker for worker in candidates if worker.role is MemberRole.PREFILL and not query.on_one_worker]
+    if not decode_workers:
+        return None
+    with_peers = {
+        worker.worker_id
+        for worker in decode_workers
+        if any((worker.worker_id, peer.worker_id) not in query.avoided_pairs for peer in prefill_workers)
+    }
+    decode_worker = min(
+        decode_workers, key=lambda worker: _decode_cost(worker, query, has_peer=worker.worker_id in with_peers)
+    )
+    peers = [
+        worker for worker in prefill_workers if (decode_worker.worker_id, worker.worker_id) not in query.avoided_pairs
+    ]
+    prefill_worker = min(peers, key=_prefill_cost, default=None)
+    return Assignment(decode_worker.worker_id, prefill_worker.worker_id if prefill_worker else None)
+
+
+def _is_candidate(worker: WorkerView, query: RouteQuery) -> bool:
+    return (
+        worker.model.fingerprint == query.fingerprint
+        and not worker.load.draining
+        and worker.worker_id not in query.excluded_worker_ids
+        and query.num_tokens < worker.max_sequence_tokens
+    )
+
+
+def _decode_cost(worker: WorkerView, query: RouteQuery, *, has_peer: bool) -> tuple[object, ...]:
+    """Lower is better."""
+    load = worker.load
+    num_blocks_needed = -(-(query.num_tokens + worker.num_assigned_tokens) // worker.block_size)
+    num_blocks_left = load.num_free_blocks + load.num_cached_blocks - num_blocks_needed
+    num_jobs = load.num_running + load.num_waiting + worker.num_assigned
+    return (
+        num_blocks_left < 0,
+        not has_peer,
+        worker.worker_id != query.preferred_decode_worker_id,
+        num_jobs,
+        -num_blocks_left,
+        worker.num_assigned,
+        worker.worker_id,
+    )
+
+
+def _prefill_cost(worker: WorkerView) -> tuple[object, ...]:
+    num_queued_tokens = worker.load.num_queued_prompt_tokens + worker.num_assigned_tokens
+    return (num_queued_tokens, worker.load.num_waiting + worker.num_assigned, worker.worker_id)

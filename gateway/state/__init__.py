@@ -1,0 +1,1 @@
+"""Request state in Redis, and the gateways that share it."""

@@ -1,0 +1,1 @@
+"""Records what happened: metrics, timelines and traces."""

@@ -1,0 +1,1 @@
+"""Shows the whole cluster: its members, and figures for the live page."""

@@ -1,0 +1,1 @@
+"""Sessions with workers, and what the gateway knows of each."""

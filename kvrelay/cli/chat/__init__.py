@@ -1,0 +1,1 @@
+"""The `kvrelay chat` command."""

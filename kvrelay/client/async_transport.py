@@ -1,0 +1,79 @@
+"""gRPC and waiting for the asyncio client. `sync_transport` has the same names for threads."""
+
+from __future__ import annotations  # gRPC's classes are generic for type checkers only
+
+import asyncio
+import time
+from typing import Any, TypeAlias
+
+import grpc
+
+from kvrelay.network import rpc
+from kvrelay.v1 import inference_pb2_grpc
+from kvrelay.v1.inference_pb2 import ConverseRequest
+
+Channel = grpc.aio.Channel
+RpcError = grpc.aio.AioRpcError
+Stub: TypeAlias = "inference_pb2_grpc.InferenceServiceAsyncStub"
+UnaryMethod = grpc.aio.UnaryUnaryMultiCallable
+
+create_channel = rpc.create_channel
+sleep = asyncio.sleep
+
+CallOverError = asyncio.InvalidStateError
+
+
+class StreamCall:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._cancelled = False
+
+    async def read(self) -> Any:
+        """The next message. None after the last one, and after `cancel`."""
+        try:
+            # Not `async for`: a call and its iterator hold each other, and so the connection.
+            message = await self._call.read()
+        except asyncio.CancelledError:
+            if not self._cancelled:  # the task was cancelled, not the call
+                raise
+            return None
+        return None if message is grpc.aio.EOF else message
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._call.cancel()
+
+
+class ConverseCall:
+    """For each turn: `begin_turn`, `read` its messages, `end_turn`."""
+
+    def __init__(self, stub: Stub, timeout_s: float) -> None:
+        self._call: Any = stub.Converse(timeout=timeout_s)
+        self._cancelled = False
+        self._turn_deadline_s = 0.0
+
+    async def begin_turn(self, request: ConverseRequest, timeout_s: float) -> None:
+        """Sends a turn and sets its timeout. Raises CallOverError."""
+        self._turn_deadline_s = time.monotonic() + timeout_s
+        await self._call.write(request)
+
+    async def read(self) -> Any:
+        """The next message. None when the gateway ended the call.
+
+        Raises TimeoutError for a late turn, and CallOverError after `cancel`.
+        """
+        remaining_s = max(0.0, self._turn_deadline_s - time.monotonic())
+        try:
+            message = await asyncio.wait_for(self._call.read(), remaining_s)
+        except asyncio.CancelledError:
+            if not self._cancelled:  # the task was cancelled, not the call
+                raise
+            raise CallOverError from None
+        return None if message is grpc.aio.EOF else message
+
+    def end_turn(self) -> None:
+        """Each read has its own timeout."""
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._call.cancel()

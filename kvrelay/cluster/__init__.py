@@ -1,0 +1,1 @@
+"""Starts a whole cluster on one machine."""

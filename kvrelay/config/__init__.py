@@ -1,0 +1,1 @@
+"""Settings: declarations and sources."""

@@ -1,0 +1,99 @@
+"""Settings of identity, encryption and what is written down about calls. Secrets come as files."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from kvrelay.config.base import Settings
+from kvrelay.errors import ConfigError
+
+MIN_SECRET_BYTES = 16
+
+
+class SecuritySettings(Settings):
+    tls_cert: str | None = Field(
+        default=None, description="PEM file with this process's certificate and its chain; read again when it changes."
+    )
+    tls_key: str | None = Field(default=None, description="PEM file with the private key of --tls-cert.")
+    tls_ca: str | None = Field(
+        default=None,
+        description="PEM file with the CAs of the cluster's certificates. Workers then want one from every caller.",
+    )
+    trust_domain: str = Field(
+        default="kvrelay.local",
+        min_length=1,
+        description="Trust domain of the SPIFFE ids in certificates: spiffe://DOMAIN/role/ROLE.",
+    )
+    keys_file: str | None = Field(
+        default=None, description="YAML file with the hashes of API keys, their tenants, roles and limits."
+    )
+    jwks_file: str | None = Field(default=None, description="JSON file with the public keys of JWTs.")
+    jwt_issuer: str | None = Field(default=None, description="Issuer that JWTs must name.")
+    jwt_audience: str | None = Field(default=None, description="Audience that JWTs must name.")
+    jwt_tenant_claim: str = Field(default="tenant", min_length=1, description="Claim of a JWT that names the tenant.")
+    jwt_roles_claim: str = Field(default="roles", min_length=1, description="Claim of a JWT that lists the roles.")
+    cluster_key_file: str | None = Field(
+        default=None,
+        description="File with a secret by which processes of one machine prove their roles to workers, where there "
+        "are no certificates. Default: none; `serve all` makes one.",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Listen on other than loopback addresses without credentials: everybody there has all rights.",
+    )
+    cache_secret_file: str | None = Field(
+        default=None,
+        description="File with a secret of at least 16 bytes, the same for all gateways, that hides tenants' names from "
+        "workers. Default: gateways draw one and share it through Redis.",
+    )
+    audit_log: str | None = Field(
+        default=None, description="File that gets a JSON line for each decision about a call, without any content."
+    )
+
+    def cache_secret(self) -> bytes | None:
+        """Raises ConfigError if the file cannot be read, or holds too little."""
+        if self.cache_secret_file is None:
+            return None
+        try:
+            secret = Path(self.cache_secret_file).read_bytes().strip()
+        except OSError as error:
+            raise ConfigError(f"cache_secret_file {self.cache_secret_file} cannot be read: {error.strerror}") from error
+        if len(secret) < MIN_SECRET_BYTES:
+            raise ConfigError(
+                f"cache_secret_file {self.cache_secret_file} has {len(secret)} bytes; write at least "
+                f"{MIN_SECRET_BYTES} random ones into it, such as by `openssl rand -hex 32`"
+            )
+        return secret
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether clients prove who they are by keys or tokens."""
+        return self.keys_file is not None or self.jwks_file is not None
+
+    @property
+    def has_client_credentials(self) -> bool:
+        """Whether clients of this process can prove who they are."""
+        return self.takes_keys or self.tls_ca is not None
+
+
+class PeerSettings(Settings):
+    peer_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port at which gateways with certificates and API keys answer processes that have certificates; "
+        "0 takes a free one.",
+    )
+
+
+class ClientTLSSettings(Settings):
+    tls_ca: str | None = Field(
+        default=None, description="PEM file with the CAs of gateways' certificates. Default: no TLS."
+    )
+    tls_cert: str | None = Field(
+        default=None, description="PEM file with this client's certificate, where gateways ask for one."
+    )
+    tls_key: str | None = Field(default=None, description="PEM file with the private key of --tls-cert.")
+    tls_server_name: str | None = Field(
+        default=None, description="Name in the gateway's certificate. Default: the host of its address."
+    )

@@ -1,0 +1,130 @@
+"""Moves a loaded model to compiled kernels where possible, and quantizes it if asked.
+
+Llama-like models run in the kernels as a whole, others only their linear layers and attention.
+The results must agree with torch's.
+"""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import structlog
+import torch
+from torch import Tensor
+
+from kvrelay.core.model_spec import derive_fingerprint
+from kvrelay.engine.kernel_batch import SequenceInput
+from kvrelay.engine.model_probe import least_cosine, short_windows
+from kvrelay.engine.model_runner import LoadedModel, ModelRunner
+from kvrelay.engine.native import load_library
+from kvrelay.engine.native.library import KV_DTYPES
+from kvrelay.engine.native_decoder import pack, release_weights
+from kvrelay.engine.packed_linear import pack_linears
+from kvrelay.engine.paged_attention import NotInKernelsError
+from kvrelay.engine.paged_kv_cache import PagedKVCache
+from kvrelay.errors import ModelLoadError
+
+# Between the logits of kernels and torch, by whether weights are int8.
+MIN_COSINE = {False: 0.99999, True: 0.95}
+
+MIN_KV_COSINE = 0.95  # between the logits with KV in int8 and in the model's own type
+
+_log = structlog.get_logger(__name__)
+
+
+def use_native_kernels(model: LoadedModel, *, int8: bool = False) -> LoadedModel:
+    """Returns the model on compiled kernels, or unchanged without kernels.
+
+    Raises:
+        ModelLoadError: int8 needs kernels, or the results differ.
+    """
+    library = load_library()
+    why = _why_not(model) or ("the kernels could not be compiled; the log says why" if library is None else None)
+    if why is not None or library is None:
+        if int8:
+            raise ModelLoadError(f"{model.spec.name} cannot be served in int8: {why}. Serve it with --quantize none")
+        _log.info("the model runs in torch", model=model.spec.name, why=why)
+        return model
+    with short_windows(model.module):
+        expected = _probe(model)
+    decoder = pack(model.module, model.spec.architecture, library, model.windows, int8=int8)
+    if decoder is not None:
+        native = replace(model, decoder=decoder, kernels=library)
+        packed_bytes = decoder.weight_bytes
+    else:
+        packed_bytes = pack_linears(model.module, library, int8=int8)
+        native = replace(model, kernels=library)
+    with (
+        short_windows(model.module) as shortened,
+        nullcontext() if decoder is None else decoder.short_windows(shortened),
+    ):
+        computed = _probe(native)
+    cosine = least_cosine(computed, expected)
+    if not cosine >= MIN_COSINE[int8]:
+        message = f"{model.spec.name}: compiled kernels compute something else than transformers (cosine {cosine:.6f})"
+        raise ModelLoadError(f"{message}. Serve it with --kernels off, and please report the model")
+    if decoder is not None:
+        release_weights(model.module)
+    spec = model.spec
+    if int8:
+        scheme = "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64"
+        spec = replace(spec, fingerprint=derive_fingerprint(spec.fingerprint, scheme))
+    kept_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    return replace(native, spec=spec, weight_bytes=packed_bytes + kept_bytes)
+
+
+def with_kv_dtype(model: LoadedModel, kv_dtype: str) -> LoadedModel:
+    """Raises ModelLoadError: the kernels do not read that type, or int8 needs kernels."""
+    layout = model.spec.kv_layout
+    if kv_dtype in ("auto", layout.dtype):
+        return model
+    if model.kernels is not None and kv_dtype not in KV_DTYPES:
+        known = ", ".join(KV_DTYPES)
+        raise ModelLoadError(
+            f"the kernels on this machine keep KV in {known}, not in {kv_dtype}; choose another --kv-dtype"
+        )
+    spec = replace(
+        model.spec,
+        kv_layout=replace(layout, dtype=kv_dtype),
+        fingerprint=derive_fingerprint(model.spec.fingerprint, f"KV in {kv_dtype}"),
+    )
+    changed = replace(model, spec=spec)
+    if kv_dtype == "int8":
+        _check_int8_kv(model, changed)
+    return changed
+
+
+def _check_int8_kv(model: LoadedModel, changed: LoadedModel) -> None:
+    refusal = f"{model.spec.name} cannot keep KV in int8"
+    remedy = "Serve it with --kv-dtype auto"
+    if model.kernels is None:
+        why = _why_not(model) or "it is not on compiled kernels: --kernels is off, or there is no C compiler"
+        raise ModelLoadError(f"{refusal}: {why}. {remedy}")
+    try:
+        computed = _probe(changed)
+    except NotInKernelsError as error:
+        why = (
+            "its attention has a soft cap, sinks, or heads whose size is no multiple of 16, "
+            "which the kernels do not compute"
+        )
+        raise ModelLoadError(f"{refusal}: {why}. {remedy}") from error
+    cosine = least_cosine(computed, _probe(model))
+    if not cosine >= MIN_KV_COSINE:
+        raise ModelLoadError(f"{refusal}: it computes something else then (cosine {cosine:.6f}). {remedy}")
+
+
+def _why_not(model: LoadedModel) -> str | None:
+    if model.device.type != "cpu":
+        return f"compiled kernels are for the CPU, not for {model.device.type}"
+    if model.dtype != torch.float32:
+        return f"compiled kernels take float32 weights, not {str(model.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _probe(model: LoadedModel) -> Tensor:
+    tokens = [(7 * number + 3) % model.spec.vocab_size for number in range(11)]
+    runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, num_blocks=6, block_size=4))
+    steps = [
+        [SequenceInput(tokens[:3], 0, (0,), num_logits=1), SequenceInput(tokens[:6], 0, (4, 2, 5), num_logits=0)],
+        [SequenceInput(tokens[3:4], 3, (0,), num_logits=1), SequenceInput(tokens[6:], 6, (4, 2, 5), num_logits=2)],
+    ]
+    return torch.cat([runner.run(batch) for batch in steps])

@@ -1,0 +1,1 @@
+"""Finds, fetches and describes models on disk. Loads no weights."""

@@ -1,0 +1,1 @@
+"""gRPC, HTTP and addresses."""

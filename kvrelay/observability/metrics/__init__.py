@@ -1,0 +1,1 @@
+"""Metrics: `families` counts, `exposition` serves them for Prometheus."""

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API in front of gateways: our front checks requests, smg serves the API."""

@@ -1,0 +1,39 @@
+"""Which of smg's own options a user may give. Pure."""
+
+import shlex
+
+from kvrelay.errors import ConfigError
+
+_OF_THE_FRONT = (
+    *("host", "port", "worker-urls", "api-key", "max-payload-size", "prometheus-host", "prometheus-port"),
+    *("tenant-api-key", "trust-tenant-header", "tenant-header-name", "cors-allowed-origins"),
+    *("control-plane-api-keys", "jwt-issuer", "jwt-audience", "jwt-jwks-uri", "jwt-role-mapping"),
+    *("client-cert-path", "client-key-path", "ca-cert-paths", "tls-cert-path", "tls-key-path"),
+)
+_OPENS_PORTS_OR_ADDS_WORKERS = (
+    *("enable-mesh", "mesh-server-name", "mesh-host", "mesh-advertise-host", "mesh-port", "mesh-peer-urls"),
+    *("mesh-tls-ca-cert", "mesh-tls-cert", "mesh-tls-key", "enable-igw", "enable-rl", "rdma-listen-ip"),
+    *("service-discovery", "discovery-provider", "discovery-file", "service-discovery-port"),
+    *("pd-disaggregation", "epd-disaggregation", "prefill", "decode", "encode"),
+    *("enable-wasm", "storage-hook-wasm-path", "mm-allow-private-media-hosts", "mm-allowed-media-domains"),
+)
+GUARDED = tuple(f"--{name}" for name in (*_OF_THE_FRONT, *_OPENS_PORTS_OR_ADDS_WORKERS))
+
+
+def parse_arguments(text: str | None) -> list[str]:
+    """Raises ConfigError for options that kvrelay sets, or that open smg to others.
+
+    smg takes abbreviations too, such as --api for --api-key.
+    """
+    try:
+        arguments = shlex.split(text or "")
+    except ValueError as error:
+        raise ConfigError(f"openai_args is {text!r}: {error}; quote it as in a shell") from None
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and any(guarded.startswith(name) for guarded in GUARDED):
+            raise ConfigError(
+                f"openai_args has {name[:64]}, which kvrelay decides itself, because it guards smg: leave it out; "
+                "`kvrelay serve openai --help` lists what can be set"
+            )
+    return arguments

@@ -1,0 +1,1 @@
+"""What a process needs from its operating system: threads, cores, children, signals."""

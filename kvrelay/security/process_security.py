@@ -1,0 +1,197 @@
+"""What one process knows about credentials: built once, when it starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+
+from kvrelay.errors import ConfigError, KvrelayError
+from kvrelay.security.audit import REFUSED, AuditLog, CallAudit, set_current_audit
+from kvrelay.security.cluster_key import ClusterKey
+from kvrelay.security.credentials import ChannelCredentials, ProcessCertificates
+from kvrelay.security.guard import AuthContext, BearerVerifier, Guard, PeerRoles
+from kvrelay.security.method_rules import GRPC_RULES, HTTP_RULES, Rules
+from kvrelay.security.principal import Principal, Role
+
+if TYPE_CHECKING:
+    from kvrelay.config.security_settings import SecuritySettings
+    from kvrelay.security.reloaded_file import ReloadedFile
+
+POLL_INTERVAL_S = 0.5
+"""A changed file counts after two polls."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedBy:
+    """Rules of the two ports; None lets every caller in."""
+
+    grpc: Rules | None
+    http: Rules | None
+
+
+class ProcessSecurity:
+    """`guard` is of gRPC. A guard is None where callers cannot prove who they are: each is LOCAL."""
+
+    def __init__(
+        self,
+        rules: GuardedBy,
+        verifiers: Sequence[BearerVerifier],
+        files: Sequence[ReloadedFile[Any]],
+        certificates: ProcessCertificates | None = None,
+        takes_keys: bool = False,
+        bearer: str | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
+        """`bearer` proves this process's role to others."""
+        self._certificates = certificates
+        self._bearer = bearer
+        self._takes_keys = takes_keys
+        self.num_refused: Counter[str] = Counter()
+        """By the error's reason."""
+        self._audit = audit
+        self.guard = self._guard_of(rules.grpc, verifiers, self._peer_roles)
+        self.http_guard = self._guard_of(rules.http, verifiers, _no_roles)
+        self._files = tuple(files)
+
+    def _guard_of(
+        self, rules: Rules | None, verifiers: Sequence[BearerVerifier], peer_roles: PeerRoles
+    ) -> Guard | None:
+        if rules is None:
+            return None
+        return Guard(rules, verifiers, peer_roles, on_refused=self._on_refused, on_admitted=self._on_admitted)
+
+    @classmethod
+    def of(cls, settings: SecuritySettings, role: Role) -> ProcessSecurity:
+        """`role` is the process's own."""
+        verifiers, files = _verifiers(settings)
+        takes_keys = role is Role.GATEWAY and bool(verifiers)  # workers are called with certificates only
+        certificates = _certificates(settings, role)
+        cluster_key = None if settings.cluster_key_file is None else ClusterKey.read(settings.cluster_key_file)
+        if cluster_key is not None:
+            verifiers.insert(0, cluster_key)  # JWTs have two dots, too
+        has_guard = takes_keys or certificates is not None or (cluster_key is not None and role is not Role.GATEWAY)
+        return cls(
+            GuardedBy(
+                GRPC_RULES.get(role) if has_guard else None,
+                HTTP_RULES[role] if settings.has_client_credentials else None,
+            ),
+            verifiers,
+            files,
+            certificates,
+            takes_keys,
+            None if cluster_key is None else cluster_key.token_of(role),
+            None if settings.audit_log is None else AuditLog(settings.audit_log),
+        )
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Sentences without secrets, for operators."""
+        return tuple(file.problem for file in self._files if file.problem is not None)
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether a caller from elsewhere must prove who it is: a cluster's key is for one machine."""
+        return self._takes_keys or self._certificates is not None
+
+    @property
+    def needs_peer_port(self) -> bool:
+        """gRPC cannot ask for a certificate that may be missing, and clients with keys have none."""
+        return self._certificates is not None and self._takes_keys
+
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """Asks for certificates unless callers may have keys."""
+        if self._certificates is None:
+            return None
+        return self._certificates.server(asks_for_certificate=not self._takes_keys)
+
+    def peer_credentials(self) -> grpc.ServerCredentials | None:
+        """Of a port that every caller needs a certificate for."""
+        return None if self._certificates is None else self._certificates.server(asks_for_certificate=True)
+
+    def towards(self, role: Role) -> ChannelCredentials | None:
+        """For a channel to a process of this role, as the files are now. None: plain text."""
+        if self._certificates is not None:
+            return self._certificates.towards(role)
+        return None if self._bearer is None else ChannelCredentials(None, None, b"", self._bearer)
+
+    def _peer_roles(self, auth_context: AuthContext) -> frozenset[Role]:
+        return frozenset() if self._certificates is None else self._certificates.peer_roles(auth_context)
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Takes changed files over within the block, and writes the audit log to its end after it."""
+        watch = asyncio.create_task(self._watch(), name="watch of the credentials")
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.wait([watch])
+            if self._audit is not None:
+                await asyncio.to_thread(self._audit.close)
+
+    async def _watch(self) -> None:
+        while self._files:
+            await asyncio.sleep(POLL_INTERVAL_S)
+            # All of them: `any` over a generator would leave out files after the first change.
+            if any([await asyncio.to_thread(file.poll) for file in self._files]):
+                self._end_withdrawn()
+
+    def _on_refused(self, who: str, method: str, error: KvrelayError) -> None:
+        self.num_refused[error.reason] += 1
+        if self._audit is not None:
+            self._audit.record(who=who, method=method, request_id="", decision=REFUSED, reason=error.reason)
+
+    def _on_admitted(self, principal: Principal, method: str) -> None:
+        set_current_audit(None if self._audit is None else CallAudit(self._audit, principal, method))
+
+    def _end_withdrawn(self) -> None:
+        num_ended = sum(guard.end_withdrawn() for guard in (self.guard, self.http_guard) if guard is not None)
+        if num_ended:
+            _log.info("calls ended, because their credentials were withdrawn", num_calls=num_ended)
+
+
+def _verifiers(settings: SecuritySettings) -> tuple[list[BearerVerifier], list[ReloadedFile[Any]]]:
+    """Imports only what the settings ask for: PyJWT slows the start."""
+    verifiers: list[BearerVerifier] = []
+    files: list[ReloadedFile[Any]] = []
+    if settings.keys_file is not None:
+        from kvrelay.security.keys import KeysFile
+
+        keys = KeysFile(settings.keys_file)
+        verifiers.append(keys)
+        files.append(keys.file)
+    if settings.jwks_file is not None:
+        if settings.jwt_issuer is None or settings.jwt_audience is None:
+            raise ConfigError("jwks_file needs jwt_issuer and jwt_audience: give --jwt-issuer and --jwt-audience")
+        from kvrelay.security.json_web_tokens import JsonWebTokens, TokenRules
+
+        rules = TokenRules(
+            settings.jwt_issuer, settings.jwt_audience, settings.jwt_tenant_claim, settings.jwt_roles_claim
+        )
+        tokens = JsonWebTokens(settings.jwks_file, rules)
+        verifiers.append(tokens)
+        files.append(tokens.file)
+    return verifiers, files
+
+
+def _certificates(settings: SecuritySettings, role: Role) -> ProcessCertificates | None:
+    certificate, key, authorities = settings.tls_cert, settings.tls_key, settings.tls_ca
+    if certificate is None and key is None and authorities is None:
+        return None
+    if certificate is None or key is None or authorities is None:
+        raise ConfigError("--tls-cert, --tls-key and --tls-ca go together: give all three or none")
+    return ProcessCertificates.read(certificate, key, authorities, settings.trust_domain, role)
+
+
+def _no_roles(auth_context: AuthContext) -> frozenset[Role]:
+    """HTTP asks for no certificates."""
+    return frozenset()

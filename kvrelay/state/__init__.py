@@ -1,0 +1,1 @@
+"""Request state and memberships in Redis."""

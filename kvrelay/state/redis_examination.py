@@ -1,0 +1,110 @@
+"""Examines the server at a Redis url: kind, version, TLS, eviction."""
+
+import asyncio
+import contextlib
+import re
+import ssl
+from typing import Any
+
+import redis.asyncio
+import redis.exceptions
+import structlog
+
+from kvrelay.state.redis_faults import (
+    CLUSTER_SENTENCE,
+    NEEDS_TLS_SENTENCE,
+    NO_TLS_SENTENCE,
+    OLD_SENTENCE,
+    SENTINEL_SENTENCE,
+    RedisFault,
+    fault_of,
+)
+from kvrelay.state.redis_url import RedisTarget
+
+OLDEST_MAJOR_VERSION = 7  # the first with script flags (`#!lua flags=...`)
+TLS_LOOK_TIMEOUT_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+async def execute(client: "redis.asyncio.Redis", *command: str | int | bytes) -> Any:
+    return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+
+async def examine(client: "redis.asyncio.Redis") -> RedisFault | None:
+    """A fault, or None; None also when this user may not ask."""
+    information = await _ask(client, "INFO")
+    mode = str(information.get("redis_mode", "standalone"))
+    if mode == "sentinel":
+        return RedisFault(SENTINEL_SENTENCE, needs_a_person=True, is_refusal=True)
+    version = re.match(r"\d+", str(information.get("redis_version", "")))
+    if version is not None and int(version[0]) < OLDEST_MAJOR_VERSION:
+        return RedisFault(OLD_SENTENCE, needs_a_person=True, is_refusal=True)
+    is_cluster = mode == "cluster" or str(information.get("cluster_enabled", 0)) == "1"
+    if is_cluster and await _num_shards(client) != 1:  # the node of a single shard has every key
+        return RedisFault(CLUSTER_SENTENCE, needs_a_person=True, is_refusal=True)
+    _warn_of_eviction(information)
+    return None
+
+
+async def _num_shards(client: "redis.asyncio.Redis") -> int:
+    """0 when no node has keys, or this user may not ask."""
+    return int((await _ask(client, "CLUSTER", "INFO")).get("cluster_size", 0))
+
+
+def _warn_of_eviction(information: dict[str, Any]) -> None:
+    policy, limit = str(information.get("maxmemory_policy", "noeviction")), information.get("maxmemory", 0)
+    if policy != "noeviction" and str(limit) != "0":
+        _log.warning(
+            "redis throws away request state and leases when it is full: set maxmemory-policy noeviction",
+            maxmemory_policy=policy,
+        )
+
+
+async def _ask(client: "redis.asyncio.Redis", *command: str) -> dict[str, Any]:
+    """Empty when this user may not ask."""
+    try:
+        answer = await execute(client, *command)
+    except redis.exceptions.ResponseError as error:
+        fault = fault_of(error)
+        if fault is not None and not fault.needs_a_person:
+            raise
+        return {}
+    if isinstance(answer, dict):
+        return {str(name): value for name, value in answer.items()}
+    text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+async def look_for_tls(target: RedisTarget) -> RedisFault | None:
+    """A fault when only one of url and port speaks TLS."""
+    if target.scheme == "unix":
+        return None
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(TLS_LOOK_TIMEOUT_S):
+            if target.uses_tls:
+                return RedisFault(NO_TLS_SENTENCE, needs_a_person=True) if await _speaks_plainly(target) else None
+            return RedisFault(NEEDS_TLS_SENTENCE, needs_a_person=True) if await _shakes_hands(target) else None
+    return None
+
+
+async def _speaks_plainly(target: RedisTarget) -> bool:
+    reader, writer = await asyncio.open_connection(target.location["host"], target.location["port"])
+    try:
+        writer.write(b"PING\r\n")
+        return await reader.read(1) in (b"+", b"-")
+    finally:
+        writer.close()
+
+
+async def _shakes_hands(target: RedisTarget) -> bool:
+    """Sends nothing over this connection, so the certificate need not be verified."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        _, writer = await asyncio.open_connection(target.location["host"], target.location["port"], ssl=context)
+    except ssl.SSLError as error:
+        return "ALERT" in str(error.reason)  # of a server that wants a certificate, for instance
+    writer.transport.abort()
+    return True

@@ -1,0 +1,1 @@
+"""Compiles response formats to grammars, and follows them token by token."""

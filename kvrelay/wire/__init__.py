@@ -1,0 +1,1 @@
+"""Converts values and errors to messages and statuses, and back."""

@@ -1,0 +1,108 @@
+"""`python -m tests.security.identity_mutations`: takes a guard out in a copy of the sources, and
+expects a test to fail. See `tests.faults.mutations`.
+"""
+
+import sys
+
+from tests.support.mutations import Mutation, run_mutations
+
+INTERCEPTOR_TESTS = "tests/network/test_call_interceptor.py"
+GUARD_TESTS = "tests/security/test_guard.py"
+
+MUTATIONS = (
+    Mutation(
+        "calls are not checked",
+        "kvrelay/network/call_interceptor.py",
+        "        if self._guard is None:\n            adopt",
+        "        if True:\n            adopt",
+        f"{INTERCEPTOR_TESTS}::test_calls_without_a_key_reach_no_handler",
+    ),
+    Mutation(
+        "a single message is read before the guard runs",
+        "kvrelay/network/call_interceptor.py",
+        "call.deserialize if handler.request_streaming else _unread",
+        "call.deserialize if handler.request_streaming else lambda data: [call.deserialize(data) and data]",
+        f"{INTERCEPTOR_TESTS}::test_a_message_of_an_unknown_caller_is_not_even_read",
+    ),
+    Mutation(
+        "a stream takes messages after the expiry",
+        "kvrelay/network/call_interceptor.py",
+        "        guard.check_expiry(principal)\n",
+        "",
+        f"{INTERCEPTOR_TESTS}::test_a_stream_takes_no_message_after_the_expiry",
+    ),
+    Mutation(
+        "what has no rule is open",
+        "kvrelay/security/guard.py",
+        "        if rule is None:\n",
+        "        if rule is None:\n            return Rule(frozenset(), is_open=True)\n        if rule is None:\n",
+        f"{GUARD_TESTS}::test_a_method_without_a_rule_is_refused_whoever_calls",
+    ),
+    Mutation(
+        "roles are not compared",
+        "kvrelay/security/guard.py",
+        "if not principal.roles & rule.roles:",
+        "if False:",
+        f"{GUARD_TESTS}::test_a_role_that_does_not_reach_is_refused",
+    ),
+    Mutation(
+        "a certificate proves a client of any tenant",
+        "kvrelay/security/guard.py",
+        "proven = roles - {Role.CLIENT}",
+        "proven = roles",
+        f"{GUARD_TESTS}::test_a_certificate_proves_roles_but_never_that_of_a_client",
+    ),
+    Mutation(
+        "an expired key goes on",
+        "kvrelay/security/guard.py",
+        "principal.expires_at_s <= self._clock()",
+        "False",
+        f"{GUARD_TESTS}::test_an_expired_key_begins_nothing_new",
+    ),
+    Mutation(
+        "calls of withdrawn keys go on",
+        "kvrelay/security/process_security.py",
+        "                self._end_withdrawn()",
+        "                pass",
+        "tests/security/test_process_security.py"
+        "::test_a_withdrawn_key_is_refused_and_its_streams_end_while_others_go_on",
+    ),
+    Mutation(
+        "a file is read while it is written",
+        "kvrelay/security/reloaded_file.py",
+        " or now != self._changing",
+        "",
+        "tests/security/test_reloaded_file.py::test_a_file_that_is_still_written_to_is_not_read",
+    ),
+    Mutation(
+        "a token chooses its algorithm",
+        "kvrelay/security/json_web_tokens.py",
+        "algorithms=[signing.algorithm],",
+        "algorithms=[jwt.get_unverified_header(token)['alg']],",
+        "tests/security/test_json_web_tokens.py::test_a_token_that_is_not_as_it_must_be_is_refused",
+    ),
+    Mutation(
+        "routes are not checked",
+        "kvrelay/network/http_guard.py",
+        "        if resource is None:\n",
+        "        if True:\n",
+        "tests/network/test_http_guard.py::test_without_a_key_nothing_but_health_is_answered",
+    ),
+    Mutation(
+        "a key goes over a network in plain text",
+        "kvrelay/client/api_keys.py",
+        "if not is_encrypted and not _stays_on_this_machine(address):",
+        "if False:",
+        "tests/client/test_api_keys.py::test_a_key_goes_nowhere_else_in_plain_text",
+    ),
+    Mutation(
+        "refusals are not written down",
+        "kvrelay/security/process_security.py",
+        "            self._audit.record(",
+        "            dict(",
+        "tests/security/test_audit.py::test_refused_calls_and_reaches_for_others_requests_are_written",
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(run_mutations(MUTATIONS))

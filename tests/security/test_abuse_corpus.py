@@ -1,0 +1,190 @@
+"""Hostile messages against a real cluster: refused by their size, and no other client notices.
+
+Each case is sent over a connection of its own. The gateway's own processor time and memory are
+judged, and never the wall clock.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from kvrelay.client import AsyncClient
+from kvrelay.cluster.local_cluster import LocalCluster
+from kvrelay.kserve import grpc_service_pb2 as kserve_pb
+from kvrelay.v1 import inference_pb2 as pb
+from kvrelay.v1 import session_pb2
+from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt
+from tests.support.tiny_models import make_tiny_model
+
+MIB = 2**20
+MAX_CPU_S = 0.5
+"""Of the gateway for one case; it took up to 6 s before there were bounds."""
+MAX_GROWN_BYTES = 32 * MIB
+MAX_ROUNDS = 6
+"""What the allocator keeps for such messages it keeps once; a leak grows in each round."""
+SETTLE_TIMEOUT_S = 10.0
+INFERENCE = "/kvrelay.v1.InferenceService/"
+KSERVE = "/inference.GRPCInferenceService/ModelInfer"
+MANY = 300_000
+"""Entries of about 1 MiB together, the largest message of a client."""
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+INVALID, TOO_LARGE = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
+
+
+@dataclass(frozen=True)
+class Case:
+    method: str
+    make: Callable[[], Any]
+    """The message, or its bytes."""
+    status: grpc.StatusCode
+    at_once: int = 1
+    compression: grpc.Compression | None = None
+
+    def data(self) -> bytes:
+        message = self.make()
+        return message if isinstance(message, bytes) else bytes(message.SerializeToString())
+
+
+def generate(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**{"token_ids": pb.TokenIds(ids=[9, 10, 11]), **fields})
+
+
+def sampled(**fields: Any) -> pb.GenerateRequest:
+    return generate(sampling=session_pb2.SamplingParams(**fields))
+
+
+def infer(shape: Iterable[int], raw: bytes, **fields: Any) -> kserve_pb.ModelInferRequest:
+    tensor = kserve_pb.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=shape)
+    return kserve_pb.ModelInferRequest(inputs=[tensor], raw_input_contents=[raw], **fields)
+
+
+def text(num_bytes: int) -> str:
+    return "The sea is wide. " * (num_bytes // 17)
+
+
+G = INFERENCE + "Generate"
+CASES = {
+    "message of 9 MB": Case(G, lambda: generate(text="x" * 9 * MIB), TOO_LARGE),
+    "message of 1 MiB and more, six": Case(G, lambda: generate(text=text(3 * MIB // 2)), TOO_LARGE, at_once=6),
+    "gzip bomb of 64 MiB": Case(G, lambda: generate(text="\0" * 64 * MIB), TOO_LARGE, 1, grpc.Compression.Gzip),
+    "text of 1 MB": Case(G, lambda: generate(text=text(1_000_000)), INVALID),
+    "text of 1 MB, six": Case(G, lambda: generate(text=text(1_000_000)), INVALID, at_once=6),
+    "spaces to Tokenize": Case(INFERENCE + "Tokenize", lambda: pb.TokenizeRequest(text=" " * 1_000_000), INVALID),
+    "one word to Tokenize": Case(INFERENCE + "Tokenize", lambda: pb.TokenizeRequest(text="a" * 1_000_000), INVALID),
+    "token ids": Case(G, lambda: generate(token_ids=pb.TokenIds(ids=[1] * 1_000_000)), INVALID),
+    "token ids, six": Case(G, lambda: generate(token_ids=pb.TokenIds(ids=[1] * 1_000_000)), INVALID, at_once=6),
+    "ids to Detokenize": Case(
+        INFERENCE + "Detokenize", lambda: pb.DetokenizeRequest(token_ids=[1] * 1_000_000), INVALID
+    ),
+    "stop strings": Case(G, lambda: sampled(stop=[b"x"] * MANY), INVALID),
+    "stop strings, six": Case(G, lambda: sampled(stop=[b"x"] * MANY), INVALID, at_once=6),
+    "biases": Case(G, lambda: sampled(logit_bias=dict.fromkeys(range(80_000), 1.0)), INVALID),
+    "stop tokens": Case(G, lambda: sampled(stop_token_ids=[1] * 1_000_000), INVALID),
+    "messages": Case(G, lambda: generate(chat=pb.ChatMessages(messages=[pb.ChatMessage(role="u")] * 200_000)), INVALID),
+    "model": Case(G, lambda: generate(model="\x01" * 1_000_000), INVALID),
+    "model, six": Case(G, lambda: generate(model="\x01" * 1_000_000), INVALID, at_once=6),
+    "tenant": Case(G, lambda: generate(tenant="t" * 1_000_000), INVALID),
+    "idempotency key": Case(G, lambda: generate(idempotency_key="t" * 1_000_000), INVALID),
+    "request id": Case(INFERENCE + "GetRequest", lambda: pb.GetRequestRequest(request_id="x" * 1_000_000), NOT_FOUND),
+    "request id, sixteen": Case(
+        INFERENCE + "GetRequest", lambda: pb.GetRequestRequest(request_id="\x01" * 1_000_000), NOT_FOUND, at_once=16
+    ),
+    "request id to Resume": Case(INFERENCE + "Resume", lambda: pb.ResumeRequest(request_id="}" * 32), NOT_FOUND),
+    "request id with Redis' words": Case(
+        INFERENCE + "CancelRequest", lambda: pb.CancelRequestRequest(request_id="x\r\nFLUSHALL\r\n"), NOT_FOUND
+    ),
+    "page token": Case(INFERENCE + "ListRequests", lambda: pb.ListRequestsRequest(page_token="9" * 1_000_000), INVALID),
+    "no message": Case(G, lambda: b"\xff" * 4096, INVALID),
+    "shape of 10^18": Case(KSERVE, lambda: infer([10**12, 10**6], b"\xff\xff\xff\xff"), INVALID),
+    "shape of many": Case(KSERVE, lambda: infer([1] * 1_000_000, b"\2\0\0\0hi"), INVALID),
+    "elements": Case(KSERVE, lambda: infer([1], bytes(1_000_000)), INVALID),
+    "outputs": Case(
+        KSERVE,
+        lambda: infer(
+            [1],
+            b"\2\0\0\0hi",
+            outputs=[kserve_pb.ModelInferRequest.InferRequestedOutputTensor(name="text_output")] * 50_000,
+        ),
+        INVALID,
+    ),
+}
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    model = make_tiny_model("llama", tmp_path_factory.mktemp("model"))
+    async with cluster_of([engine(model)], [engine(model)]) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_hostile_message_costs_little_and_no_other_client_notices(cluster: LocalCluster, name: str) -> None:
+    case = CASES[name]
+    gateway = cluster.pid("gateway")
+    async with AsyncClient(cluster.gateway_address) as client:
+        before = await greedy(client, random_prompt(7, 20), 4)  # also warms what a first request makes
+        workers = await connected(client)
+        data = case.data()
+        growths: list[int] = []
+        while not growths or (growths[-1] >= MAX_GROWN_BYTES and len(growths) < MAX_ROUNDS):
+            cpu_s, memory = cpu_of(gateway), memory_of(gateway)
+            sending = (status_of(cluster.gateway_address, case, data) for _ in range(case.at_once))
+            assert set(await asyncio.gather(*sending)) == {case.status}
+            assert cpu_of(gateway) - cpu_s < MAX_CPU_S * case.at_once
+            growths.append(await growth_at_rest(gateway, memory))
+        after = await greedy(client, random_prompt(7, 20), 4)
+        assert after.outputs == before.outputs
+        assert after.finished.phases.num_attempts == 1
+        assert await connected(client) == workers
+        await assert_at_rest(client)
+        assert growths[-1] < MAX_GROWN_BYTES
+    assert cluster.pid("gateway") == gateway
+
+
+async def growth_at_rest(pid: int, memory: int) -> int:
+    """What the process has more than `memory` bytes, once it has collected what it can."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_TIMEOUT_S):
+            while memory_of(pid) - memory >= MAX_GROWN_BYTES:  # noqa: ASYNC110 - another process collects
+                await asyncio.sleep(0.1)
+    return memory_of(pid) - memory
+
+
+async def connected(client: AsyncClient) -> set[str]:
+    """Ids of the workers that are connected."""
+    return {worker.worker_id for worker in (await client.cluster()).workers if worker.connected}
+
+
+async def status_of(address: str, case: Case, data: bytes) -> grpc.StatusCode:
+    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(address, options=options, compression=case.compression) as channel:
+        method: Any = channel.stream_stream(case.method)
+        call = method(iter([data]), timeout=60)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as failure:
+            status, message = failure.code(), failure.details() or ""
+        else:
+            status, message = grpc.StatusCode.OK, ""
+    assert len(message) < 1200
+    return status
+
+
+def cpu_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

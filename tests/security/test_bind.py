@@ -1,0 +1,117 @@
+"""Each role on each kind of host: it starts, or refuses because everybody would have all rights."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import structlog
+
+from kvrelay.client import AsyncClient
+from kvrelay.config.security_settings import SecuritySettings
+from kvrelay.config.settings import DecodeSettings, GatewaySettings, OpenAISettings, PrefillSettings, ServerSettings
+from kvrelay.errors import ConfigError, StartupError
+from kvrelay.network import exposure, rpc
+from kvrelay.network.exposure import INSECURE_NAME, is_exposed, reminding
+from kvrelay.openai_frontend.main import check_host
+from kvrelay.security.certificates import CertificatePlan, make_certificates
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.testing.waiting import wait_until
+from kvrelay.worker import process
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "127.1.2.3")
+EXPOSED = ("0.0.0.0", "::", "10.1.2.3", "192.0.2.1", "no-such-host.invalid")
+CREDENTIALS = ("nothing", "keys", "certificates")
+
+
+@pytest.fixture
+def security_with(tmp_path: Path) -> Callable[[str, Role], SecuritySettings]:
+    make_certificates(tmp_path, CertificatePlan("kvrelay.local"))
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+
+    def settings(credentials: str, role: Role) -> SecuritySettings:
+        if credentials == "keys":
+            return SecuritySettings(keys_file=str(tmp_path / "keys.yaml"))
+        if credentials == "certificates":
+            files = {"tls_cert": f"{role}.pem", "tls_key": f"{role}.key", "tls_ca": "ca.pem"}
+            return SecuritySettings(**{name: str(tmp_path / file) for name, file in files.items()})
+        return SecuritySettings()
+
+    return settings
+
+
+def start(role: Role, host: str, security: SecuritySettings) -> bool:
+    """Returns whether the process is exposed. Raises StartupError where it refuses."""
+    server = ServerSettings(host=host)
+    known = ProcessSecurity.of(security, role)
+    if role is Role.GATEWAY:
+        from gateway.main import is_exposed_gateway
+
+        return is_exposed_gateway(known, GatewaySettings(server=server, security=security))
+    kind = PrefillSettings if role is Role.PREFILL else DecodeSettings
+    return process.is_exposed_worker(known, kind(server=server, security=security))
+
+
+@pytest.mark.parametrize("credentials", CREDENTIALS)
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.PREFILL, Role.DECODE])
+@pytest.mark.parametrize("host", [*LOOPBACK, *EXPOSED])
+def test_a_process_refuses_hosts_where_strangers_would_have_all_rights(
+    role: Role, host: str, credentials: str, security_with: Callable[[str, Role], SecuritySettings]
+) -> None:
+    security = security_with(credentials, role)
+    is_protected = credentials == "certificates" or (credentials == "keys" and role is Role.GATEWAY)
+    if host in LOOPBACK or is_protected:
+        assert not start(role, host, security)
+        return
+    with pytest.raises(StartupError, match=r"--tls-cert.*--insecure"):
+        start(role, host, security)
+    assert start(role, host, security.model_copy(update={"insecure": True}))
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, *EXPOSED])
+def test_a_front_refuses_hosts_where_everybody_may_ask(host: str) -> None:
+    settings = OpenAISettings(host=host)
+    check_host(settings, ["key"])
+    if host in LOOPBACK:
+        check_host(settings, [])
+        return
+    with pytest.raises(ConfigError, match="--insecure"):
+        check_host(settings, [])
+    check_host(settings.model_copy(update={"security": SecuritySettings(insecure=True)}), [])
+
+
+async def test_an_exposed_process_says_so_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposure, "REMINDER_INTERVAL_S", 0.0)
+    with structlog.testing.capture_logs() as logs:
+        async with reminding(True, "10.1.2.3"):
+            await wait_until(lambda: len(logs) >= 3, "it says so three times")
+    assert {(line["log_level"], line["host"]) for line in logs} == {("warning", "10.1.2.3")}
+
+
+async def test_a_protected_process_says_nothing() -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with reminding(False, "127.0.0.1"):
+            await asyncio.sleep(0)
+    assert logs == []
+
+
+@pytest.mark.parametrize("exposed", [True, False])
+async def test_health_tells_that_everybody_has_all_rights(exposed: bool) -> None:
+    server = rpc.create_server()
+    bound = rpc.bind_server(server, "127.0.0.1", 0, ())
+    await bound.set_serving(True)
+    if exposed:
+        await bound.set_serving(True, INSECURE_NAME)
+    await server.start()
+    try:
+        async with AsyncClient(f"127.0.0.1:{bound.port}") as client:
+            health = await client.health()
+        assert (health.serving, health.insecure) == (True, exposed)
+    finally:
+        await server.stop(None)
+
+
+def test_only_the_owner_of_a_process_can_expose_it() -> None:
+    with pytest.raises(StartupError, match="give certificates"):
+        is_exposed("10.1.2.3", is_protected=False, insecure=False, needed="certificates")
