@@ -29,7 +29,9 @@ def test_smg_listens_on_loopback_only_and_what_guards_it_comes_after_the_users_a
 async def test_smg_gets_its_key_where_no_other_user_sees_it(tmp_path: Path) -> None:
     (tmp_path / "smg").mkdir()
     (tmp_path / "smg/__init__.py").touch()
-    (tmp_path / "smg/cli.py").write_text("def main(arguments): print(arguments, flush=True); input()\n")
+    (tmp_path / "smg/cli.py").write_text(
+        "import signal\ndef main(arguments): print(arguments, flush=True); signal.pause()\n"
+    )
     command = smg.command(smg.SmgPorts(1, 2), ["a:3"], 1000)
     said: asyncio.Queue[str] = asyncio.Queue()
     environment = {**smg.environment(), "PYTHONPATH": str(tmp_path)}

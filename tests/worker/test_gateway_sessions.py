@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+from decode_worker import kv_receiver
 from kvrelay.core.job import Job
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.sampling_params import SamplingParams
@@ -469,10 +470,19 @@ class HeldExports:
             assert self.released.wait(60), "released by the test"
             return export_kv(cache, *arguments)
 
+        self._received = asyncio.Event()
+
+        def receives(name: str, *subjects: object) -> None:
+            if name == "decode.push_begun":
+                self._received.set()
+
         monkeypatch.setattr(PagedKVCache, "export_kv", held)
+        monkeypatch.setattr(kv_receiver, "fault_point", receives)
 
     async def wait_until_begun(self) -> None:
+        """The pool is read, and the decode worker has the push's header."""
         assert await asyncio.to_thread(self.begun.wait, 60)
+        await asyncio.wait_for(self._received.wait(), 60)
 
 
 async def test_a_prefill_session_that_ends_breaks_its_pushes_and_the_decode_worker_frees_its_reservation(
