@@ -29,6 +29,7 @@ from kvrelay.cluster.member_settings import (
     with_server,
 )
 from kvrelay.cluster.readiness import ask_cluster, describe_connections, has_all
+from kvrelay.config.redis_settings import IN_THE_URL
 from kvrelay.config.settings import DecodeSettings, GatewaySettings, OpenAISettings, PrefillSettings
 from kvrelay.config.sources import environment_for
 from kvrelay.errors import StartupError
@@ -305,7 +306,7 @@ class LocalCluster:
         life = await self._listen(name) if self.restart else None
         socket_path = life.path if life is not None else settings.server.watchdog_socket
         changes = {"redis_url": self.redis_url, "drain_timeout_ms": drain_timeout_ms, "watchdog_socket": socket_path}
-        changes["redis_password_file"] = None  # the url has the password
+        changes |= dict.fromkeys(IN_THE_URL)
         settings = self._with_http_port(name, with_server(settings, **changes))
         settings = with_certificates(settings, self.tls_folder, role)
         if self.valkey is not None or role == "gateway":  # who joins a user's Redis has no key

@@ -11,15 +11,14 @@ from kvrelay.config.base import Settings
 from kvrelay.config.connection_settings import ConnectionSettings
 from kvrelay.config.decoding_settings import DecodingSettings
 from kvrelay.config.quota_settings import QuotaSettings
+from kvrelay.config.redis_settings import RedisSettings
 from kvrelay.config.security_settings import ClientTLSSettings, PeerSettings, SecuritySettings
-from kvrelay.errors import ConfigError
 from kvrelay.network.connection_limits import ConnectionLimits
 from kvrelay.network.host_port import join_host_port, split_host_port
 from kvrelay.network.http_bounds import HostNames
 from kvrelay.network.listening import ANY_HOST, is_loopback
 from kvrelay.network.own_address import own_address
 from kvrelay.runtime.cpu_cores import CORES_PATTERN
-from kvrelay.state.redis_url import with_password_of
 
 BYTES_PER_MIB = 1024 * 1024
 DEFAULT_GATEWAY_PORT = 50050
@@ -41,7 +40,7 @@ def _address(text: str) -> str:
     return text
 
 
-class ServerSettings(Settings):
+class ServerSettings(RedisSettings):
     """Where a process listens, what it logs, how others find it and how it ends."""
 
     host: Annotated[str, AfterValidator(_host_to_listen_on)] = Field(
@@ -71,14 +70,6 @@ class ServerSettings(Settings):
         description="host:port under which others reach this process; its port defaults to --port. "
         "Default: --host and --port; with 0.0.0.0 and ::, the address by which this machine reaches Redis.",
     )
-    redis_url: str | None = Field(
-        default=None, description="Redis or Valkey, such as redis://HOST:6379/0. Every process needs it."
-    )
-    redis_password_file: str | None = Field(
-        default=None,
-        description="File with the password of --redis-url, which then needs none: flags are seen by other users.",
-    )
-    redis_timeout_ms: int = Field(default=200, ge=1, description="Most time for one Redis operation.")
     lease_ms: int = Field(
         default=6000, ge=500, description="How long a process counts as alive after the last renewal of its lease."
     )
@@ -101,16 +92,6 @@ class ServerSettings(Settings):
         default=None,
         description="For tests only: folder through which kvrelay.testing makes named steps of this process fail.",
     )
-
-    def required_redis_url(self) -> str:
-        """With the password of --redis-password-file. ConfigError without --redis-url."""
-        if self.redis_url is None:
-            raise ConfigError(
-                "redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own"
-            )
-        if self.redis_password_file is None:
-            return self.redis_url
-        return with_password_of(self.redis_url, self.redis_password_file)
 
     def host_names_of(self, address: str) -> HostNames:
         """Names of the HTTP port; `address` is the process's own for others."""

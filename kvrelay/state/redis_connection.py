@@ -21,7 +21,8 @@ from kvrelay.errors import ConfigError, StoreFullError, UnavailableError, Unread
 from kvrelay.runtime.own_time import own_time_limit
 from kvrelay.state.redis_examination import examine, execute, look_for_tls
 from kvrelay.state.redis_faults import BROKEN_SENTENCE, NO_ANSWER_SENTENCE, RedisFault, fault_of
-from kvrelay.state.redis_url import RedisTarget, parse_redis_url
+from kvrelay.state.redis_tls import RedisTLS, TLSConnection
+from kvrelay.state.redis_url import TLS_OPTIONS, RedisTarget, parse_redis_url
 from kvrelay.state.store_health import NO_ANSWER_MESSAGE, RETRY_AFTER_MS, StoreHealth
 
 MAX_CONNECTIONS = 16
@@ -37,7 +38,7 @@ _log = structlog.get_logger(__name__)
 _PROBE_KEYS = ("kvrelay:{probe}:hash", "kvrelay:{probe}:log", "kvrelay:{probe}:list")
 _CONNECTION_CLASSES: dict[str, type[redis.asyncio.connection.AbstractConnection]] = {
     "redis": redis.asyncio.Connection,
-    "rediss": redis.asyncio.SSLConnection,
+    "rediss": TLSConnection,
     "unix": redis.asyncio.UnixDomainSocketConnection,
 }
 
@@ -63,14 +64,15 @@ class RedisConnection:
     for the next command's. After a broken connection a command is sent once more.
 
     Raises:
-        ConfigError: not a Redis url.
+        ConfigError: not a Redis url, or certificates that cannot be used.
     """
 
     def __init__(self, url: str, timeout_ms: int = 200) -> None:
         self._timeout_s = timeout_ms / 1000
         self._target = parse_redis_url(url)
-        self._client = _client(self._target, MAX_CONNECTIONS + 1)
-        self._follower_client = _client(self._target, MAX_FOLLOWERS)
+        self._tls = RedisTLS(self._target.options) if self._target.uses_tls else None
+        self._client = _client(self._target, self._tls, MAX_CONNECTIONS + 1)
+        self._follower_client = _client(self._target, self._tls, MAX_FOLLOWERS)
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._follower_slots = asyncio.Semaphore(MAX_FOLLOWERS)
         self._health = StoreHealth(address=self._target.address)
@@ -220,8 +222,9 @@ class RedisConnection:
             if fault is None:
                 return RedisFault(f"Redis refuses what kvrelay does there ({type(error).__name__})", is_refusal=True)
             is_unclear = not fault.is_refusal and not fault.needs_a_person
-            could_be_tls = fault.sentence == (NO_ANSWER_SENTENCE if self._target.uses_tls else BROKEN_SENTENCE)
-            return (await look_for_tls(self._target) if is_unclear and could_be_tls else None) or fault
+            signs = (BROKEN_SENTENCE,) if self._tls is None else (BROKEN_SENTENCE, NO_ANSWER_SENTENCE)
+            could_be_tls = is_unclear and fault.sentence in signs
+            return (await look_for_tls(self._target, self._tls) if could_be_tls else None) or fault
         return None
 
 
@@ -264,10 +267,12 @@ def _check_closed(error: RuntimeError) -> None:
         raise error
 
 
-def _client(target: RedisTarget, max_connections: int) -> "redis.asyncio.Redis":
+def _client(target: RedisTarget, tls: RedisTLS | None, max_connections: int) -> "redis.asyncio.Redis":
     # No time limits in redis-py: ours covers the whole operation. redis-py uses asyncio.wait_for,
     # which can lose a cancellation on Python 3.11 (python/cpython#86296).
-    options: dict[str, Any] = {**target.location, **target.options}
+    options = {**target.location, **{name: value for name, value in target.options.items() if name not in TLS_OPTIONS}}
+    if tls is not None:
+        options["tls"] = tls
     if target.scheme != "unix":
         options["socket_keepalive"] = True
     pool = redis.asyncio.ConnectionPool(

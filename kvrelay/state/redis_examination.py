@@ -19,6 +19,7 @@ from kvrelay.state.redis_faults import (
     RedisFault,
     fault_of,
 )
+from kvrelay.state.redis_tls import RedisTLS
 from kvrelay.state.redis_url import RedisTarget
 
 OLDEST_MAJOR_VERSION = 7  # the first with script flags (`#!lua flags=...`)
@@ -76,14 +77,16 @@ async def _ask(client: "redis.asyncio.Redis", *command: str) -> dict[str, Any]:
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
-async def look_for_tls(target: RedisTarget) -> RedisFault | None:
-    """A fault when only one of url and port speaks TLS."""
+async def look_for_tls(target: RedisTarget, tls: RedisTLS | None) -> RedisFault | None:
+    """A fault when one of url and port speaks no TLS, or the port refuses our certificate."""
     if target.scheme == "unix":
         return None
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(TLS_LOOK_TIMEOUT_S):
-            if target.uses_tls:
-                return RedisFault(NO_TLS_SENTENCE, needs_a_person=True) if await _speaks_plainly(target) else None
+            if tls is not None:
+                if await _speaks_plainly(target):
+                    return RedisFault(NO_TLS_SENTENCE, needs_a_person=True)
+                return await _refusal(target, tls.context())
             return RedisFault(NEEDS_TLS_SENTENCE, needs_a_person=True) if await _shakes_hands(target) else None
     return None
 
@@ -93,8 +96,23 @@ async def _speaks_plainly(target: RedisTarget) -> bool:
     try:
         writer.write(b"PING\r\n")
         return await reader.read(1) in (b"+", b"-")
+    except ConnectionError:  # what it got is no TLS
+        return False
     finally:
         writer.close()
+
+
+async def _refusal(target: RedisTarget, context: ssl.SSLContext) -> RedisFault | None:
+    """Sends nothing: a refusal under TLS 1.3 follows the handshake, and may be lost in a reset."""
+    try:
+        reader, writer = await asyncio.open_connection(target.location["host"], target.location["port"], ssl=context)
+        try:
+            await reader.read(1)
+        finally:
+            writer.transport.abort()
+    except ssl.SSLError as error:
+        return fault_of(error)
+    return None
 
 
 async def _shakes_hands(target: RedisTarget) -> bool:

@@ -35,6 +35,12 @@ NO_TLS_SENTENCE = (
 )
 NO_ANSWER_SENTENCE = "Redis does not answer in time"
 BROKEN_SENTENCE = "the connection to Redis broke"
+_OTHER_NAME_CODES = (62, 64)
+"""OpenSSL's, for a host and an address that the certificate does not name."""
+_REFUSED_CERTIFICATES = tuple(
+    f"ALERT_{what}"
+    for what in ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN")
+)
 _PERMISSIONS = "~kvrelay:* +@read +@write +@scripting +@connection +info +time"
 
 # By the first word of an answer.
@@ -210,7 +216,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _fault_of_cause(cause: BaseException) -> RedisFault | None:
     match cause:
         case ssl.SSLCertVerificationError():
-            advice = "give its authority's certificate as ?ssl_ca_certs=FILE of --redis-url"
+            is_other_name = cause.verify_code in _OTHER_NAME_CODES
+            advice = "dial it by a name of its certificate" if is_other_name else "give its CA as --redis-tls-ca"
             return RedisFault(
                 f"Redis's certificate does not verify ({getattr(cause, 'verify_message', 'no reason given')}): "
                 f"{advice}",
@@ -219,8 +226,15 @@ def _fault_of_cause(cause: BaseException) -> RedisFault | None:
         case ssl.SSLError() if cause.reason == "WRONG_VERSION_NUMBER":
             return RedisFault(NO_TLS_SENTENCE, needs_a_person=True)
         case ssl.SSLError() if "CERTIFICATE_REQUIRED" in str(cause.reason):
-            advice = "give ssl_certfile and ssl_keyfile in --redis-url"
+            advice = "give --redis-tls-cert and --redis-tls-key"
             return RedisFault(f"Redis wants a certificate of its clients: {advice}", needs_a_person=True)
+        case ssl.SSLError() if any(word in str(cause.reason) for word in _REFUSED_CERTIFICATES):
+            said = str(cause.reason).rpartition("ALERT_")[2].replace("_", " ").lower()
+            return RedisFault(
+                f"Redis refuses the certificate of --redis-tls-cert ({said}): give one that a CA of Redis's "
+                "tls-ca-cert-file has signed and that has not expired",
+                needs_a_person=True,
+            )
         case ssl.SSLError():
             return RedisFault(f"TLS with Redis fails ({cause.reason or type(cause).__name__})")
         case socket.gaierror():

@@ -20,10 +20,9 @@ DEFAULT_PORT = 6379
 MAX_DATABASE = 2**31 - 1
 SCHEMES = ("redis", "rediss", "unix")
 
-_CREDENTIALS = ("username", "password")
-_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
-_TLS_OPTIONS = (
-    *_FILES,
+CERTIFICATE_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+TLS_OPTIONS = (
+    *CERTIFICATE_FILES,
     "ssl_ca_path",
     "ssl_ca_data",
     "ssl_password",
@@ -31,7 +30,11 @@ _TLS_OPTIONS = (
     "ssl_cert_reqs",
     "ssl_check_hostname",
 )
-_OPTIONS = ("db", *_CREDENTIALS, "client_name", *_TLS_OPTIONS)
+TLS_SETTINGS = dict(zip(("redis_tls_ca", "redis_tls_cert", "redis_tls_key"), CERTIFICATE_FILES, strict=True))
+"""The option of a url that each setting stands for."""
+
+_CREDENTIALS = ("username", "password")
+_OPTIONS = ("db", *_CREDENTIALS, "client_name", *TLS_OPTIONS)
 _OWN_OPTIONS = {
     **dict.fromkeys(
         ("socket_timeout", "socket_connect_timeout", "timeout"), "--redis-timeout-ms bounds every operation"
@@ -100,7 +103,25 @@ def with_password_of(url: str, file: str) -> str:
         raise ConfigError(f"redis_password_file is {file!r}, which cannot be read: {reason}") from None
     if not password:
         raise ConfigError(f"redis_password_file is {file!r}, which is empty: write the password into it")
-    return f"{url}{'&' if '?' in url else '?'}password={quote(password, safe='')}"
+    return _with_options(url, {"password": password})
+
+
+def with_tls_of(url: str, files: Mapping[str, str | None]) -> str:
+    """`files` by TLS_SETTINGS. Raises ConfigError where they do not fit."""
+    given = {name: file for name, file in files.items() if file is not None}
+    if not given:
+        return url
+    target = parse_redis_url(url)
+    if not target.uses_tls:
+        raise _error(url, f"write rediss:// for TLS, or leave {' and '.join(given)} out")
+    if ("redis_tls_cert" in given) != ("redis_tls_key" in given):
+        raise ConfigError("redis_tls_cert and redis_tls_key go together: give both or none")
+    for name, file in given.items():
+        if TLS_SETTINGS[name] in target.options:
+            raise _error(url, f"it has {TLS_SETTINGS[name]}, which is {name} too: leave one of them out")
+        if not Path(file).is_file():
+            raise ConfigError(f"{name} is {file!r}, which is no file; `kvrelay certs dev` makes files")
+    return _with_options(url, {TLS_SETTINGS[name]: file for name, file in given.items()})
 
 
 def shown(url: str) -> str:
@@ -139,7 +160,7 @@ def _parse_query(url: str, scheme: str, query: str) -> dict[str, Any]:
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
             raise _error(url, _unknown_option(name))
-        if name in _TLS_OPTIONS and scheme != "rediss":
+        if name in TLS_OPTIONS and scheme != "rediss":
             raise _error(url, f"the option {name} is for TLS: write rediss://")
         if name in options:
             raise _error(url, f"the option {name} is given twice")
@@ -165,7 +186,7 @@ def _check_tls_options(url: str, options: dict[str, Any]) -> None:
         if check_hostname.lower() not in _SWITCHES:
             raise _error(url, "ssl_check_hostname must be true or false")
         options["ssl_check_hostname"] = _SWITCHES[check_hostname.lower()]
-    for name in _FILES:
+    for name in CERTIFICATE_FILES:
         if name in options and not Path(options[name]).is_file():
             raise _error(url, f"{name} names no file that can be found: {options[name]}")
 
@@ -192,6 +213,11 @@ def _database(url: str, text: str) -> int:
     if re.fullmatch(r"[0-9]{1,10}", text) is None or int(text) > MAX_DATABASE:
         raise _error(url, "the database is a number, such as the 0 of redis://127.0.0.1:6379/0")
     return int(text)
+
+
+def _with_options(url: str, options: Mapping[str, str]) -> str:
+    added = "&".join(f"{name}={quote(value, safe='')}" for name, value in options.items())
+    return f"{url}{'&' if '?' in url else '?'}{added}"
 
 
 def _error(url: str, problem: str) -> ConfigError:

@@ -225,7 +225,7 @@ async def test_tls_works_where_its_authority_is_known_and_says_so_where_it_is_no
 ) -> None:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     async with OwnValkey() as server, tls_port(server, authority) as port:
-        with pytest.raises(ConfigError, match=r"certificate does not verify.*ssl_ca_certs"):
+        with pytest.raises(ConfigError, match=r"certificate does not verify.*--redis-tls-ca"):
             await check_redis_at(f"rediss://:{server.password}@127.0.0.1:{port}/0")
         await keeps_requests(f"rediss://:{server.password}@127.0.0.1:{port}/1?ssl_ca_certs={tmp_path}/ca.pem")
         await check_redis_at(f"rediss://:{server.password}@127.0.0.1:{port}/0?ssl_cert_reqs=none")

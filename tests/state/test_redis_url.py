@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.errors import ConfigError
-from kvrelay.state.redis_url import parse_redis_url, shown, with_password_of
+from kvrelay.state.redis_url import parse_redis_url, shown, with_password_of, with_tls_of
 
 SECRET = "S3cretPw"
 
@@ -171,3 +171,35 @@ def test_a_password_file_that_does_not_fit_is_refused(
         with_password_of(url, f"{tmp_path}/password")
     assert SECRET not in refusal.value.message
     assert "other" not in refusal.value.message
+
+
+@pytest.mark.parametrize("url", ["rediss://h", "rediss://u@h:1/2?client_name=x", f"rediss://:{SECRET}@h/1"])
+def test_files_of_tls_complete_a_url(url: str, tmp_path: Path) -> None:
+    files = {f"redis_tls_{kind}": f"{tmp_path}/a &?#{kind}" for kind in ("ca", "cert", "key")}
+    for file in files.values():
+        Path(file).touch()
+    before, after = parse_redis_url(url), parse_redis_url(with_tls_of(url, files))
+    added = dict(zip(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"), files.values(), strict=True))
+    assert after.options == {**before.options, **added}
+    assert (after.location, after.database, after.password) == (before.location, before.database, before.password)
+    assert with_tls_of(url, dict.fromkeys(files)) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "problem"),
+    [
+        (f"redis://:{SECRET}@h", ("ca",), "write rediss:// for TLS, or leave redis_tls_ca out"),
+        ("unix:///s.sock", ("cert", "key"), "leave redis_tls_cert and redis_tls_key out"),
+        (f"rediss://:{SECRET}@h", ("ca", "cert"), "go together"),
+        ("rediss://h", ("key",), "go together"),
+        (f"rediss://:{SECRET}@h?ssl_ca_certs={__file__}", ("ca",), "leave one of them out"),
+        ("rediss://h", ("ca", "missing"), "which is no file; `kvrelay certs dev`"),
+    ],
+)
+def test_files_of_tls_that_do_not_fit_are_refused(url: str, given: tuple[str, ...], problem: str) -> None:
+    files = {f"redis_tls_{kind}": __file__ for kind in given if kind != "missing"}
+    if "missing" in given:
+        files["redis_tls_ca"] = f"{__file__}.none"
+    with pytest.raises(ConfigError, match=problem) as refusal:
+        with_tls_of(url, files)
+    assert SECRET not in refusal.value.message

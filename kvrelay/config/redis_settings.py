@@ -1,0 +1,40 @@
+"""Settings of the way to Redis. Secrets come as files."""
+
+from pydantic import Field
+
+from kvrelay.config.base import Settings
+from kvrelay.errors import ConfigError
+from kvrelay.state.redis_url import TLS_SETTINGS, with_password_of, with_tls_of
+
+
+class RedisSettings(Settings):
+    redis_url: str | None = Field(
+        default=None, description="Redis or Valkey, such as redis://HOST:6379/0. Every process needs it."
+    )
+    redis_password_file: str | None = Field(
+        default=None,
+        description="File with the password of --redis-url, which then needs none: flags are seen by other users.",
+    )
+    redis_tls_ca: str | None = Field(
+        default=None,
+        description="PEM file with the CAs of Redis's certificate, for rediss:// urls. Default: the system's CAs.",
+    )
+    redis_tls_cert: str | None = Field(
+        default=None,
+        description="PEM file with this process's certificate for Redis; read again when it changes, as all three are.",
+    )
+    redis_tls_key: str | None = Field(default=None, description="PEM file with the private key of --redis-tls-cert.")
+    redis_timeout_ms: int = Field(default=200, ge=1, description="Most time for one Redis operation.")
+
+    def required_redis_url(self) -> str:
+        """With the password and the certificates of the other settings. ConfigError without --redis-url."""
+        if self.redis_url is None:
+            raise ConfigError(
+                "redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own"
+            )
+        url = with_tls_of(self.redis_url, {name: getattr(self, name) for name in TLS_SETTINGS})
+        return url if self.redis_password_file is None else with_password_of(url, self.redis_password_file)
+
+
+IN_THE_URL = ("redis_password_file", *TLS_SETTINGS)
+"""What `required_redis_url` has in it."""
