@@ -170,7 +170,7 @@ password: the password is the key, the name does not count. Certificates do not 
 `--audit-log` names a file that gets a JSON line for each refused call, and for each decision about a
 request of another tenant: time, who, method, request id, decision and reason. No line has content or a
 key. At most 1,000 lines a second are written; the number of those left out becomes a line. A file that
-is moved away, as logrotate does, is begun anew.
+is moved away, as logrotate does, is begun anew with the next line, or at SIGHUP.
 """
 
 _ROLES_OF_PROCESSES = {Role.GATEWAY: "a gateway", Role.PREFILL: "a prefill worker", Role.DECODE: "a decode worker"}

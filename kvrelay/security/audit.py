@@ -62,6 +62,10 @@ class AuditLog:
         self._tell_of_lost(now)
         self._put(_line(now, who=who, method=method, request_id=request_id, decision=decision, reason=reason))
 
+    def reopen(self) -> None:
+        """After a rotation; any line would do it too."""
+        self._put(b"", 0)
+
     def close(self) -> None:
         """Waits, within a bound, until everything is written."""
         self._tell_of_lost(self._clock())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -128,14 +129,21 @@ class ProcessSecurity:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Takes changed files over within the block, and writes the audit log to its end after it."""
+        """Takes changed files over within the block, and writes the audit log to its end after it.
+
+        With an audit log SIGHUP reopens it, and ends nothing.
+        """
         watch = asyncio.create_task(self._watch(), name="watch of the credentials")
+        loop = asyncio.get_running_loop()
+        if self._audit is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._audit.reopen)
         try:
             yield
         finally:
             watch.cancel()
             await asyncio.wait([watch])
             if self._audit is not None:
+                loop.remove_signal_handler(signal.SIGHUP)
                 await asyncio.to_thread(self._audit.close)
 
     async def _watch(self) -> None:

@@ -1,14 +1,16 @@
 """The audit log: what is in its lines, what bounds it, and that a rotation loses nothing."""
 
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvrelay.config.security_settings import SecuritySettings
-from kvrelay.errors import ConfigError
+from kvrelay.errors import ConfigError, UnauthenticatedError
 from kvrelay.security.audit import (
     MAX_FIELD_CHARACTERS,
     MAX_LINES_PER_S,
@@ -19,6 +21,7 @@ from kvrelay.security.audit import (
 )
 from kvrelay.security.principal import Principal, Role
 from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.testing.waiting import wait_until
 from tests.security.test_process_security import Keys
 
 NOW = 1_800_000_000.25
@@ -31,6 +34,14 @@ def path(tmp_path: Path) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def open_files() -> list[str]:
+    found = []
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since
+            found.append(os.readlink(each))
+    return found
 
 
 def refuse(log: AuditLog, who: str = "alice-1") -> None:
@@ -94,6 +105,31 @@ def test_a_moved_file_is_begun_anew(path: Path) -> None:
     log.close()
     assert len(lines(path)) == 1
     assert lines(path.with_name("old")) == []
+
+
+async def test_a_hangup_begins_a_moved_file_anew_before_there_is_a_line(tmp_path: Path, path: Path) -> None:
+    keys = Keys(tmp_path / "keys.yaml")
+    keys.write("alice")
+    security = ProcessSecurity.of(SecuritySettings(keys_file=str(keys.path), audit_log=str(path)), Role.GATEWAY)
+    guard = security.guard
+    assert guard is not None
+    old = path.with_name("old")
+
+    def refuse_one(method: str) -> None:
+        with pytest.raises(UnauthenticatedError):
+            guard.check(method, [], {}, "ipv4:10.0.0.9:1")
+
+    async with security.watching():
+        refuse_one("/kvrelay.v1.InferenceService/GetRequest")
+        await wait_until(lambda: path.stat().st_size > 0, "the line is written")
+        path.rename(old)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await wait_until(path.exists, "the file is begun anew")
+        await wait_until(lambda: str(old) not in open_files(), "the moved file may be packed or removed")
+        assert path.stat().st_size == 0
+        refuse_one("/kvrelay.v1.InferenceService/Resume")
+    assert [line["method"].rpartition("/")[2] for line in lines(old)] == ["GetRequest"]
+    assert [line["method"].rpartition("/")[2] for line in lines(path)] == ["Resume"]
 
 
 def test_a_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
