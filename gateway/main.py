@@ -16,7 +16,7 @@ from gateway.service import InferenceService
 from gateway.views import live_metrics
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.core.member import Member, MemberRole
-from kvrelay.network.exposure import INSECURE_NAME, is_exposed, reminding
+from kvrelay.network.exposure import is_exposed, reminding, showing_health
 from kvrelay.network.host_port import join_host_port, split_host_port
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import AddRoutes, Health, serving_http
@@ -78,20 +78,14 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
             _stopping(server),
             security.watching(),
             reminding(exposed, host),
+            showing_health(bound, exposed, lambda: security.problems),
             gateway.running(),
             gateway.registry.lease(member),
-            _health(bound, store, (*service_names, INSECURE_NAME) if exposed else service_names),
+            _health(bound, store, service_names),
         ):
             await server.start()
             async with (
-                serving_http(
-                    settings.server.host,
-                    settings.server.http_port,
-                    lambda: Health.of(draining=gateway.draining, keeps_state=store.healthy),
-                    *_http_routes(settings, gateway, security),
-                    guard=security.http_guard,
-                    bounds=HttpBounds(settings.server.host_names_of(address)),
-                ) as http_port,
+                _serving_http(settings, gateway, security, store, exposed) as http_port,
                 send_keepalives(settings.server.watchdog_socket),
                 collecting_when_idle(lambda: not gateway.requests.num_running),
             ):
@@ -144,6 +138,20 @@ async def _health(bound: BoundServer, store: StateStore, service_names: Iterable
     finally:
         watching.cancel()
         await asyncio.wait([watching])
+
+
+def _serving_http(
+    settings: GatewaySettings, gateway: Gateway, security: ProcessSecurity, store: StateStore, exposed: bool
+) -> contextlib.AbstractAsyncContextManager[int | None]:
+    return serving_http(
+        settings.server.host,
+        settings.server.http_port,
+        lambda: Health.of(draining=gateway.draining, keeps_state=store.healthy),
+        *_http_routes(settings, gateway, security),
+        guard=security.http_guard,
+        bounds=HttpBounds(settings.server.host_names_of(gateway.address)),
+        health_notes=lambda: security.health_notes(exposed),
+    )
 
 
 def _http_routes(settings: GatewaySettings, gateway: Gateway, security: ProcessSecurity) -> list[AddRoutes]:

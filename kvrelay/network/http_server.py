@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -59,6 +59,7 @@ async def serving_http(
     *add_routes: AddRoutes,
     guard: CallGuard | None = None,
     bounds: HttpBounds | None = None,
+    health_notes: Callable[[], Mapping[str, object]] = dict,
 ) -> AsyncIterator[int | None]:
     """Gives the port. None serves nothing, 0 takes a free one. Without a guard every caller is
     LOCAL.
@@ -73,7 +74,7 @@ async def serving_http(
     if guard is not None:
         middlewares.append(guarding(guard))
     application = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-    _add_health(application, health)
+    _add_health(application, health, health_notes)
     for add in add_routes:
         add(application)
     runner = web.AppRunner(
@@ -123,12 +124,15 @@ def _is_our_defect(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
-def _add_health(application: web.Application, health: Callable[[], Health]) -> None:
+def _add_health(
+    application: web.Application, health: Callable[[], Health], notes: Callable[[], Mapping[str, object]]
+) -> None:
     from aiohttp import web
 
     async def answer(request: web.Request) -> web.Response:
         state = health()
         status = 503 if state is Health.DRAINING else 200
-        return web.Response(text=json.dumps({"status": state.value}), status=status, content_type="application/json")
+        fields = {"status": state.value, **notes()}
+        return web.Response(text=json.dumps(fields), status=status, content_type="application/json")
 
     application.router.add_get("/healthz", answer)

@@ -29,6 +29,7 @@ class Certificates:
     key: bytes | None = field(repr=False)
     authorities: bytes | None
     digest: bytes
+    expires: datetime.datetime | None = None
 
 
 class CertificateFiles:
@@ -37,6 +38,8 @@ class CertificateFiles:
     `needed_names`: DNS names and URIs of which the certificate must have all.
     """
 
+    name = "certificates"
+
     def __init__(
         self, certificate: str | None, key: str | None, authorities: str | None, needed_names: Collection[str] = ()
     ) -> None:
@@ -44,6 +47,7 @@ class CertificateFiles:
         self._needed_names = frozenset(needed_names)
         self._lock = threading.Lock()
         self._refused: _Stamp | None = None
+        self._problem: str | None = None
         self._stamp, self._current = self._read()
 
     def current(self) -> Certificates:
@@ -52,9 +56,24 @@ class CertificateFiles:
                 if _stamp(self._paths) != self._stamp:
                     self._stamp, self._current = self._read()
                     _log.info("certificates were read again", file=self._paths[0] or self._paths[2])
+                self._problem = None
             except (OSError, ConfigError) as problem:
+                self._problem = str(problem)
                 self._log_once(problem)
             return self._current
+
+    def poll(self) -> bool:
+        """False: new certificates end no call."""
+        self.current()
+        return False
+
+    @property
+    def problem(self) -> str | None:
+        """Why the files as they are now do not count, or that those in use have expired."""
+        expires = self._current.expires
+        if self._problem is None and expires is not None and expires <= datetime.datetime.now(datetime.UTC):
+            return _expired(self._paths[0], expires)
+        return self._problem
 
     def _read(self) -> tuple[_Stamp, Certificates]:
         try:
@@ -70,11 +89,14 @@ class CertificateFiles:
                 f"cannot read {error.filename}: {error.strerror}; `kvrelay certs dev` makes files"
             ) from None
         certificate, key, authorities = contents
-        self._check(certificate, key, authorities)
+        expires = self._check(certificate, key, authorities)
         digest = hashlib.sha256(b"".join(len(each or b"").to_bytes(8) + (each or b"") for each in contents)).digest()
-        return before, Certificates(certificate, key, authorities, digest)
+        return before, Certificates(certificate, key, authorities, digest, expires)
 
-    def _check(self, certificate: bytes | None, key: bytes | None, authorities: bytes | None) -> None:
+    def _check(
+        self, certificate: bytes | None, key: bytes | None, authorities: bytes | None
+    ) -> datetime.datetime | None:
+        """Until when the certificate is valid."""
         certificate_file, key_file, ca_file = self._paths
         try:
             if authorities is not None:
@@ -82,7 +104,7 @@ class CertificateFiles:
         except ValueError:
             raise ConfigError(f"{ca_file} has no PEM certificates of CAs") from None
         if certificate is None or key is None:
-            return
+            return None
         try:
             leaf = x509.load_pem_x509_certificates(certificate)[0]
             private_key = serialization.load_pem_private_key(key, password=None)
@@ -93,12 +115,13 @@ class CertificateFiles:
         if leaf.public_key() != private_key.public_key():
             raise ConfigError(f"{key_file} is not the key of the certificate in {certificate_file}")
         if leaf.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
-            raise ConfigError(f"{certificate_file} has expired on {leaf.not_valid_after_utc:%Y-%m-%d}; renew it")
+            raise ConfigError(_expired(certificate_file, leaf.not_valid_after_utc))
         if missing := self._needed_names - _names_of(leaf):
             raise ConfigError(
                 f"{certificate_file} does not name {' and '.join(sorted(missing))}; "
                 "the other processes would refuse it: see --trust-domain"
             )
+        return leaf.not_valid_after_utc
 
     def _log_once(self, problem: Exception) -> None:
         try:
@@ -108,6 +131,10 @@ class CertificateFiles:
         if stamp != self._refused:
             self._refused = stamp
             _log.warning("changed certificates cannot be used; those before stay", problem=str(problem))
+
+
+def _expired(path: str | None, expires: datetime.datetime) -> str:
+    return f"{path} has expired on {expires:%Y-%m-%d}; renew it"
 
 
 def _names_of(certificate: x509.Certificate) -> frozenset[str]:

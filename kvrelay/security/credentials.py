@@ -39,7 +39,7 @@ def in_plain_text(role: Role) -> None:
 
 class ProcessCertificates:
     def __init__(self, files: CertificateFiles, trust_domain: str) -> None:
-        self._files = files
+        self.files = files
         self._trust_domain = trust_domain
         self._made: ChannelCredentials | None = None
 
@@ -55,7 +55,7 @@ class ProcessCertificates:
         return peer_roles(auth_context, self._trust_domain)
 
     def towards(self, role: Role) -> ChannelCredentials:
-        current = self._files.current()
+        current = self.files.current()
         if self._made is None or self._made.digest != current.digest:
             self._made = channel_credentials(current)
         return ChannelCredentials(self._made.tls, server_name(role, self._trust_domain), current.digest)
@@ -65,11 +65,11 @@ class ProcessCertificates:
 
         gRPC can only ask for one that must be there.
         """
-        used = self._files.current()
+        used = self.files.current()
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
             nonlocal used
-            current = self._files.current()
+            current = self.files.current()
             if current.digest == used.digest:
                 return None
             used = current

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import structlog
@@ -23,12 +23,24 @@ from kvrelay.security.principal import Principal, Role
 
 if TYPE_CHECKING:
     from kvrelay.config.security_settings import SecuritySettings
-    from kvrelay.security.reloaded_file import ReloadedFile
 
 POLL_INTERVAL_S = 0.5
 """A changed file counts after two polls."""
 
 _log = structlog.get_logger(__name__)
+
+
+class WatchedFile(Protocol):
+    @property
+    def name(self) -> str:
+        """Says what is in it, to everybody."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why what it had before counts; without secrets."""
+
+    def poll(self) -> bool:
+        """Whether running calls must be looked at. Blocks: call it in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,7 @@ class ProcessSecurity:
         self,
         rules: GuardedBy,
         verifiers: Sequence[BearerVerifier],
-        files: Sequence[ReloadedFile[Any]],
+        files: Sequence[WatchedFile],
         certificates: ProcessCertificates | None = None,
         takes_keys: bool = False,
         bearer: str | None = None,
@@ -76,6 +88,8 @@ class ProcessSecurity:
         verifiers, files = _verifiers(settings)
         takes_keys = role is Role.GATEWAY and bool(verifiers)  # workers are called with certificates only
         certificates = _certificates(settings, role)
+        if certificates is not None:
+            files.append(certificates.files)
         cluster_key = None if settings.cluster_key_file is None else ClusterKey.read(settings.cluster_key_file)
         if cluster_key is not None:
             verifiers.insert(0, cluster_key)  # JWTs have two dots, too
@@ -96,7 +110,13 @@ class ProcessSecurity:
     @property
     def problems(self) -> tuple[str, ...]:
         """Sentences without secrets, for operators."""
-        return tuple(file.problem for file in self._files if file.problem is not None)
+        return tuple(problem for file in self._files if (problem := file.problem) is not None)
+
+    def health_notes(self, exposed: bool) -> dict[str, object]:
+        """What everybody may know: no paths, no names."""
+        broken = [file.name for file in self._files if file.problem is not None]
+        notes: dict[str, object] = {"insecure": True} if exposed else {}
+        return {**notes, "credential_problems": broken} if broken else notes
 
     @property
     def is_protected(self) -> bool:
@@ -167,10 +187,10 @@ class ProcessSecurity:
             _log.info("calls ended, because their credentials were withdrawn", num_calls=num_ended)
 
 
-def _verifiers(settings: SecuritySettings) -> tuple[list[BearerVerifier], list[ReloadedFile[Any]]]:
+def _verifiers(settings: SecuritySettings) -> tuple[list[BearerVerifier], list[WatchedFile]]:
     """Imports only what the settings ask for: PyJWT slows the start."""
     verifiers: list[BearerVerifier] = []
-    files: list[ReloadedFile[Any]] = []
+    files: list[WatchedFile] = []
     if settings.keys_file is not None:
         from kvrelay.security.keys import KeysFile
 

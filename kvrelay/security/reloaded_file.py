@@ -22,7 +22,7 @@ class ReloadedFile(Generic[Value]):
 
     def __init__(self, path: str, name: str, parse: Callable[[bytes], Value]) -> None:
         self._path = path
-        self._name = name
+        self.name = name
         self._parse = parse
         self._problem: str | None = None
         self._changing: Signature | None = None
@@ -54,10 +54,10 @@ class ReloadedFile(Generic[Value]):
             return False
         except OSError as failure:
             self._signature = None  # read it when it is back, even if it is the same file
-            self._fail(f"the {self._name} {self._path} cannot be read: {failure.strerror}")
+            self._fail(f"the {self.name} {self._path} cannot be read: {failure.strerror}")
             return False
         self._problem = None
-        _log.info("read again", file=self._name, path=self._path)
+        _log.info("read again", file=self.name, path=self._path)
         return True
 
     def _read(self) -> Value:
@@ -66,18 +66,18 @@ class ReloadedFile(Generic[Value]):
                 about = os.fstat(file.fileno())
                 data = file.read(MAX_FILE_BYTES + 1) if stat.S_ISREG(about.st_mode) else None
         except OSError as failure:
-            raise ConfigError(f"the {self._name} {self._path} cannot be read: {failure.strerror}") from None
+            raise ConfigError(f"the {self.name} {self._path} cannot be read: {failure.strerror}") from None
         self._signature = _signature_of(about)
         if data is None or len(data) > MAX_FILE_BYTES:
-            raise ConfigError(f"the {self._name} {self._path} is no file of at most {MAX_FILE_BYTES} bytes")
+            raise ConfigError(f"the {self.name} {self._path} is no file of at most {MAX_FILE_BYTES} bytes")
         try:
             return self._parse(data)
         except ConfigError as failure:
-            raise ConfigError(f"the {self._name} {self._path} {failure.message}") from None
+            raise ConfigError(f"the {self.name} {self._path} {failure.message}") from None
 
     def _fail(self, problem: str) -> None:
         if problem != self._problem:
-            _log.error("a file cannot be used; what it had before still counts", file=self._name, problem=problem)
+            _log.error("a file cannot be used; what it had before still counts", file=self.name, problem=problem)
         self._problem = problem
 
 

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
-from kvrelay.config.settings import DecodeSettings, PrefillSettings, ServerSettings
+from kvrelay.config.settings import DecodeSettings, PrefillSettings
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.member import Member, MemberRole
-from kvrelay.network.exposure import INSECURE_NAME, is_exposed, reminding
+from kvrelay.network.exposure import is_exposed, reminding, showing_health
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import Health, serving_http
 from kvrelay.network.rpc import BoundServer, bind_server, create_server
@@ -153,7 +153,8 @@ async def serve_worker(
             async with (
                 security.watching(),
                 reminding(exposed, server_settings.host),
-                _serving_http(kind, engine, services, security, server_settings, address, connection) as http_port,
+                showing_health(bound, exposed, lambda: security.problems),
+                _serving_http(kind, engine, services, security, settings, address, connection) as http_port,
                 registry.lease(member),
                 send_keepalives(server_settings.watchdog_socket),
                 collecting_when_idle(lambda: services.sessions.is_idle),
@@ -164,8 +165,6 @@ async def serve_worker(
                         cause=connection.health.problem,
                     )
                 await _set_serving(bound, kind, True)
-                if exposed:
-                    await bound.set_serving(True, INSECURE_NAME)
                 _log.info("ready", address=address, http_port=http_port, worker_id=worker_id, model=engine.model.name)
                 await stop.wait()
                 await _set_serving(bound, kind, False)
@@ -203,22 +202,24 @@ def _serving_http(
     engine: WorkerEngine,
     services: WorkerServices,
     security: ProcessSecurity,
-    settings: ServerSettings,
+    settings: WorkerSettings,
     address: str,
     connection: RedisConnection,
 ) -> AbstractAsyncContextManager[int | None]:
     block_size, thread = engine.blocks.block_size, services.thread
     metrics = WorkerMetrics(engine.model.name, block_size, services.sessions, lambda: thread.busy_s, services.samples)
     sources = [metrics.samples, lambda: security_samples(security)]
-    if settings.vllm_metrics:
+    server, exposed = settings.server, is_exposed_worker(security, settings)
+    if server.vllm_metrics:
         sources.append(metrics.vllm_samples)
     return serving_http(
-        settings.host,
-        settings.http_port,
+        server.host,
+        server.http_port,
         lambda: Health.of(draining=services.sessions.draining, keeps_state=connection.health.healthy),
         metrics_route(kind.role.value, *sources),
         guard=security.http_guard,
-        bounds=HttpBounds(settings.host_names_of(address)),
+        bounds=HttpBounds(server.host_names_of(address)),
+        health_notes=lambda: security.health_notes(exposed),
     )
 
 

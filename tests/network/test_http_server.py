@@ -1,6 +1,7 @@
 """The HTTP port: health, routes of others, taken ports, and nothing at all where none is asked for."""
 
 import asyncio
+import json
 import subprocess
 import sys
 
@@ -27,6 +28,14 @@ async def test_health_says_what_the_process_says_of_itself() -> None:
     async with serving_http(HOST, 0, lambda: next(states)) as port:
         answers = [await get(port, "/healthz") for _ in range(3)]
     assert answers == [(200, '{"status": "serving"}'), (200, '{"status": "degraded"}'), (503, '{"status": "draining"}')]
+
+
+async def test_health_says_what_an_operator_must_mend() -> None:
+    notes: dict[str, object] = {}
+    async with serving_http(HOST, 0, lambda: Health.SERVING, health_notes=lambda: notes) as port:
+        notes["insecure"] = True
+        status, text = await get(port, "/healthz")
+    assert (status, json.loads(text)) == (200, {"status": "serving", "insecure": True})
 
 
 async def test_others_add_routes() -> None:

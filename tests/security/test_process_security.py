@@ -1,6 +1,8 @@
 """A process takes changed keys over while it serves: withdrawn ones end, new ones count."""
 
 import asyncio
+import dataclasses
+import datetime
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +16,7 @@ from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.errors import ConfigError, UnauthenticatedError
 from kvrelay.network import rpc
 from kvrelay.observability.metrics.security_metrics import CALLS_REFUSED, security_samples
+from kvrelay.security.certificate_files import CertificateFiles
 from kvrelay.security.certificates import CertificatePlan, make_certificates
 from kvrelay.security.keys import digest_of
 from kvrelay.security.principal import Role
@@ -100,6 +103,39 @@ async def test_a_broken_file_ends_nothing_and_is_a_problem(
     assert "alice" not in security.problems[0]
     samples = {sample.family.name: sample.value for sample in security_samples(security)}
     assert samples["kvrelay_credential_problems"] == 1
+
+
+def exchanged(path: str, content: bytes) -> bytes:
+    before = Path(path).read_bytes()
+    Path(path).write_bytes(content)
+    return before
+
+
+async def test_broken_certificates_are_a_problem_until_they_are_mended(keys: Keys, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "certificates", CertificatePlan("kvrelay.local"))
+    files = {"tls_cert": "gateway.pem", "tls_key": "gateway.key", "tls_ca": "ca.pem"}
+    paths = {name: str(tmp_path / "certificates" / file) for name, file in files.items()}
+    security = ProcessSecurity.of(SecuritySettings(keys_file=str(keys.path), **paths), Role.GATEWAY)
+    assert security.health_notes(False) == {}
+    async with security.watching():
+        before = exchanged(paths["tls_key"], b"no key")
+        keys.path.write_text("keys: [")
+        await wait_until(lambda: len(security.problems) == 2, "both broken files are noticed")
+        notes = security.health_notes(True)
+        assert notes == {"insecure": True, "credential_problems": ["keys file", "certificates"]}
+        assert str(tmp_path) not in str(notes), "strangers read it"
+        exchanged(paths["tls_key"], before)
+        keys.write("alice")
+        await wait_until(lambda: not security.problems, "both are mended")
+
+
+def test_a_certificate_that_expires_in_use_is_a_problem(tmp_path: Path) -> None:
+    make_certificates(tmp_path, CertificatePlan("kvrelay.local"))
+    files = CertificateFiles(*(str(tmp_path / name) for name in ("decode.pem", "decode.key", "ca.pem")))
+    assert files.problem is None
+    assert files.current().expires is not None
+    files._current = dataclasses.replace(files.current(), expires=datetime.datetime.now(datetime.UTC))
+    assert "has expired" in (files.problem or "")
 
 
 async def test_refused_calls_are_counted_by_reason(
