@@ -151,6 +151,7 @@ def _serving_http(
         guard=security.http_guard,
         bounds=HttpBounds(settings.server.host_names_of(gateway.address)),
         health_notes=lambda: security.health_notes(exposed),
+        tls=security.https_context(),
     )
 
 

@@ -106,9 +106,15 @@ KServe's `sampling_parameters` as JSON. `kvrelay complete` and `kvrelay chat` ha
 
 
 ROLES_INTRO = """\
-Where a gateway has a keys file, public keys of JWTs or a CA of certificates, each call must prove who
-makes it. These tables say which role may call what; a method or route that is not in them is refused.
-Without any of the three, every caller is a local one and has all roles.
+Where a process has a keys file, public keys of JWTs or certificates, each call must prove who makes it.
+These tables say which role may call what; a method or route that is not in them is refused. Without any
+of the three, every caller is a local one and has all roles.
+
+| port | keys and JWTs | certificates |
+|---|---|---|
+| gRPC of a gateway | yes | yes, [beside keys](../guides/certificates.md#gateways-with-keys) on a port of their own |
+| gRPC of a worker | no, only the key of its cluster (`--cluster-key-file`) | yes |
+| HTTP of all of them | yes | yes, over HTTPS |
 
 ## Roles
 
@@ -163,7 +169,10 @@ without a name.
 ## HTTP
 
 The HTTP port takes keys and tokens as `Authorization: Bearer KEY`. A browser asks for a name and a
-password: the password is the key, the name does not count. Certificates do not count there.
+password: the password is the key, the name does not count. Over
+[HTTPS](../guides/certificates.md#https) a certificate proves its role, too. A worker without any of these
+answers everybody who reaches its HTTP port, also where it has the key of its cluster: on loopback the
+metrics are no secret.
 
 ## Audit log
 

@@ -1,6 +1,7 @@
 """Guards the routes of the HTTP port by the same credentials as calls.
 
-A program sends `Authorization: Bearer KEY`; a browser sends Basic, whose password is the key.
+A program sends `Authorization: Bearer KEY`; a browser sends Basic, whose password is the key. Over
+HTTPS both may show a certificate instead.
 """
 
 from __future__ import annotations  # aiohttp's classes are named for type checkers only
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvrelay.errors import KvrelayError, UnauthenticatedError
 from kvrelay.security.guard import CallGuard
 from kvrelay.security.principal import set_current_principal
+from kvrelay.security.role_names import auth_context_of
 from kvrelay.wire.errors import code_of
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def guarding(guard: CallGuard) -> Middleware:
             return await handler(request)
         method = "GET" if request.method == "HEAD" else request.method
         try:
-            principal = guard.check(f"{method} {resource.canonical}", _metadata(request), {}, request.remote or "")
+            route, certificate = f"{method} {resource.canonical}", request.get_extra_info("peercert")
+            principal = guard.check(route, _metadata(request), auth_context_of(certificate), request.remote or "")
         except KvrelayError as refusal:
             return _refused(refusal)
         set_current_principal(principal)

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from kvrelay.network.http_bounds import (
     check_hosts,
 )
 from kvrelay.network.http_guard import guarding
+from kvrelay.network.https_listener import HttpsListener
 from kvrelay.network.listening import bind_sockets
 from kvrelay.security.guard import CallGuard
 
@@ -60,9 +63,10 @@ async def serving_http(
     guard: CallGuard | None = None,
     bounds: HttpBounds | None = None,
     health_notes: Callable[[], Mapping[str, object]] = dict,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int | None]:
     """Gives the port. None serves nothing, 0 takes a free one. Without a guard every caller is
-    LOCAL.
+    LOCAL, without `tls` it speaks plain text.
     """
     if port is None:
         yield None
@@ -91,24 +95,36 @@ async def serving_http(
         max_headers=MAX_HEADERS,
     )
     await runner.setup()
-    listening: list[asyncio.Server] = []
-    try:
-        yield await _listen(runner, host, port, bounds.max_connections, listening)
-    finally:
-        for each in listening:
-            each.close()
-        with contextlib.suppress(TimeoutError):
-            await runner.cleanup()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(_clean_up, runner)
+        yield await listen(runner, bind_sockets(host, port, "--http-port", " for HTTP"), bounds, tls, stack)
 
 
-async def _listen(
-    runner: web.AppRunner, host: str, port: int, max_connections: int, listening: list[asyncio.Server]
+async def listen(
+    runner: web.AppRunner,
+    sockets: Sequence[socket.socket],
+    bounds: HttpBounds,
+    tls: ssl.SSLContext | None,
+    stack: contextlib.AsyncExitStack,
 ) -> int:
-    server, loop = runner.server, asyncio.get_running_loop()
+    """Gives the port; the stack's end takes no more connections."""
+    server = runner.server
     assert server is not None, "set up"
-    sockets = bind_sockets(host, port, "--http-port", " for HTTP")
-    listening.extend([await loop.create_server(bounded(server, max_connections), sock=each) for each in sockets])
+    if tls is None:
+        make, loop = bounded(server, bounds.max_connections), asyncio.get_running_loop()
+        for each in sockets:
+            stack.callback((await loop.create_server(make, sock=each)).close)
+    else:
+        listener = HttpsListener(server, tls, bounds.max_connections, bounds.silence_timeout_s)
+        stack.push_async_callback(listener.close)
+        for each in sockets:
+            listener.listen(each)
     return int(sockets[0].getsockname()[1])
+
+
+async def _clean_up(runner: web.AppRunner) -> None:
+    with contextlib.suppress(TimeoutError):
+        await runner.cleanup()
 
 
 def _logger() -> logging.Logger:

@@ -35,7 +35,7 @@ REDIS = "redis"
 HOST_ROLES = ("gateway", "front", REDIS)
 """Dialled by host name. Other certificates name no host, so their owners cannot pose as one."""
 SERVER_ROLES = (*HOST_ROLES, "prefill", "decode")
-CLIENT_ROLES = ("operator", "client")
+CLIENT_ROLES = ("operator", "client", "metrics")
 ALL_ROLES = (*SERVER_ROLES, *CLIENT_ROLES)
 
 

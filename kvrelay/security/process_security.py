@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from kvrelay.errors import ConfigError, KvrelayError
 from kvrelay.security.audit import REFUSED, AuditLog, CallAudit, set_current_audit
 from kvrelay.security.cluster_key import ClusterKey
 from kvrelay.security.credentials import ChannelCredentials, ProcessCertificates
-from kvrelay.security.guard import AuthContext, BearerVerifier, Guard, PeerRoles
+from kvrelay.security.guard import AuthContext, BearerVerifier, Guard
 from kvrelay.security.method_rules import GRPC_RULES, HTTP_RULES, Rules
 from kvrelay.security.principal import Principal, Role
 
@@ -71,16 +72,14 @@ class ProcessSecurity:
         self.num_refused: Counter[str] = Counter()
         """By the error's reason."""
         self._audit = audit
-        self.guard = self._guard_of(rules.grpc, verifiers, self._peer_roles)
-        self.http_guard = self._guard_of(rules.http, verifiers, _no_roles)
+        self.guard = self._guard_of(rules.grpc, verifiers)
+        self.http_guard = self._guard_of(rules.http, verifiers)
         self._files = tuple(files)
 
-    def _guard_of(
-        self, rules: Rules | None, verifiers: Sequence[BearerVerifier], peer_roles: PeerRoles
-    ) -> Guard | None:
+    def _guard_of(self, rules: Rules | None, verifiers: Sequence[BearerVerifier]) -> Guard | None:
         if rules is None:
             return None
-        return Guard(rules, verifiers, peer_roles, on_refused=self._on_refused, on_admitted=self._on_admitted)
+        return Guard(rules, verifiers, self._peer_roles, on_refused=self._on_refused, on_admitted=self._on_admitted)
 
     @classmethod
     def of(cls, settings: SecuritySettings, role: Role) -> ProcessSecurity:
@@ -137,6 +136,14 @@ class ProcessSecurity:
     def peer_credentials(self) -> grpc.ServerCredentials | None:
         """Of a port that every caller needs a certificate for."""
         return None if self._certificates is None else self._certificates.server(asks_for_certificate=True)
+
+    def https_context(self) -> ssl.SSLContext | None:
+        """Of the HTTP port. None: plain text."""
+        if self._certificates is None:
+            return None
+        from kvrelay.security.https import https_context
+
+        return https_context(self._certificates.files)
 
     def towards(self, role: Role) -> ChannelCredentials | None:
         """For a channel to a process of this role, as the files are now. None: plain text."""
@@ -218,8 +225,3 @@ def _certificates(settings: SecuritySettings, role: Role) -> ProcessCertificates
     if certificate is None or key is None or authorities is None:
         raise ConfigError("--tls-cert, --tls-key and --tls-ca go together: give all three or none")
     return ProcessCertificates.read(certificate, key, authorities, settings.trust_domain, role)
-
-
-def _no_roles(auth_context: AuthContext) -> frozenset[Role]:
-    """HTTP asks for no certificates."""
-    return frozenset()

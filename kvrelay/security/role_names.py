@@ -1,6 +1,7 @@
 """How certificates name a role."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from kvrelay.security.principal import Role
 
@@ -16,6 +17,14 @@ def spiffe_id(role: str, trust_domain: str) -> str:
 def server_name(role: str, trust_domain: str) -> str:
     """What a dialler wants to read in the certificate of this role."""
     return f"{role}.{trust_domain}"
+
+
+def auth_context_of(certificate: Mapping[str, Any] | None) -> dict[str, list[bytes]]:
+    """gRPC's description of a verified certificate, from that of `ssl`; empty without one."""
+    if not certificate:
+        return {}
+    names = [name.encode() for kind, name in certificate.get("subjectAltName", ()) if kind == "URI"]
+    return {_TRANSPORT: [b"ssl"], SPIFFE_ID: names}
 
 
 def peer_roles(auth_context: Mapping[str, Iterable[bytes]], trust_domain: str) -> frozenset[Role]:

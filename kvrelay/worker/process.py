@@ -220,6 +220,7 @@ def _serving_http(
         guard=security.http_guard,
         bounds=HttpBounds(server.host_names_of(address)),
         health_notes=lambda: security.health_notes(exposed),
+        tls=security.https_context(),
     )
 
 

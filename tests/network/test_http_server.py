@@ -9,7 +9,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvrelay.cli.serve.supervisor import with_http_port
+from kvrelay.cli.serve.supervisor import _ready_lines, with_http_port
+from kvrelay.cluster.local_cluster import LocalCluster
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.errors import StartupError
 from kvrelay.network.http_bounds import HostNames, HttpBounds
@@ -161,3 +162,12 @@ def test_serve_all_has_a_port_for_http_beside_the_one_for_grpc() -> None:
         ).server.http_port
 
     assert (chosen(), chosen(port=0), chosen(port=65530), chosen(http_port=7)) == (50080, 0, 0, 7)
+
+
+@pytest.mark.parametrize(("tls_folder", "scheme"), [(None, "http"), ("certificates", "https")])
+def test_serve_all_shows_where_its_ports_are(tls_folder: str | None, scheme: str) -> None:
+    cluster = LocalCluster(tls_folder=tls_folder)
+    cluster.http_addresses.update({"gateway": "127.0.0.1:7", "decode-0": "127.0.0.1:8"})
+    lines = "\n".join(_ready_lines(cluster))
+    assert f"live page     {scheme}://127.0.0.1:7" in lines
+    assert f"decode-0 {scheme}://127.0.0.1:8" in lines

@@ -5,6 +5,9 @@ The processes are what `serve` of each builds. Only what the tables allow is ans
 
 import asyncio
 import contextlib
+import json
+import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ from kvrelay.security.process_security import ProcessSecurity
 from kvrelay.security.role_names import server_name
 from kvrelay.state.embedded_valkey import EmbeddedValkey
 from kvrelay.wire.errors import DETAILS_METADATA_KEY, error_of_rpc
+from tests.security.test_json_web_tokens import KEY_SET, token
 from tests.support.worker_fixtures import tiny_engine
 
 CALL_TIMEOUT_S = 60.0
@@ -120,12 +124,15 @@ def recorded(surface: Surface) -> Iterator[None]:
         yield
 
 
+def with_certificates(folder: Path, role: Role) -> SecuritySettings:
+    own = {"tls_cert": str(folder / f"{role.value}.pem"), "tls_key": str(folder / f"{role.value}.key")}
+    return write_credentials(folder).model_copy(update=own)
+
+
 @asynccontextmanager
-async def running(role: Role, folder: Path) -> AsyncIterator[Surface]:
+async def running(role: Role, folder: Path, security: SecuritySettings) -> AsyncIterator[Surface]:
     surface, stop = Surface(role, folder), asyncio.Event()
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    own = {"tls_cert": str(folder / f"{role.value}.pem"), "tls_key": str(folder / f"{role.value}.key")}
-    security = write_credentials(folder).model_copy(update=own)
     async with EmbeddedValkey() as valkey:
         server = ServerSettings(redis_url=valkey.url, http_port=0, log_level="info", drain_timeout_ms=0)
         with recorded(surface), told_of_readiness(ready):
@@ -146,7 +153,7 @@ def told_of_readiness(ready: "asyncio.Future[int]") -> Iterator[None]:
     """Sets the future to the HTTP port once it is bound: the last thing that starts."""
     from kvrelay.network import http_server
 
-    listen: Callable[..., Any] = http_server._listen
+    listen: Callable[..., Any] = http_server.listen
 
     async def listen_and_tell(*arguments: Any) -> int:
         port: int = await listen(*arguments)
@@ -154,7 +161,7 @@ def told_of_readiness(ready: "asyncio.Future[int]") -> Iterator[None]:
         return port
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_server, "_listen", listen_and_tell)
+        patch.setattr(http_server, "listen", listen_and_tell)
         yield
 
 
@@ -172,7 +179,7 @@ async def serve(role: Role, server: ServerSettings, security: SecuritySettings, 
 
 @pytest.fixture(params=PROCESSES, ids=str)
 async def surface(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Surface]:
-    async with running(request.param, tmp_path) as surface:
+    async with running(request.param, tmp_path, with_certificates(tmp_path, request.param)) as surface:
         yield surface
 
 
@@ -287,23 +294,81 @@ async def test_nobody_gets_past_the_handshake_without_what_it_asks_for(surface: 
 
 
 async def test_every_route_answers_the_roles_of_the_table_and_nobody_else(surface: Surface) -> None:
+    callers: list[tuple[Caller, frozenset[Role] | None]] = [(caller, None) for caller in strangers()]
+    for role in Role:  # the port takes keys and certificates, of every process
+        proven = frozenset({role}) - {Role.CLIENT}
+        callers.append((Caller(f"certificate of {role}", certificate=role.value), proven))
+    callers += [(Caller(f"key of {role}", role.value), frozenset({role})) for role in KEY_ROLES]
     wrong = []
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{surface.http_port}") as session:
-        for route in sorted(surface.routes):
-            rule = HTTP_RULES[surface.role][route]
-            expected = [(caller, "let in" if rule.is_open else "unknown") for caller in strangers()]
-            expected += [
-                (Caller(role, role.value), "let in" if rule.is_open or role in rule.roles else "denied")
-                for role in KEY_ROLES
-            ]
-            for caller, wanted in expected:
-                given = await answer_of_route(session, route, caller)
+    for caller, roles in callers:
+        async with session_of(surface, caller) as session:
+            for route in sorted(surface.routes):
+                rule = HTTP_RULES[surface.role][route]
+                refused = "unknown" if roles is None else "denied"
+                wanted = "let in" if rule.is_open or (roles or frozenset()) & rule.roles else refused
+                given = await answer_of_route(session, route, caller.headers)
                 if given != wanted:
                     wrong.append(f"{route}, {caller.name}: {given}, not {wanted}")
     assert wrong == []
 
 
-async def answer_of_route(session: aiohttp.ClientSession, route: str, caller: Caller) -> str:
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE], ids=str)
+async def test_a_worker_with_keys_and_tokens_alone_guards_its_routes_by_them(role: Role, tmp_path: Path) -> None:
+    jwks = written(tmp_path / "jwks.json", json.dumps(KEY_SET))
+    tokens = {"jwks_file": jwks, "jwt_issuer": "https://issuer", "jwt_audience": "kvrelay"}
+    security = write_credentials(tmp_path).model_copy(update={"tls_ca": None, **tokens})
+    soon = time.time() + 600
+    callers = [(caller.name, caller.headers, "unknown") for caller in strangers()]
+    for each in KEY_ROLES:
+        wanted = "let in" if each in HTTP_RULES[role]["GET /metrics"].roles else "denied"
+        callers.append((f"key of {each}", Caller("", each.value).headers, wanted))
+        if each is not Role.FRONT:  # no token makes one
+            callers.append((f"token of {each}", Caller("", token(roles=[each.value], exp=soon)).headers, wanted))
+    callers.append(("expired token", Caller("", token(roles=["operator"], exp=time.time() - 600)).headers, "unknown"))
+    given: dict[str, str] = {}
+    async with (
+        running(role, tmp_path, security) as surface,
+        aiohttp.ClientSession(f"http://127.0.0.1:{surface.http_port}") as session,
+    ):
+        assert surface.routes == {"GET /healthz", "GET /metrics"}
+        for name, headers, _ in callers:
+            assert await answer_of_route(session, "GET /healthz", headers) == "let in"
+            given[name] = await answer_of_route(session, "GET /metrics", headers)
+    assert given == {name: wanted for name, _, wanted in callers}
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+async def test_no_route_answers_without_the_handshake(surface: Surface) -> None:
+    callers = [Caller(f"{OTHER_CA}certificate of {role}", certificate=f"{OTHER_CA}{role.value}") for role in Role]
+    callers += [
+        Caller("nobody in plain text", plain_text=True),
+        Caller("key in plain text", "operator", plain_text=True),
+    ]
+    for caller in callers:
+        async with session_of(surface, caller) as session:
+            for route in sorted(surface.routes):
+                with pytest.raises(aiohttp.ClientError):
+                    await answer_of_route(session, route, caller.headers)
+
+
+@asynccontextmanager
+async def session_of(surface: Surface, caller: Caller) -> AsyncIterator[aiohttp.ClientSession]:
+    context = ssl.create_default_context(cafile=str(surface.folder / "ca.pem"))
+    if caller.certificate is not None:
+        certificate, key = (surface.folder / f"{caller.certificate}.{ending}" for ending in ("pem", "key"))
+        context.load_cert_chain(certificate, key)
+    context.check_hostname = False  # workers' certificates name no host
+    scheme = "http" if caller.plain_text else "https"
+    connector = aiohttp.TCPConnector(ssl=context)
+    async with aiohttp.ClientSession(f"{scheme}://127.0.0.1:{surface.http_port}", connector=connector) as session:
+        yield session
+
+
+async def answer_of_route(session: aiohttp.ClientSession, route: str, headers: dict[str, str]) -> str:
     method, _, path = route.partition(" ")
-    async with session.request(method, path.replace("{request_id}", "0" * 32), headers=caller.headers) as answer:
+    async with session.request(method, path.replace("{request_id}", "0" * 32), headers=headers) as answer:
         return {401: "unknown", 403: "denied"}.get(answer.status, "let in")

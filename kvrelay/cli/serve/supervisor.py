@@ -82,10 +82,11 @@ def _ready_lines(cluster: LocalCluster) -> list[str]:
     lines = [f"ready: the gateway is {cluster.gateway_address}; Ctrl-C ends everything"]
     if cluster.openai_address:
         lines.append(f"  OpenAI's API  http://{cluster.openai_address}/v1")
+    scheme = "http" if cluster.tls_folder is None and cluster.gateway.security.tls_cert is None else "https"
     if GATEWAY_NAME in cluster.http_addresses:
-        lines.append(f"  live page     http://{cluster.http_addresses[GATEWAY_NAME]}")
+        lines.append(f"  live page     {scheme}://{cluster.http_addresses[GATEWAY_NAME]}")
     workers = ", ".join(
-        f"{name} http://{address}" for name, address in cluster.http_addresses.items() if name != GATEWAY_NAME
+        f"{name} {scheme}://{address}" for name, address in cluster.http_addresses.items() if name != GATEWAY_NAME
     )
     return [*lines, f"  metrics       {workers}"] if workers else lines
 
