@@ -96,7 +96,7 @@ async def serving_http(
     )
     await runner.setup()
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(_clean_up, runner)
+        stack.push_async_callback(clean_up, runner)
         yield await listen(runner, bind_sockets(host, port, "--http-port", " for HTTP"), bounds, tls, stack)
 
 
@@ -122,7 +122,7 @@ async def listen(
     return int(sockets[0].getsockname()[1])
 
 
-async def _clean_up(runner: web.AppRunner) -> None:
+async def clean_up(runner: web.AppRunner) -> None:
     with contextlib.suppress(TimeoutError):
         await runner.cleanup()
 

@@ -22,6 +22,7 @@ from kvrelay.openai_frontend.request_fields import Body, RefusedFieldError, chec
 from kvrelay.openai_frontend.token_bytes import mend_entries
 from kvrelay.security.guard import CallGuard
 from kvrelay.security.method_rules import OPENAI_ROUTES
+from kvrelay.security.role_names import auth_context_of
 
 MAX_UNREAD_BODY_BYTES = 64 * 1024 * 1024
 """Of all bodies that are being read; more are refused before reading."""
@@ -141,7 +142,8 @@ class OpenAIFront:
         route = f"{request.method} {resource.canonical if resource is not None else request.path}"
         metadata = [("authorization", value) for value in request.headers.getall("Authorization", [])]
         try:
-            principal = self._guard.check(route, metadata, {}, request.remote or "")
+            certificate = auth_context_of(request.get_extra_info("peercert"))
+            principal = self._guard.check(route, metadata, certificate, request.remote or "")
             with self._guard.following(principal):
                 yield
         except UnauthenticatedError:

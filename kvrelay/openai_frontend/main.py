@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator
 
@@ -14,6 +15,8 @@ from kvrelay.client.addresses import Addresses
 from kvrelay.config.settings import OpenAISettings
 from kvrelay.errors import ConfigError, StartupError
 from kvrelay.network.host_port import join_host_port
+from kvrelay.network.http_bounds import HttpBounds
+from kvrelay.network.http_server import clean_up, listen
 from kvrelay.network.listening import bind_sockets, check_port, is_loopback
 from kvrelay.observability.logging import configure_logging
 from kvrelay.openai_frontend import smg
@@ -28,6 +31,7 @@ from kvrelay.security.process_security import ProcessSecurity
 LOOPBACK = "127.0.0.1"
 SMG_STOP_GRACE_S = 2.0
 SHUTDOWN_TIMEOUT_S = 1.0
+MAX_CONNECTIONS = 2048
 _POLL_INTERVAL_S = 0.1
 
 _log = structlog.get_logger(__name__)
@@ -54,7 +58,11 @@ async def _serve(settings: OpenAISettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     command = smg.command(ports, Addresses(settings.gateway).all, max_body_bytes, arguments)
-    async with _listening(front, settings) as bound_port, _running(command, upstream_key) as child, security.watching():
+    async with (
+        _listening(front, settings, security.https_context()) as bound_port,
+        _running(command, upstream_key) as child,
+        security.watching(),
+    ):
         ended = asyncio.create_task(child.wait(), name="end of smg")
         stopped = asyncio.create_task(stop.wait(), name="stop")
         ready = asyncio.create_task(_say_when_ready(front, settings, bound_port), name="readiness of smg")
@@ -68,7 +76,7 @@ async def _serve(settings: OpenAISettings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _listening(front: OpenAIFront, settings: OpenAISettings) -> AsyncIterator[int]:
+async def _listening(front: OpenAIFront, settings: OpenAISettings, tls: ssl.SSLContext | None) -> AsyncIterator[int]:
     # handler_cancellation: a client that hangs up ends its request.
     runner = web.AppRunner(
         front.application(),
@@ -78,14 +86,10 @@ async def _listening(front: OpenAIFront, settings: OpenAISettings) -> AsyncItera
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
     )
     await runner.setup()
-    try:
-        sockets = bind_sockets(settings.host, settings.port, "--port")
-        for each in sockets:
-            await web.SockSite(runner, each).start()
-        yield int(sockets[0].getsockname()[1])
-    finally:
-        with contextlib.suppress(TimeoutError):
-            await runner.cleanup()
+    bounds = HttpBounds(max_connections=MAX_CONNECTIONS)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(clean_up, runner)
+        yield await listen(runner, bind_sockets(settings.host, settings.port, "--port"), bounds, tls, stack)
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +133,7 @@ def check_host(settings: OpenAISettings, keys: list[str]) -> None:
 
 
 def has_keys_file(settings: OpenAISettings) -> bool:
-    """Certificates prove nothing here: the front speaks no TLS."""
+    """Certificates open nothing: they name no tenant."""
     return settings.security.keys_file is not None or settings.security.jwks_file is not None
 
 

@@ -1,11 +1,19 @@
-"""Settings of the process that serves OpenAI's API."""
+"""Settings of the process that serves OpenAI's API, and its port."""
 
+import ssl
+from pathlib import Path
+
+import aiohttp
 import pytest
 
 from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import OpenAISettings
 from kvrelay.errors import ConfigError
-from kvrelay.openai_frontend.main import check_host, keys_of
+from kvrelay.openai_frontend.front import OpenAIFront
+from kvrelay.openai_frontend.main import _listening, check_host, keys_of
+from kvrelay.security.certificates import CertificatePlan, make_certificates
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import ProcessSecurity
 
 
 def test_keys_are_separated_by_commas() -> None:
@@ -27,3 +35,17 @@ def test_a_host_that_others_reach_needs_keys_or_the_word_insecure(host: str) -> 
     check_host(settings, ["key"])
     check_host(settings.model_copy(update={"security": SecuritySettings(insecure=True)}), [])
     check_host(OpenAISettings(), [])
+
+
+async def test_with_certificates_the_port_speaks_https_and_nothing_else(tmp_path: Path) -> None:
+    make_certificates(tmp_path, CertificatePlan("kvrelay.local"))
+    files = {"tls_cert": "front.pem", "tls_key": "front.key", "tls_ca": "ca.pem"}
+    security = SecuritySettings(**{name: str(tmp_path / file) for name, file in files.items()})
+    tls = ProcessSecurity.of(security, Role.FRONT).https_context()
+    front = OpenAIFront("http://127.0.0.1:1", ["key"], "upstream key", 1024)
+    client = ssl.create_default_context(cafile=security.tls_ca)
+    async with _listening(front, OpenAISettings(port=0), tls) as port, aiohttp.ClientSession() as session:
+        async with session.get(f"https://127.0.0.1:{port}/v1/models", ssl=client) as answer:
+            assert answer.status == 401
+        with pytest.raises(aiohttp.ClientError):
+            await session.get(f"http://127.0.0.1:{port}/v1/models")
