@@ -265,7 +265,8 @@ class AsyncClient:
             except transport.RpcError as failure:
                 last = number == len(self._addresses.all) - 1
                 if not unreachable(failure) or last:
-                    raise call_error(failure, self._addresses.all) from None
+                    # Frames hold the call, and so the connection.
+                    raise call_error(failure.with_traceback(None), self._addresses.all) from None
                 self._addresses.move_on()
         raise AssertionError("a client has at least one address")
 

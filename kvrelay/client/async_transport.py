@@ -24,24 +24,28 @@ CallOverError = asyncio.InvalidStateError
 
 
 class StreamCall:
+    """Keeps gRPC's call, and so its connection, until `cancel`."""
+
     def __init__(self, call: Any) -> None:
-        self._call = call
-        self._cancelled = False
+        self._call: Any = call
 
     async def read(self) -> Any:
         """The next message. None after the last one, and after `cancel`."""
+        if self._call is None:
+            return None
         try:
             # Not `async for`: a call and its iterator hold each other, and so the connection.
             message = await self._call.read()
         except asyncio.CancelledError:
-            if not self._cancelled:  # the task was cancelled, not the call
+            if self._call is not None:  # the task was cancelled, not the call
                 raise
             return None
         return None if message is grpc.aio.EOF else message
 
     def cancel(self) -> None:
-        self._cancelled = True
-        self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
 
 class ConverseCall:
@@ -49,13 +53,12 @@ class ConverseCall:
 
     def __init__(self, stub: Stub, timeout_s: float) -> None:
         self._call: Any = stub.Converse(timeout=timeout_s)
-        self._cancelled = False
         self._turn_deadline_s = 0.0
 
     async def begin_turn(self, request: ConverseRequest, timeout_s: float) -> None:
         """Sends a turn and sets its timeout. Raises CallOverError."""
         self._turn_deadline_s = time.monotonic() + timeout_s
-        await self._call.write(request)
+        await self._open_call().write(request)
 
     async def read(self) -> Any:
         """The next message. None when the gateway ended the call.
@@ -64,9 +67,9 @@ class ConverseCall:
         """
         remaining_s = max(0.0, self._turn_deadline_s - time.monotonic())
         try:
-            message = await asyncio.wait_for(self._call.read(), remaining_s)
+            message = await asyncio.wait_for(self._open_call().read(), remaining_s)
         except asyncio.CancelledError:
-            if not self._cancelled:  # the task was cancelled, not the call
+            if self._call is not None:  # the task was cancelled, not the call
                 raise
             raise CallOverError from None
         return None if message is grpc.aio.EOF else message
@@ -75,5 +78,11 @@ class ConverseCall:
         """Each read has its own timeout."""
 
     def cancel(self) -> None:
-        self._cancelled = True
-        self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+    def _open_call(self) -> Any:
+        if self._call is None:
+            raise CallOverError
+        return self._call

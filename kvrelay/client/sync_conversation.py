@@ -75,7 +75,8 @@ class Turn:
         except TimeoutError:
             raise DeadlineError("the turn was not answered within its timeout") from None
         except transport.RpcError as failure:
-            raise call_error(failure, self._addresses.all) from None
+            # Frames hold the call, and so the connection.
+            raise call_error(failure.with_traceback(None), self._addresses.all) from None
         except transport.CallOverError:
             raise CancelledRequestError("the conversation is over; begin a new one") from None
         finally:

@@ -107,7 +107,7 @@ class Stream:
                     if self._state.finished is not None:
                         return
             except transport.RpcError as error:
-                failure = error
+                failure = error.with_traceback(None)  # whose frames hold the call, and so the connection
             finally:
                 self._call.cancel()
             self._raise_if_cancelled()
