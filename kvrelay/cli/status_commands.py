@@ -86,8 +86,9 @@ def health(
     state = "not serving" if not answer.serving else "degraded" if degraded else "serving"
     if json:
         problem = {"problem": cluster.problem} if cluster is not None and cluster.problem else {}
-        insecure = {"insecure": True} if answer.insecure else {}
-        print_json({"state": state, "address": answer.address, **problem, **insecure})
+        flags = {"insecure": answer.insecure, "broken_credentials": answer.broken_credentials}
+        raised = {name: True for name, is_raised in flags.items() if is_raised}
+        print_json({"state": state, "address": answer.address, **problem, **raised})
     elif cluster is not None and cluster.degraded:
         from kvrelay.cli.views.status_tables import degraded_line
 
@@ -96,6 +97,11 @@ def health(
         print(f"{answer.address} {state}")
     if answer.insecure and not json:
         print_note("everybody who reaches it has all rights: it runs with --insecure")
+    if answer.broken_credentials and not json:
+        print_note(
+            "a changed file of keys or certificates cannot be used, and what it had before counts: "
+            "its log names the file and what to mend"
+        )
     if not answer.serving:
         raise typer.Exit(1)
     if degraded and not allow_degraded:

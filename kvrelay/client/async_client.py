@@ -18,7 +18,7 @@ from kvrelay.client.async_conversation import AsyncConversation
 from kvrelay.client.async_stream import AsyncStream
 from kvrelay.client.stream_state import StreamState, call_error, unreachable
 from kvrelay.client.tls import TLS
-from kvrelay.network.exposure import INSECURE_NAME
+from kvrelay.network.exposure import CREDENTIALS_NAME, INSECURE_NAME
 from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
@@ -222,15 +222,19 @@ class AsyncClient:
         """Asks the health service of the first gateway that answers."""
         message = health_pb2.HealthCheckRequest()
         address, response = await self._ask(self._health_check, message, timeout_s)
-        serving = response.status == health_pb2.HealthCheckResponse.SERVING
-        return results.Health(serving, address, serving and await self._is_insecure(address, timeout_s))
+        if response.status != health_pb2.HealthCheckResponse.SERVING:
+            return results.Health(False, address)
+        insecure = await self._serves(INSECURE_NAME, False, address, timeout_s)
+        has_good_files = await self._serves(CREDENTIALS_NAME, True, address, timeout_s)
+        return results.Health(True, address, insecure, not has_good_files)
 
-    async def _is_insecure(self, address: str, timeout_s: float | None) -> bool:
-        message = health_pb2.HealthCheckRequest(service=INSECURE_NAME)
+    async def _serves(self, name: str, default: bool, address: str, timeout_s: float | None) -> bool:
+        """`default` for an unknown name."""
+        message = health_pb2.HealthCheckRequest(service=name)
         try:
             answer: Any = await self._health_check(address)(message, timeout=timeout_s or self._timeout_s)
-        except transport.RpcError:  # unknown name: it is not
-            return False
+        except transport.RpcError:
+            return default
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _stream(

@@ -221,6 +221,8 @@ class Health:
     address: str
     insecure: bool = False
     """Everybody who reaches it has all rights; see --insecure."""
+    broken_credentials: bool = False
+    """A changed file of keys or certificates cannot be used, and what it had before counts."""
 
 
 StreamResponse = inference_pb2.GenerateResponse | inference_pb2.ConverseResponse | inference_pb2.ResumeResponse

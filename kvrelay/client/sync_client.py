@@ -19,7 +19,7 @@ from kvrelay.client.stream_state import StreamState, call_error, unreachable
 from kvrelay.client.sync_conversation import Conversation
 from kvrelay.client.sync_stream import Stream
 from kvrelay.client.tls import TLS
-from kvrelay.network.exposure import INSECURE_NAME
+from kvrelay.network.exposure import CREDENTIALS_NAME, INSECURE_NAME
 from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
@@ -221,15 +221,19 @@ class Client:
         """Asks the health service of the first gateway that answers."""
         message = health_pb2.HealthCheckRequest()
         address, response = self._ask(self._health_check, message, timeout_s)
-        serving = response.status == health_pb2.HealthCheckResponse.SERVING
-        return results.Health(serving, address, serving and self._is_insecure(address, timeout_s))
+        if response.status != health_pb2.HealthCheckResponse.SERVING:
+            return results.Health(False, address)
+        insecure = self._serves(INSECURE_NAME, False, address, timeout_s)
+        has_good_files = self._serves(CREDENTIALS_NAME, True, address, timeout_s)
+        return results.Health(True, address, insecure, not has_good_files)
 
-    def _is_insecure(self, address: str, timeout_s: float | None) -> bool:
-        message = health_pb2.HealthCheckRequest(service=INSECURE_NAME)
+    def _serves(self, name: str, default: bool, address: str, timeout_s: float | None) -> bool:
+        """`default` for an unknown name."""
+        message = health_pb2.HealthCheckRequest(service=name)
         try:
             answer: Any = self._health_check(address)(message, timeout=timeout_s or self._timeout_s)
-        except transport.RpcError:  # unknown name: it is not
-            return False
+        except transport.RpcError:
+            return default
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _stream(

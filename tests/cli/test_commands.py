@@ -17,6 +17,7 @@ import pytest
 
 from kvrelay import errors
 from kvrelay.cli import main
+from kvrelay.network.exposure import CREDENTIALS_NAME, INSECURE_NAME
 from kvrelay.v1 import inference_pb2, session_pb2
 from tests.cli.terminal import Terminal
 from tests.support.fake_inference_service import (
@@ -400,6 +401,25 @@ async def test_health_exits_with_what_it_found(service: FakeInferenceService, ru
 async def test_health_of_a_worker_needs_no_cluster(service: FakeInferenceService, run: Run) -> None:
     service.unary["GetCluster"] = errors.UnsupportedError("not offered")
     assert (await run("health", "--json")).exit_code == 0
+
+
+async def test_health_shows_what_an_operator_must_mend(
+    service: FakeInferenceService, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.unary["GetCluster"] = cluster()
+    bound, address = await start_fake(service)
+    monkeypatch.setenv("KVRELAY_GATEWAY", address)
+    healthy = await run("health", "--json")
+    await bound.set_serving(True, INSECURE_NAME)
+    await bound.set_serving(False, CREDENTIALS_NAME)
+    text, values = await run("health"), await run("health", "--json")
+    await bound.server.stop(None)
+    assert "--insecure" in text.err
+    assert "keys or certificates cannot be used" in text.err
+    assert text.exit_code == 0
+    told = {"insecure", "broken_credentials"}
+    assert {name for name in told if json.loads(values.out).get(name) is True} == told
+    assert not told & set(json.loads(healthy.out))
 
 
 async def test_small_commands(service: FakeInferenceService, run: Run) -> None:

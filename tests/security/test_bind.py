@@ -12,7 +12,7 @@ from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import DecodeSettings, GatewaySettings, OpenAISettings, PrefillSettings, ServerSettings
 from kvrelay.errors import ConfigError, StartupError
 from kvrelay.network import exposure, rpc
-from kvrelay.network.exposure import INSECURE_NAME, is_exposed, reminding
+from kvrelay.network.exposure import is_exposed, reminding, showing_health
 from kvrelay.openai_frontend.main import check_host
 from kvrelay.security.certificates import CertificatePlan, make_certificates
 from kvrelay.security.principal import Role
@@ -101,13 +101,37 @@ async def test_health_tells_that_everybody_has_all_rights(exposed: bool) -> None
     server = rpc.create_server()
     bound = rpc.bind_server(server, "127.0.0.1", 0, ())
     await bound.set_serving(True)
-    if exposed:
-        await bound.set_serving(True, INSECURE_NAME)
     await server.start()
     try:
-        async with AsyncClient(f"127.0.0.1:{bound.port}") as client:
+        async with showing_health(bound, exposed, list), AsyncClient(f"127.0.0.1:{bound.port}") as client:
             health = await client.health()
         assert (health.serving, health.insecure) == (True, exposed)
+    finally:
+        await server.stop(None)
+
+
+async def test_health_tells_while_changed_credentials_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposure, "LOOK_INTERVAL_S", 0.01)
+    server, problems = rpc.create_server(), list[str]()
+    bound = rpc.bind_server(server, "127.0.0.1", 0, ())
+    await bound.set_serving(True)
+    await server.start()
+    try:
+        async with showing_health(bound, False, lambda: problems), AsyncClient(f"127.0.0.1:{bound.port}") as client:
+
+            async def is_broken() -> bool:
+                return (await client.health()).broken_credentials
+
+            assert not await is_broken()
+            problems.append("the keys file cannot be read")
+            await wait_until(is_broken, "health tells")
+            problems.clear()
+
+            async def is_mended() -> bool:
+                return not await is_broken()
+
+            await wait_until(is_mended, "health tells of the end")
+            assert not (await client.health()).insecure
     finally:
         await server.stop(None)
 
