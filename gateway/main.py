@@ -71,7 +71,8 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         server = create_server(guard=security.guard, limits=settings.connection_limits)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), server)
         service_names = (SERVICE_NAME, *register_all(server, gateway))
-        bound = bind_server(server, host, settings.server.port, service_names, security.server_credentials())
+        credentials = security.server_credentials()
+        bound = bind_server(server, host, settings.server.port, service_names, credentials, reflects=True)
         gateway.address = address = settings.server.address_of(bound.port)
         member = Member(gateway_id, MemberRole.GATEWAY, _peer_address(server, settings, security, bound.port))
         async with (

@@ -87,11 +87,14 @@ def bind_server(
     port: int,
     service_names: Iterable[str],
     credentials: grpc.ServerCredentials | None = None,
+    *,
+    reflects: bool = False,
 ) -> BoundServer:
-    """Adds health and reflection, and binds the port. Without credentials it speaks plain text."""
+    """Adds health, and binds the port. Without credentials it speaks plain text."""
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    _add_reflection(server, (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    if reflects:
+        _add_reflection(server, (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME))
     return BoundServer(server, bind_port(server, host, port, "--port", credentials), health_servicer)
 
 

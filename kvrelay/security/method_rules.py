@@ -35,11 +35,12 @@ _KSERVE = "inference.GRPCInferenceService"
 
 # Kubelets and load balancers send no credentials, and learn only that a process serves. A watch
 # lasts, so only known callers may hold one.
-_EVERY_PROCESS = (
-    _service("grpc.health.v1.Health", OPEN, "Check")
-    | _service("grpc.health.v1.Health", _ANY_ROLE, "Watch", "List")
-    | _service("grpc.reflection.v1.ServerReflection", _OPERATORS, "ServerReflectionInfo")
-    | _service("grpc.reflection.v1alpha.ServerReflection", _OPERATORS, "ServerReflectionInfo")
+_EVERY_PROCESS = _service("grpc.health.v1.Health", OPEN, "Check") | _service(
+    "grpc.health.v1.Health", _ANY_ROLE, "Watch", "List"
+)
+# Workers serve none: whoever talks to them has the protos.
+_REFLECTION = _service("grpc.reflection.v1.ServerReflection", _OPERATORS, "ServerReflectionInfo") | _service(
+    "grpc.reflection.v1alpha.ServerReflection", _OPERATORS, "ServerReflectionInfo"
 )
 _VLLM_ENGINE = (
     _service("vllm.grpc.engine.VllmEngine", _FRONTS, "Generate", "Abort", "HealthCheck", "GetModelInfo")
@@ -51,6 +52,7 @@ _EVERY_WORKER = _EVERY_PROCESS | _VLLM_ENGINE | _service("kvrelay.v1.ModelServic
 
 GRPC_RULES: Mapping[Role, Rules] = {
     Role.GATEWAY: _EVERY_PROCESS
+    | _REFLECTION
     | _VLLM_ENGINE
     | _service(_INFERENCE, _CLIENTS, "Generate", "Converse", "Resume", "GetRequest", "ListRequests")
     | _service(_INFERENCE, _CLIENTS, "Tokenize", "Detokenize", "ListModels")

@@ -88,7 +88,6 @@ class WorkerVllmEngine(PartialVllmEngine):
         return engine_pb.GetModelInfoResponse(
             model_path=model.name,
             served_model_name=model.name,
-            tokenizer_path=str(self._engine.folder),
             is_generation=True,
             max_context_length=self._engine.max_tokens,
             max_req_input_len=self._engine.max_tokens - 1,

@@ -55,7 +55,7 @@ class Raising(inference_pb2_grpc.InferenceServiceServicer):
 async def bound() -> AsyncIterator[rpc.BoundServer]:
     server = rpc.create_server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Raising(), server)  # type: ignore[abstract]
-    bound = rpc.bind_server(server, "127.0.0.1", 0, [SERVICE])
+    bound = rpc.bind_server(server, "127.0.0.1", 0, [SERVICE], reflects=True)
     await server.start()
     yield bound
     await server.stop(None)

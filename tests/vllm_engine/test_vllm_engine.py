@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from kvrelay.errors import InvalidRequestError, UnsupportedError
 from kvrelay.vllm_engine.answers import Answers
 from kvrelay.vllm_engine.messages import engine_pb
 from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
+from kvrelay.vllm_engine.served_engine import ServedEngine
 from kvrelay.vllm_engine.tokenizer_bundle import PIECE_BYTES, bundle, pieces
 from kvrelay.vllm_engine.transfer_params import asks_for_handoff, handoff_params, prefill_address_of
+from kvrelay.vllm_engine.worker_service import WorkerVllmEngine
 from kvrelay.wire.convert import with_model_defaults
 
 
@@ -146,3 +149,13 @@ def test_a_decode_worker_finds_the_prefill_worker_of_its_own_model_and_no_other(
 def test_parameters_that_are_no_object_are_refused(params: str) -> None:
     with pytest.raises(InvalidRequestError):
         prefill_address_of(params, "same")
+
+
+async def test_a_worker_tells_nobody_where_its_files_are(tmp_path: Path) -> None:
+    layout = KVLayout(1, 1, 1, "float32")
+    model = ModelSpec("m", "llama", layout, 10, 64, (0,), "f", SamplingDefaults(0.6, 20, 0.95))
+    unused: Any = None
+    worker = WorkerVllmEngine(ServedEngine(tmp_path, model, 16, 64, 8, "kv_consumer"), unused, unused, unused)
+    info = await worker.GetModelInfo(engine_pb.GetModelInfoRequest(), unused)
+    assert info.model_path == info.served_model_name == "m"
+    assert str(tmp_path) not in str(info)
