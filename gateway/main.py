@@ -27,6 +27,7 @@ from kvrelay.observability.tracing import create_tracing
 from kvrelay.process import set_up_process, stop_on_signals
 from kvrelay.runtime import event_loop
 from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
+from kvrelay.runtime.loop_delay import measuring_delay
 from kvrelay.runtime.watchdog import send_keepalives
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import ProcessSecurity
@@ -88,6 +89,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
             async with (
                 _serving_http(settings, gateway, security, store, exposed) as http_port,
                 send_keepalives(settings.server.watchdog_socket),
+                measuring_delay(gateway.metrics.loop_delay.observe),
                 collecting_when_idle(lambda: not gateway.requests.num_running),
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)

@@ -132,6 +132,11 @@ CONFINED_CHILDREN = Family(
     "Processes with limits that were started, at first or in place of one over its limit; work: format or chat.",
     ("work",),
 )
+LOOP_DELAY = Family(
+    "kvrelay_event_loop_delay_seconds",
+    "histogram",
+    "How late the gateway's event loop was, looked at every 20 ms; time that other processes had the cores is left out.",
+)
 STORE_HEALTHY = Family("kvrelay_state_store_healthy", "gauge", "1 while Redis answers.")
 
 FAMILIES = tuple(value for value in list(vars().values()) if isinstance(value, Family))
@@ -225,6 +230,7 @@ class GatewayMetrics:
         self.models: dict[str, ModelMetrics] = {}
         self.refusals = _zeros(*REFUSAL_REASONS)
         self.quota_refusals = _zeros(*LimitName)
+        self.loop_delay = Histogram()
 
     def of_model(self, model: str) -> ModelMetrics:
         return self.models.setdefault(model, ModelMetrics())
@@ -246,6 +252,7 @@ class GatewayMetrics:
             yield from _model_samples(name, model)
         yield from (Sample(REFUSALS, number, (reason,)) for reason, number in self.refusals.items())
         yield from (Sample(QUOTA_REFUSALS, number, (limit,)) for limit, number in self.quota_refusals.items())
+        yield Sample(LOOP_DELAY, self.loop_delay)
 
 
 def _model_samples(name: str, model: ModelMetrics) -> Iterator[Sample]:
