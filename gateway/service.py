@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -19,12 +20,16 @@ from gateway.views import cluster_view
 from gateway.workers.served_models import ModelLimits
 from kvrelay.config.settings import MAX_COALESCE_MS
 from kvrelay.errors import InvalidRequestError
+from kvrelay.runtime.turns import Turns
 from kvrelay.security.principal import Role, current_principal
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+LISTED_AT_ONCE = 50
+MAX_LISTING = 2
+MAX_WAITING_LISTS = 64
 MODEL_WAIT_S = 5.0
 MAX_TOKENS_PER_CALL = 262_144
 """Bound of Tokenize and Detokenize if the model's context is shorter."""
@@ -36,6 +41,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._preparation = gateway.preparation
+        self._listing = Turns("a list of requests", MAX_LISTING, MAX_WAITING_LISTS)
 
     # The three responses have the same wire format, so each frame is encoded once and reused
     # by every reader.
@@ -67,9 +73,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         page_size = request.page_size or DEFAULT_PAGE_SIZE
         if page_size > MAX_PAGE_SIZE:
             raise InvalidRequestError("page_size", f"is {page_size}; it must lie between 1 and {MAX_PAGE_SIZE}")
-        page = await self._gateway.known_requests.read_page(page_size, request.page_token, request.active_only)
-        requests = [request_info(record) for record in page.requests]
-        return pb.ListRequestsResponse(requests=requests, next_page_token=page.next_page_token)
+        async with self._listing.turn():
+            page = await self._gateway.known_requests.read_page(page_size, request.page_token, request.active_only)
+            response = pb.ListRequestsResponse(next_page_token=page.next_page_token)
+            for begin in range(0, len(page.requests), LISTED_AT_ONCE):
+                response.requests.extend(map(request_info, page.requests[begin : begin + LISTED_AT_ONCE]))
+                await asyncio.sleep(0)  # others' messages come between
+            return response
 
     async def CancelRequest(self, request: pb.CancelRequestRequest, context: Context) -> pb.CancelRequestResponse:
         state = await self._gateway.cancellation.cancel(request.request_id, forwarded=_is_forwarded(context))

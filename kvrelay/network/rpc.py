@@ -13,6 +13,7 @@ from kvrelay.errors import StartupError
 from kvrelay.network.bearer_channel import BearerChannel
 from kvrelay.network.call_interceptor import CallInterceptor
 from kvrelay.network.connection_limits import MAX_MESSAGE_BYTES, ConnectionLimits
+from kvrelay.network.health_service import HealthService
 from kvrelay.network.host_port import join_host_port
 from kvrelay.network.listening import check_port
 from kvrelay.security.credentials import ChannelCredentials
@@ -58,7 +59,7 @@ _CHANNEL_OPTIONS = (
 class BoundServer:
     server: grpc.aio.Server
     port: int
-    health: health.aio.HealthServicer
+    health: HealthService
 
     async def set_serving(self, serving: bool, service: str = "") -> None:
         """The empty name is the whole process."""
@@ -91,7 +92,7 @@ def bind_server(
     reflects: bool = False,
 ) -> BoundServer:
     """Adds health, and binds the port. Without credentials it speaks plain text."""
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = HealthService()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if reflects:
         _add_reflection(server, (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME))

@@ -27,6 +27,8 @@ MAX_COUNTED_LISTS = 4096
 ADDS_PER_CLEANING = 32
 MAX_CLEANED = 2 * ADDS_PER_CLEANING
 MAX_LOOKS_PER_PAGE = 4
+READ_AT_ONCE = 50
+"""Redis' answers to one batch are parsed without a pause."""
 MAX_LISTED_MS = 10**15 - 1
 """Largest time of a page token."""
 _TOKEN = re.compile(r"([0-9]{1,15})-(.{1,128})")
@@ -96,9 +98,10 @@ class RequestList:
         entries = await self._connection.run(lambda client: _read_entries(client, key, position, count))
         if not entries:
             return [], []
-        summaries = await self._connection.run(
-            lambda client: _read_summaries(client, key, [entry.request_id for entry in entries])
-        )
+        summaries: list[RequestSummary | None] = []
+        for begin in range(0, len(entries), READ_AT_ONCE):
+            request_ids = [entry.request_id for entry in entries[begin : begin + READ_AT_ONCE]]
+            summaries += await self._connection.run(partial(_read_summaries, key=key, request_ids=request_ids))
         return entries, summaries
 
 

@@ -34,7 +34,7 @@ from kvrelay.vllm_engine.messages import Message, engine_pb
 from kvrelay.vllm_engine.partial_service import Context, PartialVllmEngine
 from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
 from kvrelay.vllm_engine.served_engine import ServedEngine
-from kvrelay.vllm_engine.tokenizer_bundle import bundle, pieces
+from kvrelay.vllm_engine.tokenizer_bundle import TokenizerDownloads
 from kvrelay.wire.convert import failure_kind_from_pb, with_model_defaults
 from kvrelay.worker.gateway_sessions import GatewaySessions
 from kvrelay.worker.tokenizer_service import tokenizer_files
@@ -66,7 +66,7 @@ class WorkerVllmEngine(PartialVllmEngine):
         self._local_sessions = local_sessions
         self._generate = generate
         self._started_at = time.monotonic()
-        self._archive: bytes | None = None
+        self._tokenizer = TokenizerDownloads(self._files)
 
     async def Generate(self, request: Message, context: Context) -> AsyncIterator[Message]:
         async for message in self._generate(request, self._job_of(request, context)):
@@ -129,11 +129,11 @@ class WorkerVllmEngine(PartialVllmEngine):
             timestamp=now, version=kvrelay.__version__, dp_rank_count=1, loads=[scheduler_load]
         )
 
-    async def GetTokenizer(self, request: Message, context: Context) -> AsyncIterator[Message]:
-        if self._archive is None:
-            self._archive = await asyncio.to_thread(_bundle_of, self._engine.folder)
-        for piece in pieces(self._archive):
-            yield piece
+    async def GetTokenizer(self, request: Message, context: Context) -> None:
+        await self._tokenizer.send(self._engine.model.fingerprint, context.write)
+
+    async def _files(self, _fingerprint: str) -> dict[str, bytes]:
+        return await asyncio.to_thread(_files_of, self._engine.folder)
 
     def _job_of(self, request: Message, context: Context) -> Job:
         check_client_id(request.request_id)
@@ -162,8 +162,8 @@ class WorkerVllmEngine(PartialVllmEngine):
         return InvalidRequestError("tokenized.input_ids", problem)
 
 
-def _bundle_of(folder: Path) -> bytes:
-    return bundle({path.name: path.read_bytes() for path in tokenizer_files(folder)})
+def _files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in tokenizer_files(folder)}
 
 
 def error_of_failure(failed: Any) -> KvrelayError:

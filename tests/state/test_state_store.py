@@ -20,6 +20,7 @@ from kvrelay.errors import (
     StoreFullError,
     SupersededError,
 )
+from kvrelay.runtime.loop_delay import LoopDelay
 from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.state.request_list import ADDS_PER_CLEANING, LIST_KEY, list_key_of
 from kvrelay.state.request_record import RequestRecord
@@ -606,3 +607,15 @@ async def fill(store: StateStore) -> None:
     for number in range(100):
         record: RequestRecord = make_record(f"big{number}", prompt_token_ids=big, num_prompt_tokens=len(big))
         await store.create(record)
+
+
+async def test_a_long_page_never_keeps_the_loop_for_long(store: StateStore) -> None:
+    num_requests = 1000
+    for number in range(num_requests):
+        assert await store.create(make_record(str(number), create_time_ms=number + 1))
+    delays: list[float] = []
+    delay = LoopDelay(delays.append)
+    pages = await asyncio.gather(*(store.list_requests(num_requests) for _ in range(2)))
+    delay.stop()
+    assert [len(page.requests) for page in pages] == [num_requests] * 2
+    assert max(delays) < 0.1

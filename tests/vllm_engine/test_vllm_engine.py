@@ -2,6 +2,7 @@
 archive, KV parameters.
 """
 
+import asyncio
 import hashlib
 import io
 import json
@@ -16,12 +17,13 @@ from kvrelay.core.job import FinishReason, Token, TopLogprob
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.core.response_format import FormatKind
 from kvrelay.core.sampling_params import SamplingDefaults, SamplingParams
-from kvrelay.errors import InvalidRequestError, UnsupportedError
+from kvrelay.errors import DeadlineError, InvalidRequestError, OverloadedError, UnsupportedError
 from kvrelay.vllm_engine.answers import Answers
-from kvrelay.vllm_engine.messages import engine_pb
+from kvrelay.vllm_engine import tokenizer_bundle
+from kvrelay.vllm_engine.messages import common_pb, engine_pb
 from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
 from kvrelay.vllm_engine.served_engine import ServedEngine
-from kvrelay.vllm_engine.tokenizer_bundle import PIECE_BYTES, bundle, pieces
+from kvrelay.vllm_engine.tokenizer_bundle import PIECE_BYTES, TokenizerDownloads, bundle, pieces
 from kvrelay.vllm_engine.transfer_params import asks_for_handoff, handoff_params, prefill_address_of
 from kvrelay.vllm_engine.worker_service import WorkerVllmEngine
 from kvrelay.wire.convert import with_model_defaults
@@ -159,3 +161,47 @@ async def test_a_worker_tells_nobody_where_its_files_are(tmp_path: Path) -> None
     info = await worker.GetModelInfo(engine_pb.GetModelInfoRequest(), unused)
     assert info.model_path == info.served_model_name == "m"
     assert str(tmp_path) not in str(info)
+
+
+async def test_many_downloads_of_the_tokenizer_load_and_zip_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"tokenizer.json": b"x" * 3 * PIECE_BYTES}
+    loads: list[str] = []
+
+    async def load(fingerprint: str) -> dict[str, bytes]:
+        loads.append(fingerprint)
+        await asyncio.sleep(0)
+        return files
+
+    async def download() -> bytes:
+        encoded: list[bytes] = []
+
+        async def write(piece: bytes) -> None:
+            encoded.append(piece)
+
+        await downloads.send("f", write)
+        messages = [common_pb.GetTokenizerChunk.FromString(piece) for piece in encoded]
+        assert messages[-1].sha256 == hashlib.sha256(b"".join(message.data for message in messages)).hexdigest()
+        return b"".join(message.data for message in messages)
+
+    downloads = TokenizerDownloads(load)
+    archives = await asyncio.gather(*(download() for _ in range(40)))
+    assert set(archives) == {bundle(files)}
+    assert loads == ["f"]
+    assert downloads.num_running == 0
+    monkeypatch.setattr(tokenizer_bundle, "MAX_DOWNLOADS", 0)
+    with pytest.raises(OverloadedError, match="under way"):
+        await download()
+
+
+async def test_who_does_not_read_the_tokenizer_loses_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def load(fingerprint: str) -> dict[str, bytes]:
+        return {"tokenizer.json": b"x"}
+
+    async def write(piece: bytes) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(tokenizer_bundle, "DOWNLOAD_TIMEOUT_S", 0.0)
+    downloads = TokenizerDownloads(load)
+    with pytest.raises(DeadlineError):
+        await downloads.send("f", write)
+    assert downloads.num_running == 0

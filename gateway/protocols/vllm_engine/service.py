@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -25,7 +24,7 @@ from kvrelay.vllm_engine.answers import Answers
 from kvrelay.vllm_engine.client_ids import MAX_ABORTED
 from kvrelay.vllm_engine.messages import Message, engine_grpc, engine_pb
 from kvrelay.vllm_engine.partial_service import Context, PartialVllmEngine
-from kvrelay.vllm_engine.tokenizer_bundle import bundle, pieces
+from kvrelay.vllm_engine.tokenizer_bundle import TokenizerDownloads
 from kvrelay.wire.convert import finish_reason_from_pb
 
 MAX_HELD_TOKENS = 16
@@ -40,7 +39,7 @@ class VllmEngineService(PartialVllmEngine):
         self._started_at = time.monotonic()
         self._runners: dict[str, list[RequestRunner]] = {}
         """By the clients' ids, which may repeat."""
-        self._archives: dict[str, bytes] = {}
+        self._tokenizer = TokenizerDownloads(gateway.tokenizers.files)
 
     async def Generate(self, request: Message, context: Context) -> AsyncIterator[Message]:
         deadline = deadline_of(self._gateway.settings, context.time_remaining())  # smg sets none
@@ -85,13 +84,8 @@ class VllmEngineService(PartialVllmEngine):
     async def GetLoads(self, request: Message, context: Context) -> Message:
         return cluster_answers.loads(self._gateway)
 
-    async def GetTokenizer(self, request: Message, context: Context) -> AsyncIterator[Message]:
-        fingerprint = self._gateway.models.select(ANY_MODEL).model.fingerprint
-        if fingerprint not in self._archives:
-            files = await self._gateway.tokenizers.files(fingerprint)
-            self._archives = {fingerprint: await asyncio.to_thread(bundle, files)}
-        for piece in pieces(self._archives[fingerprint]):
-            yield piece
+    async def GetTokenizer(self, request: Message, context: Context) -> None:
+        await self._tokenizer.send(self._gateway.models.select(ANY_MODEL).model.fingerprint, context.write)
 
     def _forget(self, request_id: str, runner: RequestRunner) -> None:
         runners = self._runners[request_id]
