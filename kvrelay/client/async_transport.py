@@ -4,11 +4,14 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 import asyncio
 import time
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
 from kvrelay.network import rpc
+from kvrelay.network.connection_pool import PooledChannel
+from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import inference_pb2_grpc
 from kvrelay.v1.inference_pb2 import ConverseRequest
 
@@ -17,10 +20,13 @@ RpcError = grpc.aio.AioRpcError
 Stub: TypeAlias = "inference_pb2_grpc.InferenceServiceAsyncStub"
 UnaryMethod = grpc.aio.UnaryUnaryMultiCallable
 
-create_channel = rpc.create_channel
 sleep = asyncio.sleep
 
 CallOverError = asyncio.InvalidStateError
+
+
+def create_channel(address: str, *, use_proxy: bool, credentials: ChannelCredentials | None) -> Channel:
+    return PooledChannel(partial(rpc.create_channel, address, use_proxy=use_proxy, credentials=credentials))
 
 
 class StreamCall:

@@ -5,11 +5,14 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 import queue
 import threading
 import time
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
 from kvrelay.network import rpc
+from kvrelay.network.connection_pool import PooledSyncChannel
+from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import inference_pb2_grpc
 from kvrelay.v1.inference_pb2 import ConverseRequest
 
@@ -18,12 +21,15 @@ RpcError = grpc.RpcError
 Stub: TypeAlias = inference_pb2_grpc.InferenceServiceStub
 UnaryMethod = grpc.UnaryUnaryMultiCallable
 
-create_channel = rpc.create_sync_channel
 sleep = time.sleep
 
 
 class CallOverError(Exception):
     """The conversation's call has ended."""
+
+
+def create_channel(address: str, *, use_proxy: bool, credentials: ChannelCredentials | None) -> Channel:
+    return PooledSyncChannel(partial(rpc.create_sync_channel, address, use_proxy=use_proxy, credentials=credentials))
 
 
 class StreamCall:

@@ -38,7 +38,7 @@ _KSERVE = "inference.GRPCInferenceService"
 _EVERY_PROCESS = _service("grpc.health.v1.Health", OPEN, "Check") | _service(
     "grpc.health.v1.Health", _ANY_ROLE, "Watch", "List"
 )
-# Workers serve none: whoever talks to them has the protos.
+# Of gateways only: all that workers talk to has the protos.
 _REFLECTION = _service("grpc.reflection.v1.ServerReflection", _OPERATORS, "ServerReflectionInfo") | _service(
     "grpc.reflection.v1alpha.ServerReflection", _OPERATORS, "ServerReflectionInfo"
 )
