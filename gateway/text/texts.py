@@ -47,6 +47,16 @@ class Texts:
             InvalidRequestError: the text has more tokens than the bound allows.
             DeadlineError, OverloadedError: as `TextLanes.run`.
         """
+        token_ids: list[int] = []
+        for part in tokenizer.control_tokens.cut(text) if rendered else (text,):
+            token_ids += await self._encode_part(tokenizer, part, bound, deadline, rendered=rendered)
+            if len(token_ids) > bound.max_tokens:
+                raise bound.error(f"more than {bound.max_tokens} tokens")
+        return token_ids
+
+    async def _encode_part(
+        self, tokenizer: ModelTokenizer, text: str, bound: TokenBound, deadline: float, *, rendered: bool
+    ) -> list[int]:
         max_bytes = _max_bytes(tokenizer, bound)
         num_bytes = utf8_length(text)
         if num_bytes > max_bytes:
@@ -70,7 +80,11 @@ class Texts:
     async def render(
         self, tokenizer: ModelTokenizer, messages: Sequence[Message], field: str, bound: TokenBound, deadline: float
     ) -> str:
-        """Raises as `encode`, `ModelTokenizer.require_template` and `ChatRenderer.render`."""
+        """For `encode` with `rendered`; see `ControlTokens` for what is in it besides the text.
+
+        Raises as `encode`, `ModelTokenizer.require_template`, `ControlTokens.mark` and
+        `ChatRenderer.render`.
+        """
         template = tokenizer.require_template()
         num_bytes, max_bytes = (
             sum(utf8_length(message["content"]) for message in messages),
@@ -78,7 +92,9 @@ class Texts:
         )
         if num_bytes > max_bytes:
             raise bound.error(f"{num_bytes} bytes in its messages, of which at most {max_bytes} are read here")
-        return await self._renderer.render(template, messages, field, deadline)
+        mark = partial(tokenizer.control_tokens.mark, messages, field)
+        marked = await self._lanes.run(num_bytes, deadline, mark)
+        return await self._renderer.render(template, marked, field, deadline)
 
     async def has_chat_template(self, tokenizer: ModelTokenizer) -> bool:
         """Compiles it once. Raises as `ChatRenderer.problem_of`."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from gateway.text.control_tokens import ControlTokens
 from gateway.text.template_source import TemplateSource
 from gateway.text.token_text import TokenTexts
 from kvrelay.errors import NoChatTemplateError, PreconditionError
@@ -53,6 +54,9 @@ class ModelTokenizer:
         add_tokens(self.tokenizer, config)
         self._template, self._template_problem = _find_template(files, config)
         self.token_texts = TokenTexts(self.tokenizer)
+        self.control_tokens = ControlTokens(
+            token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
+        )
         self.longest_token_bytes = _longest_token_bytes(self.tokenizer)
 
     @property
