@@ -149,11 +149,20 @@ def _accept_bytes(serializer: Any) -> Callable[[Any], bytes]:
 
 
 async def _abort(context: Context, failure: Exception, method: str) -> None:
-    if not isinstance(failure, KvrelayError):
+    error = failure
+    if not isinstance(error, KvrelayError):
         _log.error("handler failed", method=method, exc_info=failure)
-        failure = InternalError("internal error; the server's log has the detail")
-    # The error outlives the request. Its traceback would keep stack frames and call alive.
-    failure.__traceback__ = None
-    status = status_of(failure)
+        error = InternalError("internal error; the server's log has the detail")
+    _forget_frames(failure)
+    status = status_of(error)
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     await context.abort(code, status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),))
+
+
+def _forget_frames(failure: BaseException | None) -> None:
+    """gRPC keeps a call's error until garbage is collected, and so the message in the frames of it
+    and of its causes.
+    """
+    while failure is not None:
+        failure.__traceback__ = None
+        failure = failure.__cause__ or failure.__context__

@@ -1,6 +1,8 @@
 """The guard runs before all else of a call; withdrawal and expiry reach the client typed."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -165,3 +167,58 @@ async def test_a_stream_takes_no_message_after_the_expiry(server: Server, channe
     assert isinstance(failure, UnauthenticatedError)
     assert "expired" in failure.message
     assert len(server.service.principals) == 1
+
+
+class Large:
+    """Stands for a message, which cannot be watched."""
+
+
+class FailingService(Service):
+    """Its handlers fail while they hold something large, for a reason that held it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[weakref.ref[Large]] = []
+
+    async def GetRequest(self, request: pb.GetRequestRequest, context: object) -> pb.GetRequestResponse:
+        self._fail()
+        raise AssertionError("it failed before")
+
+    async def Resume(self, request: pb.ResumeRequest, context: object) -> AsyncIterator[pb.ResumeResponse]:
+        self._fail()
+        yield pb.ResumeResponse()
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
+        self._parse(Large())
+        raise AssertionError("it failed before")
+
+    def _fail(self) -> None:
+        large = Large()
+        try:
+            self._parse(large)
+        except ValueError as cause:
+            raise InvalidRequestError("x", "is wrong") from cause
+
+    def _parse(self, large: Large) -> None:
+        self.held.append(weakref.ref(large))
+        raise ValueError("no message")
+
+
+async def test_an_errors_frames_are_not_kept_until_garbage_is_collected() -> None:
+    service = FailingService()  # type: ignore[abstract]
+    async for channel in _serve(service, None):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        gc.disable()
+        try:
+            for call in (
+                stub.GetRequest(pb.GetRequestRequest()),
+                stub.Resume(pb.ResumeRequest()),
+                stub.ListModels(pb.ListModelsRequest()),
+            ):
+                await failure_of(call)
+            assert len(service.held) == 3
+            async with asyncio.timeout(20):  # the last handler's task ends behind its answer
+                while any(reference() is not None for reference in service.held):  # noqa: ASYNC110 - no event tells
+                    await asyncio.sleep(0)
+        finally:
+            gc.enable()
