@@ -29,6 +29,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, guard: CallGuard | None) -> None:
         self._guard = guard
+        self._guarded: dict[str, tuple[Any, Any]] = {}
+        """Handlers and what was made of them, by method: calls that end at once cost little more."""
 
     async def intercept_service(
         self,
@@ -38,8 +40,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # unknown method: gRPC answers UNIMPLEMENTED
             return handler
+        method = handler_call_details.method
+        known, guarded = self._guarded.get(method, (None, None))
+        if known is not handler:
+            guarded = self._guard_handler(method, handler)
+            self._guarded[method] = (handler, guarded)
+        return guarded
+
+    def _guard_handler(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         make_handler, behaviour = _behaviour_of(handler)
-        call = _GuardedCall(self._guard, handler_call_details.method, handler, behaviour)
+        call = _GuardedCall(self._guard, method, handler, behaviour)
         streams = bool(handler.response_streaming)
         guarded: grpc.RpcMethodHandler[Any, Any] = make_handler(
             call.answer_stream if streams else call.answer,
