@@ -37,7 +37,8 @@ class ControlTokens:
 
         Raises InvalidRequestError for more than MAX_MARKS.
         """
-        num_marks, marked = 0, []
+        num_marks = 0
+        marked: list[Message] = []
         for message in messages:
             copy = {}
             for key, text in message.items():

@@ -29,7 +29,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, guard: CallGuard | None) -> None:
         self._guard = guard
-        self._guarded: dict[str, tuple[Any, Any]] = {}
+        self._guarded: dict[str, tuple[Any, grpc.RpcMethodHandler[Any, Any] | None]] = {}
         """Handlers and what was made of them, by method: calls that end at once cost little more."""
 
     async def intercept_service(

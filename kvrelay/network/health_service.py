@@ -26,6 +26,7 @@ class HealthService(health.aio.HealthServicer):
     def __init__(self) -> None:
         super().__init__()
         self.num_watches = 0
+        self._statuses: dict[str, Any] = {"": Status.SERVING}
         self._changed = asyncio.Event()
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
@@ -40,8 +41,9 @@ class HealthService(health.aio.HealthServicer):
             self.num_watches -= 1
 
     async def set(self, service: str, status: Any) -> None:
-        if self._server_status.get(service) == status:
+        if self._statuses.get(service) == status:
             return
+        self._statuses[service] = status
         await super().set(service, status)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -50,7 +52,7 @@ class HealthService(health.aio.HealthServicer):
         told: Any = None
         while True:
             changed = self._changed  # before the look: no change is missed
-            status = self._server_status.get(service, Status.SERVICE_UNKNOWN)
+            status = self._statuses.get(service, Status.SERVICE_UNKNOWN)
             if status != told:
                 await context.write(Status(status=status))
             told = status

@@ -46,7 +46,7 @@ class HeldService(inference_pb2_grpc.InferenceServiceServicer):
 
 @pytest.fixture
 async def held() -> AsyncIterator[tuple[HeldService, str]]:
-    service = HeldService()
+    service = HeldService()  # type: ignore[abstract]
     server = rpc.create_server(limits=ConnectionLimits(max_streams=STREAMS))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

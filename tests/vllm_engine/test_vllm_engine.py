@@ -18,8 +18,8 @@ from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.core.response_format import FormatKind
 from kvrelay.core.sampling_params import SamplingDefaults, SamplingParams
 from kvrelay.errors import DeadlineError, InvalidRequestError, OverloadedError, UnsupportedError
-from kvrelay.vllm_engine.answers import Answers
 from kvrelay.vllm_engine import tokenizer_bundle
+from kvrelay.vllm_engine.answers import Answers
 from kvrelay.vllm_engine.messages import common_pb, engine_pb
 from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
 from kvrelay.vllm_engine.served_engine import ServedEngine
