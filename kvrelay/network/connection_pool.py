@@ -39,6 +39,10 @@ class ConnectionPool(Generic[ChannelT]):
     def channels(self) -> list[ChannelT]:
         return [connection.channel for connection in self._connections]
 
+    @property
+    def num_calls(self) -> int:
+        return sum(connection.num_calls for connection in self._connections)
+
     def take(self) -> _Connection[ChannelT]:
         """For one call. `give_back` must follow."""
         with self._lock:
@@ -64,7 +68,7 @@ class PooledChannel(grpc.aio.Channel):
     """The part of an asyncio channel that stubs use."""
 
     def __init__(self, create: Callable[[], grpc.aio.Channel]) -> None:
-        self._pool = ConnectionPool(create)
+        self.pool = ConnectionPool(create)
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,7 +77,7 @@ class PooledChannel(grpc.aio.Channel):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        for channel in self._pool.channels:
+        for channel in self.pool.channels:
             await channel.close(grace)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
@@ -99,13 +103,13 @@ class PooledChannel(grpc.aio.Channel):
 
     def _begin(self, method_of: Callable[[Any], Any]) -> Callable[..., Any]:
         def begin(*arguments: Any, **options: Any) -> Any:
-            connection = self._pool.take()
+            connection = self.pool.take()
             try:
                 call = method_of(connection.channel)(*arguments, **options)
             except BaseException:
-                self._pool.give_back(connection)
+                self.pool.give_back(connection)
                 raise
-            call.add_done_callback(lambda _: self._pool.give_back(connection))
+            call.add_done_callback(lambda _: self.pool.give_back(connection))
             return call
 
         return begin
@@ -115,7 +119,7 @@ class PooledSyncChannel(grpc.Channel):
     """The part of a blocking channel that stubs use; calls with one answer have it when they return."""
 
     def __init__(self, create: Callable[[], grpc.Channel]) -> None:
-        self._pool = ConnectionPool(create)
+        self.pool = ConnectionPool(create)
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +128,7 @@ class PooledSyncChannel(grpc.Channel):
         self.close()
 
     def close(self) -> None:
-        for channel in self._pool.channels:
+        for channel in self.pool.channels:
             channel.close()
 
     def subscribe(self, callback: Callable[..., None], try_to_connect: bool = False) -> None:
@@ -147,24 +151,24 @@ class PooledSyncChannel(grpc.Channel):
 
     def _ask(self, method_of: Callable[[Any], Any]) -> Callable[..., Any]:
         def ask(*arguments: Any, **options: Any) -> Any:
-            connection = self._pool.take()
+            connection = self.pool.take()
             try:
                 return method_of(connection.channel)(*arguments, **options)
             finally:
-                self._pool.give_back(connection)
+                self.pool.give_back(connection)
 
         return ask
 
     def _begin(self, method_of: Callable[[Any], Any]) -> Callable[..., Any]:
         def begin(*arguments: Any, **options: Any) -> Any:
-            connection = self._pool.take()
+            connection = self.pool.take()
             try:
                 call = method_of(connection.channel)(*arguments, **options)
             except BaseException:
-                self._pool.give_back(connection)
+                self.pool.give_back(connection)
                 raise
-            if not call.add_callback(lambda: self._pool.give_back(connection)):  # it has ended
-                self._pool.give_back(connection)
+            if not call.add_callback(lambda: self.pool.give_back(connection)):  # it has ended
+                self.pool.give_back(connection)
             return call
 
         return begin
