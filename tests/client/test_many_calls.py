@@ -62,7 +62,7 @@ def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def given_back(client: AsyncClient) -> None:
-    """Waits until no call counts any more, a moment behind the last answer."""
+    """Waits until no call counts, a moment behind the last answer."""
     ((_, channel),) = client._channels.values()
     assert isinstance(channel, PooledChannel)
     async with asyncio.timeout(60):
