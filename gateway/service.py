@@ -62,7 +62,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
         coalesce_s = self._coalesce_s(request)
-        reader = await self._gateway.outputs.open_reader(request.request_id, request.from_index)
+        reader = await self._gateway.outputs.open_reader(
+            request.request_id, request.from_index, forwarded=_is_forwarded(context)
+        )
         await _stream(reader, context, coalesce_s)
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.GetRequestResponse:

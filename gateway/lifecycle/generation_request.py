@@ -29,6 +29,6 @@ class GenerationRequest:
     cache_salt: str = ""
     """Set when the request is started."""
     keeps_output: bool = False
-    """Whether its output may be asked for after its end."""
+    """Whether the store gets its content, for takeovers and later readers."""
     share_weight: int = 1
     """Of its tenant, on busy workers."""

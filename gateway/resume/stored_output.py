@@ -1,4 +1,4 @@
-"""Streams another gateway's request from the store, or takes it over."""
+"""Streams another gateway's request: from the store, by taking it over, or through its owner."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,6 +7,7 @@ from typing import Protocol
 from gateway.requests.known_requests import KnownRequests
 from gateway.requests.registry import RunningRequests
 from gateway.requests.runner import RequestRunner
+from gateway.resume.forwarded_output import ForwardedOutputReader
 from gateway.resume.takeover import FRAMES_PER_READ, Takeovers
 from gateway.state.other_gateways import OtherGateways
 from gateway.streaming.frames import EventFrame, Frame, decode_frame, is_wanted
@@ -52,20 +53,34 @@ class RequestOutputs:
         self._gateways = gateways
         self._takeovers = takeovers
 
-    async def open_reader(self, request_id: str, from_index: int = 0) -> FrameReader:
-        """Raises RequestNotFoundError, here or at the first frame."""
+    async def open_reader(self, request_id: str, from_index: int = 0, *, forwarded: bool = False) -> FrameReader:
+        """`forwarded`: another gateway asks.
+
+        Raises RequestNotFoundError, here or at the first frame.
+        """
         runner = self._known.find_runner(request_id)
         if runner is not None:
             return runner.open_reader(from_index)
         await self._known.check_stored(request_id)
+        record = None if forwarded else await self._store.get(request_id)
+        if record is not None and (owner := await self._only_holder(record)) is not None:
+            timeout_s = record.remaining_ms / 1000 + OVERDUE_TIMEOUT_S
+            return ForwardedOutputReader(self._gateways, owner, request_id, from_index, timeout_s)
         return StoredOutputReader(self._store, request_id, from_index, self._take_over_if_orphaned)
+
+    async def _only_holder(self, record: RequestRecord) -> str | None:
+        """The address of the gateway that alone has the content."""
+        if record.keeps_output or is_terminal(record.state) or not await self._gateways.is_alive(record.gateway_id):
+            return None
+        return self._gateways.address_of(record.gateway_id)
 
     async def exists(self, request_id: str) -> bool:
         return is_request_id(request_id) and await self._known.find(request_id) is not None
 
     async def _take_over_if_orphaned(self, record: RequestRecord) -> RequestRunner | None:
         runner = self._running.find(record.request_id)
-        if runner is not None or await self._gateways.is_alive(record.gateway_id):
+        # Without content no gateway can go on with it; a sweeper ends it.
+        if runner is not None or not record.keeps_output or await self._gateways.is_alive(record.gateway_id):
             return runner
         return await self._takeovers.take_over(record)
 

@@ -105,6 +105,7 @@ class Takeovers:
             submit_time=now,
             deadline=now + record.remaining_ms / 1000,
             resumable=True,
+            keeps_output=record.keeps_output,
         )
         try:
             stored = await _insist(partial(self._all_frames, record.request_id), request.deadline)

@@ -1,4 +1,4 @@
-"""What the store must get of one request: record, transitions, frames."""
+"""What the store must get of one request: record, transitions, frames or only their count."""
 
 import time
 from collections import deque
@@ -42,6 +42,7 @@ class RequestJournal:
         self.output = output
         self.created = created
         self.num_written_frames = len(output.frames) if created else 0
+        self._num_written_tokens = output.num_output_tokens if created else 0
         self.transitions: deque[StateTransition] = deque()
         self.terminal: StateTransition | None = None
         self.released = False
@@ -106,16 +107,28 @@ class RequestJournal:
         return transition
 
     def next_frames(self) -> list[bytes]:
+        if not self._record.keeps_output:
+            return []
         begin = self.num_written_frames
         return [frame.data for frame in self.output.frames[begin : begin + MAX_FRAMES_PER_WRITE]]
 
     def all_frames(self) -> list[bytes]:
-        return [frame.data for frame in self.output.frames]
+        return [frame.data for frame in self.output.frames] if self._record.keeps_output else []
+
+    def on_written(self, num_frames: int, num_output_tokens: int) -> None:
+        self.num_written_frames = num_frames
+        self._num_written_tokens = num_output_tokens
+
+    @property
+    def lacks_output(self) -> bool:
+        if self._record.keeps_output:
+            return self.num_written_frames < len(self.output.frames)
+        # The terminal has the last count.
+        return self._num_written_tokens < self.output.num_output_tokens and not self.ended
 
     @property
     def dirty(self) -> bool:
-        lacks_frames = self.num_written_frames < len(self.output.frames)
-        return not self.created or bool(self.transitions) or lacks_frames or self.terminal is not None
+        return not self.created or bool(self.transitions) or self.lacks_output or self.terminal is not None
 
 
 def new_record(request: GenerationRequest, gateway_id: str) -> RequestRecord:

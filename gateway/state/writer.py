@@ -186,11 +186,11 @@ class StateWriter:
                 raise SupersededError("the id is taken")
             journal.created = True
         await self._write_transitions(journal)
-        while frames := journal.next_frames():
+        while journal.lacks_output:
             position, attempt = journal.num_written_frames, journal.record.attempt
-            num_tokens = journal.output.num_output_tokens
+            frames, num_tokens = journal.next_frames(), journal.output.num_output_tokens
             await self._store.append_frames(journal.request_id, attempt, position, frames, num_tokens)
-            journal.num_written_frames = position + len(frames)
+            journal.on_written(position + len(frames), num_tokens)
             await self._write_transitions(journal)
         if journal.terminal is not None:
             end = journal.terminal
@@ -211,11 +211,12 @@ class StateWriter:
 
     async def _restore(self, journal: RequestJournal) -> None:
         record, frames = journal.record_to_restore(), journal.all_frames()
+        num_tokens = record.num_output_tokens
         if not await self._store.restore(record, frames):
             raise SupersededError("the request goes on elsewhere")
         journal.created = True
         _log.info("restored a request that redis had lost", **journal.log_fields)
-        journal.num_written_frames = len(frames)
+        journal.on_written(len(frames), num_tokens)
         if is_terminal(record.state):
             self._forget(journal)
 

@@ -250,8 +250,8 @@ class RequestSettings(Settings):
     keep_outputs: bool = Field(
         default=False,
         json_schema_extra={"panel": "Stored output settings"},
-        description="Keep the outputs of all ended requests for --retention-ms, not only of those that are resumable "
-        "or have an idempotency key.",
+        description="Keep the prompts of running and the outputs of all requests in Redis, the outputs for "
+        "--retention-ms, not only of requests that are resumable or have an idempotency key.",
     )
 
 

@@ -54,9 +54,9 @@ GRPC_RULES: Mapping[Role, Rules] = {
     Role.GATEWAY: _EVERY_PROCESS
     | _REFLECTION
     | _VLLM_ENGINE
-    | _service(_INFERENCE, _CLIENTS, "Generate", "Converse", "Resume", "GetRequest", "ListRequests")
+    | _service(_INFERENCE, _CLIENTS, "Generate", "Converse", "GetRequest", "ListRequests")
     | _service(_INFERENCE, _CLIENTS, "Tokenize", "Detokenize", "ListModels")
-    | _service(_INFERENCE, _CLIENTS_AND_GATEWAYS, "CancelRequest", "GetTimeline")
+    | _service(_INFERENCE, _CLIENTS_AND_GATEWAYS, "Resume", "CancelRequest", "GetTimeline")
     # Another gateway asks it for its id, so that it notices its death before the lease ends.
     | _service(_INFERENCE, Rule(frozenset({Role.OPERATOR, Role.GATEWAY})), "GetCluster")
     | _service(_KSERVE, _CLIENTS, "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvrelay.core.request_state import RequestState
+from kvrelay.core.request_state import RequestState, is_terminal
 from kvrelay.core.response_format import FormatKind, ResponseFormat
 from kvrelay.core.sampling_params import PARAMETERS, SamplingParams
 from kvrelay.errors import InvalidRequestError, UnreadableStateError
@@ -44,7 +44,7 @@ class RequestSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord(RequestSummary):
-    """Enough to continue the request on any gateway, with the frames of its log."""
+    """With `keeps_output` and the frames of its log, enough to continue it on any gateway."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -52,7 +52,7 @@ class RequestRecord(RequestSummary):
     cache_salt: str = ""
     resumable: bool = False
     keeps_output: bool = True
-    """Whether its output can be read after its end, from the store."""
+    """Whether the store gets its content: prompt, sampling and output."""
 
 
 CHANGEABLE_FIELDS = frozenset(
@@ -61,7 +61,12 @@ CHANGEABLE_FIELDS = frozenset(
 
 
 def encode_record(record: RequestRecord) -> list[str | int | bytes]:
-    """Alternating fields and values. The script adds times by Redis's clock."""
+    """Alternating fields and values, without content that no gateway will need.
+
+    The script adds times by Redis's clock.
+    """
+    if not record.keeps_output or is_terminal(record.state):
+        record = dataclasses.replace(record, **_FORGOTTEN)
     fields: list[str | int | bytes] = []
     for name in _STORED_FIELDS:
         fields += (name, _encode(getattr(record, name)))
@@ -77,10 +82,6 @@ def stored_size(record: RequestRecord) -> int:
 def forgotten_content() -> dict[str, str | int | bytes]:
     """What takes the place of a client's content, once a request has ended."""
     return {name: _encode(value) for name, value in _FORGOTTEN.items()}
-
-
-def without_content(record: RequestRecord) -> RequestRecord:
-    return dataclasses.replace(record, **_FORGOTTEN)
 
 
 def decode_record(stored: Mapping[bytes, bytes], now_ms: int) -> RequestRecord:

@@ -43,13 +43,12 @@ from kvrelay.state.request_record import (
     decode_state,
     encode_record,
     forgotten_content,
-    without_content,
 )
 from kvrelay.state.store_health import StoreHealth
 
 RESTORED_FRAMES_PER_OPERATION = 1000
 FOLLOW_MS = 5000
-"""How long readers that are behind can read an output that is not kept."""
+"""How long readers can find the end of an output that is not kept."""
 CACHE_SECRET_MS = 3_600_000
 """How long the shared secret outlives the last gateway."""
 
@@ -59,8 +58,8 @@ _log = structlog.get_logger(__name__)
 class StateStore:
     """`gateway_id` owns what this store creates.
 
-    An ended request is kept for `retention_ms`, without its prompt and sampling; its output too if
-    its record says so.
+    An ended request is kept for `retention_ms`, without its prompt and sampling. Only a record with
+    `keeps_output` has content at all.
     """
 
     def __init__(self, connection: RedisConnection, gateway_id: str, retention_ms: int = 600_000) -> None:
@@ -139,8 +138,6 @@ class StateStore:
         # Parts bound each operation. Until the last one, the request reads as running.
         last = max(0, (len(frames) - 1) // RESTORED_FRAMES_PER_OPERATION * RESTORED_FRAMES_PER_OPERATION)
         running = replace(record, state=RequestState.DECODING)
-        if is_terminal(record.state):
-            record = without_content(record)
         for position in range(0, last, RESTORED_FRAMES_PER_OPERATION):
             part = frames[position : position + RESTORED_FRAMES_PER_OPERATION]
             if not await self._restore_part(running, position, part):
@@ -180,7 +177,7 @@ class StateStore:
         frames: Sequence[bytes],
         num_output_tokens: int | None = None,
     ) -> int:
-        """Appends frames to a log, skips those it has, and returns its new length.
+        """Appends frames to a log, or none, skips those it has, and returns its new length.
 
         Raises:
             FrameGapError: frames before `position` are missing.

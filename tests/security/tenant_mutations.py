@@ -8,6 +8,10 @@ from tests.support.mutations import Mutation, run_mutations
 
 KNOWN_REQUESTS = "gateway/requests/known_requests.py"
 MACHINE = "tests/security/test_tenants.py::test_nothing_of_one_tenant_is_in_anothers_answers"
+CONTENT = (
+    "tests/gateway/resume/test_content_in_store.py"
+    "::test_a_running_requests_content_is_in_redis_only_where_it_may_be_continued"
+)
 ORACLE = "tests/security/test_prefix_oracle.py::test_a_thousand_probes_tell_nothing_of_another_tenants_prompt"
 
 MUTATIONS = (
@@ -123,6 +127,27 @@ MUTATIONS = (
         "forgotten = forgotten_content() if is_terminal(to_state) else {}",
         "forgotten: dict[str, str | int | bytes] = {}",
         "tests/state/test_state_store.py::test_an_ended_request_leaves_no_prompt_and_its_output_only_where_it_is_kept",
+    ),
+    Mutation(
+        "every prompt is written to the store",
+        "kvrelay/state/request_record.py",
+        "if not record.keeps_output or is_terminal(record.state):",
+        "if is_terminal(record.state):",
+        CONTENT,
+    ),
+    Mutation(
+        "every output is written to the store",
+        "gateway/state/journal.py",
+        "        if not self._record.keeps_output:\n            return []\n        begin",
+        "        begin",
+        CONTENT,
+    ),
+    Mutation(
+        "a request without a prompt is taken over",
+        "gateway/resume/stored_output.py",
+        "runner is not None or not record.keeps_output or await",
+        "runner is not None or await",
+        "tests/gateway/resume/test_content_in_store.py::test_a_plain_requests_reader_elsewhere_ends_with_its_gateway",
     ),
     Mutation(
         "every output stays in the store",

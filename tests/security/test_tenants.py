@@ -460,13 +460,30 @@ async def test_a_gateway_asks_the_owner_for_its_client(
         cluster.decode.release(f"token:{HELD_AT}")
 
 
-async def test_a_gateway_without_a_certificate_is_not_the_clients_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_gateway_streams_its_clients_request_from_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded_cluster(monkeypatch, Keys(TENANTS)) as cluster:
+        cluster.decode.hold(f"token:{HELD_AT}")
+        request_id, call = await begun(cluster, 0, ANNA)
+        message = pb.ResumeRequest(request_id=request_id)
+        following = cluster.gateways[1].stub.Resume(message, metadata=as_caller(ANNA))
+        answer = Answer()
+        await read_into(answer, following, until=HELD_AT)
+        cluster.decode.release(f"token:{HELD_AT}")
+        await read_into(answer, following)
+        assert answer.token_ids[0] == expected_token_ids(SHARED_PROMPT, 2 * HELD_AT)
+        call.cancel()
+
+
+@pytest.mark.parametrize("method", ["CancelRequest", "Resume"])
+async def test_a_gateway_without_a_certificate_is_not_the_clients_mistake(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     keys = Keys(TENANTS)
     async with guarded_cluster(monkeypatch, keys) as cluster:
         cluster.decode.hold(f"token:{HELD_AT}")
         request_id, call = await begun(cluster, 0, ANNA)
         del keys.principals[GATEWAY]
-        got = await look_up(cluster.gateways[1], "CancelRequest", request_id, ANNA)
+        got = await look_up(cluster.gateways[1], method, request_id, ANNA)
         assert got.code is grpc.StatusCode.UNAVAILABLE
         assert b"certificates" in got.data
         call.cancel()

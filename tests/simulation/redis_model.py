@@ -172,9 +172,9 @@ class RedisModel:
             return [b"GAP", num_frames]
         if new_length > num_frames:
             self._append_frames(keys[1], position, frames)
-            if num_output_tokens != "":
-                stored["num_output_tokens"] = to_bytes(num_output_tokens)
             num_frames = new_length
+        if num_output_tokens != "":
+            stored["num_output_tokens"] = to_bytes(num_output_tokens)
         return [b"DONE", num_frames]
 
     def _read(self, keys: Sequence[str], arguments: Sequence[Argument]) -> list[bytes]:

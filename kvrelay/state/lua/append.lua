@@ -1,5 +1,5 @@
 #!lua
--- Appends frames to a request's log, and skips those it has.
+-- Appends frames to a request's log, and skips those it has. Without frames it writes the count only.
 -- KEYS: request, log.  ARGV: owner, attempt, position, terminal states, num_output_tokens or '', then frames.
 -- Returns {DONE, num_frames}, {GAP, num_frames}, {LOST} or {SUPERSEDED}.
 local owner, attempt, position, terminal = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
@@ -22,7 +22,7 @@ if position > num_frames then return {'GAP', num_frames} end
 if new_length > num_frames then
   append_frames(KEYS[2], num_frames, position, ARGV, first, #ARGV)
   redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))
-  if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'num_output_tokens', ARGV[5]) end
   num_frames = new_length
 end
+if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'num_output_tokens', ARGV[5]) end
 return {'DONE', num_frames}
