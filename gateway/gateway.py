@@ -34,6 +34,7 @@ from gateway.workers.served_models import ServedModels
 from gateway.workers.session import SessionSettings
 from gateway.workers.sessions import WorkerSessions
 from gateway.workers.tokenizer_cache import TokenizerCache
+from gateway.workers.worker_trust import WorkerTrust
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.errors import KvrelayError
@@ -78,6 +79,7 @@ class Gateway:
             on_change=self._on_workers_changed,
             on_room=self.requests.on_room,
             towards=towards,
+            trust=WorkerTrust(settings.peers.fingerprints),
         )
         self.models = ServedModels(self.sessions.views, self.members)
         self.chat_renderer = ChatRenderer()

@@ -21,6 +21,7 @@ from gateway.routing.router import Assignment, RouteQuery, WorkerView, choose_wo
 from gateway.workers import session_messages
 from gateway.workers.session import SessionSettings, WorkerSession
 from gateway.workers.session_messages import Command, SessionResponse
+from gateway.workers.worker_trust import WorkerTrust
 from kvrelay.core.backoff import Backoff
 from kvrelay.core.job import FailureKind, JobId
 from kvrelay.core.member import Member, MemberRole
@@ -44,6 +45,10 @@ _log = structlog.get_logger(__name__)
 _Endpoint = tuple[MemberRole, str]
 
 
+class _UntrustedWorkerError(Exception):
+    pass
+
+
 class WorkerSessions:
     """No callback may raise.
 
@@ -53,6 +58,7 @@ class WorkerSessions:
         on_death_confirmed: gets, soon after, the id and whether it really died.
         on_room: gets how many more requests workers may get.
         towards: a session moves to a new channel when these credentials change.
+        trust: says which workers get sessions.
     """
 
     def __init__(
@@ -64,8 +70,12 @@ class WorkerSessions:
         on_change: Callable[[], None],
         on_room: Callable[[int], None] = lambda num_requests: None,
         towards: Towards = in_plain_text,
+        trust: WorkerTrust | None = None,
     ) -> None:
         self._towards = towards
+        self._trust = trust or WorkerTrust()
+        # Replaced at every change: each reader waits for the one after what it saw.
+        self._members_changed = asyncio.Event()
         self._settings = settings
         self._on_event = on_event
         self._on_lost = on_lost
@@ -80,6 +90,7 @@ class WorkerSessions:
         """By role and whether the stream broke."""
         self._reached: set[_Endpoint] = set()
         self._problems: dict[_Endpoint, str] = {}
+        self._unnamed: dict[_Endpoint, str] = {}
         self._next_log_times: dict[_Endpoint, float] = {}
         self._pair_breaker = PairCircuitBreaker(random.random)
         self._unconfirmed_deaths: dict[_Endpoint, tuple[str, asyncio.TimerHandle]] = {}
@@ -98,6 +109,9 @@ class WorkerSessions:
 
     def set_members(self, members: tuple[Member, ...]) -> None:
         """A session outlives its worker's lease."""
+        self._trust.set_members(members)
+        changed, self._members_changed = self._members_changed, asyncio.Event()
+        changed.set()
         self._wanted = {(member.role, member.address) for member in members if member.role is not MemberRole.GATEWAY}
         for endpoint in self._wanted - self._tasks.keys():
             self._tasks[endpoint] = asyncio.create_task(
@@ -191,7 +205,7 @@ class WorkerSessions:
                         async with self._moving(session, credentials):
                             if await self._run_session(session):
                                 backoff.reset()
-                        await asyncio.sleep(backoff.next_delay_s())
+                        await self._pause(endpoint, backoff.next_delay_s())
         finally:
             self._resolve_death(endpoint, None)
             # no newer task keeps the endpoint
@@ -199,7 +213,17 @@ class WorkerSessions:
                 self._tasks.pop(endpoint, None)
                 self._reached.discard(endpoint)
                 self._problems.pop(endpoint, None)
+                self._unnamed.pop(endpoint, None)
                 self._next_log_times.pop(endpoint, None)
+
+    async def _pause(self, endpoint: _Endpoint, delay_s: float) -> None:
+        """Ends when the registry names a worker that was refused."""
+        changed = self._members_changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                while endpoint not in self._unnamed or not self._trust.is_named(*endpoint, self._unnamed[endpoint]):
+                    await changed.wait()
+                    changed = self._members_changed
 
     @asynccontextmanager
     async def _moving(self, session: WorkerSession, credentials: ChannelCredentials | None) -> AsyncIterator[None]:
@@ -231,17 +255,23 @@ class WorkerSessions:
 
         def on_connected(connected: WorkerSession) -> None:
             nonlocal has_answered
-            has_answered = True
             self._resolve_death(endpoint, connected.worker_id)
+            self._check_trust(connected)
+            has_answered = True
             self._add(connected)
 
         try:
             reason = await session.run(on_connected)
             self._problems[endpoint] = f"the session with it ended: {reason}"
             _log.info("session with worker ended", worker_id=session.worker_id, address=session.address, reason=reason)
+        except _UntrustedWorkerError as refusal:
+            self._problems[endpoint] = str(refusal)
+            if self._may_log(endpoint):
+                _log.warning("worker is refused", role=session.role.value, address=session.address, reason=str(refusal))
         except UnavailableError as failure:
             self._problems[endpoint] = failure.message if endpoint in self._reached else f"{failure.message}; {_ADVICE}"
-            self._log_unreachable(endpoint, failure.message)
+            if self._may_log(endpoint):
+                self._log_unreachable(endpoint, failure.message)
             self._resolve_death(endpoint, None)
         except Exception as failure:
             self._problems[endpoint] = (
@@ -253,11 +283,23 @@ class WorkerSessions:
                 self._remove(session)
         return has_answered
 
-    def _log_unreachable(self, endpoint: _Endpoint, reason: str) -> None:
+    def _check_trust(self, session: WorkerSession) -> None:
+        endpoint, worker_id = (session.role, session.address), session.worker_id
+        self._unnamed.pop(endpoint, None)
+        problem = self._trust.problem_with(*endpoint, worker_id, session.identity.model)
+        if problem is not None:
+            if not self._trust.is_named(*endpoint, worker_id):
+                self._unnamed[endpoint] = worker_id
+            raise _UntrustedWorkerError(problem)
+
+    def _may_log(self, endpoint: _Endpoint) -> bool:
         now = asyncio.get_running_loop().time()
         if now < self._next_log_times.get(endpoint, now):
-            return
+            return False
         self._next_log_times[endpoint] = now + LOG_INTERVAL_S
+        return True
+
+    def _log_unreachable(self, endpoint: _Endpoint, reason: str) -> None:
         role, address = endpoint
         if endpoint in self._reached:
             _log.info("worker cannot be reached", role=role.value, address=address, reason=reason)

@@ -77,6 +77,11 @@ class SecuritySettings(Settings):
 
 
 class PeerSettings(Settings):
+    allowed_fingerprints: str | None = Field(
+        default=None,
+        description="Fingerprints of the models that workers may serve, separated by commas; other workers get nothing. "
+        "Default: those of all registered workers.",
+    )
     peer_port: int = Field(
         default=0,
         ge=0,
@@ -84,6 +89,11 @@ class PeerSettings(Settings):
         description="Port at which gateways with certificates and API keys answer processes that have certificates; "
         "0 takes a free one.",
     )
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        given = (each.strip() for each in (self.allowed_fingerprints or "").split(","))
+        return frozenset(each for each in given if each)
 
 
 class ClientTLSSettings(Settings):

@@ -165,7 +165,8 @@ async def serve_worker(
                         cause=connection.health.problem,
                     )
                 await _set_serving(bound, kind, True)
-                _log.info("ready", address=address, http_port=http_port, worker_id=worker_id, model=engine.model.name)
+                model = {"model": engine.model.name, "fingerprint": engine.model.fingerprint}
+                _log.info("ready", address=address, http_port=http_port, worker_id=worker_id, **model)
                 await stop.wait()
                 await _set_serving(bound, kind, False)
                 await services.sessions.drain(server_settings.drain_timeout_ms)
