@@ -12,6 +12,7 @@ import grpc
 from kvrelay.core.job import JobId
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.network.rpc import create_channel
+from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, session_pb2
 from kvrelay.wire.convert import job_id_to_pb
 
@@ -108,10 +109,14 @@ class ScriptedSession:
 
 @asynccontextmanager
 async def session_with(
-    role: str, address: str, window_ms: int = 5000, gateway_id: str = "g"
+    role: str,
+    address: str,
+    window_ms: int = 5000,
+    gateway_id: str = "g",
+    credentials: ChannelCredentials | None = None,
 ) -> AsyncIterator[ScriptedSession]:
     """Opens a session with a worker; leaving the block breaks it."""
-    channel = create_channel(address)
+    channel = create_channel(address, credentials=credentials)
     if role == "decode":
         session = ScriptedSession(
             decode_pb2_grpc.DecodeServiceStub(channel).Session(), decode_pb2.DecodeServiceSessionRequest

@@ -18,6 +18,8 @@ from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
 from kvrelay.kv_transfer.shm_fd_passing import RegionServer
 from kvrelay.network.rpc import bind_server, create_server
+from kvrelay.security.credentials import in_plain_text
+from kvrelay.security.process_security import ProcessSecurity
 from kvrelay.state.registered_peers import RegisteredPeers
 from kvrelay.v1 import session_pb2
 from kvrelay.wire.convert import model_to_pb
@@ -67,9 +69,13 @@ def tiny_engine(kind: str = "llama", **settings: Any) -> WorkerEngine:
 
 @asynccontextmanager
 async def running_decode_worker(
-    engine: WorkerEngine, *, owners: OwnerLookup | None = None, **settings: Any
+    engine: WorkerEngine,
+    *,
+    owners: OwnerLookup | None = None,
+    security: ProcessSecurity | None = None,
+    **settings: Any,
 ) -> AsyncIterator[RunningWorker]:
-    """Serves until left."""
+    """Serves until left; with `security`, over TLS."""
     values = {"prefill_chunk_tokens": 16, **settings}
 
     worker_settings = DecodeSettings(engine=EngineSettings(**values))
@@ -81,7 +87,7 @@ async def running_decode_worker(
 
     shared_memory.start()
     try:
-        async with _running(engine, build) as worker:
+        async with _running(engine, build, security) as worker:
             yield worker
     finally:
         shared_memory.close()
@@ -94,30 +100,33 @@ async def running_prefill_worker(
     *,
     owners: OwnerLookup | None = None,
     peers: RegisteredPeers | None = None,
+    security: ProcessSecurity | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningWorker]:
-    """Serves until left."""
+    """Serves until left; with `security`, over TLS."""
     values = {"prefill_chunk_tokens": 16, **settings}
     worker_settings = PrefillSettings(
         engine=EngineSettings(**values), transfer=transfer or TransferSettings(transfer_message_kib=16)
     )
-    transport = create_transport(worker_settings.transfer)
+    transport = create_transport(
+        worker_settings.transfer, towards=in_plain_text if security is None else security.towards
+    )
 
     def build(hello: session_pb2.WorkerHello, address: str) -> WorkerServices:
         place = WorkerPlace(hello, address, owners, peers=peers)
         return prefill_worker.main.build_services(worker_settings, engine, transport, place)
 
     try:
-        async with _running(engine, build) as worker:
+        async with _running(engine, build, security) as worker:
             yield worker
     finally:
         await transport.close()
 
 
 @asynccontextmanager
-async def _running(engine: WorkerEngine, build: Any) -> AsyncIterator[RunningWorker]:
-    server = create_server()
-    bound = bind_server(server, "127.0.0.1", 0, ())
+async def _running(engine: WorkerEngine, build: Any, security: ProcessSecurity | None) -> AsyncIterator[RunningWorker]:
+    server = create_server(guard=None if security is None else security.guard)
+    bound = bind_server(server, "127.0.0.1", 0, (), None if security is None else security.server_credentials())
     address = f"127.0.0.1:{bound.port}"
     hello = session_pb2.WorkerHello(
         worker_id="w",
