@@ -1,6 +1,5 @@
 """Commands to the decode worker's engine thread."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvrelay.core.job import JobId, SequenceToken
@@ -45,10 +44,9 @@ class SetPaused:
 
 @dataclass(frozen=True, slots=True)
 class YieldReservations:
-    """Reservations that nothing uses, oldest first, and who holds each job."""
+    """Reservations that nothing uses, oldest first."""
 
     idle: tuple[JobId, ...]
-    holders: Mapping[JobId, int]
 
 
 Command = (

@@ -77,8 +77,8 @@ class DecodeEngineLoop:
                 self._scheduler.finish_sequence(job_id, sequence)
             case commands.SetPaused(job_id, paused):
                 self._scheduler.set_paused(job_id, paused)
-            case commands.YieldReservations(idle, holders):
-                self._scheduler.yield_reservations(idle, holders)
+            case commands.YieldReservations(idle):
+                self._scheduler.yield_reservations(idle)
             case MasksMade():
                 pass  # collected before the next step
             case CancelJob(job_id):

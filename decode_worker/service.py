@@ -108,9 +108,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         self._submit_own(session, commands.ComputePrompt(job_id))
 
     def _offer_idle(self, idle: tuple[JobId, ...]) -> None:
-        leases = self.sessions.leases
-        holders = {job_id: id(leases.session_of(job_id)) for job_id in leases.jobs()}
-        self._inbox.submit(commands.YieldReservations(idle, holders))
+        self._inbox.submit(commands.YieldReservations(idle))
 
     def _submit_own(
         self, session: EventSink, command: commands.ComputePrompt | commands.EndSequence | commands.SetPaused

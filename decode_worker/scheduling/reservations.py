@@ -6,7 +6,7 @@ add -> WAITING --reserve--> RESERVED --claim--> the batch
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from typing import Protocol
 
 from decode_worker.scheduling.running_sequence import DecodeJob, Phase
@@ -77,26 +77,24 @@ class Reservations:
             self._leave(job)
         return job.phase is not Phase.RESERVED or self.revoke_writer(job)
 
-    def to_yield(
-        self, idle: Iterable[DecodeJob], waiting: Iterable[DecodeJob], holders: Mapping[JobId, int]
-    ) -> list[DecodeJob]:
+    def to_yield(self, idle: Iterable[DecodeJob], waiting: Iterable[DecodeJob]) -> list[DecodeJob]:
         """What the holder of most `idle` blocks gives back for a job that waits.
 
         That is its youngest reservation, and its own jobs that wait before that one. Empty if
         all waiting jobs' holders have as many.
         """
         unused = [job for job in idle if job.awaits_push and self._writers.is_unused(job.job_id)]
-        num_held: Counter[int | None] = Counter()
+        num_held: Counter[int] = Counter()
         for job in unused:
-            num_held[holders.get(job.job_id)] += 0 if job.prompt_table is None else len(job.prompt_table.blocks)
+            num_held[job.spec.holder] += 0 if job.prompt_table is None else len(job.prompt_table.blocks)
         if not num_held:
             return []
         greediest, num_blocks = num_held.most_common(1)[0]
         ahead: list[DecodeJob] = []
         for blocked in waiting:
-            holder = holders.get(blocked.job_id)
+            holder = blocked.spec.holder
             if num_held[holder] < num_blocks:
-                return [next(job for job in reversed(unused) if holders.get(job.job_id) == greediest), *ahead]
+                return [next(job for job in reversed(unused) if job.spec.holder == greediest), *ahead]
             if holder == greediest and blocked.phase is Phase.WAITING:
                 ahead.append(blocked)
         return []

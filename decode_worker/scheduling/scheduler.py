@@ -11,7 +11,7 @@ Some sequence always advances: the oldest is never preempted, no job of its shar
 a preempted sequence waits, and a reservation takes all blocks of its prompt or none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decode_worker.scheduling.events import BlocksReserved, SchedulerEvent, SequencesStarted
@@ -21,6 +21,7 @@ from decode_worker.scheduling.reservations import Reservations, WriteRevoker
 from decode_worker.scheduling.running_batch import RunningBatch
 from decode_worker.scheduling.running_sequence import DecodeJob, Phase, RunningSequence, running_sequence
 from decode_worker.scheduling.speculation import Speculation, SpeculationLimits
+from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager
 from kvrelay.worker.commands import JobEnded, JobFailed
@@ -156,12 +157,12 @@ class DecodeScheduler:
         if job := self._jobs.get(job_id):
             self._cancel(job, JobFailed(job_id, kind, message))
 
-    def yield_reservations(self, idle: Sequence[JobId], holders: Mapping[JobId, int]) -> None:
+    def yield_reservations(self, idle: Sequence[JobId]) -> None:
         """`idle`: the oldest first."""
         message = "other jobs wait for the room that this session's reservations held without a prompt or a push"
         while True:
             jobs = [self._jobs[job_id] for job_id in idle if job_id in self._jobs]
-            yielding = self._reservations.to_yield(jobs, self._jobs_without_room(), holders)
+            yielding = self._reservations.to_yield(jobs, self._jobs_without_room())
             if not yielding:
                 return
             for job in yielding:
@@ -210,9 +211,15 @@ class DecodeScheduler:
             return f"the sequence needs {num_tokens} tokens of KV; the worker's pool holds {num_held}"
         if job.num_sequences > self._limits.max_running_sequences:
             return f"the job has {job.num_sequences} sequences; a step holds {self._limits.max_running_sequences}"
-        if self._reservations.num_waiting >= self._limits.max_waiting_works:
+        if self._reservations.num_waiting >= self._limits.max_waiting_works and not self._make_place_for(job):
             return f"{self._reservations.num_waiting} jobs wait for room already"
         return None
+
+    def _make_place_for(self, newcomer: Job) -> bool:
+        job = who_gives_way(self._reservations.waiting, newcomer)
+        if job is not None:
+            self._cancel(job, JobFailed(job.job_id, FailureKind.OUT_OF_CAPACITY, GIVES_WAY_MESSAGE))
+        return job is not None
 
     def _admit(self) -> None:
         for sequence in list(self._batch.preempted):  # it would wait for blocks that are not there

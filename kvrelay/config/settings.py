@@ -162,7 +162,11 @@ class EngineSettings(Settings):
     max_context_tokens: int | None = Field(default=None, ge=2, description="Longest sequence. Default: the model's.")
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens computed in one step.")
     max_running_sequences: int = Field(default=64, ge=1, description="Most sequences in one step.")
-    max_waiting_works: int = Field(default=256, ge=1, description="Most jobs that wait for blocks; more are refused.")
+    max_waiting_works: int = Field(
+        default=256,
+        ge=1,
+        description="Most jobs that wait for blocks, in equal parts for gateways that want them; more are refused.",
+    )
     step_timeout_ms: int = Field(
         default=60000,
         ge=100,

@@ -60,6 +60,8 @@ class Job:
     """A worker may have crashed on it: it runs alone until its second tokens."""
     trace: TraceContext | None = None
     share_weight: int = 1
+    holder: int = 0
+    """Tells the worker's sessions apart; the worker sets it."""
 
     @property
     def share(self) -> str:

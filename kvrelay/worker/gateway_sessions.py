@@ -131,7 +131,7 @@ class GatewaySessions:
         job_id = job_id_from_pb(message.job_id)
         try:
             check_num_tokens(len(message.token_ids), self._model)
-            job = job_from_pb(message)
+            job = replace(job_from_pb(message), holder=id(session))
             validate_job(job, self._model)
         except InvalidRequestError as error:
             self.refuse(session, job_id, FailureKind.INVALID, str(error))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvrelay.core.fair_turns import KEPT_FOR_OTHERS, SeenShares
+from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.core.job_validation import ends_with_first_token
 from kvrelay.core.model_spec import ModelSpec
@@ -204,9 +205,13 @@ class PrefillScheduler:
         if self._blocks.blocks_for(num_tokens) > self._blocks.num_blocks:
             num_held = self._blocks.num_blocks * self._blocks.block_size
             return f"the prompt needs {num_tokens} tokens of KV; the worker's pool holds {num_held}"
-        num_waiting = sum(other.phase is _Phase.WAITING for other in self._jobs.values())
-        if num_waiting >= self._limits.max_waiting_works:
-            return f"{num_waiting} jobs wait for their turn already"
+        waiting = [other for other in self._jobs.values() if other.phase is _Phase.WAITING]
+        if len(waiting) < self._limits.max_waiting_works:
+            return None
+        gives_way = who_gives_way(waiting, job)
+        if gives_way is None:
+            return f"{len(waiting)} jobs wait for their turn already"
+        self._cancel(gives_way, JobFailed(gives_way.job_id, FailureKind.OUT_OF_CAPACITY, GIVES_WAY_MESSAGE))
         return None
 
     def _begin(self, job: PrefillJob, waits: "_WaitsForRoom") -> None:

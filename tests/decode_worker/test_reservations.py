@@ -19,8 +19,8 @@ class Writers:
         return job_id not in self.writing
 
 
-def waiting_job(reservations: Reservations, age: int, num_tokens: int) -> DecodeJob:
-    job = DecodeJob(PreparedJob(make_job([age] * num_tokens, 2, request_id=f"{age:032x}")), age)
+def waiting_job(reservations: Reservations, age: int, num_tokens: int, holder: int = 0) -> DecodeJob:
+    job = DecodeJob(PreparedJob(make_job([age] * num_tokens, 2, request_id=f"{age:032x}", holder=holder)), age)
     reservations.add(job)
     return job
 
@@ -69,13 +69,14 @@ def test_the_holder_of_most_unused_blocks_gives_its_youngest_back_for_others() -
     writers = Writers()
     reservations = Reservations(BlockManager(8, 4), writers)
     greedy, other = 1, 2
-    first, second, third = (waiting_job(reservations, age, 8) for age in (1, 2, 3))
+    first, second, third = (
+        waiting_job(reservations, *each) for each in ((1, 8, greedy), (2, 8, greedy), (3, 8, other))
+    )
     for job in (first, second, third):
         assert reservations.reserve(job)
-    own, victim = waiting_job(reservations, 4, 16), waiting_job(reservations, 5, 16)
-    holders = {job.job_id: greedy for job in (first, second, own)} | {third.job_id: other, victim.job_id: other}
+    own, _ = waiting_job(reservations, 4, 16, greedy), waiting_job(reservations, 5, 16, other)
     idle, waiting = [first, second, third], reservations.waiting
-    assert reservations.to_yield(idle, waiting, holders) == [second, own], "the session's own job waits ahead"
+    assert reservations.to_yield(idle, waiting) == [second, own], "the session's own job waits ahead"
     writers.writing = {second.job_id}
-    assert reservations.to_yield(idle, waiting, holders) == [], "a push writes, so both hold as much"
-    assert reservations.to_yield([first], waiting, holders) == [first, own]
+    assert reservations.to_yield(idle, waiting) == [], "a push writes, so both hold as much"
+    assert reservations.to_yield([first], waiting) == [first, own]

@@ -275,6 +275,55 @@ async def test_reservations_with_nothing_behind_them_give_way_to_others(
         await worker.wait_until_idle()
 
 
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+async def test_a_session_that_fills_the_queue_leaves_others_their_part_of_it(
+    engine: WorkerEngine, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_places, num_wanted = 8, 3
+    steps = HeldSteps(engine, monkeypatch)
+    running: Any = running_decode_worker if role == "decode" else running_prefill_worker
+    async with (
+        running(engine, max_waiting_works=num_places) as worker,
+        session_with(role, worker.address, gateway_id=VICTIM) as victim,
+        session_with(role, worker.address, gateway_id=STRANGER) as stranger,
+    ):
+        await run_first(role, stranger)
+        await steps.wait_until_begun()
+        # Two at most get blocks, and the others wait.
+        floods = [make_job([5 + n % 40] * 440, 6, request_id=f"{n:032x}") for n in range(40)]
+        wanted = [make_job([5 + n] * 440, 6, request_id=f"{n:032x}") for n in range(100, 100 + num_wanted)]
+        await send_all(role, stranger, floods)
+        await send_all(role, victim, wanted)
+        steps.released.set()
+        for _ in range(len(floods) - num_places - 2 + num_wanted):
+            while (await stranger.expect("job_failed")).kind != session_pb2.FAILURE_KIND_OUT_OF_CAPACITY:
+                pass
+        victim.seen()
+        kinds = {response.job_failed.kind for name, response in victim._kept if name == "job_failed"}
+        assert session_pb2.FAILURE_KIND_OUT_OF_CAPACITY not in kinds
+        for session, jobs in ((stranger, floods), (victim, wanted)):
+            for each in jobs:
+                await session.cancel_job(each.job_id)
+        await worker.wait_until_idle()
+
+
+async def send_all(role: str, session: ScriptedSession, jobs: list[Job]) -> None:
+    """Returns once the worker has read them."""
+    for each in jobs:
+        await send_job(role, session, each)
+    await session.send(heartbeat=session_pb2.Heartbeat(number=1))
+    await session.expect("heartbeat_ack")
+
+
+async def run_first(role: str, session: ScriptedSession) -> None:
+    """A job that the engine stands in."""
+    job = make_job(PROMPT, 6, request_id="e" * 32)
+    if role == "decode":
+        await run_locally(session, job)
+    else:
+        await send_job(role, session, job)
+
+
 @pytest.fixture
 async def peers(connection: RedisConnection) -> tuple[RegisteredPeers, MemberRegistry]:
     registry = MemberRegistry(connection)

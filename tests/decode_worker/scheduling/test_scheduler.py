@@ -86,6 +86,21 @@ def test_a_full_queue_refuses() -> None:
     assert kinds == [BlocksReserved, JobFailed]
 
 
+def test_a_full_queue_of_one_session_has_room_for_another() -> None:
+    bench = Bench(num_blocks=4, waiting=4)
+    floods = [make_job(prompt(12), 2, request_id=f"{n:032x}", holder=1) for n in range(8)]
+    others = [make_job(prompt(12), 2, request_id=f"{n:032x}", holder=2) for n in range(10, 18)]
+    for job in floods:
+        bench.scheduler.reserve(PreparedJob(job))
+    failed = [event.job_id for event in bench.scheduler.drain_events() if isinstance(event, JobFailed)]
+    assert failed == [job.job_id for job in floods[5:]], "one has blocks, and four wait"
+    for job in others:
+        bench.scheduler.reserve(PreparedJob(job))
+    failed = [event.job_id for event in bench.scheduler.drain_events() if isinstance(event, JobFailed)]
+    assert failed == [floods[4].job_id, floods[3].job_id, *(job.job_id for job in others[2:])]
+    assert bench.scheduler.load().num_waiting == 5
+
+
 def test_places_in_the_batch_are_reserved_like_blocks() -> None:
     bench = Bench(running=3)
     first, second = (make_job(prompt(2), 5, request_id=c * 32, num_sequences=2) for c in "ab")

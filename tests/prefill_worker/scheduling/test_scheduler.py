@@ -240,6 +240,17 @@ def test_a_broken_push_fails_the_job_and_stops_its_pass() -> None:
     assert bench.blocks.num_used_blocks == 0
 
 
+def test_a_full_queue_of_one_session_has_room_for_another() -> None:
+    bench = Bench(waiting=4)
+    floods = [make_job([5] * 12, 2, request_id=f"{n:032x}", holder=1) for n in range(8)]
+    others = [make_job([5] * 12, 2, request_id=f"{n:032x}", holder=2) for n in range(10, 18)]
+    for job in (*floods, *others):
+        bench.scheduler.start(PreparedJob(job))
+    bench.drain_events()
+    left = [job.job_id for job in (*floods, *others) if job.job_id not in bench.ended]
+    assert left == [job.job_id for job in (*floods[:2], *others[:2])]
+
+
 def test_too_long_prompts_and_too_long_queues_are_refused() -> None:
     bench = Bench(num_blocks=2, waiting=1)
     for job in jobs(9, 4, 4):
