@@ -16,6 +16,7 @@ from gateway.requests.prompt_preparation import PromptPreparation
 from gateway.requests.registry import RunningRequests
 from gateway.requests.response_formats import ResponseFormats
 from gateway.requests.runner import RunnerContext
+from gateway.requests.shared_usage import SharedUsage
 from gateway.requests.starter import RequestStarter
 from gateway.resume.cancellation import Cancellation
 from gateway.resume.stored_output import RequestOutputs
@@ -69,6 +70,7 @@ class Gateway:
         self.store = store
         self.registry = registry
         self._lease_ms = settings.server.lease_ms
+        self._has_keys = settings.security.has_client_credentials
         self._members: MemberView | None = None
         self.requests = RunningRequests()
         self.sessions = WorkerSessions(
@@ -140,6 +142,7 @@ class Gateway:
                 await self._salts.share(self.store)
             sharing = asyncio.create_task(self._salts.keep_shared(self.store), name="cache secret")
             writing = asyncio.create_task(self._writer.run(), name="state writer")
+            telling = asyncio.create_task(self._tell_usage(), name="usage of keys")
             sweeper = OrphanSweeper(self.store, self.gateway_id, self._gateway_ids, self._lease_ms)
             sweeping = asyncio.create_task(sweeper.run(), name="orphan sweeper")
             try:
@@ -148,14 +151,18 @@ class Gateway:
                 self._takeovers.cancel_all()
                 for runner in self.requests.running():
                     runner.release()
-                for task in (writing, sweeping, sharing):
+                for task in (writing, sweeping, sharing, telling):
                     task.cancel()
                 await self.format_checks.close()
                 await self.chat_renderer.close()
-                await asyncio.wait([sweeping, sharing])
+                await asyncio.wait([sweeping, sharing, telling])
                 with contextlib.suppress(asyncio.CancelledError):
                     await writing
                 await self._writer.drain(LAST_WRITES_TIMEOUT_S)
+
+    async def _tell_usage(self) -> None:
+        if self._has_keys:
+            await SharedUsage(self.admission, self.store).run()
 
     def members(self, role: MemberRole | None = None) -> tuple[Member, ...]:
         """Processes with a lease, as last known."""

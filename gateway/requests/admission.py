@@ -3,13 +3,15 @@
 Pure; times are monotonic seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.requests.key_limits import Caller
 from gateway.requests.key_usage import KeyUsage
 from gateway.requests.place_queue import PlaceQueue, Waiting
+from gateway.requests.reported_usage import Report, ReportedUsage, UsageElsewhere
 from kvrelay.errors import OverloadedError, QuotaError
+from kvrelay.security.principal import LOCAL
 
 SHORTEST_RETRY_MS = 100
 LONGEST_RETRY_MS = 5000
@@ -36,6 +38,7 @@ class Admission:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._keys: dict[str, KeyUsage] = {}
+        self._elsewhere = UsageElsewhere()
         self._places = PlaceQueue(bounds.max_waiting_requests)
         self._num_running = 0
         self._num_queued_tokens = 0
@@ -60,8 +63,25 @@ class Admission:
             if len(self._keys) >= MAX_KEYS_KEPT:
                 self._keys = {key_id: usage for key_id, usage in self._keys.items() if not usage.is_at_rest(now)}
             usage = self._keys[caller.key_id] = KeyUsage(caller, self._bounds.retention_s)
+            usage.set_limits(caller.limits, now)
+            usage.elsewhere = self._elsewhere.of(usage.digest)
+            usage.charge(*self._elsewhere.missing(usage.digest))
         usage.set_limits(caller.limits, now)
         return usage
+
+    def report(self, now: float) -> Report:
+        used = (usage for key_id, usage in self._keys.items() if key_id != LOCAL.key_id)
+        return {usage.digest: usage.report(now) for usage in used if not usage.is_at_rest(now)}
+
+    def set_elsewhere(self, reports: Mapping[str, Report], now: float) -> None:
+        """`reports` by gateway."""
+        grown = self._elsewhere.update(reports)
+        for key_id, usage in self._keys.items():
+            if key_id != LOCAL.key_id:
+                usage.elsewhere = self._elsewhere.of(usage.digest)
+                more = grown.get(usage.digest, ReportedUsage())
+                usage.charge(more.num_output_tokens, more.num_formats)
+        self._give_places(now)
 
     def check_room(self, caller: Caller, now: float) -> None:
         """Raises as `take_place` does."""

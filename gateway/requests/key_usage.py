@@ -3,6 +3,7 @@
 from collections import deque
 
 from gateway.requests.key_limits import Caller
+from gateway.requests.reported_usage import ReportedUsage, digest_of_key
 from gateway.requests.token_bucket import TokenBucket
 from kvrelay.core.limit_names import LimitName
 from kvrelay.core.quoting import quoted
@@ -22,6 +23,10 @@ class KeyUsage:
         self.num_running = 0
         self.num_queued_tokens = 0
         self.num_unattended = 0
+        self.digest = digest_of_key(caller.key_id)
+        self.elsewhere = ReportedUsage()
+        self._num_output_tokens = 0
+        self._num_formats = 0
         self._key_id = caller.key_id
         self._limits = Limits()
         self._retention_s = retention_s
@@ -38,6 +43,26 @@ class KeyUsage:
         self._output = _bucket(self._output, limits.output_tokens_per_minute, now)
         self._formats = _bucket(self._formats, limits.formats_per_minute, now)
 
+    def report(self, now: float) -> ReportedUsage:
+        self._expire(now)
+        return ReportedUsage(
+            self.num_running,
+            self.num_queued_tokens,
+            self.num_unattended,
+            self._stored_bytes,
+            self._num_output_tokens,
+            self._num_formats,
+            0 if self._output is None else self._output.missing(now),
+            0 if self._formats is None else self._formats.missing(now),
+        )
+
+    def charge(self, num_output_tokens: int, num_formats: int) -> None:
+        """For use elsewhere."""
+        if self._output is not None:
+            self._output.take(num_output_tokens)
+        if self._formats is not None:
+            self._formats.take(num_formats)
+
     def is_at_rest(self, now: float) -> bool:
         """Whether it may be forgotten."""
         self._expire(now)
@@ -48,36 +73,40 @@ class KeyUsage:
 
     def check_new(self, mean_run_s: float, now: float) -> None:
         limits = self._limits
-        if limits.running_requests is not None and self.num_running >= limits.running_requests:
-            problem = f"has {self.num_running} requests in progress, as many as it may; try again when one has ended"
-            raise self._error(LimitName.RUNNING_REQUESTS, problem, mean_run_s / max(self.num_running, 1))
+        num_running = self.num_running + self.elsewhere.num_running
+        if limits.running_requests is not None and num_running >= limits.running_requests:
+            problem = f"has {num_running} requests in progress, as many as it may; try again when one has ended"
+            raise self._error(LimitName.RUNNING_REQUESTS, problem, mean_run_s / max(num_running, 1))
         if self._output is not None and (wait_s := self._output.seconds_until(1, now)):
             problem = f"has used up its {self._output.per_minute} output tokens a minute; try again later"
             raise self._error(LimitName.OUTPUT_TOKENS, problem, wait_s)
         self._expire(now)
-        if limits.stored_bytes is not None and self._stored_bytes >= limits.stored_bytes:
-            problem = f"has {self._stored_bytes} bytes in the state store, of {limits.stored_bytes}; try again later"
+        num_bytes = self._stored_bytes + self.elsewhere.stored_bytes
+        if limits.stored_bytes is not None and num_bytes >= limits.stored_bytes:
+            problem = f"has {num_bytes} bytes in the state store, of {limits.stored_bytes}; try again later"
             expires_at = self._expiring[0][0] if self._expiring else now + self._retention_s
             raise self._error(LimitName.STORED_BYTES, problem, expires_at - now)
 
     def check_prompt(self, num_tokens: int, mean_queue_s: float) -> None:
-        limit = self._limits.queued_prompt_tokens
-        if limit is not None and self.num_queued_tokens and self.num_queued_tokens + num_tokens > limit:
-            problem = f"has {self.num_queued_tokens} prompt tokens waiting, of {limit}; try again later"
+        limit, num_queued = self._limits.queued_prompt_tokens, self.num_queued_tokens + self.elsewhere.num_queued_tokens
+        if limit is not None and num_queued and num_queued + num_tokens > limit:
+            problem = f"has {num_queued} prompt tokens waiting, of {limit}; try again later"
             raise self._error(LimitName.QUEUED_PROMPT_TOKENS, problem, mean_queue_s)
 
     def take_format(self, now: float) -> None:
         if self._formats is None:
+            self._num_formats += 1
             return
         if wait_s := self._formats.seconds_until(1, now):
             problem = f"has had {self._formats.per_minute} response formats compiled in a minute; use fewer, or wait"
             raise self._error(LimitName.FORMATS, problem, wait_s)
         self._formats.take()
+        self._num_formats += 1
 
     def take_unattended(self) -> None:
-        limit = self._limits.unattended_requests
-        if limit is not None and self.num_unattended >= limit:
-            problem = f"has {self.num_unattended} requests without a client already; send it again"
+        limit, num_unattended = self._limits.unattended_requests, self.num_unattended + self.elsewhere.num_unattended
+        if limit is not None and num_unattended >= limit:
+            problem = f"has {num_unattended} requests without a client already; send it again"
             raise self._error(LimitName.UNATTENDED_REQUESTS, problem, SHORTEST_RETRY_MS / 1000)
         self.num_unattended += 1
 
@@ -88,6 +117,7 @@ class KeyUsage:
         return self._limits.stored_bytes is not None
 
     def count_output_token(self) -> None:
+        self._num_output_tokens += 1
         if self._output is not None:
             self._output.take()
 

@@ -35,6 +35,10 @@ class TokenBucket:
             return 0.0
         return missing * 60 / self._per_minute if self._per_minute else math.inf
 
+    def missing(self, now: float) -> int:
+        self._refill(now)
+        return math.ceil(self._per_minute - self._level)
+
     def is_full(self, now: float) -> bool:
         self._refill(now)
         return self._level >= self._per_minute

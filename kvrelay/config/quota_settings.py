@@ -29,7 +29,7 @@ class QuotaSettings(Settings):
     key_stored_bytes: int = Field(
         default=64 * 1024 * 1024,
         ge=1,
-        description="Most bytes in Redis of one key's requests, as this gateway counts what it wrote.",
+        description="Most bytes in Redis of one key's requests, as gateways count what they wrote.",
     )
     key_unattended_requests: int = Field(
         default=8, ge=0, description="Resumable requests of one key that may run on without any client."

@@ -58,8 +58,7 @@ _log = structlog.get_logger(__name__)
 class StateStore:
     """`gateway_id` owns what this store creates.
 
-    An ended request is kept for `retention_ms`, without its prompt and sampling. Only a record with
-    `keeps_output` has content at all.
+    An ended request is kept for `retention_ms`, without its prompt and sampling.
     """
 
     def __init__(self, connection: RedisConnection, gateway_id: str, retention_ms: int = 600_000) -> None:
@@ -276,6 +275,12 @@ class StateStore:
         assert isinstance(answer, bytes), "the script returns what it stored"
         return answer
 
+    async def exchange_usage(self, report: bytes, lifetime_ms: int) -> dict[str, bytes]:
+        """Returns other gateways' reports."""
+        arguments = (self._gateway_id, report, lifetime_ms)
+        answer = await self._connection.run_script("usage", [_USAGE_KEY], arguments)
+        return {name.decode(errors="replace"): data for name, data in zip(answer[::2], answer[1::2], strict=True)}
+
     async def _list(self, record: RequestRecord) -> None:
         time_to_live_ms = record.remaining_ms + self._retention_ms
         try:
@@ -287,6 +292,9 @@ class StateStore:
 
 _CACHE_SECRET_KEY = "kvrelay:{cache_secret}:gateways"
 """Outside of all that workers read: they see salts, and no secret or tenant."""
+
+
+_USAGE_KEY = "kvrelay:{usage}:gateways"
 
 
 def request_key(request_id: str) -> str:

@@ -12,7 +12,6 @@ import pytest
 import redis.asyncio
 
 from gateway.main import serve
-from kvrelay.config.security_settings import PeerSettings
 from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.network.rpc import create_channel
 from kvrelay.state.embedded_valkey import EmbeddedValkey
@@ -121,8 +120,9 @@ class Bench:
 
 @asynccontextmanager
 async def running_gateway(
-    redis_url: str, *, http: bool = False, peers: PeerSettings | None = None, **requests: Any
+    redis_url: str, *, http: bool = False, sections: dict[str, Any] | None = None, **requests: Any
 ) -> AsyncIterator[Gateway]:
+    """`sections`: settings besides those of the server and of requests."""
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as free_for_http:
         port, http_port = free.getsockname()[1], free_for_http.getsockname()[1]
     settings = GatewaySettings(
@@ -136,7 +136,7 @@ async def running_gateway(
             log_level="error",
         ),
         requests=RequestSettings.model_validate({"local_prefill_tokens": 0, "worker_wait_ms": 5000} | requests),
-        peers=peers or PeerSettings(),
+        **sections or {},
     )
     stop = asyncio.Event()
     task = asyncio.create_task(serve(settings, stop))

@@ -89,8 +89,8 @@ async def test_only_listed_fingerprints_are_served_even_if_others_are_more(bench
     worker = await bench.workers.add_decode()
     rogues = [await bench.workers.add_decode(FOREIGN) for _ in range(2)]
     await bench.announce(worker, *rogues)
-    peers = PeerSettings(allowed_fingerprints=f"{'d' * 32}, {MODEL.fingerprint}") if listed else None
-    gateway = await bench.gateway(num_workers=1 if listed else 3, local_prefill_tokens=1000, peers=peers)
+    peers = PeerSettings(allowed_fingerprints=f"{'d' * 32}, {MODEL.fingerprint}" if listed else None)
+    gateway = await bench.gateway(1 if listed else 3, sections={"peers": peers}, local_prefill_tokens=1000)
     if listed:
         assert "--allowed-fingerprints" in await problem_of(gateway, rogues[0])
         await assert_nothing_goes_to(gateway, *rogues)
