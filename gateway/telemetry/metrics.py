@@ -122,8 +122,8 @@ FORMATS = Family(
 CHATS = Family(
     "kvrelay_chats_rendered_total",
     "counter",
-    "Chats by what their model's template did; outcome: rendered, refused, broken, or over a limit: time, memory, "
-    "answer.",
+    "Chats by what their model's template did; outcome: rendered, refused, broken, resting, or over a limit: time, "
+    "memory, answer.",
     ("outcome",),
 )
 CONFINED_CHILDREN = Family(

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
-from collections import Counter
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
+import structlog
+
+from gateway.text.template_breaker import TemplateBreaker
 from gateway.text.template_source import MAX_TEMPLATE_BYTES, Message, TemplateSource
-from kvrelay.errors import DeadlineError, InvalidRequestError, PreconditionError
+from kvrelay.errors import DeadlineError, InvalidRequestError, OverloadedError, PreconditionError, UnavailableError
 from kvrelay.runtime.confined_child import Confinement, Limit, OverLimitError
 from kvrelay.runtime.confined_pool import ConfinedPool
 from kvrelay.runtime.single_flight_cache import SingleFlightCache
@@ -20,7 +24,10 @@ MAX_REPEATS = 4
 """How often a template may write the messages, besides `MAX_OWN_CHARACTERS` of its own."""
 MAX_OWN_CHARACTERS = 64 * 1024
 MAX_BYTES_PER_CHARACTER = 4
-OUTCOMES = ("rendered", "refused", "broken", *(limit.value for limit in Limit))
+SHORTEST_CHAT: tuple[Message, ...] = ({"role": "user", "content": "a"},)
+OUTCOMES = ("rendered", "refused", "broken", "resting", *(limit.value for limit in Limit))
+
+_log = structlog.get_logger(__name__)
 
 CONFINEMENT = Confinement("gateway.text.template_child", CPU_MS, WALL_MS, MEMORY_MIB << 20)
 
@@ -32,6 +39,7 @@ class ChatRenderer:
         self.pool = pool or ConfinedPool("the rendering of chats", CONFINEMENT, max_waiting=MAX_WAITING)
         self.outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         """Of chats; `broken` also of templates."""
+        self._breakers: OrderedDict[TemplateSource, TemplateBreaker] = OrderedDict()
         self._problems: SingleFlightCache[TemplateSource, str | None] = SingleFlightCache(
             self._find_problem, MAX_KEPT, "check of a chat template"
         )
@@ -44,7 +52,7 @@ class ChatRenderer:
         """`field` is where the client sent the messages; `deadline` in monotonic seconds.
 
         Raises:
-            PreconditionError: the template is broken.
+            PreconditionError: the template is broken, or rests because it takes too much.
             InvalidRequestError: it refuses the messages, or takes too much for them.
             DeadlineError: the deadline passed first.
             OverloadedError, UnavailableError: as `ConfinedPool.ask`.
@@ -62,11 +70,46 @@ class ChatRenderer:
     async def close(self) -> None:
         await self.pool.close()
 
-    async def _render(self, template: TemplateSource, messages: Sequence[Message], field: str) -> str:
+    def _breaker_of(self, template: TemplateSource) -> TemplateBreaker:
+        breaker = self._breakers.pop(template, None) or TemplateBreaker()
+        self._breakers[template] = breaker
+        if len(self._breakers) > MAX_KEPT:
+            self._breakers.popitem(last=False)
+        return breaker
+
+    async def _try_shortest(self, template: TemplateSource, breaker: TemplateBreaker) -> None:
+        breaker.on_trial = True
         try:
-            kind, text = await self._ask(template, [dict(message) for message in messages])
+            await self._ask(template, SHORTEST_CHAT)
+            breaker.on_rendered()
+        except OverLimitError:
+            breaker.on_trial_failed(asyncio.get_running_loop().time())
+            _log.warning("a chat template rests, because it takes too much for the shortest chat")
+        except (OverloadedError, UnavailableError):
+            pass  # the next failure tries again
+        finally:
+            breaker.on_trial = False
+
+    def _check_rest(self, breaker: TemplateBreaker) -> None:
+        rest_s = breaker.rest_s(asyncio.get_running_loop().time())
+        if rest_s:
+            self.outcomes["resting"] += 1
+            raise PreconditionError(
+                "the model's chat template takes too much processor time or memory even for the shortest chat; "
+                f"send text instead, or try again in {math.ceil(rest_s)} s"
+            )
+
+    async def _render(self, template: TemplateSource, messages: Sequence[Message], field: str) -> str:
+        breaker = self._breaker_of(template)
+        self._check_rest(breaker)
+        try:
+            kind, text = await self._ask(template, messages)
+            breaker.on_rendered()
         except OverLimitError as over:
             self.outcomes[over.limit.value] += 1
+            if over.limit is not Limit.ANSWER and breaker.on_failure():
+                await self._try_shortest(template, breaker)
+                self._check_rest(breaker)
             problem = f"take {_too_much(over.limit)} in the model's chat template; send fewer or shorter messages"
             raise InvalidRequestError(field, problem) from None
         if kind == "r":
@@ -92,13 +135,13 @@ class ChatRenderer:
         self.outcomes["broken"] += 1
         return f"the model's chat template is broken: {problem}; send text instead"
 
-    async def _ask(self, template: TemplateSource, messages: list[dict[str, str]] | None) -> tuple[str, str]:
+    async def _ask(self, template: TemplateSource, messages: Sequence[Message] | None) -> tuple[str, str]:
         size = sum(len(message["role"]) + len(message["content"]) for message in messages or ())
         max_characters = MAX_REPEATS * size + MAX_OWN_CHARACTERS
         asked = {
             "source": template.source,
             "special_tokens": dict(template.special_tokens),
-            "messages": messages,
+            "messages": None if messages is None else [dict(message) for message in messages],
             "max_characters": max_characters,
         }
         answer = await self.pool.ask(json.dumps(asked).encode(), 1 + MAX_BYTES_PER_CHARACTER * max_characters)
