@@ -4,6 +4,7 @@ get -> kept? -> being made? -> else one task for all callers of the key -> kept
 """
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
@@ -13,18 +14,36 @@ ResultT = TypeVar("ResultT")
 
 
 class SingleFlightCache(Generic[KeyT, ResultT]):
-    """Used on one event loop. A failure goes to all waiting callers, and is not kept."""
+    """Used on one event loop. A failure goes to all waiting callers, and is not kept.
 
-    def __init__(self, make: Callable[[KeyT], Coroutine[Any, Any, ResultT]], max_kept: int, task_name: str) -> None:
+    A result above `max_bytes` is not kept at all.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[KeyT], Coroutine[Any, Any, ResultT]],
+        max_kept: int,
+        task_name: str,
+        *,
+        max_bytes: float = math.inf,
+        size_of: Callable[[ResultT], int] = lambda result: 0,
+    ) -> None:
         self._make = make
         self._max_kept = max_kept
         self._task_name = task_name
+        self._max_bytes = max_bytes
+        self._size_of = size_of
+        self._num_bytes = 0
         self._kept: OrderedDict[KeyT, ResultT] = OrderedDict()
         self._running: dict[KeyT, asyncio.Task[ResultT]] = {}
 
     @property
     def num_kept(self) -> int:
         return len(self._kept)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
 
     @property
     def num_running(self) -> int:
@@ -53,8 +72,10 @@ class SingleFlightCache(Generic[KeyT, ResultT]):
         finally:
             del self._running[key]
         self._kept[key] = result
-        while len(self._kept) > self._max_kept:
-            self._kept.popitem(last=False)
+        self._num_bytes += self._size_of(result)
+        while len(self._kept) > self._max_kept or self._num_bytes > self._max_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_bytes -= self._size_of(dropped)
         return result
 
 

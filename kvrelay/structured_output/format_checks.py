@@ -8,6 +8,7 @@ is compiled again in a thread.
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 
 from kvrelay.core.response_format import ResponseFormat
 from kvrelay.errors import InvalidRequestError
@@ -28,6 +29,13 @@ QUICK = Confinement(_MODULE, QUICK_CPU_MS, WALL_MS, MEMORY_MIB << 20, niceness=5
 SLOW = Confinement(_MODULE, CPU_MS, WALL_MS, MEMORY_MIB << 20, niceness=10)
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    problem: str | None
+    """None: it compiles."""
+    num_bytes: int = 0
+
+
 class FormatChecks:
     """Used on one event loop. Keeps the last verdicts, also of formats that it refused."""
 
@@ -38,16 +46,18 @@ class FormatChecks:
         self.slow = slow or ConfinedPool("the check of slow response formats", SLOW, num_children=1)
         self.outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
         """Of formats that were not kept."""
-        self._problems: SingleFlightCache[ResponseFormat, str | None] = SingleFlightCache(
-            self._find_problem, max_kept, "check of a response format"
+        self._verdicts: SingleFlightCache[ResponseFormat, Verdict] = SingleFlightCache(
+            self._find_verdict, max_kept, "check of a response format"
         )
 
     def __contains__(self, response_format: ResponseFormat) -> bool:
         """Whether a check costs nothing more."""
-        return response_format in self._problems
+        return response_format in self._verdicts
 
-    async def check(self, response_format: ResponseFormat) -> None:
+    async def check(self, response_format: ResponseFormat) -> int:
         """Compiles the format in a child, unless its verdict is known.
+
+        Returns about how many bytes a compiled one takes.
 
         Raises:
             InvalidRequestError: the format is wrong, or takes too much to compile.
@@ -55,9 +65,10 @@ class FormatChecks:
             UnavailableError: no process starts.
         """
         response_format.validate()
-        problem = await self._problems.get(response_format)
-        if problem is not None:
-            raise InvalidRequestError(response_format.field, problem)
+        verdict = await self._verdicts.get(response_format)
+        if verdict.problem is not None:
+            raise InvalidRequestError(response_format.field, verdict.problem)
+        return verdict.num_bytes
 
     async def close(self) -> None:
         await self.quick.close()
@@ -67,18 +78,18 @@ class FormatChecks:
     def num_children_started(self) -> int:
         return self.quick.num_started + self.slow.num_started
 
-    async def _find_problem(self, response_format: ResponseFormat) -> str | None:
+    async def _find_verdict(self, response_format: ResponseFormat) -> Verdict:
         request = json.dumps({"kind": response_format.kind.value, "source": response_format.source}).encode()
         try:
             answer = json.loads(await self._ask(request))
         except OverLimitError as over:
             self.outcomes[over.limit.value] += 1
-            return (
+            return Verdict(
                 f"takes {_too_much(over.limit)} to compile; make it simpler, above all patterns and counted repetitions"
             )
-        problem: str | None = answer["problem"]
-        self.outcomes["accepted" if problem is None else "refused"] += 1
-        return problem
+        verdict = Verdict(answer["problem"], answer["num_bytes"])
+        self.outcomes["accepted" if verdict.problem is None else "refused"] += 1
+        return verdict
 
     async def _ask(self, request: bytes) -> bytes:
         try:

@@ -38,13 +38,15 @@ _TOKEN_NAMES = re.compile(r"<[^<>\s]+>")
 """Such as `<|end|>` or `<think>`. Quoted text may match too."""
 
 
-def check_response_format(response_format: ResponseFormat) -> None:
+def check_response_format(response_format: ResponseFormat) -> "CompiledGrammar":
     """Compiles over a vocabulary of bytes and looks ahead. Call it where it can be stopped.
 
     Raises:
         InvalidRequestError: it is wrong, too complex, matches nothing, or is not supported.
     """
-    _look_ahead(compile_over_bytes(response_format))
+    grammar = compile_over_bytes(response_format)
+    _look_ahead(grammar)
+    return grammar
 
 
 def _look_ahead(grammar: "CompiledGrammar") -> None:

@@ -20,8 +20,9 @@ def response_format(name: str) -> ResponseFormat:
     return ResponseFormat.regex(name)
 
 
-async def takes_all(asked: ResponseFormat) -> None:
-    """A check that refuses nothing."""
+async def takes_all(asked: ResponseFormat) -> int:
+    """A check that refuses nothing. A name ends with its size."""
+    return int(asked.source.rpartition(":")[2] or 0) if ":" in asked.source else 1
 
 
 class Compile:
@@ -60,6 +61,28 @@ async def test_the_last_forms_are_kept_and_the_one_unused_for_longest_is_dropped
         assert await compiler.get(response_format(name)) == name.upper()
     assert compile_grammar.calls == {"a": 1, "b": 2, "c": 1}
     assert compiler.num_kept == 2
+
+
+async def test_grammars_are_bounded_by_bytes_too_and_the_one_unused_for_longest_is_dropped() -> None:
+    compile_grammar = Compile()
+    compiler = GrammarCompiler(compile_grammar, takes_all, max_kept_bytes=100)
+    for name in ("a:40", "b:40", "a:40", "c:30"):  # b was unused for longest
+        await compiler.get(response_format(name))
+    assert (compiler.num_kept, compiler.num_kept_bytes) == (2, 70)
+    assert response_format("b:40") not in compiler
+    for number in range(50):
+        await compiler.get(response_format(f"{number}:17"))
+        assert compiler.num_kept_bytes <= 100
+    assert compiler.num_kept == 5
+
+
+async def test_a_grammar_above_the_bound_is_given_and_not_kept() -> None:
+    compile_grammar = Compile()
+    compiler = GrammarCompiler(compile_grammar, takes_all, max_kept_bytes=100)
+    for _ in range(2):
+        assert await compiler.get(response_format("a:101")) == "A:101"
+    assert compile_grammar.calls == {"a:101": 2}
+    assert (compiler.num_kept, compiler.num_kept_bytes) == (0, 0)
 
 
 async def test_all_who_ask_for_a_form_wait_for_one_compile() -> None:

@@ -55,8 +55,9 @@ class Prepared:
         self.said.append(command)
         return True
 
-    async def _check(self, response_format: ResponseFormat) -> None:
+    async def _check(self, response_format: ResponseFormat) -> int:
         """Takes all."""
+        return 1
 
     def _compile(self, response_format: ResponseFormat) -> CompiledGrammar:
         assert self.go_on.wait(BOUND_S)
