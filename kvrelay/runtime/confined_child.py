@@ -7,7 +7,6 @@ It inherits no descriptor and no variable of this process, and cannot outlive it
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -24,6 +23,8 @@ from kvrelay.runtime.own_time import own_time_limit
 
 START_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 5.0
+FIRST_LOOK_S = 0.001
+LONGEST_LOOK_S = 0.05
 MAX_STARTUP_PROBLEM_BYTES = 2000
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
 """The interpreter may need the first to start; templates ask for the local time."""
@@ -137,15 +138,24 @@ class ConfinedChild:
         """Returns the exit code of a child that was killed, or has closed its side."""
         assert self._process is not None, "not started"
         try:
-            return await asyncio.to_thread(self._process.wait, EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return await asyncio.to_thread(self._process.wait, EXIT_TIMEOUT_S)
-            return -signal.SIGKILL  # a system call holds it; the kernel ends it then
+            exit_code = await self._exit_code(self._process)
+            if exit_code is None:
+                self._process.kill()
+                exit_code = await self._exit_code(self._process)
+            # None: a system call holds it; the kernel ends it then
+            return -signal.SIGKILL if exit_code is None else exit_code
         finally:
             if self._process.stderr is not None:
                 self._process.stderr.close()
+
+    async def _exit_code(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Polls: a thread to wait in may not start either."""
+        pause_s, loop = FIRST_LOOK_S, asyncio.get_running_loop()
+        end = loop.time() + EXIT_TIMEOUT_S
+        while (exit_code := process.poll()) is None and loop.time() < end:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_LOOK_S)
+        return exit_code
 
     def _launch(self, stdin: socket.socket) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -169,8 +179,12 @@ class ConfinedChild:
 
     async def _startup_problem(self) -> str:
         assert self._process is not None
+        assert self._process.stderr is not None
         self.kill()
-        _, errors = await asyncio.to_thread(self._process.communicate)
+        await self._exit_code(self._process)
+        os.set_blocking(self._process.stderr.fileno(), False)
+        errors = self._process.stderr.read() or b""
+        await self.wait()
         return errors[-MAX_STARTUP_PROBLEM_BYTES:].decode("utf-8", "replace").strip() or "it says nothing"
 
 

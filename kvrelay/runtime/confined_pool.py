@@ -17,6 +17,8 @@ NUM_CHILDREN = 2
 MAX_WAITING = 64
 MAX_WAIT_S = 10.0
 RETRY_AFTER_MS = 1000
+START_ADVICE = "allow this process more memory, processes and threads: pids_limit, TasksMax or ulimit -u"
+
 
 _log = structlog.get_logger(__name__)
 
@@ -149,9 +151,10 @@ class ConfinedPool:
         try:
             await child.start()
         except ChildStartError as error:
-            _log.warning(f"{self._work}: no process for it can be started", problem=str(error))
+            _log.warning(f"{self._work}: no process for it can be started", problem=str(error), advice=START_ADVICE)
             raise UnavailableError(
-                f"{self._work} needs a process of its own, which cannot be started now; try again later"
+                f"{self._work} needs a process of its own, which cannot be started now; try again later, or tell the "
+                "operator: the log says what is in the way"
             ) from None
         self._busy.add(child)
         self.num_started += 1
