@@ -9,7 +9,37 @@ from tests.support.mutations import Mutation, run_mutations
 INTERCEPTOR_TESTS = "tests/network/test_call_interceptor.py"
 GUARD_TESTS = "tests/security/test_guard.py"
 
+ROGUE_TESTS = "tests/security/test_rogue_registered_workers.py"
+
 MUTATIONS = (
+    Mutation(
+        "any worker at a registered address gets prompts",
+        "gateway/workers/worker_trust.py",
+        "        if member is None:\n            return (",
+        "        if member is None:\n            return None\n            return (",
+        f"{ROGUE_TESTS}::test_who_answers_at_a_registered_address_under_another_id_gets_nothing",
+    ),
+    Mutation(
+        "the list of fingerprints is not read",
+        "gateway/workers/worker_trust.py",
+        "if self._allowed and model.fingerprint not in self._allowed:",
+        "if False:",
+        f"{ROGUE_TESTS}::test_only_listed_fingerprints_are_served_even_if_others_are_more",
+    ),
+    Mutation(
+        "a session may have the whole queue of a decode worker",
+        "decode_worker/scheduling/scheduler.py",
+        "self._limits.max_waiting_works and not self._make_place_for(job):",
+        "self._limits.max_waiting_works:",
+        "tests/security/test_rogue_workers.py::test_a_session_that_fills_the_queue_leaves_others_their_part_of_it",
+    ),
+    Mutation(
+        "gateways do not count what a key uses elsewhere",
+        "gateway/requests/key_usage.py",
+        "num_running = self.num_running + self.elsewhere.num_running",
+        "num_running = self.num_running",
+        "tests/gateway/requests/test_reported_usage.py::test_requests_in_progress_count_at_both",
+    ),
     Mutation(
         "calls are not checked",
         "kvrelay/network/call_interceptor.py",
