@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.core.request_state import RequestState
+from kvrelay.core.request_state import RequestState, is_terminal
 from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.state.request_record import SUMMARY_FIELDS, RequestRecord, decode_record, decode_summary, encode_record
 from tests.support.redis_fixtures import make_record
@@ -31,6 +31,7 @@ RECORDS = st.builds(
     error_message=TEXTS,
     cache_salt=TEXTS,
     resumable=st.booleans(),
+    keeps_output=st.booleans(),
     prompt_token_ids=TOKENS,
     sampling=SAMPLING,
 )
@@ -49,8 +50,11 @@ def _bytes(value: str | int | bytes) -> bytes:
 
 
 @given(record=RECORDS)
-def test_a_record_is_read_as_written(record: RequestRecord) -> None:
+def test_a_record_is_read_as_written_but_for_content_that_no_gateway_needs(record: RequestRecord) -> None:
     expected = dataclasses.replace(record, update_time_ms=1000, remaining_ms=record.remaining_ms - 7)
+    if not record.keeps_output or is_terminal(record.state):
+        nothing = SamplingParams(seed=0, max_tokens=1)
+        expected = dataclasses.replace(expected, prompt_token_ids=(0,), sampling=nothing)
     assert decode_record(as_stored(record), now_ms=1007) == expected
 
 

@@ -164,7 +164,7 @@ async def test_a_failure_is_told_to_all_and_not_kept() -> None:
 
 
 async def test_no_thread_begins_with_a_format_that_its_check_refuses() -> None:
-    async def refuse(asked: ResponseFormat) -> None:
+    async def refuse(asked: ResponseFormat) -> int:
         raise InvalidRequestError(asked.field, "takes too much")
 
     compile_grammar = Compile()

@@ -14,6 +14,7 @@ import gateway.state.failure_detector
 import gateway.state.other_gateways
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.network import rpc
+from kvrelay.network.bearer_channel import BearerChannel
 from kvrelay.security.credentials import ChannelCredentials
 from kvrelay.security.guard import Guard
 from kvrelay.security.method_rules import GRPC_RULES
@@ -123,11 +124,5 @@ async def _is_connected(asked: Gateway, num_gateways: int) -> bool:
     return sum(worker.connected for worker in cluster.workers) == 2 and len(cluster.gateways) == num_gateways
 
 
-class _AsGateway(grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()), *as_caller(GATEWAY))
-        return await continuation(details._replace(metadata=metadata), request)
-
-
 def _channel_of_a_gateway(address: str, *, credentials: ChannelCredentials | None = None) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, interceptors=[_AsGateway()])
+    return BearerChannel(grpc.aio.insecure_channel(address), GATEWAY)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.text import chat_renderer, template_breaker
+from gateway.text import template_breaker
 from gateway.text.chat_renderer import CONFINEMENT, ChatRenderer
 from gateway.text.template_breaker import FIRST_REST_S, LONGEST_REST_S, MAX_FAILURES, TemplateBreaker
 from gateway.text.template_source import TemplateSource
 from kvrelay.errors import InvalidRequestError, PreconditionError
+from kvrelay.runtime.confined_child import Limit
 from kvrelay.runtime.confined_pool import ConfinedPool
 
 SLOW = TemplateSource("{% for x in range(99999) %}{{ range(99999) | sort | length }}{% endfor %}")
@@ -46,7 +47,7 @@ async def test_a_template_that_is_slow_for_every_chat_is_refused_at_once(rendere
         with pytest.raises(PreconditionError, match=r"send text instead, or try again in \d+ s"):
             await renderer.render(SLOW, CHAT, "messages", soon())
     num_rendered = MAX_FAILURES + 1  # and the trial
-    assert renderer.pool.num_killed[chat_renderer.Limit.TIME] == num_rendered, "no child works for it while it rests"
+    assert renderer.pool.num_killed[Limit.TIME] == num_rendered, "no child works for it while it rests"
     assert renderer.outcomes["resting"] == 20
     other = TemplateSource("{{ messages[0].content }}")
     assert await renderer.render(other, CHAT, "messages", soon()) == "Hello"
