@@ -29,7 +29,7 @@ from kvrelay.config.sources import SettingsSources, setting_fields
 from kvrelay.errors import ConfigError
 
 _NOT_OFFERED = {
-    *("host", "port", "peer_port", "advertise_address", "redis_url", "restart"),
+    *("host", "port", "peer_port", "advertise_address", "allowed_fingerprints", "redis_url", "restart"),
     *("log_level", "log_format", "lease_ms"),
 }
 _SETTINGS = (ClusterSettings, GatewaySettings, PrefillSettings, DecodeSettings)
