@@ -134,6 +134,9 @@ class EngineSettings(Settings):
         default="auto",
         description="auto compiles kernels for float32 and int8 on the CPU; off uses torch only.",
     )
+    kernel_variant: Literal["auto", "amx", "avx512", "avxvnni", "avx2", "portable"] = Field(
+        default="auto", description="Instructions of the kernels; auto takes the best here. All give the same bits."
+    )
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 quantizes weights and activations; the same on all workers of a model."
     )

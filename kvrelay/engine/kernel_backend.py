@@ -31,13 +31,14 @@ MIN_KV_COSINE = 0.95  # between the logits with KV in int8 and in the model's ow
 _log = structlog.get_logger(__name__)
 
 
-def use_native_kernels(model: LoadedModel, *, int8: bool = False) -> LoadedModel:
+def use_native_kernels(model: LoadedModel, *, int8: bool = False, variant: str = "auto") -> LoadedModel:
     """Returns the model on compiled kernels, or unchanged without kernels.
 
     Raises:
         ModelLoadError: int8 needs kernels, or the results differ.
+        ConfigError: the variant cannot run here.
     """
-    library = load_library()
+    library = load_library(variant)
     why = _why_not(model) or ("the kernels could not be compiled; the log says why" if library is None else None)
     if why is not None or library is None:
         if int8:

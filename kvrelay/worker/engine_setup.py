@@ -54,6 +54,11 @@ class WorkerEngine:
             )
 
     @property
+    def description(self) -> str:  # what computes
+        kernels = self.model_runner.model.kernels
+        return "torch" if kernels is None else kernels.description
+
+    @property
     def max_sequence_tokens(self) -> int:
         return min(self.model.max_context_tokens, self.blocks.num_blocks * self.blocks.block_size)
 
@@ -77,7 +82,13 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     model = _with_sampling_defaults(model, folder, settings)
     if model.kernels is not None:
         num_threads_in_all = model.kernels.use_threads(num_threads, cores, _open_activity_table(settings, cores))
-        _log.info("kernels loaded", num_threads=num_threads, num_borrowers=num_threads_in_all - num_threads)
+        _log.info(
+            "kernels loaded",
+            variant=model.kernels.variant,
+            why_no_better=dict(model.kernels.why_not) or None,
+            num_threads=num_threads,
+            num_borrowers=num_threads_in_all - num_threads,
+        )
         if model.decoder is not None:
             # Torch has little left to do, and its threads would spin on the kernels' cores.
             use_torch_threads(1)
@@ -131,7 +142,9 @@ def _open_activity_table(settings: EngineSettings, cores: tuple[int, ...]) -> Co
 
 def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel:
     if settings.kernels == "auto":
-        return use_native_kernels(model, int8=settings.quantize == "int8")
+        return use_native_kernels(model, int8=settings.quantize == "int8", variant=settings.kernel_variant)
+    if settings.kernel_variant != "auto":
+        raise ConfigError("a variant of the kernels needs them: leave --kernels at auto, or --kernel-variant at auto")
     if settings.quantize != "none":
         raise ConfigError("int8 needs compiled kernels: leave --kernels at auto, or --quantize at none")
     if settings.kv_dtype == "int8":

@@ -1,6 +1,8 @@
 """Compiling the kernels: once, for this machine, and with a sentence where it cannot be done."""
 
+import ctypes
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -121,10 +123,24 @@ def test_what_the_compiler_complains_of_is_said(cache: Path, tmp_path: Path, mon
 
 
 @needs_compiler
-def test_a_compiler_that_does_not_know_the_processor_compiles_for_all(
+def test_a_variant_whose_instructions_the_compiler_does_not_know_is_left_out(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_compiler(
-        tmp_path, monkeypatch, 'for flag; do case "$flag" in -m*native) exit 1;; esac; done; ' + QUICK_COMPILER
-    )
-    assert build_library().is_file()
+    refuse = 'for flag; do case "$flag" in -mamx*|-mavx512*|-mavxvnni) echo "unknown flag" >&2; exit 1;; esac; done; '
+    fake_compiler(tmp_path, monkeypatch, refuse + QUICK_COMPILER)
+    library = ctypes.CDLL(str(build_library()))
+    assert hasattr(library, "run_decoder_portable")
+    assert not hasattr(library, "run_decoder_amx")
+    assert not hasattr(library, "run_decoder_avxvnni")
+
+
+def test_machines_with_other_processors_share_the_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the variants for all, so the name has nothing of the processor."""
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    made = build_library()
+    monkeypatch.setattr(platform, "processor", lambda: "another")
+    assert build_library() == made
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert build_library() != made, "another architecture has its own"

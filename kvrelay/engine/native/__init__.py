@@ -1,10 +1,11 @@
 """Kernels in C for a CPU.
 
-build.py      compiles the C files once per machine
-library.py    the compiled library: its structures and functions
-packing.py    weights as the kernels read them
+build.py            compiles the C files once
+variant_choice.py   for which processors, and which of them runs
+library.py          the compiled library: its structures and functions
+packing.py          weights as the kernels read them
 """
 
-from kvrelay.engine.native.library import NativeLibrary, kernel_seconds, load_library
+from kvrelay.engine.native.library import NativeLibrary, available_variants, kernel_seconds, load_library
 
-__all__ = ["NativeLibrary", "kernel_seconds", "load_library"]
+__all__ = ["NativeLibrary", "available_variants", "kernel_seconds", "load_library"]

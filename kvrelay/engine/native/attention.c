@@ -6,7 +6,6 @@
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX };
 
@@ -88,20 +87,21 @@ static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
 
 static void load_values(const kv_layer *kv, const key_tile *tile, float *to) {
     for (int64_t key = 0; key < tile->num_keys; key++)
-        for (int64_t d = 0; d < kv->head_dim; d += 8)
-            store8(to + key * kv->head_dim + d, load_kv8(kv->values, kv->dtype, tile->offsets[key] + d));
+        for (int64_t d = 0; d < kv->head_dim; d += WIDE)
+            store_wide(to + key * kv->head_dim + d, load_kv_wide(kv->values, kv->dtype, tile->offsets[key] + d));
 }
 
 // c[rows][num_columns] (+)= a[rows][k] b[k][num_columns]
 static void multiply_tiles(
     int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
     int64_t k, int add) {
-    const fetch nothing = {(const char *)b, 0};
-    // A column of b stays in the first-level cache for all rows.
-    for (int64_t column = 0; column < num_columns; column += PANEL)
-        for (int64_t row = 0; row < num_rows; row += 6) {
-            int64_t rows = num_rows - row < 6 ? num_rows - row : 6;
-            tile_rows_f32(rows, a + row * lda, lda, b + column, ldb, c + row * ldc + column, ldc, k, add, nothing);
+    const fetch nothing = {(const char *)b, 0, 0};
+    // Some columns of b stay in the first-level cache for all rows.
+    for (int64_t column = 0; column < num_columns; column += MAX_PANELS * PANEL)
+        for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
+            int64_t rows = num_rows - row < MAX_ROWS ? num_rows - row : MAX_ROWS, panels = (num_columns - column) / PANEL;
+            column_panels from = {b + column, ldb, PANEL};
+            tile_rows_f32(rows, panels, a + row * lda, lda, from, c + row * ldc + column, ldc, k, add, nothing);
         }
 }
 
@@ -110,26 +110,26 @@ static void update_softmax(workspace *w, int64_t row, int64_t first_visible, int
     float *scores = w->scores + row * TILE_KEYS;
     for (int64_t i = 0; i < first_visible && i < TILE_KEYS; i++) scores[i] = -INFINITY;
     for (int64_t i = num_visible_end < 0 ? 0 : num_visible_end; i < TILE_KEYS; i++) scores[i] = -INFINITY;
-    f32x8 highest = load8(scores);
-    for (int64_t i = 8; i < TILE_KEYS; i += 8) highest = max8(highest, load8(scores + i));
-    float tile_highest = max_lanes(highest);
+    f32w highest = load_wide(scores);
+    for (int64_t i = WIDE; i < TILE_KEYS; i += WIDE) highest = max_wide(highest, load_wide(scores + i));
+    float tile_highest = max_lanes_wide(highest);
     if (tile_highest == -INFINITY) {
         memset(scores, 0, TILE_KEYS * sizeof(float));
         return;
     }
     float renewed = tile_highest > w->highest[row] ? tile_highest : w->highest[row];
     f32x8 sum = splat8(0);
-    for (int64_t i = 0; i < TILE_KEYS; i += 8) {
-        f32x8 weight = exp8_inline(load8(scores + i) - splat8(renewed));
-        store8(scores + i, weight);
-        sum += weight;
+    for (int64_t i = 0; i < TILE_KEYS; i += WIDE) {
+        f32w weight = exp_wide(load_wide(scores + i) - splat_wide(renewed));
+        store_wide(scores + i, weight);
+        sum = add_to_eight(sum, weight);
     }
     float total = sum_lanes(sum);
     if (renewed != w->highest[row] && w->highest[row] != -INFINITY) {
-        f32x8 factor = exp8_inline(splat8(w->highest[row] - renewed));
+        f32w factor = exp_wide(splat_wide(w->highest[row] - renewed));
         w->total[row] *= factor[0];
         float *out = w->out + row * w->head_dim;
-        for (int64_t d = 0; d < w->head_dim; d += 8) store8(out + d, load8(out + d) * factor);
+        for (int64_t d = 0; d < w->head_dim; d += WIDE) store_wide(out + d, load_wide(out + d) * factor);
     }
     w->total[row] += total;
     w->highest[row] = renewed;
@@ -178,12 +178,13 @@ typedef struct {
 static void load_queries(
     const attention_call *c, const attention_tile *tile, int64_t head, int64_t group, workspace *w, const head_rows *h) {
     int64_t head_dim = w->head_dim;
-    const f32x8 scale = splat8(c->scale);
+    const f32w scale = splat_wide(c->scale);
     float *queries = w->queries + h->row_begin * head_dim;
     for (int64_t t = 0; t < tile->num_tokens; t++) {
         int64_t row = c->segments[tile->segment].row_begin + tile->token_begin + t;
         const float *from = c->queries + row * c->query_stride + head * group * head_dim;
-        for (int64_t i = 0; i < group * head_dim; i += 8) store8(queries + t * group * head_dim + i, load8(from + i) * scale);
+        float *to = queries + t * group * head_dim;
+        for (int64_t i = 0; i < group * head_dim; i += WIDE) store_wide(to + i, load_wide(from + i) * scale);
     }
     if (h->kv.dtype == KV_INT8)
         quantize_queries(h->num_rows, head_dim, queries, w->integers + h->row_begin * head_dim, w->integer_scales + h->row_begin);
@@ -197,8 +198,8 @@ static void store_out(
             int64_t from = h->row_begin + t * group + g;
             int64_t row = c->segments[tile->segment].row_begin + tile->token_begin + t;
             float *to = c->out + (row * c->num_heads + head * group + g) * head_dim;
-            f32x8 factor = splat8(1.0f / w->total[from]);
-            for (int64_t d = 0; d < head_dim; d += 8) store8(to + d, load8(w->out + from * head_dim + d) * factor);
+            f32w factor = splat_wide(1.0f / w->total[from]);
+            for (int64_t d = 0; d < head_dim; d += WIDE) store_wide(to + d, load_wide(w->out + from * head_dim + d) * factor);
         }
 }
 
@@ -270,13 +271,17 @@ static void attend_tile(void *argument, int64_t task) {
         attend_heads(c, args->kv, tile, next < c->num_tiles ? &c->tiles[next] : NULL, 0, num_kv_heads);
 }
 
-void attend(const attention_call *call, const kv_layer *kv) {
+// A token's result does not depend on the other tokens of its tile or call.
+static void attend(const attention_call *call, const kv_layer *kv) {
     int64_t threads = num_threads();
     attention_args args = {call, kv, threads == 1 || call->num_tiles >= TILES_PER_THREAD * threads};
     parallel_for(call->num_tiles * kv->num_kv_heads, attend_tile, &args);
 }
 
-void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {
+// Writes K and V of all rows. slots: [num_tokens], block * block_size + offset. keys, values:
+// [num_tokens][stride].
+static void write_kv(
+    const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {
     if (kv->dtype == KV_INT8) {
         write_kv_int8(kv, num_tokens, slots, keys, values, stride);
         return;
@@ -294,4 +299,11 @@ void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, cons
             v[i] = f32_to_bf16(values[t * stride + i]);
         }
     }
+}
+
+void EXPORTED(attend)(const attention_call *call, const kv_layer *kv) { attend(call, kv); }
+
+void EXPORTED(write_kv)(
+    const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {
+    write_kv(kv, num_tokens, slots, keys, values, stride);
 }

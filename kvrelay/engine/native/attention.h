@@ -4,8 +4,6 @@
 
 #include "kernels.h"
 
-#include <string.h>
-
 enum { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
 
 // Items of a head's row; in int8 the four bytes of the scale follow the head's numbers.
@@ -48,13 +46,6 @@ typedef struct {
 // Most rows of a tile: tokens times the query heads that share a key.
 enum { TILE_ROWS = 48 };
 
-// A token's result does not depend on the other tokens of its tile or call.
-void attend(const attention_call *call, const kv_layer *kv);
-
-// Writes K and V of all rows. slots: [num_tokens], block * block_size + offset. keys, values:
-// [num_tokens][stride].
-void write_kv(const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
-
 // ------------------------------------------------------------ shared by the attention_*.c files
 
 enum { TILE_KEYS = 64 };
@@ -90,81 +81,42 @@ ALWAYS_INLINE void fetch_lines(row_fetch *f, const int64_t num_lines) {
     }
 }
 
-ALWAYS_INLINE float bf16_to_f32(uint16_t v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
 // Eight numbers of a key or value at `offset`, in int8 without their scale.
 ALWAYS_INLINE f32x8 load_kv8(const void *side, int64_t dtype, int64_t offset) {
     if (dtype == KV_F32) return load8((const float *)side + offset);
-#if HAVE_AVX2
     const void *from = (const char *)side + offset * kv_item_bytes(dtype);
-    if (dtype == KV_INT8) return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
-    return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)), 16);
-#else
-    const int8_t *integers = (const int8_t *)side + offset;
-    const uint16_t *halves = (const uint16_t *)side + offset;
-    f32x8 v;
-    for (int i = 0; i < 8; i++) v[i] = dtype == KV_INT8 ? integers[i] : bf16_to_f32(halves[i]);
-    return v;
-#endif
+    return dtype == KV_INT8 ? widen_int8(from) : widen_bf16(from);
 }
 
-// Transposes 8 x 8.
-ALWAYS_INLINE void transpose8(f32x8 r[8]) {
-#if HAVE_AVX2
-    __m256 t[8], u[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-        u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-        u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-        u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = (f32x8)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-        r[i + 4] = (f32x8)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-    }
-#else
-    f32x8 columns[8] = {0};
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++) columns[j][i] = r[i][j];
-    for (int i = 0; i < 8; i++) r[i] = columns[i];
-#endif
+ALWAYS_INLINE f32w load_kv_wide(const void *side, int64_t dtype, int64_t offset) {
+    if (dtype == KV_F32) return load_wide((const float *)side + offset);
+    const void *from = (const char *)side + offset * kv_item_bytes(dtype);
+    return dtype == KV_INT8 ? widen_int8_wide(from) : widen_bf16_wide(from);
 }
 
 // Scores of f32 or bf16 keys, [num_rows][TILE_KEYS]; undefined after num_keys. Returns 0 if there
 // are too many rows.
-int score_few_rows(
+static int score_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores, row_fetch *ahead);
 
 // out[num_rows][head_dim] += weights[num_rows][TILE_KEYS] * values, in int8 without their
 // scales. Returns 0 if there are too many rows.
-int add_few_rows(
+static int add_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out, row_fetch *ahead);
 
-void write_kv_int8(
+static void write_kv_int8(
     const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
 
 // queries, to: [num_rows][head_dim]; scales: [num_rows].
-void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales);
+static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales);
 
 // scores: [num_rows][TILE_KEYS], up to num_keys; some after them are overwritten.
-void score_keys_int8(
+static void score_keys_int8(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
     row_fetch *ahead);
 
 // Multiplies weights by the values' scales, so that integers remain to sum. weights:
 // [num_rows][TILE_KEYS].
-void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights);
+static void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights);
 
 #endif

@@ -6,6 +6,9 @@
 
 enum { KEYS_TOGETHER = 8, MAX_GROUPS = 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
 
+// Vectors of a row's sums that are added to together.
+enum { FEW_VECTORS = 4, MANY_ROWS_VECTORS = WIDE == 16 ? 4 : 2 };
+
 // Rows are split into parts of even size: 7 into 4 and 3.
 static int64_t end_of_part(int64_t row, int64_t num_rows) {
     int64_t num_parts = (num_rows - row + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
@@ -65,7 +68,7 @@ ALWAYS_INLINE void score_rows(
     }
 }
 
-int score_few_rows(
+static int score_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores, row_fetch *ahead) {
     if (num_rows > MAX_FEW_ROWS) return 0;
     for (int64_t row = 0, end; row < num_rows; row = end) {
@@ -79,7 +82,7 @@ int score_few_rows(
     return 1;
 }
 #else
-int score_few_rows(
+static int score_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores, row_fetch *ahead) {
     (void)kv, (void)tile, (void)num_rows, (void)queries, (void)scores, (void)ahead;
     return 0;
@@ -88,59 +91,59 @@ int score_few_rows(
 
 // ---------------------------------------------------------------- values
 
-// out[rows][vectors * 8] += weights[rows][keys] * values[keys][from item d on]; rows, vectors and
+// out[rows][vectors * WIDE] += weights[rows][keys] * values[keys][from item d on]; rows, vectors and
 // dtype are constants after inlining.
 ALWAYS_INLINE void add_columns(
     const int rows, const int vectors, const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t d,
     const float *weights, float *out, row_fetch *ahead) {
     const int64_t head_dim = kv->head_dim, item_bytes = kv_item_bytes(dtype), line_items = LINE_BYTES / item_bytes;
-    f32x8 sums[ROWS_TOGETHER][MAX_VECTORS];
+    f32w sums[ROWS_TOGETHER][MAX_VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = load8(out + r * head_dim + d + 8 * v);
+        for (int v = 0; v < vectors; v++) sums[r][v] = load_wide(out + r * head_dim + d + WIDE * v);
     for (int64_t key = 0; key < tile->num_keys; key++) {
-        f32x8 numbers[MAX_VECTORS];
+        f32w numbers[MAX_VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) numbers[v] = load_kv8(kv->values, dtype, tile->offsets[key] + d + 8 * v);
+        for (int v = 0; v < vectors; v++) numbers[v] = load_kv_wide(kv->values, dtype, tile->offsets[key] + d + WIDE * v);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            if ((d + 8 * v) % line_items == 0) fetch_lines(ahead, 1);
+            if ((d + WIDE * v) % line_items == 0) fetch_lines(ahead, 1);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-            f32x8 weight = splat8(weights[r * TILE_KEYS + key]);
+            f32w weight = splat_wide(weights[r * TILE_KEYS + key]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) sums[r][v] = fma8(weight, numbers[v], sums[r][v]);
+            for (int v = 0; v < vectors; v++) sums[r][v] = fma_wide(weight, numbers[v], sums[r][v]);
         }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) store8(out + r * head_dim + d + 8 * v, sums[r][v]);
+        for (int v = 0; v < vectors; v++) store_wide(out + r * head_dim + d + WIDE * v, sums[r][v]);
 }
 
 ALWAYS_INLINE void add_values(
     const int rows, const int vectors, const int64_t dtype, const kv_layer *kv, const key_tile *tile, const float *weights,
     float *out, row_fetch *ahead) {
     int64_t d = 0;
-    for (; d + 8 * vectors <= kv->head_dim; d += 8 * vectors) add_columns(rows, vectors, dtype, kv, tile, d, weights, out, ahead);
-    for (; d < kv->head_dim; d += 8) add_columns(rows, 1, dtype, kv, tile, d, weights, out, ahead);
+    for (; d + WIDE * vectors <= kv->head_dim; d += WIDE * vectors) add_columns(rows, vectors, dtype, kv, tile, d, weights, out, ahead);
+    for (; d < kv->head_dim; d += WIDE) add_columns(rows, 1, dtype, kv, tile, d, weights, out, ahead);
 }
 
 ALWAYS_INLINE void add_values_of(
     const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out,
     row_fetch *ahead) {
     switch (num_rows) {
-        case 1: add_values(1, 4, dtype, kv, tile, weights, out, ahead); break;
-        case 2: add_values(2, 4, dtype, kv, tile, weights, out, ahead); break;
-        case 3: add_values(3, 4, dtype, kv, tile, weights, out, ahead); break;
-        case 4: add_values(4, 2, dtype, kv, tile, weights, out, ahead); break;
-        case 5: add_values(5, 2, dtype, kv, tile, weights, out, ahead); break;
-        default: add_values(6, 2, dtype, kv, tile, weights, out, ahead); break;
+        case 1: add_values(1, FEW_VECTORS, dtype, kv, tile, weights, out, ahead); break;
+        case 2: add_values(2, FEW_VECTORS, dtype, kv, tile, weights, out, ahead); break;
+        case 3: add_values(3, FEW_VECTORS, dtype, kv, tile, weights, out, ahead); break;
+        case 4: add_values(4, MANY_ROWS_VECTORS, dtype, kv, tile, weights, out, ahead); break;
+        case 5: add_values(5, MANY_ROWS_VECTORS, dtype, kv, tile, weights, out, ahead); break;
+        default: add_values(6, MANY_ROWS_VECTORS, dtype, kv, tile, weights, out, ahead); break;
     }
 }
 
-int add_few_rows(
+static int add_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out, row_fetch *ahead) {
     if (num_rows > MAX_FEW_ROWS) return 0;
     for (int64_t row = 0, end; row < num_rows; row = end) {

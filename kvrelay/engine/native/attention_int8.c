@@ -6,9 +6,8 @@
 
 #include <float.h>
 #include <math.h>
-#include <string.h>
 
-enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, ROWS_TOGETHER = 3, KEYS_TOGETHER = 4 };
+enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, INT8_ROWS_TOGETHER = 3, INT8_KEYS_TOGETHER = 4 };
 
 // The scale of a row's integers, of which the largest becomes `levels`; 0 for rows of zeros.
 static float scale_of(const float *x, int64_t width, float levels) {
@@ -38,7 +37,7 @@ static void quantize_kv_row(const float *x, int64_t head_dim, int8_t *to) {
     memcpy(to + head_dim, &scale, sizeof scale);
 }
 
-void write_kv_int8(
+static void write_kv_int8(
     const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride) {
     int64_t row_bytes = kv_row_bytes(kv->dtype, kv->head_dim);
     for (int64_t t = 0; t < num_tokens; t++)
@@ -49,7 +48,7 @@ void write_kv_int8(
         }
 }
 
-void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales) {
+static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales) {
     for (int64_t row = 0; row < num_rows; row++, queries += head_dim, to += head_dim) {
         scales[row] = scale_of(queries, head_dim, QUERY_LEVELS);
         float inverse = scales[row] > 0 ? 1.0f / scales[row] : 0;
@@ -68,20 +67,20 @@ ALWAYS_INLINE float scale_at(const int8_t *row, int64_t head_dim) {
     return scale;
 }
 
-// Scores of KEYS_TOGETHER keys for `rows` queries; rows is a constant after inlining.
-ALWAYS_INLINE void score_tile(
+// Scores of INT8_KEYS_TOGETHER keys for `rows` queries; rows is a constant after inlining.
+ALWAYS_INLINE void score_tile_int8(
     const int rows, int64_t head_dim, const int16_t *queries, const float *query_scales, const int8_t *const *keys, float *scores) {
-    float key_scales[KEYS_TOGETHER];
-    for (int j = 0; j < KEYS_TOGETHER; j++) key_scales[j] = scale_at(keys[j], head_dim);
+    float key_scales[INT8_KEYS_TOGETHER];
+    for (int j = 0; j < INT8_KEYS_TOGETHER; j++) key_scales[j] = scale_at(keys[j], head_dim);
 #if HAVE_AVX2
-    __m256i sums[ROWS_TOGETHER][KEYS_TOGETHER];
+    __m256i sums[INT8_ROWS_TOGETHER][INT8_KEYS_TOGETHER];
 #pragma GCC unroll 3
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int j = 0; j < KEYS_TOGETHER; j++) sums[r][j] = _mm256_setzero_si256();
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) sums[r][j] = _mm256_setzero_si256();
     for (int64_t d = 0; d < head_dim; d += 16)
 #pragma GCC unroll 4
-        for (int j = 0; j < KEYS_TOGETHER; j++) {
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) {
             __m256i key = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(keys[j] + d)));
 #pragma GCC unroll 3
             for (int r = 0; r < rows; r++) {
@@ -98,7 +97,7 @@ ALWAYS_INLINE void score_tile(
     }
 #else
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < KEYS_TOGETHER; j++) {
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) {
             int32_t sum = 0;
             for (int64_t d = 0; d < head_dim; d++) sum += queries[r * head_dim + d] * keys[j][d];
             scores[r * TILE_KEYS + j] = (float)sum * (query_scales[r] * key_scales[j]);
@@ -106,27 +105,27 @@ ALWAYS_INLINE void score_tile(
 #endif
 }
 
-void score_keys_int8(
+static void score_keys_int8(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
     row_fetch *ahead) {
     int64_t head_dim = kv->head_dim;
-    for (int64_t key = 0; key < tile->num_keys; key += KEYS_TOGETHER) {
-        const int8_t *keys[KEYS_TOGETHER];
-        for (int j = 0; j < KEYS_TOGETHER; j++) keys[j] = (const int8_t *)kv->keys + tile->offsets[key + j];
-        fetch_lines(ahead, 2 * KEYS_TOGETHER);  // a row of 64 numbers and their scale touches two
-        for (int64_t row = 0; row < num_rows; row += ROWS_TOGETHER) {
+    for (int64_t key = 0; key < tile->num_keys; key += INT8_KEYS_TOGETHER) {
+        const int8_t *keys[INT8_KEYS_TOGETHER];
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) keys[j] = (const int8_t *)kv->keys + tile->offsets[key + j];
+        fetch_lines(ahead, 2 * INT8_KEYS_TOGETHER);  // a row of 64 numbers and their scale touches two
+        for (int64_t row = 0; row < num_rows; row += INT8_ROWS_TOGETHER) {
             const int16_t *from = queries + row * head_dim;
             float *to = scores + row * TILE_KEYS + key;
             switch (num_rows - row) {
-                case 1: score_tile(1, head_dim, from, query_scales + row, keys, to); break;
-                case 2: score_tile(2, head_dim, from, query_scales + row, keys, to); break;
-                default: score_tile(3, head_dim, from, query_scales + row, keys, to); break;
+                case 1: score_tile_int8(1, head_dim, from, query_scales + row, keys, to); break;
+                case 2: score_tile_int8(2, head_dim, from, query_scales + row, keys, to); break;
+                default: score_tile_int8(3, head_dim, from, query_scales + row, keys, to); break;
             }
         }
     }
 }
 
-void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights) {
+static void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights) {
     float scales[TILE_KEYS] = {0};
     for (int64_t key = 0; key < tile->num_keys; key++)
         scales[key] = scale_at((const int8_t *)kv->values + tile->offsets[key], kv->head_dim);

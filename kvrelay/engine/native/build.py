@@ -1,6 +1,7 @@
-"""Compiles the kernels for this machine's processor, once.
+"""Compiles the kernels in all variants into one library, once.
 
-Their file name has a digest of sources, compiler, flags and processor.
+Its file name has a digest of sources, compiler and flags, not of the processor: machines may share
+the folder.
 """
 
 import contextlib
@@ -9,30 +10,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 import xxhash
 
+from kvrelay.engine.native.variant_choice import Variant, variants_to_build
 from kvrelay.errors import StartupError
 from kvrelay.runtime.cache_folder import cache_folder, is_private, make_private, temporary_folder
 
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = (
-    "threads.c",
-    "matrices.c",
-    "matrices_int8.c",
-    "attention.c",
-    "attention_few_rows.c",
-    "attention_int8.c",
-    "decoder.c",
-    "linear.c",
-    "kv_copy.c",
-)
-HEADERS = ("kernels.h", "attention.h")
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-# Compilers differ in the flag; the last, empty one leaves newer instructions out.
-FOR_THIS_PROCESSOR: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
+SHARED_SOURCES = ("threads.c", "processor.c")
+VARIANT_SOURCE = "variant.c"  # includes the others
+# No multiply-add is fused unless the code says so: variants give the same bits.
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 120
 
@@ -102,9 +94,10 @@ def _find_compiler() -> str:
 
 def _digest(compiler: str) -> str:
     digest = xxhash.xxh3_128()
-    for name in (*SOURCES, *HEADERS):
-        digest.update((SOURCE_FOLDER / name).read_bytes())
-    digest.update(" ".join((compiler, _version(compiler), *FLAGS, _processor())).encode())
+    for path in sorted([*SOURCE_FOLDER.rglob("*.c"), *SOURCE_FOLDER.rglob("*.h")]):
+        digest.update(path.read_bytes())
+    variants = [f"{each.name} {each.header} {' '.join(each.flags)}" for each in variants_to_build()]
+    digest.update(" ".join((compiler, _version(compiler), platform.machine(), *FLAGS, *variants)).encode())
     return digest.hexdigest()
 
 
@@ -122,26 +115,10 @@ def _version(compiler: str) -> str:
         raise KernelsUnavailableError(f"{compiler} does not run: {error}") from error
 
 
-def _processor() -> str:
-    """What "native" refers to."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(
-        dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    )
-
-
 def _compile(compiler: str, target: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / target.name
-            problems = [
-                _run(compiler, flags, made, Path(scratch)) for flags in FOR_THIS_PROCESSOR if not made.is_file()
-            ]
-            if not made.is_file():
-                raise KernelsUnavailableError(f"{compiler} cannot compile the kernels: {problems[-1]}")
+            made = _link(compiler, _compile_parts(compiler, Path(scratch)), Path(scratch) / target.name)
             made.chmod(0o755)  # independent of the umask
             os.replace(made, target)
     except (OSError, subprocess.SubprocessError) as error:
@@ -149,11 +126,38 @@ def _compile(compiler: str, target: Path) -> None:
     _log.info("kernels compiled", library=str(target))
 
 
-def _run(compiler: str, flags: tuple[str, ...], target: Path, scratch: Path) -> str:
-    command = [compiler, *FLAGS, *flags, *(str(SOURCE_FOLDER / name) for name in SOURCES), "-o", str(target), "-lm"]
+def _compile_parts(compiler: str, scratch: Path) -> list[Path]:
+    """Leaves out variants whose instructions the compiler does not know."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shared = [pool.submit(_object, compiler, Path(name), (), scratch) for name in SHARED_SOURCES]
+        variants = {each: pool.submit(_variant_object, compiler, each, scratch) for each in variants_to_build()}
+    parts = [future.result() for future in shared]
+    for variant, future in variants.items():
+        if variant.needs and isinstance(error := future.exception(), KernelsUnavailableError):
+            _log.info("a variant of the kernels is left out", variant=variant.name, why=str(error))
+        else:
+            parts.append(future.result())
+    return parts
+
+
+def _variant_object(compiler: str, variant: Variant, scratch: Path) -> Path:
+    defines = (f"-DVARIANT={variant.name}", f'-DVARIANT_HEADER="variants/{variant.header}"')
+    return _object(compiler, Path(VARIANT_SOURCE), (*defines, *variant.flags), scratch, variant.name)
+
+
+def _object(compiler: str, source: Path, flags: tuple[str, ...], scratch: Path, name: str = "") -> Path:
+    made = scratch / f"{name or source.stem}.o"
+    return _run(compiler, (*FLAGS, *flags, "-c", str(SOURCE_FOLDER / source)), made, scratch)
+
+
+def _link(compiler: str, parts: list[Path], made: Path) -> Path:
+    return _run(compiler, ("-shared", "-pthread", *map(str, parts)), made, made.parent, "-lm")
+
+
+def _run(compiler: str, arguments: tuple[str, ...], made: Path, scratch: Path, *libraries: str) -> Path:
     # The output may have any encoding. TMPDIR, because the default folder may be missing.
     result = subprocess.run(
-        command,
+        [compiler, *arguments, "-o", str(made), *libraries],
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -161,4 +165,6 @@ def _run(compiler: str, flags: tuple[str, ...], target: Path, scratch: Path) -> 
         check=False,
         env={**os.environ, "TMPDIR": str(scratch)},
     )
-    return result.stderr.strip()[-500:]
+    if not made.is_file():
+        raise KernelsUnavailableError(f"{compiler} cannot compile the kernels: {result.stderr.strip()[-500:]}")
+    return made

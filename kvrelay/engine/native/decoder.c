@@ -6,7 +6,6 @@
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 typedef struct {
@@ -44,8 +43,6 @@ static struct {
     char *memory;
 } arena;
 
-static int64_t spent_ns;
-
 static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -74,8 +71,8 @@ static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, ro
     r->qkv = (float *)reserve(&at, num_tokens * d->layers[0].qkv.n * 4);
     r->attended = (float *)reserve(&at, num_tokens * attention * 4);
     r->activated = (float *)reserve(&at, num_tokens * d->intermediate * 4);
-    r->quantized.values = (uint8_t *)reserve(&at, num_tokens * widest);
-    r->quantized.scales = (float *)reserve(&at, num_tokens * (widest / GROUP + 1) * 4);
+    r->quantized.values = (uint8_t *)reserve(&at, padded_rows(num_tokens) * widest);
+    r->quantized.scales = (float *)reserve(&at, padded_rows(num_tokens) * (widest / GROUP + 1) * 4);
     return at - memory;
 }
 
@@ -94,13 +91,13 @@ static int get_rows(const decoder *d, int64_t num_tokens, rows *r) {
 static void norm_row(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
     f32x8 squares = splat8(0);
     for (int64_t i = 0; i < n; i += 8) squares = fma8(load8(x + i), load8(x + i), squares);
-    f32x8 factor = splat8(1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon));
-    for (int64_t i = 0; i < n; i += 8) store8(out + i, load8(x + i) * factor * load8(weight + i));
+    float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
+    int64_t i = 0;
+    for (; i + WIDE <= n; i += WIDE) store_wide(out + i, load_wide(x + i) * splat_wide(factor) * load_wide(weight + i));
+    for (; i < n; i += 8) store8(out + i, load8(x + i) * splat8(factor) * load8(weight + i));
 }
 
 // ---------------------------------------------------------------- row-wise operations
-
-enum { ROWS_PER_TASK = 16 };
 
 typedef struct {
     const decoder *d;
@@ -150,11 +147,18 @@ static void quantize_task(void *argument, int64_t task) {
     quantize_if_wanted(args, begin, end, args->from);
 }
 
+// (a, b) by an angle: a cos - b sin, and b cos + a sin.
 static void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + WIDE <= half; i += WIDE) {
+        f32w a = load_wide(x + i), b = load_wide(x + i + half), c = load_wide(cosines + i), s = load_wide(sines + i);
+        store_wide(x + i, fma_wide(a, c, -(b * s)));
+        store_wide(x + i + half, fma_wide(b, c, a * s));
+    }
+    for (; i < half; i++) {
         float a = x[i], b = x[i + half];
-        x[i] = a * cosines[i] - b * sines[i];
-        x[i + half] = b * cosines[i] + a * sines[i];
+        x[i] = fma1(a, cosines[i], -(b * sines[i]));
+        x[i + half] = fma1(b, cosines[i], a * sines[i]);
     }
 }
 
@@ -240,7 +244,7 @@ static void compute_logits(const decoder *d, const decoder_step *s, const rows *
 
 // Runs layers [layer_begin, layer_end), embeddings before the first, logits after the last. Nothing
 // else may run between two calls of one step. Returns 0 if there is no memory for the rows, else 1.
-int64_t run_decoder(const decoder *d, const decoder_step *s, int64_t layer_begin, int64_t layer_end) {
+int64_t EXPORTED(run_decoder)(const decoder *d, const decoder_step *s, int64_t layer_begin, int64_t layer_end) {
     rows r;
     if (!get_rows(d, s->num_tokens, &r)) return 0;
     int64_t begin_ns = now_ns();
@@ -253,6 +257,3 @@ int64_t run_decoder(const decoder *d, const decoder_step *s, int64_t layer_begin
     spent_ns += now_ns() - begin_ns;
     return 1;
 }
-
-// Nanoseconds of this process in `run_decoder`.
-int64_t nanoseconds_spent(void) { return spent_ns; }

@@ -1,12 +1,7 @@
 // Copies KV between a pool of blocks and contiguous memory in the wire's order: for each layer K,
 // then V, each [tokens, row].
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
+#include "kernels.h"
 
 typedef struct {
     // Start of K of the first copied layer, in the pool.
@@ -23,7 +18,7 @@ typedef struct {
 // Bypasses the caches where possible: they cannot hold a whole chunk, and a write into them would
 // first read the line from memory.
 static void write_past_caches(char *to, const char *from, int64_t num_bytes) {
-#if defined(__AVX__)
+#if HAVE_AVX2
     int64_t head = -(intptr_t)to & 31;
     if (head > num_bytes) head = num_bytes;
     memcpy(to, from, head);
@@ -43,7 +38,7 @@ static void write_past_caches(char *to, const char *from, int64_t num_bytes) {
 }
 
 // Copies tokens [token_begin, token_end) of `num_layers` layers, into or out of the pool.
-void copy_kv(const kv_blocks *blocks, int64_t num_layers, int64_t token_begin, int64_t token_end, char *wire, int64_t into_pool) {
+void EXPORTED(copy_kv)(const kv_blocks *blocks, int64_t num_layers, int64_t token_begin, int64_t token_end, char *wire, int64_t into_pool) {
     for (int64_t side = 0; side < 2 * num_layers; side++) {
         char *rows = blocks->first_layer + side * blocks->side_bytes;
         for (int64_t token = token_begin; token < token_end;) {
@@ -58,7 +53,7 @@ void copy_kv(const kv_blocks *blocks, int64_t num_layers, int64_t token_begin, i
             token = end;
         }
     }
-#if defined(__AVX__)
+#if HAVE_AVX2
     if (into_pool) _mm_sfence();
 #endif
 }

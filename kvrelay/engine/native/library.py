@@ -6,15 +6,18 @@ Callers keep tensors alive, because addresses are passed. Calls release the inte
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
 from kvrelay.engine.native.core_sharing import CoreActivityTable
+from kvrelay.engine.native.variant_choice import AUTO, choose_variant, usable_variants
+from kvrelay.errors import ConfigError
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.runtime.cache_folder import is_own
 
@@ -144,28 +147,39 @@ class DecoderStep(ctypes.Structure):
 
 
 class NativeLibrary:
-    def __init__(self, library: ctypes.CDLL) -> None:
+    """One variant of the kernels. All variants of a process share its threads.
+
+    Args:
+        why_not: the reason for each better variant.
+    """
+
+    def __init__(self, library: ctypes.CDLL, variant: str, why_not: Mapping[str, str]) -> None:
+        self.variant = variant
+        self.why_not = why_not
         self._library = library
         self._activity: CoreActivityTable | None = None
-        library.run_decoder.argtypes = [POINTER(Decoder), POINTER(DecoderStep), c_int64, c_int64]
-        library.run_decoder.restype = c_int64
+        self._run_decoder = self._function(
+            "run_decoder", c_int64, POINTER(Decoder), POINTER(DecoderStep), c_int64, c_int64
+        )
+        self._run_linear = self._function("run_linear", c_int64, POINTER(Matrix), c_int64, c_void_p, c_void_p)
+        self._quantize_weights = self._function("quantize_weights", None, c_int64, c_int64, *[c_void_p] * 4)
+        self._attend = self._function("attend", None, POINTER(AttentionCall), POINTER(KVLayer))
+        self._write_kv = self._function("write_kv", None, POINTER(KVLayer), c_int64, *[c_void_p] * 3, c_int64)
+        self._copy_kv = self._function("copy_kv", None, POINTER(KVBlocks), *[c_int64] * 3, c_void_p, c_int64)
         library.set_threads.argtypes = [
             *(c_int64, POINTER(c_int64), c_int64, POINTER(c_int64), c_int64),
             *(c_void_p, c_int64),
         ]
         library.set_threads.restype = c_int64
-        library.run_linear.argtypes = [POINTER(Matrix), c_int64, c_void_p, c_void_p]
-        library.run_linear.restype = c_int64
-        library.quantize_weights.argtypes = [c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p]
-        library.quantize_weights.restype = None
-        library.attend.argtypes = [POINTER(AttentionCall), POINTER(KVLayer)]
-        library.attend.restype = None
-        library.write_kv.argtypes = [POINTER(KVLayer), c_int64, c_void_p, c_void_p, c_void_p, c_int64]
-        library.write_kv.restype = None
-        library.copy_kv.argtypes = [POINTER(KVBlocks), c_int64, c_int64, c_int64, c_void_p, c_int64]
-        library.copy_kv.restype = None
-        library.nanoseconds_spent.argtypes = []
-        library.nanoseconds_spent.restype = c_int64
+
+    @property
+    def description(self) -> str:
+        return "; ".join([f"{self.variant} kernels", *(f"not {name}: {why}" for name, why in self.why_not.items())])
+
+    def _function(self, name: str, result: type[c_int64] | None, *arguments: Any) -> Any:
+        function = getattr(self._library, f"{name}_{self.variant}")
+        function.argtypes, function.restype = arguments, result
+        return function
 
     def use_threads(
         self, num_threads: int, cores: Sequence[int] = (), activity: CoreActivityTable | None = None
@@ -187,39 +201,36 @@ class NativeLibrary:
 
     def run_decoder(self, decoder: Decoder, step: DecoderStep, layer_begin: int, layer_end: int) -> None:
         """Runs layers [layer_begin, layer_end), embeddings first, logits last."""
-        if not self._library.run_decoder(decoder, step, layer_begin, layer_end):
+        if not self._run_decoder(decoder, step, layer_begin, layer_end):
             raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
 
     def run_linear(self, matrix: Matrix, num_rows: int, inputs_address: int, outputs_address: int) -> None:
         """float32 [num_rows, n] = [num_rows, k] W^T + bias."""
-        if not self._library.run_linear(matrix, num_rows, inputs_address, outputs_address):
+        if not self._run_linear(matrix, num_rows, inputs_address, outputs_address):
             raise MemoryError(f"no memory for {num_rows} rows of a linear layer")
 
     def quantize_weights(
         self, n: int, k: int, weights_address: int, data_address: int, scales_address: int, sums_address: int
     ) -> None:
         """Quantizes float32 [n, k] into zeroed data, scales and sums of a `Matrix`."""
-        self._library.quantize_weights(n, k, weights_address, data_address, scales_address, sums_address)
+        self._quantize_weights(n, k, weights_address, data_address, scales_address, sums_address)
 
     def attend(self, call: AttentionCall, kv: KVLayer) -> None:
-        self._library.attend(call, kv)
+        self._attend(call, kv)
 
     def write_kv(
         self, kv: KVLayer, num_tokens: int, slots_address: int, keys_address: int, values_address: int
     ) -> None:
         """slots: int64 [num_tokens]; keys, values: float32 [num_tokens, num_kv_heads, head_dim]."""
         stride = kv.num_kv_heads * kv.head_dim
-        self._library.write_kv(kv, num_tokens, slots_address, keys_address, values_address, stride)
+        self._write_kv(kv, num_tokens, slots_address, keys_address, values_address, stride)
 
     def copy_kv(self, blocks: KVBlocks, span: KVSpan, wire_address: int, *, into_pool: bool) -> None:
         """Copies between the pool and `wire_address`: K, then V of each layer, [tokens, row_bytes].
 
         The span's tokens count from the first of `blocks`.
         """
-        self._library.copy_kv(blocks, span.num_layers, span.token_begin, span.token_end, wire_address, into_pool)
-
-    def seconds_spent(self) -> float:  # in `run_decoder` since the process began
-        return float(self._library.nanoseconds_spent()) * 1e-9
+        self._copy_kv(blocks, span.num_layers, span.token_begin, span.token_end, wire_address, into_pool)
 
 
 def _numbers(values: Sequence[int]) -> "ctypes.Array[c_int64]":
@@ -238,16 +249,46 @@ def load_own(path: Path) -> ctypes.CDLL:
         os.close(descriptor)
 
 
-@cache
-def load_library() -> NativeLibrary | None:
-    """None: not available; a warning says why."""
-    try:
-        return NativeLibrary(load_own(build_library()))
-    except (KernelsUnavailableError, OSError) as error:
-        _log.warning("no compiled kernels: torch's are used, which are slower, and int8 is not served", why=str(error))
-        return None
+def load_library(variant: str = AUTO) -> NativeLibrary | None:
+    """None: not available; a warning says why.
+
+    Raises:
+        ConfigError: the wanted variant is unknown, cannot run here, or there are no kernels at all.
+    """
+    library = _load()
+    if library is not None:
+        return _load_variant(variant)
+    if variant != AUTO:
+        raise ConfigError(f"--kernel-variant {variant} needs compiled kernels; the log says why there are none")
+    return None
+
+
+def available_variants() -> list[str]:
+    library = _load()
+    return [] if library is None else usable_variants(library)
 
 
 def kernel_seconds() -> float:
-    library = load_library()
-    return 0.0 if library is None else library.seconds_spent()
+    """Time in `run_decoder` since the process began."""
+    library = _load()
+    return 0.0 if library is None else float(library.nanoseconds_spent()) * 1e-9
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = load_own(build_library())
+    except (KernelsUnavailableError, OSError) as error:
+        _log.warning("no compiled kernels: torch's are used, which are slower, and int8 is not served", why=str(error))
+        return None
+    for name in ("processor_features", "request_tiles", "nanoseconds_spent"):
+        getattr(library, name).restype = c_int64
+    return library
+
+
+@cache
+def _load_variant(variant: str) -> NativeLibrary:
+    library = _load()
+    assert library is not None, "the caller has looked"
+    choice = choose_variant(library, variant)
+    return NativeLibrary(library, choice.name, choice.why_not)

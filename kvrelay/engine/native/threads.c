@@ -7,7 +7,7 @@
 // are idle. All processes share an activity table of when each core's owner last worked there. A
 // borrower reads it before each task, so an owner waits for one task at most, about 100 us.
 #define _GNU_SOURCE
-#include "kernels.h"
+#include "threads.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -52,8 +52,8 @@ static int64_t caller_core;
 static int64_t looked_ns;
 
 static void pause_briefly(void) {
-#if HAVE_AVX2
-    _mm_pause();
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
 #endif
 }
 

@@ -1,0 +1,28 @@
+// Variants whose widest vectors have eight floats, and whose tiles have 6 x 16 sums.
+#define WIDE 8
+
+#define MAX_ROWS 6  // their sums fill 12 of 16 registers
+#define MAX_PANELS 1
+#define ROWS_PER_BLOCK 264
+#define TASK_WORK 2000000
+
+#define MAX_ROWS_INT8 6
+#define ROWS_PER_BLOCK_INT8 264
+#define ROW_BLOCK 1
+#define TASK_WORK_INT8 4000000
+
+typedef f32x8 f32w;
+typedef i32x8 i32w;
+
+#define load_wide load8
+#define store_wide store8
+#define splat_wide splat8
+#define fma_wide fma8
+#define max_wide max8
+#define max_lanes_wide max_lanes
+
+// Adds to eight sums, in the order of the numbers.
+ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, f32w v) { return sums + v; }
+
+ALWAYS_INLINE void configure_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
+ALWAYS_INLINE void release_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }

@@ -1,0 +1,295 @@
+"""Variants of the kernels: the same bits in all that this machine can run, and a clear word on
+those that it cannot.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvrelay.config.settings import EngineSettings
+from kvrelay.engine.kernel_backend import use_native_kernels, with_kv_dtype
+from kvrelay.engine.kernel_batch import KernelBatch, SequenceInput
+from kvrelay.engine.native import available_variants, load_library
+from kvrelay.engine.native.library import KV_DTYPES, AttentionCall, KVLayer, NativeLibrary
+from kvrelay.engine.native.packing import PackedMatrix, WeightArena, pack_matrix
+from kvrelay.engine.native.variant_choice import AUTO, FEATURES, VARIANTS, choose_variant
+from kvrelay.errors import ConfigError
+from kvrelay.worker.engine_setup import build_engine
+from tests.engine.test_native_decoder import load, run_in_chunks, tokens
+from tests.support import left_out
+from tests.support.tiny_models import make_tiny_model
+
+REFERENCE = "portable"
+MAX_ROWS = 70
+BLOCK_SIZE = 16
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
+
+others = pytest.mark.parametrize("variant", [name for name in available_variants() if name != REFERENCE])
+
+
+def library_of(variant: str) -> NativeLibrary:
+    library = load_library(variant)
+    assert library is not None
+    assert library.variant == variant
+    return library
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """One NaN is as good as another."""
+    nothing = ours.isnan() & theirs.isnan()
+    return torch.equal(
+        ours.masked_fill(nothing, 0).contiguous().view(torch.int32),
+        theirs.masked_fill(nothing, 0).contiguous().view(torch.int32),
+    )
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def extreme(*shape: int) -> Tensor:
+    """Rows of denormals, of zeros of both signs, of the largest numbers, and mixtures of all."""
+    chance = torch.Generator().manual_seed(sum(shape))
+    kinds = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e-39, -1.1e-38, 1.2e-38, 1e-20, -1.0, 127.0, 1e18, -3e38, 3.4e38])
+    mixed = kinds[torch.randint(len(kinds), shape, generator=chance)]
+    for row in range(shape[0]):
+        if row % 4 == 0:
+            mixed[row] = kinds[row // 4 % len(kinds)]
+        elif row % 4 == 1:
+            mixed[row] = torch.randn(shape[1:], generator=chance) * kinds[row // 4 % len(kinds)]
+    return mixed
+
+
+def tame(*shape: int) -> Tensor:
+    return extreme(*shape).clamp(-1e15, 1e15)
+
+
+def greatest_int8(*shape: int) -> Tensor:
+    """Every group's numbers become 127 or -127, in rows of one sign too."""
+    signs = torch.where(random(*shape) > 0, 127.0, -127.0)
+    signs[::3] = 127
+    signs[1::3] = -127
+    return signs
+
+
+def products(library: NativeLibrary, packed: PackedMatrix, inputs: Tensor) -> Tensor:
+    outputs = torch.empty(len(inputs), packed.matrix.n)
+    library.run_linear(packed.matrix, len(inputs), inputs.data_ptr(), outputs.data_ptr())
+    return outputs
+
+
+def pack(library: NativeLibrary, weight: Tensor, *, int8: bool) -> PackedMatrix:
+    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, int8=int8)
+
+
+SHAPES = [(16, 64), (40, 128), (130, 192), (96, 576)]
+CONTENTS = [random, extreme, tame, greatest_int8]
+
+
+@others
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (40, 96)])
+def test_float32_products_have_the_same_bits(variant: str, content: Callable[..., Tensor], n: int, k: int) -> None:
+    check_products(variant, content, n, k, int8=False)
+
+
+@others
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_int8_products_have_the_same_bits(variant: str, content: Callable[..., Tensor], n: int, k: int) -> None:
+    check_products(variant, content, n, k, int8=True)
+
+
+def check_products(variant: str, content: Callable[..., Tensor], n: int, k: int, *, int8: bool) -> None:
+    """Rows alone and in batches of any size: as the reference computes them in one batch."""
+    library, reference = library_of(variant), library_of(REFERENCE)
+    weight, inputs = content(n, k) / 16, content(MAX_ROWS, k)
+    packed, expected_packed = pack(library, weight, int8=int8), pack(reference, weight, int8=int8)
+    for ours, theirs in zip(packed.tensors, expected_packed.tensors, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "weights are packed alike"
+    expected = products(reference, expected_packed, inputs)
+    for num_rows in range(1, MAX_ROWS + 1):
+        assert same_bits(products(library, packed, inputs[:num_rows]), expected[:num_rows]), num_rows
+    alone = torch.cat([products(library, packed, inputs[row : row + 1]) for row in range(MAX_ROWS)])
+    assert same_bits(alone, expected)
+
+
+@others
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_of_more_rows_than_one_task_takes_have_the_same_bits(variant: str, int8: bool) -> None:
+    library, reference = library_of(variant), library_of(REFERENCE)
+    weight, inputs = random(48, 128), random(600, 128)
+    packed = pack(library, weight, int8=int8)
+    expected = products(reference, packed, inputs)
+    try:
+        for num_threads in (1, 3):
+            library.use_threads(num_threads)
+            assert same_bits(products(library, packed, inputs), expected)
+    finally:
+        library.use_threads(1)
+
+
+def attended(
+    library: NativeLibrary, kv_dtype: str, head_dim: int, lengths: list[tuple[int, int]], window: int
+) -> Tensor:
+    """Two KV heads of three queries each. lengths: position and new tokens of each sequence."""
+    num_blocks, num_kv_heads, group = 40, 2, 3
+    row_items, item = (head_dim + 4, torch.uint8) if kv_dtype == "int8" else (head_dim, torch.float32)
+    if kv_dtype == "bfloat16":
+        item = torch.bfloat16
+    shape = (num_blocks, BLOCK_SIZE, num_kv_heads, row_items)
+    keys, values = torch.zeros(shape, dtype=item), torch.zeros(shape, dtype=item)
+    kv = KVLayer(keys.data_ptr(), values.data_ptr(), KV_DTYPES[kv_dtype], BLOCK_SIZE, num_kv_heads, head_dim)
+    num_slots = num_blocks * BLOCK_SIZE
+    written = [random(num_slots, num_kv_heads, head_dim, seed=seed) for seed in (1, 2)]
+    written[0][5], written[1][7] = 0, 1e-42
+    slots = torch.arange(num_slots)
+    library.write_kv(kv, num_slots, slots.data_ptr(), written[0].data_ptr(), written[1].data_ptr())
+    tables = [list(range(number, num_blocks, len(lengths))) for number in range(len(lengths))]
+    batch = KernelBatch(
+        [SequenceInput([1] * count, begin, table, 0) for (begin, count), table in zip(lengths, tables, strict=True)],
+        BLOCK_SIZE,
+    )
+    queries = random(sum(count for _, count in lengths), num_kv_heads * group, head_dim, seed=3)
+    out, tiles = torch.empty_like(queries), batch.tiles(group)
+    library.attend(
+        AttentionCall(
+            segments=batch.segments.ctypes.data,
+            tiles=tiles.ctypes.data,
+            num_tiles=len(tiles),
+            queries=queries.data_ptr(),
+            query_stride=num_kv_heads * group * head_dim,
+            num_heads=num_kv_heads * group,
+            scale=0.3,
+            window=window,
+            out=out.data_ptr(),
+        ),
+        kv,
+    )
+    kept = torch.cat((keys.flatten().view(torch.uint8), values.flatten().view(torch.uint8)))
+    return torch.cat((out.flatten(), torch.from_numpy(np.pad(kept.numpy(), (0, -len(kept) % 4)).view(np.float32))))
+
+
+@others
+@pytest.mark.parametrize("kv_dtype", list(KV_DTYPES))
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [([(0, 300)], 0), ([(290, 1)], 0), ([(100, 3), (0, 70)], 0), ([(60, 1), (90, 1), (131, 4)], 0), ([(200, 40)], 33)],
+)
+def test_attention_has_the_same_bits(
+    variant: str, kv_dtype: str, head_dim: int, lengths: list[tuple[int, int]], window: int
+) -> None:
+    expected = attended(library_of(REFERENCE), kv_dtype, head_dim, lengths, window)
+    assert not expected[: head_dim * 6].isnan().any()
+    assert same_bits(attended(library_of(variant), kv_dtype, head_dim, lengths, window), expected)
+
+
+@others
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("kind", "kv_dtype"), [("llama", "float32"), ("qwen3", "bfloat16"), ("mistral", "int8")])
+def test_logits_of_a_model_have_the_same_bits(
+    tiny_models: Path, variant: str, kind: str, kv_dtype: str, int8: bool
+) -> None:
+    expected = with_kv_dtype(use_native_kernels(load(tiny_models, kind), int8=int8, variant=REFERENCE), kv_dtype)
+    model = with_kv_dtype(use_native_kernels(load(tiny_models, kind), int8=int8, variant=variant), kv_dtype)
+    assert model.spec.fingerprint == expected.spec.fingerprint, "workers on different machines pair"
+    logits = run_in_chunks(expected, tokens(8), [90])
+    for lengths in ([90], [70, 20], [1] * 90):
+        assert same_bits(run_in_chunks(model, tokens(8), lengths), logits)
+
+
+def test_the_setting_knows_all_variants() -> None:
+    known = get_args(EngineSettings.model_fields["kernel_variant"].annotation)
+    assert set(known) == {AUTO, *(variant.name for variant in VARIANTS)}
+
+
+class Machine:
+    """A library on a processor with some features."""
+
+    def __init__(self, features: tuple[str, ...], *, tiles_error: int = 0, lacks: str | None = None) -> None:
+        self._features, self._tiles_error = features, tiles_error
+        for variant in VARIANTS:
+            if variant.name != lacks:
+                setattr(self, f"run_decoder_{variant.name}", object())
+
+    def processor_features(self) -> int:
+        return sum(1 << FEATURES.index(name) for name in self._features)
+
+    def request_tiles(self) -> int:
+        return self._tiles_error
+
+    def choose(self, wanted: str = AUTO) -> tuple[str, dict[str, str]]:
+        choice = choose_variant(cast(ctypes.CDLL, self), wanted)
+        return choice.name, dict(choice.why_not)
+
+
+def needs(name: str) -> tuple[str, ...]:
+    return next(variant.needs for variant in VARIANTS if variant.name == name)
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in VARIANTS])
+def test_the_best_variant_is_taken_whose_instructions_are_all_there(name: str) -> None:
+    assert Machine(needs(name)).choose()[0] == name
+
+
+def test_what_is_missing_for_a_better_variant_is_said() -> None:
+    name, why_not = Machine(needs("avx2")).choose()
+    assert name == "avx2"
+    assert list(why_not) == ["amx", "avx512", "avxvnni"]
+    assert why_not["avxvnni"] == "the processor lacks avx_vnni"
+
+
+def test_registers_that_the_system_does_not_save_are_not_used() -> None:
+    features = tuple(name for name in needs("avx512") if name != "AVX-512 registers")
+    name, why_not = Machine(features).choose()
+    assert name == "avx2"
+    assert why_not["avx512"] == "the operating system does not save AVX-512 registers"
+
+
+def test_without_leave_to_use_tiles_the_next_variant_runs() -> None:
+    name, why_not = Machine(FEATURES, tiles_error=1).choose()
+    assert name == "avx512"
+    assert "does not let this process use AMX tiles (Operation not permitted)" in why_not["amx"]
+
+
+def test_a_variant_that_the_compiler_left_out_is_not_taken() -> None:
+    name, why_not = Machine(FEATURES, lacks="amx").choose()
+    assert name == "avx512"
+    assert "install a newer one" in why_not["amx"]
+
+
+def test_a_wanted_variant_is_taken_though_a_better_one_could_run() -> None:
+    assert Machine(FEATURES).choose("avx2") == ("avx2", {})
+
+
+def test_a_wanted_variant_that_cannot_run_stops_the_start() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--kernel-variant amx cannot run here: the processor lacks .*amx_tile.*avx2"
+    ):
+        Machine(needs("avx2")).choose("amx")
+    with pytest.raises(ConfigError, match=r"--kernel-variant sse9 is unknown; choose one of auto, amx"):
+        Machine(FEATURES).choose("sse9")
+
+
+@pytest.mark.parametrize("variant", available_variants())
+def test_a_worker_runs_the_variant_of_its_settings(tiny_models: Path, variant: str) -> None:
+    folder = make_tiny_model("llama", tiny_models)
+    settings = EngineSettings.model_validate({"model": str(folder), "kernel_variant": variant, "num_kv_blocks": 4})
+    engine = build_engine(settings)
+    kernels = engine.model_runner.model.kernels
+    assert kernels is not None
+    assert kernels.variant == variant
+
+
+def test_a_variant_without_kernels_is_refused(tiny_models: Path) -> None:
+    folder = make_tiny_model("llama", tiny_models)
+    with pytest.raises(ConfigError, match="--kernel-variant at auto"):
+        build_engine(EngineSettings(model=str(folder), kernels="off", kernel_variant="portable"))
