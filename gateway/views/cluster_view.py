@@ -102,6 +102,7 @@ def _connected_worker(session: WorkerSession) -> inference_pb2.WorkerInfo:
         connected=True,
         silent_ms=session.silent_ms,
         block_size=session.identity.block_size,
+        engine=session.identity.engine,
     )
 
 

@@ -16,6 +16,7 @@ from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.wire import convert
 
 MAX_END_TOKENS = 1024
+MAX_ENGINE_BYTES = 4096
 MAX_FAILURE_CHARACTERS = 1000
 """Of a worker's sentence about a job."""
 
@@ -43,6 +44,7 @@ class WorkerIdentity:
     model: ModelSpec
     block_size: int
     max_sequence_tokens: int
+    engine: str = ""  # for people
 
 
 def hello(role: MemberRole, gateway_id: str, liveness_window_ms: int) -> SessionRequest:
@@ -87,6 +89,7 @@ def command(role: MemberRole, action: Command, fingerprint: str) -> SessionReque
 def identity(message: session_pb2.WorkerHello) -> WorkerIdentity:
     """Raises InvalidRequestError for texts that no worker sends."""
     check_length("hello.worker_id", message.worker_id)
+    check_length("hello.engine", message.engine, MAX_ENGINE_BYTES)
     for name in ("name", "fingerprint", "architecture", "dtype"):
         check_length(f"hello.model.{name}", getattr(message.model, name), MAX_ADDRESS_BYTES)
     check_count("hello.model.eos_token_ids", message.model.eos_token_ids, MAX_END_TOKENS)
@@ -96,6 +99,7 @@ def identity(message: session_pb2.WorkerHello) -> WorkerIdentity:
         convert.model_from_pb(message.model),
         message.block_size,
         message.max_sequence_tokens,
+        message.engine,
     )
 
 

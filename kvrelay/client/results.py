@@ -159,6 +159,8 @@ class WorkerInfo:
     block_size: int
     problem: str = ""
     """Why the worker is not connected; empty if unknown."""
+    engine: str = ""
+    """What computes, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +313,7 @@ def worker_info_from_pb(message: inference_pb2.WorkerInfo) -> WorkerInfo:
         silent_ms=convert.milliseconds_from_pb(message.silent_ms),
         block_size=message.block_size,
         problem=message.problem,
+        engine=message.engine,
     )
 
 

@@ -1187,6 +1187,7 @@ class WorkerInfo(_message.Message):
     SILENT_MS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its instance id."""
     role: Global___WorkerRole.ValueType
@@ -1201,6 +1202,8 @@ class WorkerInfo(_message.Message):
     """Tokens per block."""
     problem: _builtins.str
     """Why there is no session, for people. Empty: there is one, or the first attempt has not ended."""
+    engine: _builtins.str
+    """What computes, for people: a variant of the kernels, and why no better one; or torch."""
     @_builtins.property
     def model(self) -> _session_pb2.ModelInfo:
         """Its model."""
@@ -1221,10 +1224,11 @@ class WorkerInfo(_message.Message):
         silent_ms: _builtins.float = ...,
         block_size: _builtins.int = ...,
         problem: _builtins.str = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "connected", b"connected", "load", b"load", "model", b"model", "problem", b"problem", "role", b"role", "silent_ms", b"silent_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "connected", b"connected", "engine", b"engine", "load", b"load", "model", b"model", "problem", b"problem", "role", b"role", "silent_ms", b"silent_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -690,6 +690,7 @@ class WorkerHello(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker's instance id, new with every start of the process."""
     protocol_version: _builtins.int
@@ -698,6 +699,8 @@ class WorkerHello(_message.Message):
     """Tokens per block."""
     max_sequence_tokens: _builtins.int
     """Most tokens of one sequence that the worker's pool can hold."""
+    engine: _builtins.str
+    """What computes, for people: a variant of the kernels, and why no better one; or torch."""
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The model that the worker serves."""
@@ -710,10 +713,11 @@ class WorkerHello(_message.Message):
         model: Global___ModelInfo | None = ...,
         block_size: _builtins.int = ...,
         max_sequence_tokens: _builtins.int = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -195,6 +195,7 @@ def _hello(worker_id: str, engine: WorkerEngine) -> session_pb2.WorkerHello:
         model=model_to_pb(engine.model),
         block_size=engine.blocks.block_size,
         max_sequence_tokens=engine.max_sequence_tokens,
+        engine=engine.description,
     )
 
 

@@ -10,7 +10,7 @@ from kvrelay.cli.views.top_view import top_view
 from kvrelay.client.results import Cluster, WorkerInfo, WorkerRole, cluster_from_pb
 from kvrelay.core.job import WorkerLoad
 from kvrelay.core.model_spec import KVLayout, ModelSpec
-from kvrelay.v1 import inference_pb2
+from kvrelay.v1 import inference_pb2, session_pb2
 
 MODEL = ModelSpec("m", "llama", KVLayout(1, 1, 1, "float32"), 50, 64, (0,), "f")
 
@@ -35,6 +35,20 @@ def test_the_share_of_right_guesses_is_shown_where_workers_guess() -> None:
     assert "guesses right" in text
     assert "75 % of 40" in text
     assert "guesses right" not in shown(WorkerLoad())
+
+
+def test_what_workers_compute_with_is_said_once_for_all_with_the_same() -> None:
+    engines = ["amx kernels", "avx2 kernels; not amx: the processor lacks amx_tile", "amx kernels", ""]
+    workers = [
+        inference_pb2.WorkerInfo(
+            worker_id=f"w{number}", model=session_pb2.ModelInfo(dtype="float32"), connected=True, engine=engine
+        )
+        for number, engine in enumerate(engines)
+    ]
+    cluster = cluster_from_pb(inference_pb2.GetClusterResponse(gateway_id="g", workers=workers))
+    lines = [line.rstrip() for line in printed(cluster_view(cluster)).splitlines()]
+    assert "amx kernels (w0, w2)" in lines
+    assert "avx2 kernels; not amx: the processor lacks amx_tile (w1)" in lines
 
 
 @pytest.mark.parametrize("view", [cluster_view, lambda cluster: top_view(cluster, (), None)], ids=["status", "top"])

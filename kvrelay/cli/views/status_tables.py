@@ -18,7 +18,7 @@ def cluster_view(cluster: Cluster) -> RenderableType:
     parts: list[RenderableType] = []
     if cluster.degraded:
         parts.append(Text(degraded_line(cluster), style="yellow"))
-    parts += [_worker_table(cluster.workers), *problem_lines(cluster), _gateway_table(cluster)]
+    parts += [_worker_table(cluster.workers), *problem_lines(cluster), *engine_lines(cluster), _gateway_table(cluster)]
     if cluster.running_requests:
         parts.append(request_table("Running requests", cluster.running_requests))
     return Group(*parts)
@@ -35,6 +35,15 @@ def problem_lines(cluster: Cluster) -> list[Text]:
         for worker in cluster.workers
         if worker.problem
     ]
+
+
+def engine_lines(cluster: Cluster) -> list[Text]:
+    """What the workers compute with; one line for all with the same."""
+    ids: dict[str, list[str]] = {}
+    for worker in cluster.workers:
+        if worker.engine:
+            ids.setdefault(worker.engine, []).append(_short(worker.worker_id))
+    return [Text(f"{engine} ({', '.join(workers)})", style="dim") for engine, workers in ids.items()]
 
 
 def request_table(title: str, requests: Sequence[RequestInfo]) -> FittedTable:
