@@ -50,6 +50,9 @@ def command(
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, as a worker's --quantize.")] = None,
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype.")] = None,
     kernels: Annotated[str | None, typer.Option("--kernels", help="off: torch alone, as a worker's --kernels.")] = None,
+    kernel_variant: Annotated[
+        str | None, typer.Option("--kernel-variant", help="As a worker's --kernel-variant.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few lengths and batches.")] = False,
     prompt_lengths: Annotated[
         str | None, typer.Option("--prompt-lengths", help=f"Tokens of prompts. Default: {PROMPT_LENGTHS}.")
@@ -83,7 +86,7 @@ def command(
         ),
     ]
     report = Report("engine", json, plots)
-    settings = {"quantize": quantize, "kv_dtype": kv_dtype, "kernels": kernels}
+    settings = {"quantize": quantize, "kv_dtype": kv_dtype, "kernels": kernels, "kernel_variant": kernel_variant}
     ours = load_engine(model, num_threads, pool_tokens(cases, steps), **settings)
     fill_pool(ours)
     meter = LimitMeter(num_threads)

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +125,9 @@ def command(
     kv_dtype: Annotated[
         list[str] | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype; repeatable.")
     ] = None,
+    kernel_variant: Annotated[
+        list[str] | None, typer.Option("--kernel-variant", help="As a worker's --kernel-variant; repeatable.")
+    ] = None,
     prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="Tokens of prompts, with commas.")] = "256",
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=1, help="Prompt tokens a step.")] = 256,
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Sequences that decode, with commas.")] = "1,16",
@@ -140,9 +144,12 @@ def command(
     from benchmarks.engine_steps import usable_cores
 
     report = Report("variants", json, plots)
-    variants = make_variants([THIS_TREE, *(tree or [])], quantize or ["none"], kv_dtype or ["auto"])
+    trees = [THIS_TREE, *(tree or [])]
+    variants = make_variants(trees, quantize or ["none"], kv_dtype or ["auto"], kernel_variant or ["auto"])
     if len(variants) < 2:
-        raise ConfigError("there is only one variant: give --tree, or --quantize or --kv-dtype several times")
+        raise ConfigError(
+            "there is only one variant: give --tree, or --quantize, --kv-dtype or --kernel-variant several times"
+        )
     cases = [
         *prefill_cases(_numbers("--prompt-lengths", prompt_lengths), [chunk_tokens]),
         *decode_cases(_numbers("--batch-sizes", batch_sizes), _numbers("--context-lengths", context_lengths)),
@@ -165,7 +172,9 @@ def command(
     report.finish()
 
 
-def make_variants(trees: Sequence[Path], quantize: Sequence[str], kv_dtypes: Sequence[str]) -> list[Variant]:
+def make_variants(
+    trees: Sequence[Path], quantize: Sequence[str], kv_dtypes: Sequence[str], kernel_variants: Sequence[str] = ("auto",)
+) -> list[Variant]:
     """Each source with each choice of settings.
 
     Raises:
@@ -175,16 +184,18 @@ def make_variants(trees: Sequence[Path], quantize: Sequence[str], kv_dtypes: Seq
     for folder in dict.fromkeys(tree.resolve() for tree in trees):
         if not (folder / "benchmarks" / "engine_cases.py").is_file():
             raise ConfigError(f"--tree {folder} has no benchmarks/engine_cases.py; give the root of a checkout")
-        for weights in dict.fromkeys(quantize):
-            for kv_dtype in dict.fromkeys(kv_dtypes):
-                parts = [str(folder)] if len(trees) > 1 else []
-                parts += [weights] if len(quantize) > 1 else []
-                parts += [f"KV {kv_dtype}"] if len(kv_dtypes) > 1 else []
-                settings = {
-                    "quantize": None if weights == "none" else weights,
-                    "kv_dtype": None if kv_dtype == "auto" else kv_dtype,
-                }
-                variants.append(Variant(", ".join(parts), folder, settings))
+        choices = product(*map(dict.fromkeys, (quantize, kv_dtypes, kernel_variants)))
+        for weights, kv_dtype, kernels in choices:
+            parts = [str(folder)] if len(trees) > 1 else []
+            parts += [weights] if len(quantize) > 1 else []
+            parts += [f"KV {kv_dtype}"] if len(kv_dtypes) > 1 else []
+            parts += [kernels] if len(kernel_variants) > 1 else []
+            settings = {
+                "quantize": None if weights == "none" else weights,
+                "kv_dtype": None if kv_dtype == "auto" else kv_dtype,
+                "kernel_variant": None if kernels == "auto" else kernels,
+            }
+            variants.append(Variant(", ".join(parts), folder, settings))
     return variants
 
 

@@ -117,6 +117,15 @@ def test_variants_may_be_of_another_source_tree(tmp_path: Path) -> None:
     ]
 
 
+def test_variants_may_be_of_other_kernels() -> None:
+    made = variants.make_variants([variants.THIS_TREE], ["none"], ["auto"], ["auto", "avx2", "portable"])
+    assert [(each.name, each.settings["kernel_variant"]) for each in made] == [
+        ("auto", None),
+        ("avx2", "avx2"),
+        ("portable", "portable"),
+    ]
+
+
 def test_an_engine_that_cannot_be_loaded_ends_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the engine of variant 'KV float32' ended"):
         variants.command(model=str(tmp_path / "none"), threads=1, kv_dtype=["float32", "bfloat16"])

@@ -57,6 +57,7 @@ def _machine(machine: dict[str, Any]) -> str:
     vectors = (
         "AVX-512" if "avx512f" in machine["cpu_flags"] else "AVX2" if "avx2" in machine["cpu_flags"] else "no AVX2"
     )
+    vectors += " and AMX" if "amx_int8" in machine["cpu_flags"] else ""
     return f"{machine['num_cores']} cores of {machine['cpu']}, {vectors}"
 
 
