@@ -14,6 +14,10 @@ TORCH_INDEX_URL ?=
 # Twice quiet: a warning on each index without a package is no news.
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-input $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
+# 1: install only files whose hashes are in requirements/. torch is the CPU's build, or where none is found the default one.
+REQUIRE_HASHES ?=
+LOCKED := install $(PIP_FLAGS) --require-hashes --no-deps --only-binary=:all:
+
 # Tests start many processes; one thread for each keeps them from fighting for the cores.
 test soak: export OMP_NUM_THREADS ?= 1
 test soak: export MKL_NUM_THREADS ?= 1
@@ -25,7 +29,7 @@ TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help install model demo test lint format protos sync-client reference benchmark-tables docs newcomer soak bench clean
+.PHONY: help install model demo test lint format protos sync-client lock reference benchmark-tables docs newcomer soak bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -33,10 +37,17 @@ help: ## show the targets
 install: $(INSTALLED) ## make .venv and install kvrelay with everything for development
 
 # pip is told about torch's index only when there is one; the stamp is new once all of it went well.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(if $(REQUIRE_HASHES),$(wildcard requirements/*.txt))
 	@echo "installing into $(VENV) (minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(REQUIRE_HASHES),1)
+	@$(BIN)/python -m pip $(LOCKED) $(addprefix --requirement requirements/,gateway.txt worker.txt dev.txt)
+	@$(BIN)/python -m pip $(LOCKED) --requirement requirements/torch-cpu.txt || $(BIN)/python -m pip $(LOCKED) --requirement requirements/torch.txt
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip check
+else
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[all]'
+endif
 	@touch $@
 
 model: install ## fetch and convert the demo model, once per machine
@@ -59,6 +70,7 @@ lint: install docs ## ruff, mypy --strict, buf lint, generated code, documentati
 	@$(BIN)/python -m tools.generate_reference --check
 	@$(BIN)/python -m tools.generate_benchmarks --check
 	@$(BIN)/python -m tools.check_prose
+	@$(BIN)/python -m tools.lock_requirements --check
 
 format: install ## format the code and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix .
@@ -73,6 +85,9 @@ benchmark-tables: install ## generate the tables of docs/benchmarks from the JSO
 protos: install ## generate kvrelay/v1 from protos/
 	@$(BIN)/buf lint protos
 	@$(BIN)/python -m tools.generate_protos
+
+lock: install ## write the hashes of all pinned versions into requirements/ (asks the package index; needs uv)
+	@$(BIN)/python -m tools.lock_requirements
 
 sync-client: install ## generate the blocking client from the asyncio one
 	@$(BIN)/python -m tools.generate_sync_client
