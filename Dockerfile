@@ -4,9 +4,11 @@
 
 FROM python:3.11-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+# Volumes of docker-compose.yml take owner and rights from these folders. Prometheus reads its key as a user of its own.
 RUN useradd --create-home --uid 10001 kvrelay \
-    && mkdir -p /models /secrets/redis /secrets/gateway /secrets/worker /home/kvrelay/.cache \
-    && chown -R kvrelay /models /secrets /home/kvrelay/.cache && chmod 700 /secrets/* \
+    && cd /home/kvrelay && mkdir -p /models .cache /secrets/authority /secrets/metrics \
+    && for role in redis gateway prefill decode front; do mkdir /secrets/$role; done \
+    && chown -R kvrelay /models /secrets .cache && chmod 700 /secrets/* && chmod 755 /secrets/metrics \
     && python -m venv /opt/kvrelay
 ENV PATH=/opt/kvrelay/bin:$PATH KVRELAY_MODEL_DIR=/models LOCKED="--quiet --require-hashes --no-deps --only-binary=:all:"
 WORKDIR /src

@@ -59,7 +59,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
     """Without `stop`, serves until a signal comes."""
     gateway_id = f"gateway-{secrets.token_hex(8)}"
     stop = stop or stop_on_signals()
-    security = ProcessSecurity.of(settings.security, Role.GATEWAY)
+    security = ProcessSecurity.of(settings.security, Role.GATEWAY, local_clients=settings.peers.local_clients)
     host = settings.server.host
     exposed = is_exposed_gateway(security, settings)
     async with RedisConnection(settings.server.required_redis_url(), settings.server.redis_timeout_ms) as connection:

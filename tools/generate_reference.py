@@ -108,7 +108,8 @@ KServe's `sampling_parameters` as JSON. `kvrelay complete` and `kvrelay chat` ha
 ROLES_INTRO = """\
 Where a process has a keys file, public keys of JWTs or certificates, each call must prove who makes it.
 These tables say which role may call what; a method or route that is not in them is refused. Without any
-of the three, every caller is a local one and has all roles.
+of the three, every caller is a local one and has all roles; so is each one at the port for clients of a
+gateway with `--local-clients`.
 
 | port | keys and JWTs | certificates |
 |---|---|---|

@@ -265,7 +265,7 @@ class LocalCluster:
                 settings.server.host, settings.peers.peer_port if number == 0 else 0, "--peer-port"
             )
             settings = with_peer_port(settings, peer_port)
-            address = address_here(settings.server.host, peer_port) if settings.security.takes_keys else address
+            address = address_here(settings.server.host, peer_port) if settings.has_peer_port else address
         self._asked_addresses += (address,)
         await self._add(GATEWAY_NAME if number == 0 else f"{GATEWAY_NAME}-{number}", "gateway", settings)
 

@@ -86,8 +86,14 @@ class PeerSettings(Settings):
         default=0,
         ge=0,
         le=65535,
-        description="Port at which gateways with certificates and API keys answer processes that have certificates; "
-        "0 takes a free one.",
+        description="Port at which gateways whose clients have no certificates answer processes that do; 0 takes a free "
+        "one.",
+    )
+    local_clients: bool = Field(
+        default=False,
+        description="Take every caller of --port and --http-port for a user of this machine, who needs no "
+        "credentials, as on loopback: for ports that Docker publishes on 127.0.0.1. Processes with certificates use "
+        "--peer-port.",
     )
 
     @property

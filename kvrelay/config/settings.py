@@ -276,6 +276,11 @@ class GatewaySettings(Settings):
         return self.connections.limits(self.requests.max_running_requests)
 
     @property
+    def has_peer_port(self) -> bool:
+        """With certificates, for processes that have some, too."""
+        return self.security.takes_keys or self.peers.local_clients
+
+    @property
     def takes_typed_prompts(self) -> bool:
         """Whether the live page has a box for prompts. By default only users of this machine get
         it.
@@ -358,6 +363,11 @@ class OpenAISettings(OpenAIAccessSettings):
     )
     log_format: Literal["console", "json"] = Field(
         default="console", description="console for people, json for programs."
+    )
+    local_clients: bool = Field(
+        default=False,
+        description="Take every caller for a user of this machine, who needs no key, as on loopback: for a port that "
+        "Docker publishes on 127.0.0.1.",
     )
     security: SecuritySettings = SecuritySettings()
 

@@ -122,7 +122,7 @@ def keys_of(text: str | None) -> list[str]:
 
 def check_host(settings: OpenAISettings, keys: list[str]) -> None:
     """Raises ConfigError for a host that others reach, without keys."""
-    if keys or has_keys_file(settings) or is_loopback(settings.host):
+    if keys or has_keys_file(settings) or is_loopback(settings.host) or settings.local_clients:
         return
     if not settings.security.insecure:
         raise ConfigError(

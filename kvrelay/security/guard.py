@@ -13,7 +13,7 @@ from typing import Protocol
 from kvrelay.core.quoting import quoted
 from kvrelay.errors import AccessDeniedError, KvrelayError, UnauthenticatedError
 from kvrelay.security.method_rules import Rule, Rules
-from kvrelay.security.principal import ANONYMOUS, Principal, Role
+from kvrelay.security.principal import ANONYMOUS, LOCAL, Principal, Role
 
 AUTHORIZATION = "authorization"
 SCHEME = "bearer"
@@ -64,13 +64,16 @@ class Guard:
         on_refused: OnRefused = lambda who, method, error: None,
         on_admitted: OnAdmitted = lambda principal, method: None,
         clock: Callable[[], float] = time.time,
+        is_local: Callable[[AuthContext], bool] = lambda auth_context: False,
     ) -> None:
+        """`is_local`: the caller is LOCAL, without any proof."""
         self._rules = rules
         self._verifiers = verifiers
         self._peer_roles = peer_roles
         self._on_refused = on_refused
         self._on_admitted = on_admitted
         self._clock = clock
+        self._is_local = is_local
         self._running: set[_RunningCall] = set()
 
     def check(self, method: str, metadata: Metadata, auth_context: AuthContext, peer: str) -> Principal:
@@ -79,7 +82,7 @@ class Guard:
             rule = self._rule_of(method)
             if rule.is_open:
                 return ANONYMOUS
-            principal = self._identify(metadata, auth_context)
+            principal = LOCAL if self._is_local(auth_context) else self._identify(metadata, auth_context)
             who = principal.key_id
             self.check_expiry(principal)
             _check_roles(principal, method, rule)

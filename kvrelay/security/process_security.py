@@ -21,6 +21,7 @@ from kvrelay.security.credentials import ChannelCredentials, ProcessCertificates
 from kvrelay.security.guard import AuthContext, BearerVerifier, Guard
 from kvrelay.security.method_rules import GRPC_RULES, HTTP_RULES, Rules
 from kvrelay.security.principal import Principal, Role
+from kvrelay.security.role_names import is_plain_text
 
 if TYPE_CHECKING:
     from kvrelay.config.security_settings import SecuritySettings
@@ -64,11 +65,13 @@ class ProcessSecurity:
         takes_keys: bool = False,
         bearer: str | None = None,
         audit: AuditLog | None = None,
+        local_clients: bool = False,
     ) -> None:
-        """`bearer` proves this process's role to others."""
+        """`bearer` proves this process's role. `local_clients`: plain text comes from LOCAL callers."""
         self._certificates = certificates
         self._bearer = bearer
         self._takes_keys = takes_keys
+        self._local_clients = local_clients
         self.num_refused: Counter[str] = Counter()
         """By the error's reason."""
         self._audit = audit
@@ -79,16 +82,25 @@ class ProcessSecurity:
     def _guard_of(self, rules: Rules | None, verifiers: Sequence[BearerVerifier]) -> Guard | None:
         if rules is None:
             return None
-        return Guard(rules, verifiers, self._peer_roles, on_refused=self._on_refused, on_admitted=self._on_admitted)
+        return Guard(
+            rules,
+            verifiers,
+            self._peer_roles,
+            on_refused=self._on_refused,
+            on_admitted=self._on_admitted,
+            is_local=is_plain_text if self._local_clients else lambda auth_context: False,
+        )
 
     @classmethod
-    def of(cls, settings: SecuritySettings, role: Role) -> ProcessSecurity:
+    def of(cls, settings: SecuritySettings, role: Role, *, local_clients: bool = False) -> ProcessSecurity:
         """`role` is the process's own."""
         verifiers, files = _verifiers(settings)
         takes_keys = role is Role.GATEWAY and bool(verifiers)  # workers are called with certificates only
         certificates = _certificates(settings, role)
         if certificates is not None:
             files.append(certificates.files)
+        if local_clients:
+            _check_local_clients(settings)
         cluster_key = None if settings.cluster_key_file is None else ClusterKey.read(settings.cluster_key_file)
         if cluster_key is not None:
             verifiers.insert(0, cluster_key)  # JWTs have two dots, too
@@ -96,7 +108,7 @@ class ProcessSecurity:
         return cls(
             GuardedBy(
                 GRPC_RULES.get(role) if has_guard else None,
-                HTTP_RULES[role] if settings.has_client_credentials else None,
+                HTTP_RULES[role] if settings.has_client_credentials and not local_clients else None,
             ),
             verifiers,
             files,
@@ -104,6 +116,7 @@ class ProcessSecurity:
             takes_keys,
             None if cluster_key is None else cluster_key.token_of(role),
             None if settings.audit_log is None else AuditLog(settings.audit_log),
+            local_clients,
         )
 
     @property
@@ -124,12 +137,12 @@ class ProcessSecurity:
 
     @property
     def needs_peer_port(self) -> bool:
-        """gRPC cannot ask for a certificate that may be missing, and clients with keys have none."""
-        return self._certificates is not None and self._takes_keys
+        """gRPC cannot ask for a certificate that may be missing, and these clients have none."""
+        return self._certificates is not None and (self._takes_keys or self._local_clients)
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """Asks for certificates unless callers may have keys."""
-        if self._certificates is None:
+        """Asks for certificates unless callers may have keys. None: plain text."""
+        if self._certificates is None or self._local_clients:
             return None
         return self._certificates.server(asks_for_certificate=not self._takes_keys)
 
@@ -139,7 +152,7 @@ class ProcessSecurity:
 
     def https_context(self) -> ssl.SSLContext | None:
         """Of the HTTP port. None: plain text."""
-        if self._certificates is None:
+        if self._certificates is None or self._local_clients:
             return None
         from kvrelay.security.https import https_context
 
@@ -225,3 +238,15 @@ def _certificates(settings: SecuritySettings, role: Role) -> ProcessCertificates
     if certificate is None or key is None or authorities is None:
         raise ConfigError("--tls-cert, --tls-key and --tls-ca go together: give all three or none")
     return ProcessCertificates.read(certificate, key, authorities, settings.trust_domain, role)
+
+
+def _check_local_clients(settings: SecuritySettings) -> None:
+    if settings.tls_ca is None:
+        raise ConfigError(
+            "--local-clients needs certificates for the processes of the cluster: give --tls-cert, --tls-key and "
+            "--tls-ca"
+        )
+    if settings.takes_keys:
+        raise ConfigError(
+            "--local-clients lets clients in without a key, and --keys-file and --jwks-file ask for one: leave one out"
+        )

@@ -27,6 +27,10 @@ def auth_context_of(certificate: Mapping[str, Any] | None) -> dict[str, list[byt
     return {_TRANSPORT: [b"ssl"], SPIFFE_ID: names}
 
 
+def is_plain_text(auth_context: Mapping[str, Iterable[bytes]]) -> bool:
+    return list(auth_context.get(_TRANSPORT, ())) == [b"insecure"]
+
+
 def peer_roles(auth_context: Mapping[str, Iterable[bytes]], trust_domain: str) -> frozenset[Role]:
     """The roles of a verified certificate; empty without one, and for foreign names."""
     if list(auth_context.get(_TRANSPORT, ())) != [b"ssl"]:

@@ -2,7 +2,7 @@
 export.
 """
 
-import asyncio
+import datetime
 import json
 import re
 import subprocess
@@ -15,13 +15,19 @@ import pytest
 import redis.asyncio
 import redis.exceptions
 import yaml
+from cryptography import x509
 
 from decode_worker import metrics as decode_metrics
 from gateway.telemetry import metrics as gateway_metrics
+from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.sources import SECTIONS, setting_fields
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.observability.metrics.exposition import BUILD_INFO, create_registry
 from kvrelay.observability.metrics.families import Family
+from kvrelay.security import certificates
+from kvrelay.security.certificates import CertificatePlan
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import ProcessSecurity
 from kvrelay.state.embedded_valkey import EmbeddedValkey
 from kvrelay.state.member_registry import MemberRegistry
 from kvrelay.state.redis_connection import RedisConnection
@@ -43,7 +49,10 @@ DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/kvrela
 PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 ROLES = ("gateway", "prefill", "decode")
-WITHOUT_SECRETS = ("model", "openai", "prometheus", "grafana", "credentials")
+SERVICES_OF_CLUSTER = ("gateway", "prefill", "decode", "prefill-gpu", "decode-gpu")
+WITHOUT_SECRETS = ("model", "openai", "grafana")
+SECRETS = ("authority", "redis", "gateway", "prefill", "decode", "front", "metrics")
+FILES = {"ca": "ca.pem", "cert": "certificate.pem", "key": "certificate.key"}
 EXPORTED: tuple[Family, ...] = (
     *gateway_metrics.FAMILIES,
     *metrics.FAMILIES,
@@ -101,6 +110,30 @@ def mounts(service: str) -> Iterator[tuple[Path, str]]:
             yield ROOT / source, target
 
 
+def make_credentials(folder: Path) -> None:
+    make = [sys.executable, str(ROOT / "deploy/compose/make_credentials.py"), str(folder)]
+    subprocess.run(make, check=True, timeout=120)
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """Volumes as the container `credentials` leaves them, which sees folders that are there."""
+    for role in SECRETS:
+        (tmp_path / role).mkdir()
+    make_credentials(tmp_path)
+    return tmp_path
+
+
+def names_of(certificate: Path) -> list[str]:
+    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return names.get_values_for_type(x509.DNSName)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # --- compose --------------------------------------------------------------------------------------
 
 
@@ -123,7 +156,7 @@ def test_images_are_pinned() -> None:
         if "build" not in service and not service["image"].startswith("kvrelay-")
     ]
     assert len(images) == 3
-    assert [image for image in images if not re.fullmatch(r"[a-z/]+:v?\d+(\.\d+)*", image)] == []
+    assert [image for image in images if not re.fullmatch(r"[a-z/]+:v?\d+(\.\d+)*(@sha256:[0-9a-f]{64})?", image)] == []
 
 
 def test_ports_are_published_on_the_loopback_only() -> None:
@@ -150,40 +183,103 @@ def test_only_gateways_and_workers_share_a_network_with_redis() -> None:
     assert networks["openai"] == {"clients"}
 
 
-def test_each_process_sees_the_password_of_its_own_role_only(tmp_path: Path) -> None:
-    for name in SERVICES:
-        volumes = [volume for volume in SERVICES[name].get("volumes", ()) if "-secrets:" in volume]
-        role = "gateway" if name == "gateway" else "redis" if name == "redis" else "worker"
-        expected = {f"{role}-secrets:/secrets/{role}:ro"} if name not in WITHOUT_SECRETS else set()
-        assert name == "credentials" or set(volumes) == expected, name
-    for folder in ("redis", "gateway", "worker"):
-        (tmp_path / folder).mkdir()
-    make = [sys.executable, str(ROOT / "deploy/redis/make_users.py"), str(tmp_path)]
-    subprocess.run(make, check=True)
-    passwords = [(tmp_path / role / "redis-password").read_text() for role in ("gateway", "worker")]
-    rules = (tmp_path / "redis/users.acl").read_text()
-    assert len({*passwords}) == 2
+def test_nothing_runs_insecure_and_redis_has_no_plain_port() -> None:
+    assert "INSECURE" not in (ROOT / "docker-compose.yml").read_text("utf-8").upper()
+    command = SERVICES["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert (options["--port"], options["--tls-port"], options["--tls-auth-clients"]) == ("0", "6379", "yes")
+    for name in SERVICES_OF_CLUSTER:
+        variables = SERVICES[name]["environment"]
+        assert variables["KVRELAY_REDIS_URL"].startswith("rediss://")
+        assert {f"KVRELAY_REDIS_TLS_{kind}" for kind in ("CA", "CERT", "KEY")} <= variables.keys()
+    assert [name for name in SERVICES if "KVRELAY_LOCAL_CLIENTS" in SERVICES[name].get("environment", ())] == [
+        "gateway",
+        "openai",
+    ]
+
+
+def test_each_container_sees_the_secrets_of_its_own_role_only() -> None:
+    for name, service in SERVICES.items():
+        mounted = [volume for volume in service.get("volumes", ()) if "/secrets" in volume]
+        if name in WITHOUT_SECRETS:
+            assert mounted == [], name
+        elif name in SERVICES_OF_CLUSTER or name == "redis":
+            assert mounted == [f"{name.removesuffix('-gpu')}-secrets:/secrets/own:ro"], name
+    assert [volume for volume in SERVICES["prometheus"]["volumes"] if "secrets" in volume] == [
+        "metrics-secrets:/secrets/own:ro"
+    ]
+    # Only the container that makes them, and has no network, sees the CA's key.
+    assert [name for name, service in SERVICES.items() if "authority" in str(service.get("volumes"))] == ["credentials"]
+    assert SERVICES["credentials"]["network_mode"] == "none"
+    made = {volume.split(":")[1] for volume in SERVICES["credentials"]["volumes"] if "/secrets/" in volume}
+    assert made == {f"/secrets/{role}" for role in SECRETS}
+    folders = re.search(r"mkdir -p (.+?) \\\n.*for role in ([a-z ]+);", (ROOT / "Dockerfile").read_text("utf-8"), re.S)
+    assert folders is not None
+    assert made <= {*folders[1].split(), *(f"/secrets/{role}" for role in folders[2].split())}
+
+
+def test_names_that_are_dialled_stand_in_certificates(secrets: Path) -> None:
+    (alias,) = SERVICES["redis"]["networks"]["cluster"]["aliases"]
+    assert alias in names_of(secrets / "redis/certificate.pem")
+    for name in SERVICES_OF_CLUSTER:
+        assert f"@{alias}:6379/" in SERVICES[name]["environment"]["KVRELAY_REDIS_URL"]
+    for name in ("prefill", "decode", "prefill-gpu", "decode-gpu"):
+        role = name.removesuffix("-gpu")
+        assert SERVICES[name]["environment"]["KVRELAY_TLS_SERVER_NAME"] in names_of(secrets / role / "certificate.pem")
+
+
+def test_passwords_keys_and_certificates_fit_together_and_stay(secrets: Path) -> None:
+    passwords = {role: (secrets / role / "redis-password").read_text() for role in ROLES}
+    rules = (secrets / "redis/users.acl").read_text()
+    assert passwords["prefill"] == passwords["decode"] != passwords["gateway"]
     assert "user default off" in rules
-    assert not any(password in rules for password in passwords)
-    subprocess.run(make, check=True)
-    assert (tmp_path / "redis/users.acl").read_text() == rules
+    assert not any(password in rules for password in passwords.values())
+    for role in ROLES:
+        files = {f"tls_{kind}": str(secrets / role / file) for kind, file in FILES.items()}
+        assert ProcessSecurity.of(SecuritySettings(**files), Role(role)).is_protected  # it reads and checks them
+    before = contents_of(secrets)
+    make_credentials(secrets)
+    assert contents_of(secrets) == before
+    modes = {
+        str(path.relative_to(secrets)): path.stat().st_mode & 0o777 for path in secrets.rglob("*") if path.is_file()
+    }
+    assert {name for name, mode in modes.items() if mode & 0o077} == {
+        *("metrics/ca.pem", "metrics/certificate.pem", "metrics/certificate.key", "authority/ca.pem"),
+        *(name for name in modes if name.startswith("authority/") and name.endswith(".pem")),
+    }
 
 
-async def test_a_worker_registers_with_its_user_and_reads_no_requests(tmp_path: Path) -> None:
-    for folder in ("redis", "gateway", "worker"):
-        (tmp_path / folder).mkdir()
-    await asyncio.to_thread(
-        subprocess.run, [sys.executable, str(ROOT / "deploy/redis/make_users.py"), str(tmp_path)], check=True
-    )
+def test_what_is_missing_is_made_again_and_old_certificates_are_renewed(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents_of(secrets)
+    (secrets / "decode/redis-password").unlink()
+    (secrets / "prefill/certificate.key").unlink()
+    make_credentials(secrets)
+    after = contents_of(secrets)
+    assert before.keys() == after.keys()
+    assert after["prefill/certificate.key"] == before["prefill/certificate.key"]
+    assert after["redis/users.acl"] != before["redis/users.acl"]
+    monkeypatch.setattr(certificates, "CLOCK_DIFFERENCE", datetime.timedelta(days=300))  # made at that time
+    certificates.renew_certificates(secrets / "authority", CertificatePlan("kvrelay.local", num_days=100))
+    make_credentials(secrets)
+    renewed = contents_of(secrets)
+    assert renewed["gateway/ca.pem"] == before["gateway/ca.pem"]
+    assert renewed["gateway/certificate.pem"] != before["gateway/certificate.pem"]
+    expiry = x509.load_pem_x509_certificate(renewed["gateway/certificate.pem"]).not_valid_after_utc
+    assert expiry > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=300)
+
+
+async def test_a_worker_registers_with_its_user_and_reads_no_requests(secrets: Path) -> None:
     async with EmbeddedValkey(on_tcp=True) as server:
         client: Any = redis.asyncio.Redis.from_url(server.url)
         async with client:
-            for line in (tmp_path / "redis/users.acl").read_text().splitlines():
+            for line in (secrets / "redis/users.acl").read_text().splitlines():
                 if not line.startswith("user default"):  # it makes the others
                     await client.execute_command("ACL", "SETUSER", *line.split()[1:])
         urls = {
-            role: with_password_of(f"redis://{role}@127.0.0.1:{server.port}/0", str(tmp_path / role / "redis-password"))
-            for role in ("gateway", "worker")
+            user: with_password_of(f"redis://{user}@127.0.0.1:{server.port}/0", str(secrets / role / "redis-password"))
+            for user, role in (("gateway", "gateway"), ("worker", "decode"))
         }
         async with (
             RedisConnection(urls["gateway"], 5000) as of_gateway,
@@ -235,6 +331,10 @@ def test_every_replica_of_a_role_is_scraped_where_it_listens(role: str) -> None:
     (job,) = (job for job in SCRAPING["scrape_configs"] if job["job_name"] == role)
     (discovery,) = job["dns_sd_configs"]
     of_role = {name for name in SERVICES if name.partition("-")[0] == role}
+    # Callers of the gateway's port are users of this machine; workers ask for a certificate.
+    encrypted = {f"{kind}_file": f"/secrets/own/{file}" for kind, file in FILES.items()}
+    asked = None if role == "gateway" else {**encrypted, "server_name": f"{role}.kvrelay.local"}
+    assert (job.get("tls_config"), job.get("scheme")) == (asked, asked and "https")
     assert set(discovery["names"]) == of_role
     assert discovery["type"] == "A"
     assert {SERVICES[name]["environment"]["KVRELAY_HTTP_PORT"] for name in of_role} == {str(discovery["port"])}

@@ -78,6 +78,7 @@ def test_a_front_refuses_hosts_where_everybody_may_ask(host: str) -> None:
         return
     with pytest.raises(ConfigError, match="--insecure"):
         check_host(settings, [])
+    check_host(settings.model_copy(update={"local_clients": True}), [])
     check_host(settings.model_copy(update={"security": SecuritySettings(insecure=True)}), [])
 
 

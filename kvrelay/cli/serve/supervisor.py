@@ -62,6 +62,7 @@ def _openai(cluster: ClusterSettings, gateway: GatewaySettings) -> OpenAISetting
         openai_api_key=cluster.openai_api_key,
         openai_args=cluster.openai_args,
         openai_max_body_kib=cluster.openai_max_body_kib,
+        local_clients=gateway.peers.local_clients,
         security=gateway.security,
         log_level=gateway.server.log_level,
         log_format=gateway.server.log_format,

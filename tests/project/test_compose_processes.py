@@ -1,0 +1,204 @@
+"""The processes of docker-compose.yml, with its commands, variables and credentials, but without
+Docker: what is plain text between them, and who gets in.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+import yaml
+
+from kvrelay.client import AsyncClient
+from kvrelay.core.member import Member, MemberRole
+from kvrelay.network.rpc import create_channel
+from kvrelay.runtime.child_process import ChildProcess
+from kvrelay.state.member_registry import MemberRegistry
+from kvrelay.state.redis_connection import RedisConnection
+from kvrelay.state.redis_url import with_password_of, with_tls_of
+from kvrelay.testing.waiting import wait_until
+from kvrelay.v1 import session_pb2, session_pb2_grpc
+from tests.support import left_out
+from tests.support.tiny_models import make_tiny_model
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
+CALM = {"KVRELAY_REDIS_TIMEOUT_MS": "5000", "KVRELAY_LIVENESS_WINDOW_MS": "5000"}
+TIMEOUT_S = 240.0
+ROLES = ("redis", "gateway", "prefill", "decode", "front", "metrics", "authority")
+
+
+class Composed:
+    """Services on loopback. `secrets` has a folder for each volume of them."""
+
+    def __init__(self, secrets: Path, model: Path) -> None:
+        self.secrets = secrets
+        self._model = model
+        self._redis_port = random.randrange(10_000, 32_768)
+        self._lines: dict[str, list[str]] = {}
+
+    @asynccontextmanager
+    async def running(self, name: str) -> AsyncIterator[ChildProcess]:
+        command = [self._here(name, each) for each in SERVICES[name]["command"]]
+        if name != "redis":
+            command = [sys.executable, "-m", "kvrelay.cli", *command]
+        lines = self._lines.setdefault(name, [])
+        process = ChildProcess(name, command, self._environment(name), lambda _, line: lines.append(line))
+        await process.start()
+        try:
+            yield process
+        finally:
+            await process.stop(10)
+
+    def ready(self, name: str) -> dict[str, Any] | None:
+        """What a process says of its ports once it serves."""
+        documents = [json.loads(line) for line in self._lines[name] if line.startswith("{")]
+        return next((each for each in documents if each["event"] == "ready"), None)
+
+    def output(self) -> str:
+        return "\n".join(f"{name}: {line}" for name, lines in self._lines.items() for line in lines[-20:])
+
+    async def is_healthy(self, name: str, port: int | None = None) -> bool:
+        """What the service's healthcheck says, of another port."""
+        kind, *command = SERVICES[name]["healthcheck"]["test"]
+        command = [self._here(name, re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", each)) for each in command]
+        if kind == "CMD-SHELL":
+            command = ["sh", "-c", command[0].replace("redis-cli", f"redis-cli -p {self._redis_port}")]
+        elif command[0] == "kvrelay":
+            command = [sys.executable, "-m", "kvrelay.cli", *command[1:]]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=self._environment(name), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+        )
+        return await asyncio.wait_for(process.wait(), TIMEOUT_S) == 0
+
+    @property
+    def redis_url(self) -> str:
+        """With the gateway's credentials."""
+        variables = self._environment("gateway")
+        files = {f"redis_tls_{kind}": variables[f"KVRELAY_REDIS_TLS_{kind.upper()}"] for kind in ("ca", "cert", "key")}
+        url = with_tls_of(variables["KVRELAY_REDIS_URL"], files)
+        return with_password_of(url, variables["KVRELAY_REDIS_PASSWORD_FILE"])
+
+    def _environment(self, name: str) -> dict[str, str]:
+        of_test = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
+        given = {key: self._here(name, str(value)) for key, value in SERVICES[name].get("environment", {}).items()}
+        own = {"KVRELAY_LOG_FORMAT": "json", "KVRELAY_HTTP_PORT": "0", "KVRELAY_ADVERTISE_ADDRESS": "127.0.0.1"}
+        if name in ("prefill", "decode"):
+            engine = {"MODEL": str(self._model), "DTYPE": "float32", "KV_CACHE_MIB": "16", "KERNELS": "off"}
+            own |= {f"KVRELAY_{key}": value for key, value in engine.items()}
+        return {**of_test, **given, **CALM, **own, "KVRELAY_LOCAL_PREFILL_TOKENS": "0"}
+
+    def _here(self, name: str, text: str) -> str:
+        """Paths and ports of this machine in place of the container's."""
+        (own,) = (each.split("-secrets:")[0] for each in SERVICES[name]["volumes"] if each.endswith("/secrets/own:ro"))
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("/secrets/own", str(self.secrets / own))
+        text = text.replace("redis.kvrelay.local:6379", f"127.0.0.1:{self._redis_port}")
+        if name == "redis":
+            return str(self._redis_port) if text == "6379" else text.replace("0.0.0.0", "127.0.0.1")
+        return "0" if re.fullmatch(r"5005\d", text) else text
+
+
+def make_credentials(folder: Path) -> None:
+    for role in ROLES:
+        (folder / role).mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(ROOT / "deploy/compose/make_credentials.py"), str(folder)], check=True)
+
+
+@pytest.fixture
+async def composed(tmp_path: Path) -> Composed:
+    if shutil.which("redis-server") is None or shutil.which("redis-cli") is None:
+        pytest.skip(left_out.REDIS_SERVER)
+    await asyncio.to_thread(make_credentials, tmp_path / "secrets")
+    return Composed(tmp_path / "secrets", make_tiny_model("llama", tmp_path / "model"))
+
+
+async def members_of(composed: Composed) -> dict[MemberRole, Member]:
+    async with RedisConnection(composed.redis_url, 20_000) as connection:
+        return {member.role: member for member in await MemberRegistry(connection).read_members()}
+
+
+async def test_redis_gateway_and_workers_speak_tls_and_clients_need_nothing(composed: Composed) -> None:
+    async with AsyncExitStack() as running:
+        await running.enter_async_context(composed.running("redis"))
+        await wait_until(lambda: composed.is_healthy("redis"), "redis's healthcheck", TIMEOUT_S)
+        for name in ("gateway", "prefill", "decode"):
+            await running.enter_async_context(composed.running(name))
+        names = ("gateway", "prefill", "decode")
+        try:
+            await wait_until(lambda: all(composed.ready(name) for name in names), "all serve", TIMEOUT_S)
+        except AssertionError:
+            raise AssertionError(composed.output()) from None
+        found = await members_of(composed)
+        assert found.keys() == {MemberRole.GATEWAY, MemberRole.PREFILL, MemberRole.DECODE}
+        await check_health(composed, found)
+        await check_client(composed)
+        await check_plain_text_is_refused(found)
+        await check_metrics(composed)
+
+
+async def check_health(composed: Composed, found: dict[MemberRole, Member]) -> None:
+    for role, member in found.items():
+        port = int(member.address.rpartition(":")[2])
+        assert await composed.is_healthy(role.value, port), composed.output()
+    assert not await composed.is_healthy("decode", 1)
+
+
+async def check_client(composed: Composed) -> None:
+    """A client without credentials gets an answer, whose KV went from worker to worker."""
+    ready = composed.ready("gateway")
+    assert ready is not None
+    port = ready["address"].rpartition(":")[2]
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_s=TIMEOUT_S) as client:
+        completion = await client.complete(token_ids=list(range(20, 60)), max_tokens=4, ignore_eos=True)
+        assert len(completion.outputs[0].tokens) == 4
+        phases = completion.finished.phases
+        assert phases.transfer_bytes > 0
+        cluster = await client.cluster()
+        assert [worker.connected for worker in cluster.workers] == [True, True]
+
+
+async def check_plain_text_is_refused(found: dict[MemberRole, Member]) -> None:
+    for member in found.values():
+        channel = create_channel(member.address)
+        stub = session_pb2_grpc.ModelServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async for _ in stub.GetTokenizer(session_pb2.GetTokenizerRequest(fingerprint="x"), timeout=TIMEOUT_S):
+                pass
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        await channel.close()
+
+
+async def check_metrics(composed: Composed) -> None:
+    """Prometheus' certificate is asked for by workers, not by the port for users of this machine."""
+    own = composed.secrets / "metrics"
+    context = ssl.create_default_context(cafile=str(own / "ca.pem"))
+    stranger = ssl.create_default_context(cafile=str(own / "ca.pem"))
+    context.load_cert_chain(own / "certificate.pem", own / "certificate.key")
+    async with aiohttp.ClientSession() as session:
+        for name in ("prefill", "decode"):
+            ready = composed.ready(name)
+            assert ready is not None
+            url, server = f"https://127.0.0.1:{ready['http_port']}/metrics", f"{name}.kvrelay.local"
+            async with session.get(url, ssl=stranger, server_hostname=server) as answer:
+                assert answer.status == 401
+            async with session.get(url, ssl=context, server_hostname=server) as answer:
+                assert answer.status == 200
+                assert "kvrelay_worker_kv_blocks" in await answer.text()
+        ready = composed.ready("gateway")
+        assert ready is not None
+        async with session.get(f"http://127.0.0.1:{ready['http_port']}/metrics") as answer:
+            assert answer.status == 200
