@@ -29,7 +29,7 @@ TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help install model demo test lint format protos sync-client lock reference benchmark-tables docs newcomer soak bench clean
+.PHONY: help install model demo test lint format protos sync-client lock pin-images reference benchmark-tables docs newcomer soak bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -88,6 +88,9 @@ protos: install ## generate kvrelay/v1 from protos/
 
 lock: install ## write the hashes of all pinned versions into requirements/ (asks the package index; needs uv)
 	@$(BIN)/python -m tools.lock_requirements
+
+pin-images: install ## pin images of others by digest (asks the registry; needs docker with buildx)
+	@$(BIN)/python -m tools.pin_images
 
 sync-client: install ## generate the blocking client from the asyncio one
 	@$(BIN)/python -m tools.generate_sync_client
