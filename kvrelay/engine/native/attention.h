@@ -44,7 +44,7 @@ typedef struct {
 } attention_call;
 
 // Most rows of a tile: tokens times the query heads that share a key.
-enum { TILE_ROWS = 48 };
+enum { TILE_ROWS = 96 };
 
 // ------------------------------------------------------------ shared by the attention_*.c files
 

@@ -23,7 +23,7 @@ from kvrelay.runtime.cache_folder import is_own
 
 PANEL = 16  # output columns stored and computed together
 GROUP = 64  # int8: inputs that share a scale
-TILE_ROWS = 48  # most rows of an attention tile: tokens times query heads that share a key
+TILE_ROWS = 96  # most rows of an attention tile: tokens times query heads that share a key
 MATRIX_F32, MATRIX_INT8 = 0, 1
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
