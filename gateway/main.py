@@ -26,6 +26,7 @@ from kvrelay.observability.metrics.security_metrics import security_samples
 from kvrelay.observability.tracing import create_tracing
 from kvrelay.process import set_up_process, stop_on_signals
 from kvrelay.runtime import event_loop
+from kvrelay.runtime.freed_memory import give_back_freed_memory
 from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
 from kvrelay.runtime.loop_delay import measuring_delay
 from kvrelay.runtime.watchdog import send_keepalives
@@ -50,6 +51,7 @@ def run(settings: GatewaySettings) -> None:
 
     Raises StartupError, which says what to change.
     """
+    give_back_freed_memory()
     set_up_process(settings.server, "gateway")
     keep_what_is_loaded()
     event_loop.run(serve(settings))
