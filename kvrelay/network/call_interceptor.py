@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 
 from kvrelay.core.trace_context import adopt
 from kvrelay.errors import InternalError, InvalidRequestError, KvrelayError
-from kvrelay.security.guard import CallGuard
-from kvrelay.security.principal import LOCAL, Principal, set_current_principal
+from kvrelay.security.guard import CallGuard, named_tenant
+from kvrelay.security.principal import LOCAL, Principal, current_principal, set_current_principal
 from kvrelay.wire.errors import DETAILS_METADATA_KEY, status_of
 
 Context = Any  # grpc.aio.ServicerContext, which is generic for type checkers only
@@ -96,8 +96,10 @@ class _GuardedCall:
     def _admitted(self, context: Context) -> Iterator[Principal]:
         metadata = context.invocation_metadata() or ()
         if self._guard is None:
+            if (tenant := named_tenant(metadata)) is not None:
+                set_current_principal(LOCAL.speaking_for(tenant))
             adopt(metadata)
-            yield LOCAL
+            yield current_principal()
             return
         principal = self._guard.check(self._method, metadata, context.auth_context(), context.peer())
         set_current_principal(principal)

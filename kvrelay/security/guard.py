@@ -5,21 +5,23 @@ It runs before anything else of a call. A call whose key is withdrawn ends with 
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvrelay.core.quoting import quoted
-from kvrelay.errors import AccessDeniedError, KvrelayError, UnauthenticatedError
+from kvrelay.errors import AccessDeniedError, InvalidRequestError, KvrelayError, UnauthenticatedError
 from kvrelay.security.method_rules import Rule, Rules
-from kvrelay.security.principal import ANONYMOUS, LOCAL, Principal, Role
+from kvrelay.security.principal import ANONYMOUS, LOCAL, MAX_TENANT_CHARACTERS, Principal, Role
 
 AUTHORIZATION = "authorization"
 SCHEME = "bearer"
 MAX_BEARER_CHARACTERS = 8192
+TENANT = "kvrelay-tenant-bin"
+"""Names in UTF-8 for which tenant a front calls."""
 
-Metadata = Iterable[tuple[str, str | bytes]]
+Metadata = Collection[tuple[str, str | bytes]]
 AuthContext = Mapping[str, Iterable[bytes]]
 PeerRoles = Callable[[AuthContext], frozenset[Role]]
 OnRefused = Callable[[str, str, KvrelayError], None]
@@ -85,6 +87,7 @@ class Guard:
             principal = LOCAL if self._is_local(auth_context) else self._identify(metadata, auth_context)
             who = principal.key_id
             self.check_expiry(principal)
+            principal = self._for_tenant(principal, named_tenant(metadata))
             _check_roles(principal, method, rule)
         except KvrelayError as refusal:
             self._on_refused(who, method, refusal)
@@ -134,17 +137,44 @@ class Guard:
         token = bearer_of(metadata)
         roles = self._peer_roles(auth_context)
         certified = _certified(roles) if roles else None
+        if certified is not None and (token is None or not self._verifiers):
+            return certified  # a process that takes no keys looks at none
         if token is None:
-            if certified is None:
-                raise UnauthenticatedError(
-                    "the call has no credentials; send an API key as `authorization: Bearer KEY`, "
-                    "with the Python client as Client(api_key=...)"
-                )
-            return certified
+            raise UnauthenticatedError(
+                "the call has no credentials; send an API key as `authorization: Bearer KEY`, "
+                "with the Python client as Client(api_key=...)"
+            )
         known = next((found for each in self._verifiers if (found := each.identify(token)) is not None), None)
         if known is None:
             raise UnauthenticatedError("the key or token is not known here; ask the operator of the cluster for one")
         return known if certified is None else replace(known, roles=known.roles | certified.roles)
+
+    def _for_tenant(self, principal: Principal, tenant: str | None) -> Principal:
+        """Where clients have no keys, a front may name any tenant."""
+        if tenant is None or tenant == principal.tenant:
+            return principal
+        decides = Role.FRONT in principal.roles and not self._verifiers
+        if not (decides or principal.may_name_any_tenant or tenant in principal.front_tenants):
+            raise AccessDeniedError(
+                f"the caller's credential may not speak for tenant {quoted(tenant)}; send the key of one of its "
+                "clients, or list it under `tenants` of the front's key"
+            )
+        return principal.speaking_for(tenant)
+
+
+def named_tenant(metadata: Metadata) -> str | None:
+    """Raises InvalidRequestError."""
+    values = [value for key, value in metadata if key.lower() == TENANT]
+    if not values:
+        return None
+    try:
+        tenant = values[0].decode() if len(values) == 1 and isinstance(values[0], bytes) else ""
+    except UnicodeDecodeError:
+        tenant = ""
+    if not 0 < len(tenant) <= MAX_TENANT_CHARACTERS:
+        problem = f"names no tenant; send it once, in UTF-8, with at most {MAX_TENANT_CHARACTERS} characters"
+        raise InvalidRequestError(TENANT, problem)
+    return tenant
 
 
 def bearer_of(metadata: Metadata) -> str | None:

@@ -1,8 +1,9 @@
 """Who makes a call, as the guard of the server found out."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Self
 
 MAX_TENANT_CHARACTERS = 128
 
@@ -74,6 +75,12 @@ class Principal:
     def may_see(self, tenant: str) -> bool:
         """Whether requests of this tenant exist for the caller."""
         return self.sees_all_tenants or self.tenant == tenant or tenant in self.front_tenants
+
+    def speaking_for(self, tenant: str) -> Self:
+        """Loses all other rights."""
+        roles = self.roles & {Role.CLIENT, Role.FRONT}
+        key_id = f"{self.key_id}/{tenant}"
+        return replace(self, roles=roles, tenant=tenant, key_id=key_id, front_tenants=frozenset())
 
 
 LOCAL = Principal(frozenset(Role), None, "local")

@@ -11,7 +11,7 @@ import pytest
 
 from kvrelay.errors import AccessDeniedError, InvalidRequestError, UnauthenticatedError
 from kvrelay.network import rpc
-from kvrelay.security.guard import Guard
+from kvrelay.security.guard import TENANT, Guard
 from kvrelay.security.method_rules import Rule
 from kvrelay.security.principal import LOCAL, Principal, Role, current_principal
 from kvrelay.v1 import inference_pb2 as pb
@@ -102,6 +102,18 @@ async def test_without_a_guard_every_caller_is_local() -> None:
     async for channel in _serve(service, None):
         await inference_pb2_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest())
     assert service.principals == [LOCAL]
+
+
+async def test_without_a_guard_a_caller_may_speak_for_one_tenant() -> None:
+    service = Service()  # type: ignore[abstract]
+    async for channel in _serve(service, None):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        await stub.ListModels(pb.ListModelsRequest(), metadata=((TENANT, b"alice"),))
+        await stub.ListModels(pb.ListModelsRequest())
+        call = stub.ListModels(pb.ListModelsRequest(), metadata=((TENANT, b""),))
+        assert isinstance(await failure_of(call), InvalidRequestError)
+    assert service.principals == [LOCAL.speaking_for("alice"), LOCAL]
+    assert not service.principals[0].may_see("bob")
 
 
 async def test_handlers_see_the_principal(server: Server, channel: grpc.aio.Channel) -> None:

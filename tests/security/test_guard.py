@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from kvrelay.errors import AccessDeniedError, UnauthenticatedError
-from kvrelay.security.guard import AuthContext, Guard, Metadata
+from kvrelay.errors import AccessDeniedError, InvalidRequestError, UnauthenticatedError
+from kvrelay.security.guard import TENANT, AuthContext, Guard, Metadata
 from kvrelay.security.method_rules import OPEN, Rule
 from kvrelay.security.principal import Principal, Role
 
@@ -114,6 +114,70 @@ def test_a_key_beside_a_certificate_adds_roles_and_names_the_tenant() -> None:
     assert (both.roles, both.tenant) == (frozenset({Role.CLIENT, Role.FRONT}), "alice")
     with pytest.raises(UnauthenticatedError):
         check(guard_of(), "/x.Y/Gateways", "Bearer bad", certificate=("gateway",))
+
+
+FRONTS = {"/x.Y/Fronts": Rule(frozenset({Role.FRONT})), "/x.Y/Operators": Rule(frozenset({Role.OPERATOR}))}
+
+
+def named(
+    guard: Guard, *tenants: str | bytes, token: str | None = None, certificate: tuple[str, ...] = ()
+) -> Principal:
+    metadata: list[tuple[str, str | bytes]] = [(TENANT, tenant) for tenant in tenants]
+    if token is not None:
+        metadata.append(("authorization", f"Bearer {token}"))
+    auth_context = {"roles": [role.encode() for role in certificate]}
+    return guard.check("/x.Y/Fronts", metadata, auth_context, "")
+
+
+def test_a_front_speaks_for_the_tenants_of_its_key_and_for_no_other() -> None:
+    front = Principal(frozenset({Role.FRONT}), "own", "front-1", front_tenants=frozenset({"al", "b\u00f6b"}), proof="f")
+    guard = Guard(FRONTS, [Tokens({"key": front})], roles_of)
+    assert named(guard, b"own", token="key") == named(guard, token="key") == front
+    for tenant in ("al", "b\u00f6b"):
+        speaking = named(guard, tenant.encode(), token="key")
+        assert (speaking.tenant, speaking.key_id, speaking.proof) == (tenant, f"front-1/{tenant}", "f")
+        assert not speaking.may_see("own")
+        assert not speaking.may_see("b\u00f6b" if tenant == "al" else "al")
+    with pytest.raises(AccessDeniedError, match="may not speak for"):
+        named(guard, b"mallory", token="key")
+
+
+def test_a_front_with_a_certificate_names_tenants_where_clients_have_no_keys() -> None:
+    front = named(Guard(FRONTS, (), roles_of), b"alice", certificate=("front",))
+    assert (front.tenant, front.may_see("alice"), front.may_see("")) == ("alice", True, False)
+    with pytest.raises(AccessDeniedError):
+        named(Guard(FRONTS, [Tokens({"key": ALICE})], roles_of), b"alice", certificate=("front",))
+
+
+def test_a_clients_key_beside_a_fronts_certificate_is_for_its_own_tenant_only() -> None:
+    guard = Guard(FRONTS, [Tokens({"key": ALICE})], roles_of)
+    assert named(guard, b"alice", token="key", certificate=("front",)).key_id == "alice-1"
+    with pytest.raises(AccessDeniedError):
+        named(guard, b"bob", token="key", certificate=("front",))
+
+
+def test_who_speaks_for_a_tenant_has_no_other_rights() -> None:
+    any_tenant = Principal(frozenset(Role), None, "all", proof="all")
+    guard = Guard(FRONTS, [Tokens({"key": any_tenant})], roles_of)
+    speaking = named(guard, b"alice", token="key")
+    assert speaking.roles == {Role.CLIENT, Role.FRONT}
+    assert not speaking.sees_all_tenants
+    with pytest.raises(AccessDeniedError):
+        guard.check("/x.Y/Operators", [(TENANT, b"alice"), ("authorization", "Bearer key")], {}, "")
+
+
+@pytest.mark.parametrize("tenants", [(b"",), (b"\xff",), (b"a", b"b"), ("text",), (b"x" * 129,)])
+def test_metadata_that_names_no_tenant_is_refused(tenants: tuple[str | bytes, ...]) -> None:
+    any_tenant = Principal(frozenset(Role), None, "all", proof="all")
+    with pytest.raises(InvalidRequestError, match=TENANT):
+        named(Guard(FRONTS, [Tokens({"key": any_tenant})], roles_of), *tenants, token="key")
+
+
+def test_a_process_that_takes_no_keys_looks_at_none() -> None:
+    guard = Guard(FRONTS, (), roles_of)
+    assert named(guard, token="a-clients-key", certificate=("front",)).key_id == "certificate:front"
+    with pytest.raises(UnauthenticatedError):
+        named(guard, token="a-clients-key")
 
 
 def test_an_expired_key_begins_nothing_new() -> None:
