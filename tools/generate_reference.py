@@ -167,6 +167,19 @@ A certificate of `--tls-ca` proves every role but `client`, which needs a tenant
 token. A call with both has the roles of both. A front with a certificate alone speaks for the tenant
 without a name.
 
+## Fronts
+
+A front hands its client's key or token on, so the gateway itself finds the tenant and the limits. In
+the metadata `kvrelay-tenant-bin`, in UTF-8, it also names the tenant. The call then has the rights of
+a client of that tenant alone, and what it takes counts for the front and this tenant. A front may name
+
+- the tenant of the key that it sends along, and those under `tenants` of its own key;
+- any, with a certificate, where the gateway takes no keys and tokens;
+- any, with the cluster's key, or where callers need no credentials.
+
+A front's own gRPC port is on loopback and takes only smg behind it: a request by its id, which the
+front drew for the HTTP request, and all else from the front's user.
+
 ## HTTP
 
 The HTTP port takes keys and tokens as `Authorization: Bearer KEY`. A browser asks for a name and a
@@ -183,7 +196,12 @@ key. At most 1,000 lines a second are written; the number of those left out beco
 is moved away, as logrotate does, is begun anew with the next line, or at SIGHUP.
 """
 
-_ROLES_OF_PROCESSES = {Role.GATEWAY: "a gateway", Role.PREFILL: "a prefill worker", Role.DECODE: "a decode worker"}
+_ROLES_OF_PROCESSES = {
+    Role.GATEWAY: "a gateway",
+    Role.PREFILL: "a prefill worker",
+    Role.DECODE: "a decode worker",
+    Role.FRONT: "a front",
+}
 
 
 def roles_page() -> str:

@@ -25,7 +25,7 @@ def call_metadata(api_key: str, addresses: Iterable[str], *, uses_proxy: bool, i
     if uses_proxy and not is_encrypted:
         raise AddressError("the API key would go to a proxy in plain text: connect with TLS, or without the proxy")
     for address in addresses:
-        if not is_encrypted and not _stays_on_this_machine(address):
+        if not is_encrypted and not stays_on_this_machine(address):
             raise AddressError(
                 f"the API key would go to {quoted(address)} in plain text: connect with TLS, "
                 "or through a tunnel that begins on this machine"
@@ -58,7 +58,7 @@ class _StubWithMetadata:
         return functools.partial(getattr(self._stub, name), metadata=self._metadata)
 
 
-def _stays_on_this_machine(address: str) -> bool:
+def stays_on_this_machine(address: str) -> bool:
     """Asks no resolver, whose answer may change."""
     if address.startswith(_LOCAL_TARGETS):
         return True

@@ -274,11 +274,14 @@ class LocalCluster:
         host = self.gateway.server.host
         port = self._hold_port(host, settings.port, "--openai-port")
         self.openai_address = address_here(host, port)
-        changes = {"host": host, "port": port, "gateway": ",".join(self.gateway_addresses)}
-        environment = {"PYTHONUNBUFFERED": "1", **environment_for(settings.model_copy(update=changes))}
+        changes = {"host": host, "port": port, "gateway": ",".join(self._asked_addresses)}
+        settings = with_certificates(settings.model_copy(update=changes), self.tls_folder, "front")
+        if self.gateway.security.takes_keys:
+            settings = with_cluster_key(settings, self._cluster_key)
+        environment = {"PYTHONUNBUFFERED": "1", **environment_for(settings)}
         process = await self._start_process(OPENAI_NAME, "openai", environment)
         self._members[OPENAI_NAME] = _Member(OPENAI_NAME, "openai", environment, process)
-        ready = asyncio.create_task(readiness.wait_for_front(self.openai_address))
+        ready = asyncio.create_task(readiness.wait_for_front(self.openai_address, settings.security.tls_ca))
         ended = asyncio.create_task(process.wait())
         done, waiting = await asyncio.wait(
             [ready, ended], timeout=self.startup_timeout_s, return_when=asyncio.FIRST_COMPLETED

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from kvrelay.client import TLS
 from kvrelay.config.security_settings import SecuritySettings
-from kvrelay.config.settings import DecodeSettings, GatewaySettings, PrefillSettings
+from kvrelay.config.settings import DecodeSettings, GatewaySettings, OpenAISettings, PrefillSettings
 from kvrelay.core.member import MemberRole
 from kvrelay.runtime.cpu_cores import default_core_sharing_file, divide_cores, format_cores, processor_share
 from kvrelay.security.cluster_key import ClusterKey, ClusterKeyFile
@@ -14,6 +14,7 @@ from kvrelay.security.role_names import server_name
 
 SettingsT = TypeVar("SettingsT", GatewaySettings, PrefillSettings, DecodeSettings)
 WorkerSettingsT = TypeVar("WorkerSettingsT", PrefillSettings, DecodeSettings)
+SecuredT = TypeVar("SecuredT", GatewaySettings, PrefillSettings, DecodeSettings, OpenAISettings)
 
 
 def with_cores(settings: WorkerSettingsT, num_workers: int, number: int) -> WorkerSettingsT:
@@ -34,7 +35,7 @@ def with_server(settings: SettingsT, **changes: object) -> SettingsT:
     return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
 
 
-def with_certificates(settings: SettingsT, folder: str | None, role: str) -> SettingsT:
+def with_certificates(settings: SecuredT, folder: str | None, role: str) -> SecuredT:
     if folder is None:
         return settings
     files = {"tls_cert": f"{role}.pem", "tls_key": f"{role}.key", "tls_ca": "ca.pem"}
@@ -42,7 +43,7 @@ def with_certificates(settings: SettingsT, folder: str | None, role: str) -> Set
     return settings.model_copy(update={"security": settings.security.model_copy(update=changes)})
 
 
-def with_cluster_key(settings: SettingsT, key: ClusterKeyFile | None) -> SettingsT:
+def with_cluster_key(settings: SecuredT, key: ClusterKeyFile | None) -> SecuredT:
     security = settings.security
     path = None if key is None else key.path
     if path is None or security.tls_ca is not None or security.cluster_key_file is not None:

@@ -358,6 +358,9 @@ class OpenAISettings(OpenAIAccessSettings):
         min_length=1,
         description="host:port of the gateway; several, separated by commas.",
     )
+    gateway_key_file: str | None = Field(
+        default=None, description="File with the front's own key, of role front, for gateways that take keys."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe level that is logged."
     )

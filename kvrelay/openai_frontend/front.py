@@ -16,11 +16,13 @@ import aiohttp
 import structlog
 from aiohttp import web
 
-from kvrelay.errors import AccessDeniedError, UnauthenticatedError
+from kvrelay.errors import AccessDeniedError, OverloadedError, UnauthenticatedError
+from kvrelay.openai_frontend.open_requests import FRONT_ITSELF, Client, OpenRequests
 from kvrelay.openai_frontend.readiness import has_model
 from kvrelay.openai_frontend.request_fields import Body, RefusedFieldError, check_fields
+from kvrelay.openai_frontend.shared_bound import SharedBound
 from kvrelay.openai_frontend.token_bytes import mend_entries
-from kvrelay.security.guard import CallGuard
+from kvrelay.security.guard import CallGuard, bearer_of
 from kvrelay.security.method_rules import OPENAI_ROUTES
 from kvrelay.security.role_names import auth_context_of
 
@@ -45,7 +47,7 @@ class OpenAIFront:
     Args:
         upstream: smg's URL, without a path.
         keys: clients must send one of them, if there are any.
-        guard: knows further keys.
+        guard: knows further keys, and whose they are.
     """
 
     def __init__(
@@ -56,14 +58,15 @@ class OpenAIFront:
         max_body_bytes: int,
         guard: CallGuard | None = None,
     ) -> None:
+        self.requests = OpenRequests()
         self._upstream = upstream
         self._keys = [key.encode() for key in keys]
         self._headers = {"Authorization": f"Bearer {upstream_key}", "Accept-Encoding": "identity"}
         self._session: aiohttp.ClientSession | None = None
         self._guard = guard
         self._max_body_bytes = max_body_bytes
-        self._num_requests = 0
-        self._num_unread_bytes = 0
+        self._places = SharedBound()
+        self._unread_bytes = SharedBound()
 
     def application(self) -> web.Application:
         """Opens and closes the connections to smg."""
@@ -98,43 +101,44 @@ class OpenAIFront:
         return self._session
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        async with self._authorized(request), self._place():
-            body = await self._read_body(request) if request.method == "POST" else None
-            endpoint = request.path.removeprefix("/v1/")
+        endpoint = request.path.removeprefix("/v1/")
+        async with self._authorized(request) as client, self._place(client):
+            body = await self._read_body(request, client) if request.method == "POST" else None
             if body is not None:
                 body = check_fields(endpoint, body)
-            data = None if body is None else json.dumps(body)
-            headers = {**self._headers, "Content-Type": "application/json"}
-            async with self._connected.request(
-                request.method, self._upstream + request.path_qs, data=data, headers=headers
-            ) as answer:
-                mends = bool(body and body.get("logprobs")) and answer.status == 200
-                if answer.content_type == "text/event-stream":
-                    return await _stream(request, answer, mends)
-                return await _whole(answer, mends)
+            with self.requests.of(client, endpoint) as request_id:
+                return await self._ask_smg(request, body, request_id)
 
-    async def _read_body(self, request: web.Request) -> Body:
+    async def _ask_smg(self, request: web.Request, body: Body | None, request_id: str) -> web.StreamResponse:
+        data = None if body is None else json.dumps(body)
+        headers = {**self._headers, "Content-Type": "application/json", "X-Request-Id": request_id}
+        async with self._connected.request(
+            request.method, self._upstream + request.path_qs, data=data, headers=headers
+        ) as answer:
+            mends = bool(body and body.get("logprobs")) and answer.status == 200
+            if answer.content_type == "text/event-stream":
+                return await _stream(request, answer, mends)
+            return await _whole(answer, mends)
+
+    async def _read_body(self, request: web.Request, client: Client) -> Body:
         """Refuses long bodies by their announced length, before reading."""
         length = self._max_body_bytes if request.content_length is None else request.content_length
         if length > self._max_body_bytes:
             raise web.HTTPRequestEntityTooLarge(self._max_body_bytes, length)
-        if self._num_unread_bytes + length > MAX_UNREAD_BODY_BYTES:
-            raise _error(429, "too many bodies are being read; try again later", "rate_limit_exceeded")
-        self._num_unread_bytes += length
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                return _parsed(await request.read())
-        except TimeoutError:
-            raise _error(408, f"the body did not come within {BODY_TIMEOUT_S:g} s", "request_timeout") from None
-        finally:
-            self._num_unread_bytes -= length
+        full = "too many bodies are being read, or too many of yours; try again later"
+        with self._unread_bytes.taking(length, client.tenant, MAX_UNREAD_BODY_BYTES, full):
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    return _parsed(await request.read())
+            except TimeoutError:
+                raise _error(408, f"the body did not come within {BODY_TIMEOUT_S:g} s", "request_timeout") from None
 
     @asynccontextmanager
-    async def _authorized(self, request: web.Request) -> AsyncIterator[None]:
+    async def _authorized(self, request: web.Request) -> AsyncIterator[Client]:
         """Ends the block when the key is withdrawn."""
         is_open = not self._keys and self._guard is None
         if is_open or self._has_static_key(request):
-            yield
+            yield FRONT_ITSELF
             return
         if self._guard is None:
             raise _wrong_key()
@@ -145,7 +149,7 @@ class OpenAIFront:
             certificate = auth_context_of(request.get_extra_info("peercert"))
             principal = self._guard.check(route, metadata, certificate, request.remote or "")
             with self._guard.following(principal):
-                yield
+                yield Client(principal.tenant, bearer_of(metadata))
         except UnauthenticatedError:
             raise _wrong_key() from None
         except AccessDeniedError as refusal:
@@ -158,14 +162,10 @@ class OpenAIFront:
         return sum(hmac.compare_digest(given, known) for known in self._keys) > 0
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        if self._num_requests >= MAX_REQUESTS:
-            raise _error(429, f"{MAX_REQUESTS} requests are in progress; try again later", "rate_limit_exceeded")
-        self._num_requests += 1
-        try:
+    async def _place(self, client: Client) -> AsyncIterator[None]:
+        full = f"{MAX_REQUESTS} requests are in progress, or half as many of yours; try again later"
+        with self._places.taking(1, client.tenant, MAX_REQUESTS, full):
             yield
-        finally:
-            self._num_requests -= 1
 
 
 def _wrong_key() -> "_OpenAIError":
@@ -248,6 +248,8 @@ async def _errors_as_openai_has_them(request: web.Request, handler: Any) -> web.
         return _response(_error(400, str(refused), "invalid_value", param=refused.name))
     except _OpenAIError as error:
         return _response(error)
+    except OverloadedError as full:
+        return _response(_error(429, full.message, "rate_limit_exceeded"))
     except web.HTTPNotFound:
         message = f"{request.path[:200]} is not served here; see the OpenAI part of docs/guides/clients.md"
         return _response(_error(404, message, "unknown_url"))

@@ -12,6 +12,7 @@ import structlog
 from aiohttp import web
 
 from kvrelay.client.addresses import Addresses
+from kvrelay.client.api_keys import read_api_key
 from kvrelay.config.settings import OpenAISettings
 from kvrelay.errors import ConfigError, StartupError
 from kvrelay.network.host_port import join_host_port
@@ -21,6 +22,8 @@ from kvrelay.network.listening import bind_sockets, check_port, is_loopback
 from kvrelay.observability.logging import configure_logging
 from kvrelay.openai_frontend import smg
 from kvrelay.openai_frontend.front import OpenAIFront
+from kvrelay.openai_frontend.gateway_channel import GatewayChannel
+from kvrelay.openai_frontend.relay import running_relays
 from kvrelay.openai_frontend.smg_arguments import parse_arguments
 from kvrelay.runtime import event_loop
 from kvrelay.runtime.child_process import ChildProcess
@@ -41,27 +44,27 @@ def run(settings: OpenAISettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     configure_logging(settings.log_level, settings.log_format, role="openai")
     smg.check_installed()
-    event_loop.run(_serve(settings))
+    event_loop.run(serve(settings))
 
 
-async def _serve(settings: OpenAISettings) -> None:
+async def serve(settings: OpenAISettings, stop: asyncio.Event | None = None) -> None:
     keys = keys_of(settings.openai_api_key)
     check_host(settings, keys)
-    arguments = parse_arguments(settings.openai_args)
+    arguments = parse_arguments(settings.openai_args, has_tenants=has_keys_file(settings))
     upstream_key = secrets.token_hex(32)
     ports = smg.SmgPorts(check_port(LOOPBACK, 0, "a port for smg"), check_port(LOOPBACK, 0, "a port for its metrics"))
     max_body_bytes = settings.openai_max_body_kib * 1024
     security = ProcessSecurity.of(settings.security, Role.FRONT)
     guard = security.http_guard if has_keys_file(settings) else None
     front = OpenAIFront(f"http://{LOOPBACK}:{ports.api}", keys, upstream_key, max_body_bytes, guard)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    command = smg.command(ports, Addresses(settings.gateway).all, max_body_bytes, arguments)
+    stop = stop or _stop_on_signals()
     async with (
-        _listening(front, settings, security.https_context()) as bound_port,
-        _running(command, upstream_key) as child,
         security.watching(),
+        _listening(front, settings, security.https_context()) as bound_port,
+        running_relays(gateways_of(settings, security), front.requests) as relays,
+        _running(
+            smg.command(ports, relays or Addresses(settings.gateway).all, max_body_bytes, arguments), upstream_key
+        ) as child,
     ):
         ended = asyncio.create_task(child.wait(), name="end of smg")
         stopped = asyncio.create_task(stop.wait(), name="stop")
@@ -73,6 +76,13 @@ async def _serve(settings: OpenAISettings) -> None:
             raise StartupError(
                 f"smg ended {describe_exit(child.exit_code or 0)}; its output:\n" + "\n".join(child.tail)
             )
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 @contextlib.asynccontextmanager
@@ -106,6 +116,22 @@ async def _say_when_ready(front: OpenAIFront, settings: OpenAISettings, port: in
     while not await front.is_ready():  # noqa: ASYNC110  # another process
         await asyncio.sleep(_POLL_INTERVAL_S)
     _log.info("ready", address=join_host_port(settings.host, port), gateway=settings.gateway)
+
+
+def gateways_of(settings: OpenAISettings, security: ProcessSecurity) -> list[GatewayChannel]:
+    """Empty where smg can ask them itself."""
+    key = None if settings.gateway_key_file is None else read_api_key(settings.gateway_key_file)
+    if key is None and not has_keys_file(settings) and security.towards(Role.GATEWAY) is None:
+        return []
+    gateways = [GatewayChannel(address, security.towards, key) for address in Addresses(settings.gateway).all]
+    for gateway in gateways:
+        if has_keys_file(settings) and not gateway.hands_keys_on:
+            _log.warning(
+                "the gateway gets clients' tenants and not their keys, because the way there is not encrypted: "
+                "give --tls-cert, --tls-key and --tls-ca if it takes keys",
+                gateway=gateway.address,
+            )
+    return gateways
 
 
 def keys_of(text: str | None) -> list[str]:

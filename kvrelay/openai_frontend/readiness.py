@@ -1,6 +1,7 @@
 """Polls over HTTP whether smg, or the front before it, can answer. The caller bounds the wait."""
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 
 import aiohttp
@@ -27,9 +28,13 @@ async def wait_for_smg(address: str) -> None:
             await asyncio.sleep(_POLL_INTERVAL_S)
 
 
-async def wait_for_front(address: str) -> None:
-    async with aiohttp.ClientSession() as session:
-        while not await _says_ready(session, f"http://{address}/readiness"):  # noqa: ASYNC110
+async def wait_for_front(address: str, ca: str | None = None) -> None:
+    """`ca` names the file with the CA of a front that speaks HTTPS."""
+    context = ssl.create_default_context(cafile=ca)
+    context.check_hostname = False  # the address may be one that its certificate does not name
+    scheme = "http" if ca is None else "https"
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+        while not await _says_ready(session, f"{scheme}://{address}/readiness"):  # noqa: ASYNC110
             await asyncio.sleep(_POLL_INTERVAL_S)
 
 

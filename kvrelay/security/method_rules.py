@@ -48,12 +48,15 @@ _VLLM_ENGINE = (
     | _service("vllm.grpc.engine.VllmEngine", _FRONTS, "FlushCache", "StartProfile", "StopProfile")
     | _service("vllm.grpc.engine.VllmEngine", _FRONTS, "SubscribeKvEvents")
 )
+# A front hands on the key of the client that asks. smg tells no more of a client.
+_VLLM_ENGINE_OF_CLIENTS = _service("vllm.grpc.engine.VllmEngine", _CLIENTS, "Generate", "Abort", "Embed")
 _EVERY_WORKER = _EVERY_PROCESS | _VLLM_ENGINE | _service("kvrelay.v1.ModelService", _GATEWAYS, "GetTokenizer")
 
 GRPC_RULES: Mapping[Role, Rules] = {
     Role.GATEWAY: _EVERY_PROCESS
     | _REFLECTION
     | _VLLM_ENGINE
+    | _VLLM_ENGINE_OF_CLIENTS
     | _service(_INFERENCE, _CLIENTS, "Generate", "Converse", "GetRequest", "ListRequests")
     | _service(_INFERENCE, _CLIENTS, "Tokenize", "Detokenize", "ListModels")
     | _service(_INFERENCE, _CLIENTS_AND_GATEWAYS, "Resume", "CancelRequest", "GetTimeline")
@@ -67,6 +70,9 @@ GRPC_RULES: Mapping[Role, Rules] = {
     Role.DECODE: _EVERY_WORKER
     | _service("kvrelay.v1.DecodeService", _GATEWAYS, "Session")
     | _service("kvrelay.v1.KVTransferService", Rule(frozenset({Role.PREFILL})), "Push", "OfferSharedMemory"),
+    # What a front passes on to gateways. Only smg behind it may ask: openai_frontend/relay.py.
+    Role.FRONT: _service("vllm.grpc.engine.VllmEngine", _FRONTS, "Generate", "Abort", "Embed", "HealthCheck")
+    | _service("vllm.grpc.engine.VllmEngine", _FRONTS, "GetModelInfo", "GetServerInfo", "GetLoads", "GetTokenizer"),
 }
 """By the role of the process that is called."""
 
@@ -90,7 +96,8 @@ HTTP_RULES: Mapping[Role, Rules] = {
     },
     Role.FRONT: {
         f"{method} /v1/{path}": Rule(frozenset({Role.CLIENT, Role.OPERATOR})) for method, path in OPENAI_ROUTES
-    },
+    }
+    | {"GET /health": OPEN, "GET /readiness": OPEN},
     Role.PREFILL: _HTTP_OF_EVERY_PROCESS,
     Role.DECODE: _HTTP_OF_EVERY_PROCESS,
 }

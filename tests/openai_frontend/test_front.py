@@ -5,7 +5,7 @@ clients that hang up.
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.openai_frontend import front as front_module
 from kvrelay.openai_frontend.front import OpenAIFront
+from kvrelay.openai_frontend.open_requests import FRONT_ITSELF, Client
 from kvrelay.security.keys import digest_of, new_key
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.testing.waiting import wait_until
 
 KEYS = ("first", "second")
 MAX_BODY_BYTES = 1_000_000
@@ -41,6 +43,11 @@ class FakeSmg:
     asked: list[tuple[str, str]] = field(default_factory=list)
     bodies: list[Any] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    clients: list[Client | None] = field(default_factory=list)
+    """Whose requests they are, as the relay finds it."""
+    client_of: Callable[[str], Client | None] = lambda request_id: None
+    url: str = ""
     holding: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     ready: bool = True
@@ -48,6 +55,8 @@ class FakeSmg:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.method, request.path_qs))
         self.keys.append(request.headers.get("Authorization"))
+        self.request_ids.append(request.headers.get("X-Request-Id", ""))
+        self.clients.append(self.client_of(self.request_ids[-1] + "-0198f"))
         if request.path in ("/v1/models", "/v1/tokenizers"):
             return web.json_response({"data": [1] * self.ready, "tokenizers": [1] * self.ready})
         if request.method != "POST":
@@ -89,7 +98,8 @@ async def both() -> AsyncIterator[Both]:
     upstream.router.add_route("*", "/{path:.*}", smg.answer)
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(TestServer(upstream, handler_cancellation=True))
-        front = OpenAIFront(str(server.make_url("")).rstrip("/"), KEYS, "inner", MAX_BODY_BYTES)
+        smg.url = str(server.make_url("")).rstrip("/")
+        front = OpenAIFront(smg.url, KEYS, "inner", MAX_BODY_BYTES)
         client = await stack.enter_async_context(TestClient(TestServer(front.application(), handler_cancellation=True)))
         yield Both(smg, client)
 
@@ -247,14 +257,19 @@ async def test_the_session_to_smg_takes_no_proxy(both: Both, monkeypatch: pytest
     assert (await both.post("completions", {"prompt": "x"}))[0] == 200
 
 
+def front_with_keys(both: Both, folder: Path, keys: Mapping[str, str]) -> OpenAIFront:
+    """A front before the same smg, with keys of these roles, each of a tenant of its role's name."""
+    entries = [
+        f"{{id: {role}, sha256: {digest_of(key)}, tenant: {role}, roles: [{role}]}}" for role, key in keys.items()
+    ]
+    (folder / "keys.yaml").write_text(f"keys: [{', '.join(entries)}]")
+    security = ProcessSecurity.of(SecuritySettings(keys_file=f"{folder}/keys.yaml"), Role.FRONT)
+    return OpenAIFront(both.smg.url, ("static",), "inner", MAX_BODY_BYTES, security.http_guard)
+
+
 async def test_keys_of_the_keys_file_open_too_and_only_for_clients(both: Both, tmp_path: Path) -> None:
     client_key, metrics_key = new_key(), new_key()
-    entry = "{{id: {0}, sha256: {1}, tenant: t, roles: [{0}]}}"
-    entries = [entry.format(role, digest_of(key)) for role, key in (("client", client_key), ("metrics", metrics_key))]
-    (tmp_path / "keys.yaml").write_text(f"keys: [{', '.join(entries)}]")
-    security = ProcessSecurity.of(SecuritySettings(keys_file=f"{tmp_path}/keys.yaml"), Role.FRONT)
-    upstream = str(both.client.make_url("")).rstrip("/")
-    front = OpenAIFront(upstream, ("static",), KEYS[0], MAX_BODY_BYTES, security.http_guard)
+    front = front_with_keys(both, tmp_path, {"client": client_key, "metrics": metrics_key})
     async with TestClient(TestServer(front.application())) as client:
         statuses = {}
         for key in (client_key, metrics_key, "static", "guess", None):
@@ -262,3 +277,36 @@ async def test_keys_of_the_keys_file_open_too_and_only_for_clients(both: Both, t
             async with client.post("/v1/completions", json={"prompt": "x"}, headers=headers) as answer:
                 statuses[key] = answer.status
     assert statuses == {client_key: 200, metrics_key: 403, "static": 200, "guess": 401, None: 401}
+
+
+async def test_smg_gets_an_id_by_which_the_front_knows_the_client(both: Both, tmp_path: Path) -> None:
+    keys = {"client": new_key(), "operator": new_key()}
+    front = front_with_keys(both, tmp_path, keys)
+    both.smg.client_of = front.requests.client_of
+    async with TestClient(TestServer(front.application())) as client:
+        for key in (*keys.values(), "static"):
+            headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine"}
+            async with client.post("/v1/chat/completions", json=CHAT, headers=headers) as answer:
+                assert answer.status == 200
+    wanted = [Client(role, key) for role, key in keys.items()]
+    assert both.smg.clients == [*wanted, FRONT_ITSELF]
+    assert len({*both.smg.request_ids, "mine"}) == 4
+    assert [front.requests.client_of(request_id + "-0198f") for request_id in both.smg.request_ids] == [None] * 3
+
+
+async def test_one_tenant_gets_half_of_the_places(both: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "MAX_REQUESTS", 4)
+    keys = {"client": new_key(), "operator": new_key()}
+    front = front_with_keys(both, tmp_path, keys)
+    async with TestClient(TestServer(front.application(), handler_cancellation=True)) as client:
+        of_one = Both(both.smg, client)
+        first, second = ({"Authorization": f"Bearer {key}"} for key in keys.values())
+        asking = [
+            asyncio.create_task(of_one.post("completions", {"prompt": "x", "user": "hold"}, headers=first))
+            for _ in range(2)
+        ]
+        await wait_until(lambda: len(both.smg.bodies) == 2, "smg has both")
+        assert (await of_one.post("completions", {"prompt": "x"}, headers=first))[0] == 429
+        assert (await of_one.post("completions", {"prompt": "x"}, headers=second))[0] == 200
+        for task in asking:
+            task.cancel()

@@ -23,6 +23,13 @@ def test_no_guard_can_be_switched_off(name: str) -> None:
             parse_arguments(f"--policy random {argument} x")
 
 
+@pytest.mark.parametrize("argument", ["--history-backend", "--history-backend=memory", "--history-b"])
+def test_smg_keeps_no_answers_where_clients_have_tenants(argument: str) -> None:
+    assert parse_arguments(f"{argument} memory")
+    with pytest.raises(ConfigError, match="read each other's answers"):
+        parse_arguments(f"{argument} memory", has_tenants=True)
+
+
 def test_a_text_that_no_shell_would_take_is_refused() -> None:
     with pytest.raises(ConfigError, match="quote it"):
         parse_arguments("--policy 'random")

@@ -75,6 +75,7 @@ PURE_MODULES = {
     "kvrelay.kv_cache.prefix_hash",
     "kvrelay.core.member",
     "kvrelay.openai_frontend.request_fields",
+    "kvrelay.openai_frontend.shared_bound",
     "kvrelay.openai_frontend.smg_arguments",
     "kvrelay.openai_frontend.token_bytes",
     "kvrelay.core.request_state",

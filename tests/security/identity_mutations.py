@@ -8,6 +8,8 @@ from tests.support.mutations import Mutation, run_mutations
 
 INTERCEPTOR_TESTS = "tests/network/test_call_interceptor.py"
 GUARD_TESTS = "tests/security/test_guard.py"
+RELAY = "kvrelay/openai_frontend/relay.py"
+RELAY_TESTS = "tests/openai_frontend/test_relay.py"
 
 ROGUE_TESTS = "tests/security/test_rogue_registered_workers.py"
 
@@ -121,7 +123,7 @@ MUTATIONS = (
     Mutation(
         "a key goes over a network in plain text",
         "kvrelay/client/api_keys.py",
-        "if not is_encrypted and not _stays_on_this_machine(address):",
+        "if not is_encrypted and not stays_on_this_machine(address):",
         "if False:",
         "tests/client/test_api_keys.py::test_a_key_goes_nowhere_else_in_plain_text",
     ),
@@ -131,6 +133,48 @@ MUTATIONS = (
         "            self._audit.record(",
         "            dict(",
         "tests/security/test_audit.py::test_refused_calls_and_reaches_for_others_requests_are_written",
+    ),
+    Mutation(
+        "a front speaks for any tenant",
+        "kvrelay/security/guard.py",
+        "if not (decides or principal.may_name_any_tenant or tenant in principal.front_tenants):",
+        "if False:",
+        f"{GUARD_TESTS}::test_a_front_speaks_for_the_tenants_of_its_key_and_for_no_other",
+    ),
+    Mutation(
+        "who speaks for a tenant keeps its other rights",
+        "kvrelay/security/principal.py",
+        "roles = self.roles & {Role.CLIENT, Role.FRONT}",
+        "roles = self.roles",
+        f"{GUARD_TESTS}::test_who_speaks_for_a_tenant_has_no_other_rights",
+    ),
+    Mutation(
+        "what the front did not ask for is passed on as its own",
+        RELAY,
+        "        if client is None:\n            raise",
+        "        if client is None:\n            return FRONT_ITSELF\n        if client is None:\n            raise",
+        f"{RELAY_TESTS}::test_an_id_that_the_front_did_not_make_reaches_no_gateway",
+    ),
+    Mutation(
+        "an id outlives its HTTP request",
+        "kvrelay/openai_frontend/open_requests.py",
+        "            del self._open[request_id]\n",
+        "            pass\n",
+        f"{RELAY_TESTS}::test_an_id_ends_with_its_http_request",
+    ),
+    Mutation(
+        "the front's port for smg takes every user",
+        RELAY,
+        "if method not in _BY_ID and not is_of_this_user(peer, self.port):",
+        "if False:",
+        f"{RELAY_TESTS}::test_the_port_answers_no_other_user",
+    ),
+    Mutation(
+        "clients' keys go over a network in plain text",
+        "kvrelay/openai_frontend/gateway_channel.py",
+        "self.hands_keys_on = is_encrypted or stays_on_this_machine(address)",
+        "self.hands_keys_on = True",
+        f"{RELAY_TESTS}::test_keys_cross_no_network_in_plain_text",
     ),
 )
 

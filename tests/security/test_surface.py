@@ -5,7 +5,9 @@ The processes are what `serve` of each builds. Only what the tables allow is ans
 
 import asyncio
 import contextlib
+import itertools
 import json
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +21,7 @@ import grpc
 import pytest
 import yaml
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 import decode_worker.main
 import gateway.main
@@ -28,9 +31,13 @@ from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import DecodeSettings, GatewaySettings, PrefillSettings, RequestSettings, ServerSettings
 from kvrelay.errors import AccessDeniedError, UnauthenticatedError
 from kvrelay.network.rpc import create_channel
+from kvrelay.openai_frontend.front import OpenAIFront
+from kvrelay.openai_frontend.gateway_channel import GatewayChannel
+from kvrelay.openai_frontend.open_requests import OpenRequests
+from kvrelay.openai_frontend.relay import Relay
 from kvrelay.security import certificates
 from kvrelay.security.certificates import CertificatePlan, new_authority
-from kvrelay.security.credentials import ChannelCredentials
+from kvrelay.security.credentials import ChannelCredentials, in_plain_text
 from kvrelay.security.keys import digest_of
 from kvrelay.security.method_rules import GRPC_RULES, HTTP_RULES
 from kvrelay.security.principal import Role
@@ -312,6 +319,35 @@ async def test_every_route_answers_the_roles_of_the_table_and_nobody_else(surfac
     assert wrong == []
 
 
+async def test_every_method_of_a_fronts_relay_has_a_rule_and_every_rule_a_method(tmp_path: Path) -> None:
+    """tests/openai_frontend/test_relay.py says who gets in: smg alone."""
+    surface = Surface(Role.FRONT, tmp_path)
+    with recorded(surface):
+        relay = Relay(GatewayChannel("127.0.0.1:9", in_plain_text, None), OpenRequests())
+    assert surface.methods == set(GRPC_RULES[Role.FRONT])
+    await relay.stop()
+
+
+async def test_every_route_of_a_front_answers_the_roles_of_the_table_and_nobody_else(tmp_path: Path) -> None:
+    surface = Surface(Role.FRONT, tmp_path)
+    security = SecuritySettings(keys_file=write_credentials(tmp_path).keys_file)
+    guard = ProcessSecurity.of(security, Role.FRONT).http_guard
+    front = OpenAIFront("http://127.0.0.1:9", (), "inner", 1000, guard)  # the discard port: no smg
+    callers = [(caller, frozenset[Role]()) for caller in strangers()]
+    callers += [(Caller(role, role.value), frozenset({role})) for role in KEY_ROLES]
+    wrong = []
+    with recorded(surface):
+        async with TestServer(front.application()) as server, aiohttp.ClientSession(server.make_url("/")) as session:
+            assert surface.routes == set(HTTP_RULES[Role.FRONT])
+            for route, (caller, roles) in itertools.product(sorted(surface.routes), callers):
+                rule = HTTP_RULES[Role.FRONT][route]
+                wanted = "let in" if rule.is_open or roles & rule.roles else "denied" if roles else "unknown"
+                given = await answer_of_route(session, route, caller.headers)
+                if given != wanted:
+                    wrong.append(f"{route}, {caller.name}: {given}, not {wanted}")
+    assert wrong == []
+
+
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE], ids=str)
 async def test_a_worker_with_keys_and_tokens_alone_guards_its_routes_by_them(role: Role, tmp_path: Path) -> None:
     jwks = written(tmp_path / "jwks.json", json.dumps(KEY_SET))
@@ -370,5 +406,5 @@ async def session_of(surface: Surface, caller: Caller) -> AsyncIterator[aiohttp.
 
 async def answer_of_route(session: aiohttp.ClientSession, route: str, headers: dict[str, str]) -> str:
     method, _, path = route.partition(" ")
-    async with session.request(method, path.replace("{request_id}", "0" * 32), headers=headers) as answer:
+    async with session.request(method, re.sub(r"{\w+}", "0" * 32, path), headers=headers) as answer:
         return {401: "unknown", 403: "denied"}.get(answer.status, "let in")

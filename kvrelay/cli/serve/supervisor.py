@@ -81,9 +81,9 @@ def serve_cluster(sources: SettingsSources) -> None:
 
 def _ready_lines(cluster: LocalCluster) -> list[str]:
     lines = [f"ready: the gateway is {cluster.gateway_address}; Ctrl-C ends everything"]
-    if cluster.openai_address:
-        lines.append(f"  OpenAI's API  http://{cluster.openai_address}/v1")
     scheme = "http" if cluster.tls_folder is None and cluster.gateway.security.tls_cert is None else "https"
+    if cluster.openai_address:
+        lines.append(f"  OpenAI's API  {scheme}://{cluster.openai_address}/v1")
     if GATEWAY_NAME in cluster.http_addresses:
         lines.append(f"  live page     {scheme}://{cluster.http_addresses[GATEWAY_NAME]}")
     workers = ", ".join(
