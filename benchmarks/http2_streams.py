@@ -8,9 +8,11 @@ granted at the beginning, so that none is ever updated.
 """
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvrelay.config.settings import DEFAULT_GATEWAY_PORT
 from kvrelay.network.host_port import split_host_port
@@ -31,18 +33,29 @@ Message = tuple[float, bytes]
 """When it was complete, in monotonic seconds, and the message's bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a connection is encrypted, and who calls."""
+
+    ca_file: str
+    api_key: str
+
+
 class BrokenConnectionError(Exception):
     """The server closed the connection or reset a stream."""
 
 
-def read_streams(address: str, method: str, requests: Sequence[bytes], timeout_s: float) -> list[list[Message]]:
+def read_streams(
+    address: str, method: str, requests: Sequence[bytes], timeout_s: float, access: Access | None = None
+) -> list[list[Message]]:
     """Opens a call for each request, all at once, and reads them to their ends.
 
     Args:
-        address: host:port, without TLS.
+        address: host:port.
         method: path of a method that takes one message and answers with a stream.
         requests: serialized.
         timeout_s: most time between two reads, and each call's deadline.
+        access: None speaks plain text and says nothing of the caller.
 
     Returns:
         The messages of each call. Statuses are not read: whether a call ended well is for its last
@@ -52,12 +65,21 @@ def read_streams(address: str, method: str, requests: Sequence[bytes], timeout_s
         BrokenConnectionError: the server closed the connection or reset a stream.
         TimeoutError: nothing came for so long.
     """
-    host, port = split_host_port(address)
-    with socket.create_connection((host, port or DEFAULT_GATEWAY_PORT), timeout_s) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(_opening(address, method, requests, timeout_s))
+    with _connect(address, timeout_s, access) as connection:
+        connection.sendall(_opening(address, method, requests, timeout_s, access))
         chunks = _read_to_the_end(connection, len(requests))
     return [_messages(chunks[1 + 2 * number]) for number in range(len(requests))]
+
+
+def _connect(address: str, timeout_s: float, access: Access | None) -> socket.socket:
+    host, port = split_host_port(address)
+    connection = socket.create_connection((host, port or DEFAULT_GATEWAY_PORT), timeout_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if access is None:
+        return connection
+    context = ssl.create_default_context(cafile=access.ca_file)
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(connection, server_hostname=host)
 
 
 def _read_to_the_end(connection: socket.socket, num_streams: int) -> dict[int, list[Message]]:
@@ -113,7 +135,7 @@ def _messages(chunks: Sequence[Message]) -> list[Message]:
     return messages
 
 
-def _opening(address: str, method: str, requests: Sequence[bytes], timeout_s: float) -> bytes:
+def _opening(address: str, method: str, requests: Sequence[bytes], timeout_s: float, access: Access | None) -> bytes:
     """All that is sent before the first answer."""
     settings = ((_HEADER_TABLE_SIZE, 0), (_INITIAL_WINDOW_SIZE, MAX_WINDOW_BYTES), (_MAX_FRAME_SIZE, MAX_FRAME_BYTES))
     parts = [
@@ -123,13 +145,15 @@ def _opening(address: str, method: str, requests: Sequence[bytes], timeout_s: fl
     ]
     fields = {
         ":method": "POST",
-        ":scheme": "http",
+        ":scheme": "http" if access is None else "https",
         ":path": method,
         ":authority": address,
         "te": "trailers",
         "content-type": "application/grpc",
         "grpc-timeout": f"{int(timeout_s)}S",
     }
+    if access is not None:
+        fields["authorization"] = f"Bearer {access.api_key}"
     headers = b"".join(_header_field(name, value) for name, value in fields.items())
     for number, request in enumerate(requests):
         stream = 1 + 2 * number

@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "transfer": Benchmark(
         "benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."
     ),
+    "tls": Benchmark("benchmarks.tls", "What TLS between all services costs, and keys."),
     "startup": Benchmark("benchmarks.startup", "From `serve all` to its first token, and its workers' memory."),
     "speculation": Benchmark("benchmarks.speculation", "Decoding with and without guesses by prompt lookup."),
     "peers": Benchmark("benchmarks.peers.comparison", "Other engines beside ours, interleaved in one run."),

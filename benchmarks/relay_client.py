@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from benchmarks.http2_streams import Message, read_streams
+from benchmarks.http2_streams import Access, Message, read_streams
 from kvrelay.v1 import inference_pb2, session_pb2
 
 GENERATE = "/kvrelay.v1.InferenceService/Generate"
@@ -27,6 +27,7 @@ class StreamPlan:
     coalesce_ms: int
     timeout_s: float
     cores: frozenset[int]
+    access: Access | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def run_streams(plan: StreamPlan) -> ClientRecord:
     os.sched_setaffinity(0, plan.cores)
     requests = [_request(plan, number).SerializeToString() for number in range(plan.num_streams)]
     begin_cpu_s = time.process_time()
-    streams = read_streams(plan.address, GENERATE, requests, plan.timeout_s)
+    streams = read_streams(plan.address, GENERATE, requests, plan.timeout_s, plan.access)
     cpu_s = time.process_time() - begin_cpu_s
     return ClientRecord(tuple(map(_parse, streams)), cpu_s)
 

@@ -18,11 +18,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_credentials import BenchCredentials
+from benchmarks.http2_streams import Access
 from benchmarks.relay_client import ClientRecord, StreamPlan, run_streams
 from benchmarks.relay_floor import FloorPlan, FloorRecord, run_floor
 from benchmarks.simulated_worker import SimulatedWorker
 from benchmarks.statistics import percentile
 from kvrelay.cluster.local_cluster import GATEWAY_NAME, LocalCluster
+from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.errors import StartupError
 
@@ -98,6 +101,7 @@ class RelayBench:
         pool: ProcessPoolExecutor,
         num_clients: int,
         cores: BenchCores,
+        credentials: BenchCredentials | None = None,
     ) -> None:
         self._cluster = cluster
         self._workers = workers
@@ -105,43 +109,55 @@ class RelayBench:
         self._pool = pool
         self._num_clients = num_clients
         self._cores = cores
+        self._access = None if credentials is None else credentials.access
 
     @staticmethod
     @asynccontextmanager
     async def running(
-        tokenizer_folder: Path, *, num_workers: int = 1, num_clients: int = 1
+        tokenizer_folder: Path,
+        *,
+        num_workers: int = 1,
+        num_clients: int = 1,
+        credentials: BenchCredentials | None = None,
+        cores: BenchCores | None = None,
     ) -> AsyncIterator[RelayBench]:
         """Starts everything; nothing is left at the end. This process, which has the workers, keeps
-        to its cores meanwhile.
+        to its cores meanwhile. With credentials everything is encrypted, and clients have a key.
         """
         # Processes that multiprocessing starts are to import nothing from the current folder, as
         # our own children.
         os.environ["PYTHONSAFEPATH"] = "1"
         all_cores = frozenset(os.sched_getaffinity(0))
-        cores = BenchCores.divided(all_cores)
+        cores = cores or BenchCores.divided(all_cores)
         gateway = GatewaySettings(
             server=ServerSettings(log_level="warning"),
             requests=RequestSettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
+            security=SecuritySettings() if credentials is None else credentials.keys,
         )
+        tls_folder = None if credentials is None else str(credentials.folder)
         async with AsyncExitStack() as stack:
             stack.callback(pin_process, os.getpid(), all_cores)
             pin_process(os.getpid(), cores.others)
-            cluster = await stack.enter_async_context(LocalCluster(gateway=gateway, prefill=(), decode=()))
+            cluster = LocalCluster(gateway=gateway, prefill=(), decode=(), tls_folder=tls_folder)
+            await stack.enter_async_context(cluster)
             pin_process(cluster.pid(GATEWAY_NAME), cores.gateway)
             assert cluster.redis_url is not None, "started with one"
             started = asyncio.Semaphore(0)
             peers: dict[str, SimulatedWorker] = {}
-            workers = [SimulatedWorker(cluster.redis_url, tokenizer_folder, started, peers) for _ in range(num_workers)]
+            workers = [
+                SimulatedWorker(cluster.redis_url, tokenizer_folder, started, peers, credentials)
+                for _ in range(num_workers)
+            ]
             for worker in workers:
                 await stack.enter_async_context(worker.running())
             pool = stack.enter_context(ProcessPoolExecutor(num_clients, mp_context=get_context("spawn")))
-            yield RelayBench(cluster, workers, started, pool, num_clients, cores)
+            yield RelayBench(cluster, workers, started, pool, num_clients, cores, credentials)
 
     async def measure(self, load: RelayLoad) -> RelayResult:
         """Opens the streams, waits until all are in the batch, and lets them run to their ends."""
         for worker in self._workers:
             worker.sent_times_s.clear()
-        clients = self._start_clients(load, self._cluster.gateway_address)
+        clients = self._start_clients(load, self._cluster.gateway_address, self._access)
         await self._wait_until_started(load.num_streams, clients)
         await asyncio.sleep(0.2)  # what admission left to be written
         begin_s, begin_cpu_s = time.monotonic(), self._gateway_cpu_s()
@@ -171,12 +187,14 @@ class RelayBench:
             await asyncio.to_thread(process.join)
         return _result(load, records, floor.sent_times_s, floor.begin_s, floor.cpu_s)
 
-    def _start_clients(self, load: RelayLoad, address: str) -> asyncio.Future[list[ClientRecord]]:
+    def _start_clients(
+        self, load: RelayLoad, address: str, access: Access | None = None
+    ) -> asyncio.Future[list[ClientRecord]]:
         loop = asyncio.get_running_loop()
         max_tokens = _max_tokens(load)
         shares = [share for share in _shares(load.num_streams, self._num_clients) if share]
         plans = [
-            StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S, self._cores.others)
+            StreamPlan(address, share, max_tokens, load.coalesce_ms, CALL_TIMEOUT_S, self._cores.others, access)
             for share in shares
         ]
         return asyncio.gather(*(loop.run_in_executor(self._pool, run_streams, plan) for plan in plans))
@@ -208,8 +226,13 @@ class RelayBench:
         )
 
     def _gateway_cpu_s(self) -> float:
-        fields = Path(f"/proc/{self._cluster.pid(GATEWAY_NAME)}/stat").read_text("utf-8").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return process_cpu_s(self._cluster.pid(GATEWAY_NAME))
+
+
+def process_cpu_s(pid: int) -> float:
+    """CPU seconds of all its threads so far, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pin_process(pid: int, cores: frozenset[int]) -> None:

@@ -21,12 +21,14 @@ from typing import Any
 
 import grpc
 
+from benchmarks.bench_credentials import BenchCredentials
 from kvrelay.core.finish_rules import finish_reason
 from kvrelay.core.job import FailureKind, Job, JobId, WorkerLoad
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.network.rpc import create_server
+from kvrelay.security.principal import Role
 from kvrelay.state.member_registry import MemberRegistry
 from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, session_pb2, session_pb2_grpc
@@ -70,10 +72,16 @@ class SimulatedWorker:
         tokenizer_folder: of the model whose tokenizer gateways get.
         started: released once for every job that joins the batch.
         peers: all simulated workers by address, shared: where pushes go.
+        credentials: None speaks plain text.
     """
 
     def __init__(
-        self, redis_url: str, tokenizer_folder: Path, started: asyncio.Semaphore, peers: dict[str, SimulatedWorker]
+        self,
+        redis_url: str,
+        tokenizer_folder: Path,
+        started: asyncio.Semaphore,
+        peers: dict[str, SimulatedWorker],
+        credentials: BenchCredentials | None = None,
     ) -> None:
         self.model = simulated_model()
         self.sent_times_s: dict[str, list[float]] = {}
@@ -84,6 +92,7 @@ class SimulatedWorker:
         self._tokenizer_folder = tokenizer_folder
         self._started = started
         self._peers = peers
+        self._credentials = credentials
         self._address = ""
         self._reserved: dict[JobId, Job] = {}
         self._running: dict[JobId, _RunningJob] = {}
@@ -108,7 +117,8 @@ class SimulatedWorker:
         session_pb2_grpc.add_ModelServiceServicer_to_server(
             TokenizerService(self._tokenizer_folder, _FINGERPRINT), server
         )
-        self._address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        addresses = self._bind(server)
+        self._address = addresses[MemberRole.DECODE]
         self._peers[self._address] = self
         await server.start()
         stepping = asyncio.create_task(self._run_steps(), name="steps")
@@ -116,13 +126,23 @@ class SimulatedWorker:
             async with RedisConnection(self._redis_url) as connection, contextlib.AsyncExitStack() as leases:
                 registry = MemberRegistry(connection, LEASE_MS)
                 for role, worker_id in self._worker_ids.items():
-                    member = Member(worker_id, role, self._address, self.model.name, self.model.fingerprint)
+                    member = Member(worker_id, role, addresses[role], self.model.name, self.model.fingerprint)
                     await leases.enter_async_context(registry.lease(member))
                 yield self
         finally:
             stepping.cancel()
             await asyncio.wait([stepping])
             await server.stop(0)
+
+    def _bind(self, server: grpc.aio.Server) -> dict[MemberRole, str]:
+        """Addresses of both roles: one in plain text, two with certificates, which name one role each."""
+        if self._credentials is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+            return dict.fromkeys(self._worker_ids, f"127.0.0.1:{port}")
+        return {
+            role: f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', self._credentials.server_credentials(Role(role.value)))}"
+            for role in self._worker_ids
+        }
 
     @property
     def num_running(self) -> int:

@@ -54,10 +54,18 @@ class TransferPair:
         layout: of the KV.
         max_tokens: longest transfer.
         settings: fields of TransferSettings, for the sender.
+        certificates: folder with one for each role; None speaks plain text.
     """
 
-    def __init__(self, layout: KVLayout, max_tokens: int, settings: dict[str, Any]) -> None:
-        setup = {"layout": asdict(layout), "num_tokens": max_tokens, "settings": settings}
+    def __init__(
+        self, layout: KVLayout, max_tokens: int, settings: dict[str, Any], certificates: str | None = None
+    ) -> None:
+        setup = {
+            "layout": asdict(layout),
+            "num_tokens": max_tokens,
+            "settings": settings,
+            "certificates": certificates,
+        }
         self._receiver = _End("receive", setup)
         self._sender = _End("send", setup)
         self._settings = settings
@@ -137,8 +145,10 @@ class _End:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _write(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import xxhash
 
+from benchmarks.bench_credentials import BenchCredentials
 from decode_worker.commands import PushEnded
 from decode_worker.kv_receiver import KVReceiver, ReceiverContext
 from decode_worker.receiving.write_grants import WriteGrants
@@ -40,6 +42,8 @@ from kvrelay.network.rpc import bind_server, create_server
 from kvrelay.observability.logging import configure_logging
 from kvrelay.runtime import event_loop
 from kvrelay.runtime.garbage_collection import keep_what_is_loaded
+from kvrelay.security.credentials import in_plain_text
+from kvrelay.security.principal import Role
 from prefill_worker.kv_sender import KVSender, SenderContext, TransferResult
 
 BLOCK_SIZE = 16
@@ -94,7 +98,7 @@ class Pool:
 class ReceivingEnd:
     """A decode worker's receiver that listens on a free port."""
 
-    def __init__(self, pool: Pool, model: ModelSpec) -> None:
+    def __init__(self, pool: Pool, model: ModelSpec, credentials: BenchCredentials | None) -> None:
         self._pool = pool
         self._grants = WriteGrants()
         self._ended: asyncio.Queue[tuple[PushEnded, float]] = asyncio.Queue()
@@ -110,7 +114,8 @@ class ReceivingEnd:
         )
         self._server = create_server(takes_bulk=True)
         self._receiver.add_to(self._server)
-        self._port = bind_server(self._server, "127.0.0.1", 0, ()).port
+        secure = None if credentials is None else credentials.server_credentials(Role.DECODE)
+        self._port = bind_server(self._server, "127.0.0.1", 0, (), secure).port
         self._cpu_s = 0.0
 
     async def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -143,10 +148,13 @@ class ReceivingEnd:
 class SendingEnd:
     """A prefill worker's sender."""
 
-    def __init__(self, pool: Pool, model: ModelSpec, settings: TransferSettings) -> None:
+    def __init__(
+        self, pool: Pool, model: ModelSpec, settings: TransferSettings, credentials: BenchCredentials | None
+    ) -> None:
         self._pool = pool
         self._model = model
-        self._transport = create_transport(settings)
+        towards = in_plain_text if credentials is None else credentials.towards(Role.PREFILL)
+        self._transport = create_transport(settings, towards)
         self._threads = ThreadPoolExecutor(NUM_TRANSFER_THREADS)
         self._context = SenderContext(
             exporter=pool.cache,
@@ -237,10 +245,12 @@ def _make_end(role: str, setup: dict[str, Any]) -> End:
     layout = KVLayout(**setup["layout"])
     model = ModelSpec("bench", "bench", layout, 10, setup["num_tokens"], (), "bench")
     pool = Pool(layout, setup["num_tokens"], seed=1 if role == "send" else 2)
+    folder = setup["certificates"]
+    credentials = None if folder is None else BenchCredentials(Path(folder), key="")
     if role == "receive":
-        return ReceivingEnd(pool, model)
+        return ReceivingEnd(pool, model, credentials)
     pool.fill(seed=3)
-    return SendingEnd(pool, model, TransferSettings(**setup["settings"]))
+    return SendingEnd(pool, model, TransferSettings(**setup["settings"]), credentials)
 
 
 async def _serve(role: str, read: Callable[[], str]) -> None:
