@@ -67,7 +67,7 @@ def test_only_processes_that_are_dialled_by_host_have_host_names(folder: Path) -
 def test_a_client_cannot_pose_as_a_server(folder: Path) -> None:
     for role in ALL_ROLES:
         usage = certificate_of(folder, role).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        assert (ExtendedKeyUsageOID.SERVER_AUTH in usage) == (role not in ("client", "operator"))
+        assert (ExtendedKeyUsageOID.SERVER_AUTH in usage) == (role not in ("client", "metrics", "operator"))
 
 
 def test_only_the_owner_reads_the_folder_and_its_keys(folder: Path) -> None:
