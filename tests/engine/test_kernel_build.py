@@ -6,6 +6,7 @@ import platform
 import shutil
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_kernels_are_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pyt
     assert build_library() == first
     assert first.stat().st_mtime_ns == made_ns
     assert list(cache.iterdir()) == [first]
+
+
+def test_processes_that_start_at_once_compile_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    fake_compiler(tmp_path, monkeypatch, f'case "$*" in *-shared*) echo linked >> "{calls}";; esac; {STAND_IN}')
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: build_library(), range(4)))) == 1
+    assert calls.read_text().splitlines() == ["linked"]
 
 
 @pytest.fixture

@@ -5,11 +5,14 @@ the folder.
 """
 
 import contextlib
+import fcntl
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +30,7 @@ VARIANT_SOURCE = "variant.c"  # includes the others
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 120
+LOOK_INTERVAL_S = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -54,12 +58,37 @@ def build_library() -> Path:
         if problem := _problem_of(target.parent):
             problems.append(f"{target.parent} {problem}")
             continue
-        _compile(compiler, target)
+        with _one_at_a_time(target.parent):
+            if not (target.is_file() and is_private(target)):  # another process may have made it
+                _compile(compiler, target)
         return target
     advice = "set XDG_CACHE_HOME to a folder that this user may write to and execute from"
     raise KernelsUnavailableError(
         f"there is no folder for them: {'; '.join(problems) or 'none can be written to'}; {advice}"
     )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps the workers of a first start from compiling the same. Waits as long as a compiler may."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline_s = time.monotonic() + COMPILE_TIMEOUT_S
+        while not _locked(descriptor) and time.monotonic() < deadline_s:
+            time.sleep(LOOK_INTERVAL_S)
+        yield
+    finally:
+        os.close(descriptor)  # ends the lock
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _folders() -> list[Path]:
