@@ -216,7 +216,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _fault_of_cause(cause: BaseException) -> RedisFault | None:
     match cause:
         case ssl.SSLCertVerificationError():
-            is_other_name = cause.verify_code in _OTHER_NAME_CODES
+            is_other_name = getattr(cause, "verify_code", None) in _OTHER_NAME_CODES
             advice = "dial it by a name of its certificate" if is_other_name else "give its CA as --redis-tls-ca"
             return RedisFault(
                 f"Redis's certificate does not verify ({getattr(cause, 'verify_message', 'no reason given')}): "
