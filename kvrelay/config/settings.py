@@ -369,8 +369,8 @@ class OpenAISettings(OpenAIAccessSettings):
     )
     local_clients: bool = Field(
         default=False,
-        description="Take every caller for a user of this machine, who needs no key, as on loopback: for a port that "
-        "Docker publishes on 127.0.0.1.",
+        description="Take every caller for a user of this machine, who needs no key and no TLS, as on loopback: for a "
+        "port that Docker publishes on 127.0.0.1.",
     )
     security: SecuritySettings = SecuritySettings()
 

@@ -60,7 +60,7 @@ async def serve(settings: OpenAISettings, stop: asyncio.Event | None = None) -> 
     stop = stop or _stop_on_signals()
     async with (
         security.watching(),
-        _listening(front, settings, security.https_context()) as bound_port,
+        _listening(front, settings, None if settings.local_clients else security.https_context()) as bound_port,
         running_relays(gateways_of(settings, security), front.requests) as relays,
         _running(
             smg.command(ports, relays or Addresses(settings.gateway).all, max_body_bytes, arguments), upstream_key

@@ -47,6 +47,8 @@ class Composed:
 
     def __init__(self, secrets: Path, model: Path) -> None:
         self.secrets = secrets
+        self.peer_address = "127.0.0.1:1"
+        """Of the gateway, for processes."""
         self._model = model
         self._redis_port = random.randrange(10_000, 32_768)
         self._lines: dict[str, list[str]] = {}
@@ -109,7 +111,8 @@ class Composed:
         text = text.replace("redis.kvrelay.local:6379", f"127.0.0.1:{self._redis_port}")
         if name == "redis":
             return str(self._redis_port) if text == "6379" else text.replace("0.0.0.0", "127.0.0.1")
-        return "0" if re.fullmatch(r"5005\d", text) else text
+        text = text.replace("gateway:50052", self.peer_address)
+        return "0" if re.fullmatch(r"5005\d|8000", text) else text
 
 
 def make_credentials(folder: Path) -> None:
@@ -148,6 +151,9 @@ async def test_redis_gateway_and_workers_speak_tls_and_clients_need_nothing(comp
         await check_client(composed)
         await check_plain_text_is_refused(found)
         await check_metrics(composed)
+        composed.peer_address = found[MemberRole.GATEWAY].address
+        await running.enter_async_context(composed.running("openai"))
+        await check_openai(composed)
 
 
 async def check_health(composed: Composed, found: dict[MemberRole, Member]) -> None:
@@ -202,3 +208,21 @@ async def check_metrics(composed: Composed) -> None:
         assert ready is not None
         async with session.get(f"http://127.0.0.1:{ready['http_port']}/metrics") as answer:
             assert answer.status == 200
+
+
+async def check_openai(composed: Composed) -> None:
+    """Over TLS to the gateway's port for processes; for clients in plain text and without a key."""
+    try:
+        await wait_until(lambda: composed.ready("openai") is not None, "smg has the model", TIMEOUT_S)
+    except AssertionError:
+        raise AssertionError(composed.output()) from None
+    ready = composed.ready("openai")
+    assert ready is not None
+    url = f"http://127.0.0.1:{ready['address'].rpartition(':')[2]}/v1"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/models") as answer:
+            (model,) = (await answer.json())["data"]
+        question = {"model": model["id"], "prompt": "once upon a time", "max_tokens": 4, "temperature": 0}
+        async with session.post(f"{url}/completions", json=question) as answer:
+            assert answer.status == 200, await answer.text()
+            assert (await answer.json())["usage"]["completion_tokens"] == 4

@@ -50,7 +50,7 @@ PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel[
 
 ROLES = ("gateway", "prefill", "decode")
 SERVICES_OF_CLUSTER = ("gateway", "prefill", "decode", "prefill-gpu", "decode-gpu")
-WITHOUT_SECRETS = ("model", "openai", "grafana")
+WITHOUT_SECRETS = ("model", "grafana")
 SECRETS = ("authority", "redis", "gateway", "prefill", "decode", "front", "metrics")
 FILES = {"ca": "ca.pem", "cert": "certificate.pem", "key": "certificate.key"}
 EXPORTED: tuple[Family, ...] = (
@@ -205,6 +205,7 @@ def test_each_container_sees_the_secrets_of_its_own_role_only() -> None:
             assert mounted == [], name
         elif name in SERVICES_OF_CLUSTER or name == "redis":
             assert mounted == [f"{name.removesuffix('-gpu')}-secrets:/secrets/own:ro"], name
+    assert SERVICES["openai"]["volumes"] == ["front-secrets:/secrets/own:ro"]
     assert [volume for volume in SERVICES["prometheus"]["volumes"] if "secrets" in volume] == [
         "metrics-secrets:/secrets/own:ro"
     ]
