@@ -74,7 +74,7 @@ class Gateway:
         self._members: MemberView | None = None
         self.requests = RunningRequests()
         self.sessions = WorkerSessions(
-            SessionSettings(gateway_id, settings.server.liveness_window_ms),
+            SessionSettings(gateway_id, settings.server.liveness_window_ms, settings.peers.session_move_ms),
             on_event=self.requests.dispatch,
             on_lost=self.requests.on_worker_lost,
             on_death_confirmed=self.requests.on_death_confirmed,

@@ -33,6 +33,8 @@ _log = structlog.get_logger(__name__)
 class SessionSettings:
     gateway_id: str
     liveness_window_ms: int
+    move_ms: int = 300_000
+    """How long a busy session may keep changed certificates."""
 
 
 class WorkerSession:

@@ -37,8 +37,6 @@ LOG_INTERVAL_S = 60.0
 DEATH_CONFIRMATION_TIMEOUT_S = 1.0
 """Time for a broken session's worker to prove that it is alive."""
 CREDENTIALS_INTERVAL_S = 1.0
-MOVE_TIMEOUT_S = 300.0
-"""Most time until a session uses changed certificates."""
 _ADVICE = "it registered this address; if it is reached by another from here, give it --advertise-address host:port"
 
 _log = structlog.get_logger(__name__)
@@ -243,7 +241,7 @@ class WorkerSessions:
             await asyncio.sleep(CREDENTIALS_INTERVAL_S)
         # Not all sessions at once: each one's jobs are computed again.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(random.uniform(0.5, 1.0) * MOVE_TIMEOUT_S):
+            async with asyncio.timeout(random.uniform(0.5, 1.0) * self._settings.move_ms / 1000):
                 while not session.is_idle:  # noqa: ASYNC110 - the load comes with each message
                     await asyncio.sleep(CREDENTIALS_INTERVAL_S)
         session.end("the certificates have changed")

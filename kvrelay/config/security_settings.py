@@ -95,6 +95,12 @@ class PeerSettings(Settings):
         "credentials, as on loopback: for ports that Docker publishes on 127.0.0.1. Processes with certificates use "
         "--peer-port.",
     )
+    session_move_ms: int = Field(
+        default=300_000,
+        ge=0,
+        description="How long a session with a busy worker may keep certificates that have changed; its requests then "
+        "go on as new attempts. Sessions with idle workers change at once.",
+    )
 
     @property
     def fingerprints(self) -> frozenset[str]:

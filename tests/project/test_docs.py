@@ -22,7 +22,7 @@ from kvrelay.config.base import Settings
 from kvrelay.config.connection_settings import ConnectionSettings
 from kvrelay.config.decoding_settings import DecodingSettings
 from kvrelay.config.quota_settings import QuotaSettings
-from kvrelay.config.security_settings import SecuritySettings
+from kvrelay.config.security_settings import PeerSettings, SecuritySettings
 from kvrelay.config.settings import (
     ClientSettings,
     ClusterSettings,
@@ -84,6 +84,7 @@ SETTINGS_CLASSES: tuple[type[Settings], ...] = (
     ConnectionSettings,
     DecodingSettings,
     SecuritySettings,
+    PeerSettings,
     ServerSettings,
     EngineSettings,
     TransferSettings,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,11 +21,14 @@ from kvrelay.security.certificate_files import CertificateFiles
 from kvrelay.security.certificates import CertificatePlan, make_certificates
 from kvrelay.security.keys import digest_of
 from kvrelay.security.principal import Role
-from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.security.process_security import POLL_INTERVAL_S, ProcessSecurity
+from kvrelay.security.reloaded_file import ReloadedFile
 from kvrelay.testing.waiting import wait_until
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
 from kvrelay.wire.errors import error_of_rpc
+
+WITHDRAWN_WITHIN_S = 3.0
 
 
 class Endless(inference_pb2_grpc.InferenceServiceServicer):
@@ -91,6 +95,30 @@ async def test_a_withdrawn_key_is_refused_and_its_streams_end_while_others_go_on
     await stub.GetRequest(pb.GetRequestRequest(), metadata=as_("carol"))
     assert not of_bob.done()
     of_bob.cancel()
+
+
+async def test_a_withdrawal_needs_so_few_polls_that_it_counts_within_three_seconds(
+    keys: Keys, stub: "inference_pb2_grpc.InferenceServiceAsyncStub", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in looks at the file, since a busy machine is late by any clock."""
+    num_polls, poll = 0, ReloadedFile.poll
+
+    def counted(file: ReloadedFile[Any]) -> bool:
+        nonlocal num_polls
+        num_polls += 1
+        return poll(file)
+
+    of_alice = stub.Resume(pb.ResumeRequest(), metadata=as_("alice"))
+    await of_alice.read()
+    monkeypatch.setattr(ReloadedFile, "poll", counted)
+    new = keys.path.with_name("new.yaml")
+    Keys(new).write("bob")
+    new.replace(keys.path)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await of_alice.read()
+    # The first may have been under way when the file was replaced.
+    assert num_polls in (2, 3)
+    assert (num_polls + 1) * POLL_INTERVAL_S < WITHDRAWN_WITHIN_S
 
 
 async def test_a_broken_file_ends_nothing_and_is_a_problem(

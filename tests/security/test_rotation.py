@@ -11,7 +11,7 @@ import yaml
 
 from kvrelay.client import TLS, AsyncClient
 from kvrelay.cluster.local_cluster import LocalCluster
-from kvrelay.config.security_settings import SecuritySettings
+from kvrelay.config.security_settings import PeerSettings, SecuritySettings
 from kvrelay.errors import UnauthenticatedError
 from kvrelay.security import certificates
 from kvrelay.security.certificates import CertificatePlan
@@ -23,6 +23,8 @@ from tests.support.tiny_models import make_tiny_model
 pytestmark = pytest.mark.integration
 
 NUM_STREAMS = 200
+NUM_BUSY_STREAMS = 24
+HURRIED_MS = 1500
 NUM_PROMPTS = 8
 TENANTS = ("north", "east", "south", "west")
 LEAVER = "leaver"
@@ -33,10 +35,11 @@ TIMEOUT_S = 240.0
 class Load:
     """200 streams at any time; each is compared with the tokens of an undisturbed run."""
 
-    def __init__(self, address: str, tls: TLS) -> None:
+    def __init__(self, address: str, tls: TLS, num_streams: int = NUM_STREAMS) -> None:
+        self._num_streams = num_streams
         self._clients = [AsyncClient(address, api_key=tenant, tls=tls, timeout_s=TIMEOUT_S) for tenant in TENANTS]
         self._expected: dict[int, list[int]] = {}
-        self.num_done = self.num_wrong = 0
+        self.num_done = self.num_wrong = self.num_retried = 0
         self.failures: Counter[str] = Counter()
         self._stop = False
 
@@ -44,6 +47,7 @@ class Load:
         client = self._clients[number % len(TENANTS)]
         prompt = random_prompt(number % NUM_PROMPTS, 12)
         completion = await client.complete(token_ids=prompt, max_tokens=24, temperature=0, ignore_eos=True)
+        self.num_retried += completion.finished.phases.num_attempts > 1
         return [token.token_id for token in completion.outputs[0].tokens]
 
     async def learn(self) -> None:
@@ -52,7 +56,7 @@ class Load:
         assert len({tuple(tokens) for tokens in self._expected.values()}) == NUM_PROMPTS
 
     async def run(self) -> None:
-        await asyncio.gather(*map(self._stream, range(NUM_STREAMS)))
+        await asyncio.gather(*map(self._stream, range(self._num_streams)))
 
     async def _stream(self, number: int) -> None:
         while not self._stop:
@@ -64,9 +68,9 @@ class Load:
             self.num_done += 1
             self.num_wrong += tokens != self._expected[number % NUM_PROMPTS]
 
-    async def follow(self, num_streams: int = NUM_STREAMS) -> None:
-        """Waits until `num_streams` more streams have ended."""
-        goal = self.num_done + num_streams
+    async def follow(self, num_streams: int | None = None) -> None:
+        """Waits until more streams have ended, by default as many as there are."""
+        goal = self.num_done + (num_streams or self._num_streams)
         await wait_until(lambda: self.num_done >= goal or bool(self.failures), "more streams end", TIMEOUT_S)
 
     async def finish(self, running: asyncio.Task[None]) -> None:
@@ -84,7 +88,12 @@ def write_keys(path: Path, *names: str) -> None:
 
 
 @pytest.fixture
-async def secured(tmp_path: Path) -> AsyncIterator[tuple[LocalCluster, Path, list[str]]]:
+def session_move_ms() -> int:
+    return PeerSettings().session_move_ms
+
+
+@pytest.fixture
+async def secured(tmp_path: Path, session_move_ms: int) -> AsyncIterator[tuple[LocalCluster, Path, list[str]]]:
     folder, lines = tmp_path / "certificates", list[str]()
     certificates.make_certificates(folder, PLAN)
     write_keys(tmp_path / "keys.yaml", *TENANTS, LEAVER)
@@ -92,7 +101,8 @@ async def secured(tmp_path: Path) -> AsyncIterator[tuple[LocalCluster, Path, lis
     cluster = cluster_of([settings], [settings])
     cluster.tls_folder = str(folder)
     security = SecuritySettings(keys_file=str(tmp_path / "keys.yaml"))
-    cluster.gateway = cluster.gateway.model_copy(update={"security": security})
+    peers = PeerSettings(session_move_ms=session_move_ms)
+    cluster.gateway = cluster.gateway.model_copy(update={"security": security, "peers": peers})
     cluster.on_line = lambda name, line: lines.append(f"{name}: {line}")
     async with cluster:
         yield cluster, folder, lines
@@ -121,6 +131,26 @@ async def test_everything_is_swapped_under_200_streams(
         cluster.gateway_address, api_key=TENANTS[0], tls=TLS(ca=folder / "ca.pem"), timeout_s=TIMEOUT_S
     ) as client:
         assert (await client.complete(token_ids=random_prompt(0, 12), max_tokens=4)).outputs[0].tokens
+
+
+@pytest.mark.parametrize("session_move_ms", [HURRIED_MS])
+async def test_a_session_that_is_never_idle_moves_at_its_limit_and_no_stream_is_lost(
+    secured: tuple[LocalCluster, Path, list[str]],
+) -> None:
+    cluster, folder, lines = secured
+    load = Load(cluster.gateway_address, TLS(ca=folder / "ca.pem"), NUM_BUSY_STREAMS)
+    await load.learn()
+    running = asyncio.create_task(load.run())
+    await load.follow()
+    for _ in range(2):
+        num_before = num_moved(lines)
+        certificates.renew_certificates(folder, PLAN)
+        await wait_until(lambda before=num_before: num_moved(lines) >= before + 2, "both sessions move", TIMEOUT_S)  # type: ignore[misc]
+        assert not running.done(), "the load still runs"
+        await load.follow()
+    await load.finish(running)
+    assert (dict(load.failures), load.num_wrong) == ({}, 0)
+    assert load.num_retried > 0, "no request ran where a session moved: none was forced"
 
 
 def num_moved(lines: list[str]) -> int:
