@@ -19,6 +19,7 @@ from kvrelay.testing.scenarios.redis_stopped import redis_full, redis_stopped
 from kvrelay.testing.scenarios.rolling_restart import rolling_restart
 from kvrelay.testing.scenarios.soak import soak
 from kvrelay.testing.scenarios.sole_decode_worker import sole_decode_worker
+from kvrelay.testing.scenarios.withdrawal import withdrawal
 from kvrelay.testing.scenarios.zombies import zombies
 
 Scenario = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
@@ -32,6 +33,7 @@ SCENARIOS: dict[str, Scenario] = {
     "disconnects": disconnects,
     "detection": detection,
     "overload": overload,
+    "withdrawal": withdrawal,
     "random-faults": random_faults,
     "soak": soak,
 }
@@ -44,8 +46,10 @@ def main(arguments: list[str]) -> int:
         description = " ".join((scenario.__doc__ or "").split("\n\n")[0].split())
         command = commands.add_parser(name, help=description, description=description)
         for parameter in inspect.signature(scenario).parameters.values():
-            if isinstance(parameter.default, int | float | str):
-                flag = "--" + parameter.name.replace("_", "-")
+            flag = "--" + parameter.name.replace("_", "-")
+            if isinstance(parameter.default, bool):
+                command.add_argument(flag, action="store_true")
+            elif isinstance(parameter.default, int | float | str):
                 command.add_argument(
                     flag, type=type(parameter.default), default=parameter.default, help="default: %(default)s"
                 )

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from kvrelay.client import AsyncClient, Cluster, WorkerInfo, WorkerRole
 from kvrelay.cluster.local_cluster import AnySettings, LocalCluster, Role, serve_command
+from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import (
     DecodeSettings,
     EngineSettings,
@@ -39,6 +40,7 @@ from kvrelay.testing.faults import FIRE_TIMEOUT_S, ArmedFault, FaultControl
 from kvrelay.testing.invariants import Baseline, check_at_rest, take_baseline
 from kvrelay.testing.process import FaultProcess
 from kvrelay.testing.proxy import FaultProxy
+from kvrelay.testing.security import Security, TenantsClient
 from kvrelay.testing.state_watch import StateWatch
 from kvrelay.testing.tiny_model import make_tiny_llama
 from kvrelay.testing.waiting import wait_until
@@ -58,6 +60,7 @@ class FaultCluster:
         model: folder or name; None makes a tiny model.
         engine, requests, server, transfer: changes to those settings.
         prefill_engines, decode_engines: changes to single workers' engine settings, by number.
+        secured: switches on everything in `kvrelay.testing.security`.
         on_line: called with process name and line of its output.
         command: called at each start of a process; may start another version.
     """
@@ -73,6 +76,7 @@ class FaultCluster:
     prefill_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     decode_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     restart: bool = False
+    secured: bool = False
     valkey_mib: int = 256
     on_line: LineSink = lambda _name, _line: None
     command: Callable[[Role], Sequence[str]] = serve_command
@@ -84,6 +88,8 @@ class FaultCluster:
     processes: dict[str, FaultProcess] = field(default_factory=dict, init=False)
     """By name: gateway, gateway-1, ..., prefill-0, ..., decode-0, ..."""
     baseline: Baseline | None = field(default=None, init=False)
+    security: Security | None = field(default=None, init=False)
+    """None unless `secured`."""
     _cluster: LocalCluster = field(init=False)
     _sources: ConnectionSources = field(init=False)
 
@@ -98,7 +104,9 @@ class FaultCluster:
 
     async def start(self) -> None:
         """Returns when all are connected; StartupError has the end of a failed process's output."""
-        self.valkey = EmbeddedValkey(self.valkey_mib, on_tcp=True)
+        self.security = Security(self.folder) if self.secured else None
+        users = () if self.security is None else self.security.valkey_options
+        self.valkey = EmbeddedValkey(self.valkey_mib, on_tcp=True, more_options=users)
         self._sources = ConnectionSources(self._names_by_pid, CLIENT)
         try:
             await self.valkey.start()
@@ -156,7 +164,11 @@ class FaultCluster:
 
     def client(self, *gateways: str) -> AsyncClient:
         """A client of the named gateways, by default of all."""
-        return AsyncClient([self[name].proxy.address for name in gateways] or self.addresses)
+        return self.connect([self[name].proxy.address for name in gateways] or self.addresses)
+
+    def connect(self, addresses: Sequence[str]) -> AsyncClient:
+        """A client of some of `addresses`. A request goes with the key of its tenant if there are keys."""
+        return AsyncClient(addresses) if self.security is None else TenantsClient(addresses, self.security)
 
     @property
     def redis_url(self) -> str:
@@ -245,7 +257,9 @@ class FaultCluster:
     def _build_cluster(self) -> LocalCluster:
         return LocalCluster(
             gateway=GatewaySettings(
-                server=ServerSettings(port=0), requests=RequestSettings.model_validate(dict(self.requests))
+                server=ServerSettings(port=0),
+                requests=RequestSettings.model_validate(dict(self.requests)),
+                security=SecuritySettings() if self.security is None else self.security.of_gateways,
             ),
             num_gateways=self.num_gateways,
             prefill=[
@@ -265,6 +279,7 @@ class FaultCluster:
             on_line=self.on_line,
             command=self.command,
             adjust=self._adjust,
+            tls_folder=None if self.security is None else str(self.security.certificates),
         )
 
     def _engine(self, changes: Mapping[str, object]) -> EngineSettings:
@@ -293,7 +308,10 @@ class FaultCluster:
             "advertise_address": process.proxy.address,
             "fault_points": str(process.control.folder),
         }
-        return settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+        settings = settings.model_copy(update={"server": settings.server.model_copy(update=changes)})
+        if self.security is None:
+            return settings
+        return self.security.applied(name, settings, self.valkey_proxy.address)
 
     def _names_by_pid(self) -> dict[int, str]:
         names = {}

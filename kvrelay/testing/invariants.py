@@ -1,5 +1,5 @@
 """Checks a cluster at rest: nothing of ended requests is left (I3), each has an end (I6), reached
-along allowed edges (I7).
+along allowed edges (I7). A secured one keeps tenants apart.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from kvrelay.core.request_state import RequestState, is_terminal
 from kvrelay.errors import KvrelayError
 from kvrelay.state.redis_connection import MAX_CONNECTIONS, MAX_FOLLOWERS
 from kvrelay.testing.process_files import kinds_of_descriptors
+from kvrelay.testing.tenant_checks import check_tenants
 from kvrelay.testing.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ async def check_at_rest(cluster: "FaultCluster", timeout_s: float) -> None:
     await asyncio.gather(*(cluster[name].snapshot() for name in serving))
     await asyncio.gather(*(_check_process(cluster, name, timeout_s) for name in sorted(serving)))
     await _check_redis(cluster, timeout_s)
+    if cluster.security is not None:
+        await check_tenants(cluster, cluster.security, timeout_s)
     violations = cluster.state_watch.history.violations
     assert not violations, f"{len(violations)} moves that are not allowed: {'; '.join(violations[:5])}"
 

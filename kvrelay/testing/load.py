@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from kvrelay.testing.tiny_model import SPECIAL_TOKENS, VOCAB_SIZE
 
 Tokens = tuple[tuple[int, ...], ...]
 """Token ids of each sequence."""
+Connect = Callable[[Sequence[str]], AsyncClient]
+"""Makes a client of gateways' addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,18 +168,23 @@ class LoadReport:
 
 
 async def run_load(
-    addresses: Sequence[str], requests: Sequence[Request], expected: Mapping[Request, Tokens], num_clients: int
+    addresses: Sequence[str],
+    requests: Sequence[Request],
+    expected: Mapping[Request, Tokens],
+    num_clients: int,
+    connect: Connect = AsyncClient,
 ) -> LoadReport:
     """Shares requests between `num_clients` clients, and compares every output.
 
-    `expected` comes from `fault_free_tokens`. Each client begins with another address.
+    `expected` comes from `fault_free_tokens`. Each client begins with another address. A secured
+    cluster needs `connect=cluster.connect`.
     """
     report = LoadReport()
     waiting = list(reversed(requests))
 
     async def run_client(number: int) -> None:
         own = list(addresses[number % len(addresses) :]) + list(addresses[: number % len(addresses)])
-        async with AsyncClient(own) as client:
+        async with connect(own) as client:
             while waiting:
                 outcome = await run_request(client, waiting.pop())
                 report.outcomes.append(outcome)

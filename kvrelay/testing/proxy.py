@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 READ_BYTES = 64 * 1024
+TLS_HANDSHAKE = 0x16
+"""First byte of a connection with TLS."""
 CONNECT_TIMEOUT_S = 5.0
 HOLD_POLL_S = 0.002
 
@@ -110,11 +112,16 @@ class Link:
     to_target: Direction = field(default_factory=Direction)
     to_source: Direction = field(default_factory=Direction)
     num_connections: int = 0
+    num_plain: int = 0
+    """Connections that did not begin with a TLS handshake."""
     _transports: set[asyncio.WriteTransport] = field(default_factory=set)
 
     @property
     def num_open(self) -> int:
         return len(self._transports) // 2
+
+    def note_first(self, data: bytes) -> None:
+        self.num_plain += data[0] != TLS_HANDSHAKE
 
     def blackhole(self) -> None:
         """Silences both directions, for new connections too."""
@@ -228,7 +235,9 @@ class FaultProxy:
         transports = {writer.transport, target_writer.transport}
         link._transports |= transports
         pumps = [
-            asyncio.create_task(_pump(reader, target_writer, link.to_target), name=f"proxy from {link.source}"),
+            asyncio.create_task(
+                _pump(reader, target_writer, link.to_target, link.note_first), name=f"proxy from {link.source}"
+            ),
             asyncio.create_task(_pump(target_reader, writer, link.to_source), name=f"proxy to {link.source}"),
         ]
         try:
@@ -266,10 +275,18 @@ class _ProxyThread:
 _PROXY_THREAD = _ProxyThread()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> bool:
+async def _pump(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    direction: Direction,
+    on_first: Callable[[bytes], None] | None = None,
+) -> bool:
     """True when the other side must be reset."""
     try:
         while data := await reader.read(READ_BYTES):
+            if on_first is not None:
+                on_first(data)
+                on_first = None
             passed, cut = await direction.take(data)
             writer.write(passed)
             if cut:

@@ -124,8 +124,11 @@ def wall_clock_offset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("clock") / OFFSET_NAME
 
 
-@pytest_asyncio.fixture(loop_scope="session", scope="package")
-async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
+@pytest_asyncio.fixture(
+    loop_scope="session", scope="package", params=["plain", pytest.param("secured", marks=pytest.mark.soak)]
+)
+async def started_rig(wall_clock_offset: Path, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """Once as it starts by default, and once with everything switched on that protects it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "wall_clock"), prepend=os.pathsep)
         patch.setenv("WALL_CLOCK_OFFSET_FILE", str(wall_clock_offset))
@@ -141,6 +144,7 @@ async def started_rig(wall_clock_offset: Path) -> AsyncIterator[Rig]:
             },
             requests={"local_prefill_tokens": 0},
             server={"liveness_window_ms": int(LIVENESS_WINDOW_S * 1000)},
+            secured=request.param == "secured",
         )
         async with cluster, cluster.client("gateway") as client:
             rig = Rig(cluster, client, wall_clock_offset)

@@ -73,6 +73,27 @@ MUTATIONS = (
         "                return request.request_id",
         "tests/faults/test_clients.py::test_the_same_idempotency_key_fifty_times_at_once_is_one_request",
     ),
+    Mutation(
+        "every tenant sees every request",
+        "gateway/requests/known_requests.py",
+        "    allowed = principal.may_see(tenant)\n",
+        "    allowed = True\n",
+        "tests/faults/test_kill_matrix.py::test_with_everything_switched_on_each_kind_of_process_dies_and_tokens_are_the_same",
+    ),
+    Mutation(
+        "calls of a withdrawn key go on",
+        "kvrelay/security/guard.py",
+        "            call.is_withdrawn = True\n            call.task.cancel()\n",
+        "            call.is_withdrawn = True\n",
+        "tests/faults/test_kill_matrix.py::test_a_withdrawn_key_ends_its_running_stream_and_nothing_of_it_is_left",
+    ),
+    Mutation(
+        "a busy session keeps old certificates",
+        "gateway/workers/sessions.py",
+        "random.uniform(0.5, 1.0) * self._settings.move_ms / 1000",
+        "3600.0",
+        "tests/security/test_rotation.py::test_a_session_that_is_never_idle_moves_at_its_limit_and_no_stream_is_lost",
+    ),
 )
 
 if __name__ == "__main__":

@@ -16,13 +16,22 @@ from kvrelay.testing.scenarios.redis_stopped import redis_full, redis_stopped
 from kvrelay.testing.scenarios.rolling_restart import rolling_restart
 from kvrelay.testing.scenarios.soak import soak
 from kvrelay.testing.scenarios.sole_decode_worker import sole_decode_worker
+from kvrelay.testing.scenarios.withdrawal import withdrawal
 from kvrelay.testing.scenarios.zombies import zombies
 
 pytestmark = [pytest.mark.integration, pytest.mark.soak, pytest.mark.timeout(3000)]
 
+WITHDRAWN_MS = 3000
+"""Most time until every gateway refuses a withdrawn key."""
 
-async def test_kill_matrix() -> None:
-    figures = await kill_matrix()
+
+both_modes = pytest.mark.parametrize("secured", [False, True], ids=["plain", "secured"])
+"""As it starts by default, and with everything switched on that protects it."""
+
+
+@both_modes
+async def test_kill_matrix(secured: bool) -> None:
+    figures = await kill_matrix(secured=secured)
     figures["_report"].check()
     assert figures["kills"] >= 2
     assert figures["retried"] > 0
@@ -35,8 +44,9 @@ async def test_sole_decode_worker() -> None:
     assert figures["retried"] > 0
 
 
-async def test_rolling_restart() -> None:
-    figures = await rolling_restart(num_rounds=1)
+@both_modes
+async def test_rolling_restart(secured: bool) -> None:
+    figures = await rolling_restart(num_rounds=1, secured=secured)
     figures["_report"].check()
     assert figures["restarts"] == 6
     check_stored(figures)
@@ -51,8 +61,9 @@ async def test_zombies() -> None:
     check_stored(figures)
 
 
-async def test_redis_stopped() -> None:
-    figures = await redis_stopped(redis_timeout_ms=2000)
+@both_modes
+async def test_redis_stopped(secured: bool) -> None:
+    figures = await redis_stopped(redis_timeout_ms=2000, secured=secured)
     figures["_report"].check()
     assert figures["ended_meanwhile"] > 0
     check_stored(figures)
@@ -84,6 +95,13 @@ async def test_detection() -> None:
     assert max(figures[f"{kind}_worst_ms"] for kind in HARMS) < 2000
 
 
+async def test_withdrawal() -> None:
+    figures = await withdrawal(num_rounds=3)
+    assert figures["withdrawals"] == 3
+    assert figures["stream_ended_worst_ms"] < WITHDRAWN_MS
+    assert figures["refused_worst_ms"] < WITHDRAWN_MS
+
+
 async def test_overload() -> None:
     # Longer requests than the default: what a refusal costs the client is not to count here.
     figures = await overload(seconds=10.0, num_tokens=300)
@@ -92,8 +110,9 @@ async def test_overload() -> None:
     assert (figures["refused_without_retry_info"], figures["failed"]) == (0, 0)
 
 
-async def test_random_faults() -> None:
-    figures = await random_faults(num_streams=300)
+@both_modes
+async def test_random_faults(secured: bool) -> None:
+    figures = await random_faults(num_streams=300, secured=secured)
     check_streams(figures)
     assert figures["retried"] > 0
 

@@ -22,7 +22,7 @@ async def run_under_faults(
     harming = asyncio.ensure_future(harm())
     begin = time.monotonic()
     try:
-        report = await run_load(cluster.addresses, requests, expected, num_clients)
+        report = await run_load(cluster.addresses, requests, expected, num_clients, cluster.connect)
     finally:
         duration_s = time.monotonic() - begin
         harming.cancel()
@@ -33,11 +33,17 @@ async def run_under_faults(
 
 
 async def kill_matrix(
-    num_clients: int = 8, num_requests: int = 100, num_tokens: int = 200, every_s: float = 10.0
+    num_clients: int = 8,
+    num_requests: int = 100,
+    num_tokens: int = 200,
+    every_s: float = 10.0,
+    secured: bool = False,
 ) -> dict[str, Any]:
     """Kills one of two prefill or decode workers every `every_s`, in turn, and restarts it."""
     num_kills = 0
-    async with FaultCluster(num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE) as cluster:
+    async with FaultCluster(
+        num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE, secured=secured
+    ) as cluster:
         victims = itertools.cycle(["decode-0", "prefill-0", "decode-1", "prefill-1"])
 
         async def harm() -> None:

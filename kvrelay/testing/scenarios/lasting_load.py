@@ -95,7 +95,7 @@ class LastingLoad:
     ) -> None:
         addresses = self.cluster.addresses
         first = number % len(addresses)
-        async with AsyncClient([*addresses[first:], *addresses[:first]]) as client:
+        async with self.cluster.connect([*addresses[first:], *addresses[:first]]) as client:
             while not harming.done():
                 known, sent = next(supply)
                 self.tenants_waiting.add(sent.tenant)

@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,8 +59,8 @@ class StreamReport:
 class Streams:
     """Clients that run requests of known tokens."""
 
-    def __init__(self, addresses: Sequence[str], expected: Mapping[Request, Tokens], seed: int) -> None:
-        self._addresses = list(addresses)
+    def __init__(self, cluster: FaultCluster, expected: Mapping[Request, Tokens], seed: int) -> None:
+        self._connect, self._addresses = cluster.connect, cluster.addresses
         self._expected = expected
         self._requests = list(expected)
         self._seed = seed
@@ -80,7 +80,7 @@ class Streams:
 
         async def run_client(number: int) -> None:
             first = number % len(self._addresses)
-            async with AsyncClient(self._addresses[first:] + self._addresses[:first]) as client:
+            async with self._connect(self._addresses[first:] + self._addresses[:first]) as client:
                 while self._goes_on(last, until):
                     self._next_number += 1
                     await self._run_stream(client, self._next_number)
@@ -147,15 +147,15 @@ def make_requests(seed: int, num_tokens: int) -> list[Request]:
 
 
 async def random_faults(
-    num_streams: int = 2000, num_clients: int = 8, num_tokens: int = 120, seed: int = 1
+    num_streams: int = 2000, num_clients: int = 8, num_tokens: int = 120, seed: int = 1, secured: bool = False
 ) -> dict[str, Any]:
     """Streams under random faults of all kinds; counts violations of I1 to I7."""
     async with FaultCluster(
-        num_gateways=2, num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE
+        num_gateways=2, num_prefill=2, num_decode=2, requests=REQUEST_SETTINGS, engine=ENGINE, secured=secured
     ) as cluster:
         async with cluster.client() as client:
             expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
-        storm, streams = FaultStorm(cluster, seed), Streams(cluster.addresses, expected, seed)
+        storm, streams = FaultStorm(cluster, seed), Streams(cluster, expected, seed)
         await streams.run(num_clients, NUM_WARM_UP_STREAMS)
         await cluster.check()
         await cluster.take_baseline()

@@ -29,7 +29,11 @@ MAX_MISSED_TOKENS = 50_000
 
 
 async def redis_stopped(
-    num_clients: int = 8, num_tokens: int = 300, stop_s: float = 30.0, redis_timeout_ms: int = 200
+    num_clients: int = 8,
+    num_tokens: int = 300,
+    stop_s: float = 30.0,
+    redis_timeout_ms: int = 200,
+    secured: bool = False,
 ) -> dict[str, Any]:
     """Stops Valkey under load, for `stop_s` or until gateways keep MAX_MISSED_TOKENS for it.
 
@@ -38,7 +42,7 @@ async def redis_stopped(
     figures: dict[str, float] = {}
     server = {"redis_timeout_ms": redis_timeout_ms}
     async with (
-        FaultCluster(requests=KEEPING_SETTINGS, engine=ENGINE, server=server) as cluster,
+        FaultCluster(requests=KEEPING_SETTINGS, engine=ENGINE, server=server, secured=secured) as cluster,
         cluster.client() as client,
     ):
         load = LastingLoad(cluster, make_requests(8 * num_clients, num_tokens=num_tokens), num_clients)

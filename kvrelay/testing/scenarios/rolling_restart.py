@@ -17,6 +17,7 @@ async def rolling_restart(
     num_rounds: int = 2,
     drain_timeout_s: float = 20.0,
     from_checkout: str = "",
+    secured: bool = False,
 ) -> dict[str, Any]:
     """Restarts every process in turn with SIGTERM, under load. No client sees an error.
 
@@ -32,6 +33,7 @@ async def rolling_restart(
         requests=REQUEST_SETTINGS,
         engine=ENGINE,
         server=server,
+        secured=secured,
         command=upgrading_command(from_checkout, num_old=6) if from_checkout else serve_command,
     )
     async with cluster:

@@ -46,7 +46,7 @@ async def soak(
     ) as cluster:
         async with cluster.client() as client:
             expected = await fault_free_tokens(client, make_requests(seed, num_tokens), num_clients)
-        storm, streams = FaultStorm(cluster, seed, MORTAL, longest_pause_s), Streams(cluster.addresses, expected, seed)
+        storm, streams = FaultStorm(cluster, seed, MORTAL, longest_pause_s), Streams(cluster, expected, seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, streams.end)
         await streams.run(num_clients, num_warm_up_streams, rest_s=rest_s)
