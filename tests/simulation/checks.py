@@ -1,6 +1,6 @@
 """What must hold: of every request's lifecycle at every step, and of the whole cluster at rest.
 
-client    I1, I2, I6    toy_model    I4    here    I3, I5, I7, and which errors a client may get for which faults
+client    I1, I2, I6, T    spies    T    toy_model    I4    here    I3, I5, I7, and which errors a client may get for which faults
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,11 +86,20 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
     match client.error:
         case errors.DeadlineError():
             soonest = min(other.deadline for other in group if other.deadline)
-            if faults & _CLAIMS and all(other.plan.timeout_s >= LONG_TIMEOUT_S for other in group):
+            # A poisoned prompt opens breakers, and waits for them until it has no time left.
+            is_long = all(other.plan.timeout_s >= LONG_TIMEOUT_S and not other.plan.is_poison for other in group)
+            if faults & _CLAIMS and is_long:
                 return "I6: silent until its deadline"
             return None if client.loop.world.now >= soonest - 0.1 else "I6: too early"
         case errors.CancelledRequestError():
-            return None if any(other.cancelled for other in group) else "nobody cancelled it"
+            is_left = any(other.cancelled for other in group) or _is_withdrawn(client, plan)
+            return None if is_left else "nobody cancelled it"
+        case errors.UnauthenticatedError():
+            return None if _is_withdrawn(client, plan) else "T: its key was not withdrawn"
+        case errors.QuotaError():
+            assert plan.security is not None
+            num_own = sum(request.tenant == client.plan.tenant for request in plan.requests)
+            return None if num_own > plan.security.key_running_requests else "T: its key had not reached the limit"
         case errors.InternalError():
             # Who was alone on two workers that were killed from outside looks like one that kills.
             num_kills = sum(fault.fault in _KILLS for fault in plan.faults)
@@ -98,6 +107,9 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
             return None if is_guilty or num_kills >= MAX_DEATHS else "an innocent request is blamed"
         case errors.StoreFullError():
             return None if Fault.REDIS_FULL in faults else "redis was not full"
+        case errors.OverloadedError():
+            places = None if plan.security is None else plan.security.max_running_requests
+            return None if places is not None and len(plan.requests) > places else "there was a place for it"
         case errors.IdempotencyConflictError():
             bodies = {(other.plan.token_ids, other.plan.seed) for other in group}
             return None if len(bodies) > 1 else "the bodies are the same"
@@ -118,6 +130,13 @@ def why_not_allowed(client: SimulatedClient, group: Sequence[SimulatedClient], p
             )
             return None if excused else "every fault of this seed can be survived"
     return "no fault of this seed explains it"
+
+
+def _is_withdrawn(client: SimulatedClient, plan: Plan) -> bool:
+    security = plan.security
+    if security is None or security.withdrawn != client.plan.tenant:
+        return False
+    return client.loop.world.now >= security.withdrawn_at_s
 
 
 def check_deaths(num_deaths: int, plan: Plan) -> None:
@@ -148,6 +167,11 @@ def _same_key(client: SimulatedClient, other: SimulatedClient) -> bool:
     return (client.plan.key, client.plan.tenant) == (other.plan.key, other.plan.tenant)
 
 
+def may_be_late(plan: Plan) -> bool:
+    """Whether a gateway may stand still, and with it its looks at the keys file."""
+    return bool({fault.fault for fault in plan.faults} & _GATEWAY_FAULTS)
+
+
 def may_lose_writes(plan: Plan) -> bool:
     """Whether Redis may know less than what clients were told: it forgot, or was away when a
     gateway ended.
@@ -159,16 +183,20 @@ def may_lose_writes(plan: Plan) -> bool:
 def check_store(
     redis: RedisModel, alive_ids: Iterable[str], clients: Sequence[SimulatedClient], loses_writes: bool
 ) -> None:
-    """At rest the store knows of every request of a living gateway how it ended."""
+    """At rest the store knows of every request whose it is, and of a living gateway's how it ended."""
+    tenants = {client.request_id: client.plan.tenant for client in clients if client.request_id}
     alive = set(alive_ids)
     states: dict[str, RequestState] = {}
     """Of living gateways' requests."""
     for key, stored in redis.data.hashes.items():
         if not key.endswith(":request"):
             continue
+        request_id = stored["request_id"].decode()
+        if stored["tenant"].decode() != tenants.get(request_id, stored["tenant"].decode()):
+            raise ViolationError(f"T: {key} is of {stored['tenant']!r}, and was asked for by {tenants[request_id]!r}")
         if stored["gateway_id"].decode() not in alive:
             continue
-        state = states[stored["request_id"].decode()] = RequestState(stored["state"].decode())
+        state = states[request_id] = RequestState(stored["state"].decode())
         if not is_terminal(state) and not loses_writes:
             raise ViolationError(f"I6: {key} stays {state.name} though its gateway lives")
     for client in clients:

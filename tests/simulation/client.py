@@ -14,15 +14,19 @@ import grpc
 from kvrelay.core.job import FinishReason, Job, JobId
 from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.errors import DeadlineError, KvrelayError, UnavailableError
+from kvrelay.security.process_security import POLL_INTERVAL_S
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc, session_pb2
 from kvrelay.wire.errors import error_of_rpc
 from tests.simulation.network import ClientCall, Network, Place, SimulatedChannel
 from tests.simulation.plan import RequestPlan
 from tests.simulation.processes import word_of
+from tests.simulation.security import metadata_of
 from tests.simulation.toy_model import MODEL, expected_output
 from tests.simulation.virtual_time import World
 
 LATENESS_S = 1.0
+WITHDRAWN_WITHIN_S = 2 * POLL_INTERVAL_S + 0.2
+"""Two looks at the keys file, and the way to the client."""
 _REASONS = {
     FinishReason.STOP: session_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: session_pb2.FINISH_REASON_LENGTH,
@@ -75,9 +79,10 @@ class SimulatedClient:
         world, network: of the cluster.
         plan: what to ask for.
         gateways: addresses, of which the first is asked first.
+        has_key: whether it sends its tenant's key.
     """
 
-    def __init__(self, world: World, network: Network, plan: RequestPlan, gateways: list[str]) -> None:
+    def __init__(self, world: World, network: Network, plan: RequestPlan, gateways: list[str], has_key: bool) -> None:
         self.plan = plan
         self.loop = world.new_loop(f"client {plan.number}")
         self.request_id = ""
@@ -87,6 +92,8 @@ class SimulatedClient:
         self.is_done = False
         self.num_resumes = 0
         self.num_pauses = 0
+        self.is_spied_on = False
+        self._metadata = metadata_of(plan.tenant) if has_key else ()
         self.asked_again = False
         self.deadline = 0.0
         self.received = [Received() for _ in range(plan.num_sequences)]
@@ -112,6 +119,13 @@ class SimulatedClient:
         # else all is here, and the client reads it slowly
         if self._call is None or not self._call.is_over:
             raise ViolationError(f"I6: client {self.plan.number} has no end {LATENESS_S} s after its deadline")
+
+    def check_withdrawn(self, withdrawn_at_s: float) -> None:
+        """T. To be asked at any time about a client whose key is withdrawn."""
+        if self.is_done or self._world.now <= withdrawn_at_s + WITHDRAWN_WITHIN_S:
+            return
+        if self._call is not None and not self._call.is_over:
+            raise ViolationError(f"T: client {self.plan.number} is served though its key was withdrawn")
 
     def _cancel(self) -> None:
         if not self.is_done and self._task is not None:
@@ -141,10 +155,10 @@ class SimulatedClient:
                 return
             if self.request_id:
                 request = inference_pb2.ResumeRequest(request_id=self.request_id, from_index=self._next_index())
-                call = stub.Resume(request, timeout=left_s)
+                call = stub.Resume(request, timeout=left_s, metadata=self._metadata)
                 self.num_resumes += 1
             else:
-                call = stub.Generate(self._request(), timeout=left_s)
+                call = stub.Generate(self._request(), timeout=left_s, metadata=self._metadata)
             self._call = call
             try:
                 await self._read(call)

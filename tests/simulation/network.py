@@ -13,12 +13,15 @@ Knows nothing of what is sent, but lets one filter change, repeat or drop it.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from kvrelay.errors import KvrelayError
+from kvrelay.security.guard import Guard
+from kvrelay.security.principal import set_current_principal
 from kvrelay.wire.errors import DETAILS_METADATA_KEY, code_of, status_of
 from tests.simulation.virtual_time import ProcessLoop, World
 
@@ -47,6 +50,10 @@ class Place:
         self.loop = loop
         self.address = address
         self.handlers: list[Any] = []
+        self.guard: Guard | None = None
+        """Of its server. None: every caller is let in."""
+        self.certificate: Mapping[str, list[bytes]] = {}
+        """What servers see of it."""
         self.is_listening = False
         self.ends: dict[End, None] = {}
         """Ends of open streams, in the order of their beginning."""
@@ -259,9 +266,12 @@ def _brief(message: Any) -> str:
 class ClientCall(End):
     """What a stub's call gives."""
 
-    def __init__(self, network: Network, place: Place, address: str, method: str, timeout_s: float | None) -> None:
+    def __init__(
+        self, network: Network, place: Place, address: str, method: str, timeout_s: float | None, metadata: Any = None
+    ) -> None:
         super().__init__(network, place, method)
         self._address = address
+        self._metadata = tuple(metadata or ())
         self._timeout_s = timeout_s
         self._connected = asyncio.get_running_loop().create_future()
         if timeout_s is not None:
@@ -282,7 +292,7 @@ class ClientCall(End):
         if listener is None:
             self.finish(failure_of(grpc.StatusCode.UNAVAILABLE, "nobody listens there"))
             return
-        server_end = ServerContext(self.network, listener, self.method, self._timeout_s)
+        server_end = ServerContext(self.network, listener, self.method, self._timeout_s, self._metadata)
         self.peer, server_end.peer = server_end, self
         self.network.world.schedule(listener.loop, self.network.world.now, server_end.serve, (request,))
         self._connected.set_result(None)
@@ -335,8 +345,11 @@ class ClientCall(End):
 class ServerContext(End):
     """What a handler gets as its context."""
 
-    def __init__(self, network: Network, place: Place, method: str, timeout_s: float | None) -> None:
+    def __init__(
+        self, network: Network, place: Place, method: str, timeout_s: float | None, metadata: tuple[Any, ...]
+    ) -> None:
         super().__init__(network, place, method)
+        self._metadata = metadata
         self._deadline = None if timeout_s is None else network.world.now + timeout_s
         self._task: asyncio.Task[None] | None = None
 
@@ -355,11 +368,12 @@ class ServerContext(End):
         failure: grpc.aio.AioRpcError | None = None
         try:
             handler = self._find_handler()
-            if handler.response_streaming:
-                behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
-                await behaviour(request, self)
-            else:
-                await self.write(await handler.unary_unary(request, self))
+            with self._admitted():
+                if handler.response_streaming:
+                    behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+                    await behaviour(request, self)
+                else:
+                    await self.write(await handler.unary_unary(request, self))
         except asyncio.CancelledError:
             return
         except KvrelayError as error:
@@ -372,6 +386,20 @@ class ServerContext(End):
             assert self.peer is not None
             self.send(self.peer.finish, failure)
             self.finish(failure)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """As the interceptor of production's servers."""
+        guard = self.place.guard
+        if guard is None:
+            yield
+            return
+        assert self.peer is not None
+        caller = self.peer.place
+        principal = guard.check(self.method, self._metadata, caller.certificate, caller.address)
+        set_current_principal(principal)
+        with guard.following(principal):
+            yield
 
     def _find_handler(self) -> Any:
         details = _CallDetails(self.method)
@@ -397,8 +425,8 @@ class ServerContext(End):
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         self.on_over.append(callback)
 
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
+    def invocation_metadata(self) -> tuple[Any, ...]:
+        return self._metadata
 
 
 class _CallDetails:
@@ -438,7 +466,7 @@ class SimulatedChannel:
             timeout: float | None = None,  # as gRPC's stubs have it
             metadata: Any = None,
         ) -> ClientCall:
-            made = ClientCall(self._network, self._place, self._address, method, timeout)
+            made = ClientCall(self._network, self._place, self._address, method, timeout, metadata)
             made.connect(waits=wait_for_ready)
             return made
 
@@ -446,7 +474,7 @@ class SimulatedChannel:
 
     def unary_stream(self, method: str, **options: Any) -> Callable[..., ClientCall]:
         def call(request: Any, *, timeout: float | None = None, metadata: Any = None) -> ClientCall:
-            made = ClientCall(self._network, self._place, self._address, method, timeout)
+            made = ClientCall(self._network, self._place, self._address, method, timeout, metadata)
             made.connect(waits=False, request=request)
             return made
 
@@ -460,7 +488,7 @@ class SimulatedChannel:
             metadata: Any = None,
             wait_for_ready: bool = False,
         ) -> Any:
-            made = ClientCall(self._network, self._place, self._address, method, timeout)
+            made = ClientCall(self._network, self._place, self._address, method, timeout, metadata)
             made.connect(waits=wait_for_ready, request=request)
             return await made.read()
 

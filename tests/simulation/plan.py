@@ -2,11 +2,12 @@
 times. Plain values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
 
 from tests.simulation.processes import WorkerShape
+from tests.simulation.security import TENANTS, SecurityPlan
 from tests.simulation.toy_model import KILLER_TOKEN, POISON_TOKEN
 
 MAX_TOKENS = 96
@@ -47,6 +48,11 @@ class Fault(Enum):
     CLOCK_JUMPED = "wall clock jumped"
     REQUEST_CLAIMED = "request claimed by a stranger"
     REQUEST_TAKEN = "request given to another gateway"
+    KEY_WITHDRAWN = "key of a caller withdrawn"
+    QUOTA_EXCEEDED = "limit of a key reached"
+    NO_PLACE = "no place at the gateway"
+    FOREIGN_ASKED = "another tenant asked for a request"
+    STRANGER_AT_WORKER = "session asked for by a stranger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,8 @@ class Plan:
     local_prefill_tokens: int | None
     requests: list[RequestPlan]
     faults: list[FaultPlan]
+    security: SecurityPlan | None
+    """None: without credentials."""
 
 
 STRIKING = (
@@ -154,7 +162,7 @@ def make_plan(random: Random) -> Plan:
     capacity = min(MAX_TOKENS, num_blocks * block_size)
     for number in range(num_requests):
         requests.append(_make_request(random, number, num_gateways, requests, capacity))
-    return Plan(
+    plan = Plan(
         num_gateways=num_gateways,
         prefill=[_make_shape(random, num_blocks, block_size) for _ in range(random.choice([0, 1, 1, 2, 2]))],
         decode=[_make_shape(random, num_blocks, block_size) for _ in range(random.choice([1, 2, 2, 3]))],
@@ -163,7 +171,24 @@ def make_plan(random: Random) -> Plan:
         faults=sorted(
             (_make_fault(random) for _ in range(random.choice([0, 1, 1, 2, 2, 3, 4]))), key=lambda fault: fault.at_s
         ),
+        security=None,
     )
+    return _secured(random, plan) if random.random() < 0.5 else plan
+
+
+def _secured(random: Random, plan: Plan) -> Plan:
+    """With keys, limits and certificates. Each request is of a tenant that has a key."""
+    requests = [replace(request, tenant=request.tenant or TENANTS[0]) for request in plan.requests]
+    security = SecurityPlan(
+        key_running_requests=random.choice([1, 1, 2, 8]),
+        max_running_requests=random.choice([1, 1, 2, 8]),
+        place_wait_ms=random.choice([20, 2000]),
+        withdrawn=random.choice(["", *TENANTS]),
+        withdrawn_at_s=random.uniform(0.0, 0.3),
+    )
+    if security.withdrawn:  # around the time at which gateways learn of it
+        requests = [replace(request, at_s=request.at_s + random.uniform(0.0, 0.6)) for request in requests]
+    return replace(plan, requests=requests, security=security)
 
 
 def _make_shape(random: Random, num_blocks: int, block_size: int) -> WorkerShape:

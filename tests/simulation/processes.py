@@ -36,6 +36,8 @@ from kvrelay.errors import PreconditionError
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.kv_transfer.registered_receivers import RegisteredReceivers
 from kvrelay.kv_transfer.transports import GrpcTransport
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import POLL_INTERVAL_S
 from kvrelay.state.member_registry import MemberRegistry, MemberView
 from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.state.registered_peers import RegisteredPeers
@@ -52,6 +54,7 @@ from prefill_worker.scheduling.scheduler import PrefillLimits, PrefillScheduler
 from prefill_worker.service import PrefillService
 from tests.simulation.network import Network, Place
 from tests.simulation.redis_model import RedisModel, SimulatedRedisConnection
+from tests.simulation.security import LoadedKeys, SimulatedSecurity, certificate_of, guard_of
 from tests.simulation.threads import SimulatedEngineThread, SimulatedThreads
 from tests.simulation.toy_model import MODEL, NUM_LAYERS, VOCAB_SIZE, ToyPool, ToyStepRunner
 from tests.simulation.virtual_time import ProcessDiedError, World
@@ -88,6 +91,8 @@ class Surroundings:
     world: World
     network: Network
     redis: RedisModel
+    security: SimulatedSecurity | None = None
+    """None: every caller is let in."""
 
     def connection(self) -> RedisConnection:
         return cast(RedisConnection, SimulatedRedisConnection(self.redis, self.world))
@@ -109,6 +114,13 @@ class SimulatedProcess:
         self.instance_id = f"{role.value}-{secrets.token_hex(4)}"
         self.loop = surroundings.world.new_loop(f"{address} {self.instance_id}")
         self.place = Place(self.loop, address)
+        self.keys: LoadedKeys | None = None
+        """A gateway's of its clients."""
+        if surroundings.security is not None:
+            own_role = Role(role.value)
+            self.keys = LoadedKeys(surroundings.security) if own_role is Role.GATEWAY else None
+            self.place.guard = guard_of(own_role, self.keys)
+            self.place.certificate = certificate_of(own_role)
         self.stop = asyncio.Event()
         self.is_draining = False
         self.has_ended = False
@@ -341,20 +353,33 @@ class GatewayProcess(SimulatedProcess):
         gateway.address = self.address
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), cast(Any, self.place))
         member = Member(self.instance_id, MemberRole.GATEWAY, self.address)
+        watching = asyncio.create_task(self._watch_keys(), name="watch of the credentials")
         async with gateway.running(), gateway.registry.lease(member):
             self.surroundings.network.listen(self.place)
             await self.stop.wait()
             gateway.drain()
             await gateway.requests.wait_until_idle(DRAIN_TIMEOUT_MS / 1000)
+        watching.cancel()
         await self._end()
+
+    async def _watch_keys(self) -> None:
+        while self.keys is not None and self.place.guard is not None:
+            await asyncio.sleep(POLL_INTERVAL_S)
+            if self.keys.poll():
+                self.place.guard.end_withdrawn()
 
     def leftovers(self) -> list[str]:
         if self.gateway is None:
             return []
+        usages = self.gateway.admission._keys.values()
         held = {
             "running requests": len(self.gateway.requests.running()),
             "admitted requests": self.gateway.admission.num_running_requests,
             "queued prompt tokens": self.gateway.admission.num_queued_prompt_tokens,
+            "requests that wait for a place": self.gateway.admission.num_waiting_for_place,
+            "requests in progress of keys": sum(usage.num_running for usage in usages),
+            "queued prompt tokens of keys": sum(usage.num_queued_tokens for usage in usages),
+            "requests of keys without a client": sum(usage.num_unattended for usage in usages),
         }
         return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
 

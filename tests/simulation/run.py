@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from kvrelay.config.quota_settings import QuotaSettings
 from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.core.member import MemberRole
 from tests.simulation.checks import (
@@ -15,6 +16,7 @@ from tests.simulation.checks import (
     check_keys,
     check_store,
     leftovers_of,
+    may_be_late,
     may_lose_writes,
 )
 from tests.simulation.client import SimulatedClient, ViolationError
@@ -24,6 +26,8 @@ from tests.simulation.network import Network
 from tests.simulation.plan import Fault, Plan, make_plan
 from tests.simulation.processes import DecodeProcess, SimulatedProcess, Slot, Surroundings, slots_of
 from tests.simulation.redis_model import RedisModel
+from tests.simulation.security import SimulatedSecurity
+from tests.simulation.spies import Spy
 from tests.simulation.toy_model import ForeignKVError
 from tests.simulation.virtual_time import SimulationError, World
 
@@ -46,6 +50,18 @@ _REQUEST_SETTINGS = {
     for value in (None, 0, 8)
 }
 _SERVER_SETTINGS = ServerSettings(liveness_window_ms=LIVENESS_WINDOW_MS)
+
+
+def settings_of(plan: Plan) -> GatewaySettings:
+    """Of all gateways."""
+    requests, security = _REQUEST_SETTINGS[plan.local_prefill_tokens], plan.security
+    if security is None:
+        return GatewaySettings(server=_SERVER_SETTINGS, requests=requests)
+    return GatewaySettings(
+        server=_SERVER_SETTINGS,
+        requests=requests.model_copy(update={"max_running_requests": security.max_running_requests}),
+        quotas=QuotaSettings(place_wait_ms=security.place_wait_ms),
+    )
 
 
 @dataclass
@@ -80,11 +96,11 @@ def run_seed(seed: int, trace: Callable[[str], None] | None = None) -> Outcome:
         CheckedLifecycle.num_attempts = 0
         plan = make_plan(world.random)
         redis = RedisModel(lambda: int((START_OF_WALL_CLOCK + world.now) * 1000))
-        surroundings = Surroundings(world, network, redis)
-        settings = GatewaySettings(server=_SERVER_SETTINGS, requests=_REQUEST_SETTINGS[plan.local_prefill_tokens])
-        slots = slots_of(surroundings, settings, plan.num_gateways, plan.prefill, plan.decode)
+        security = None if plan.security is None else SimulatedSecurity(plan.security)
+        surroundings = Surroundings(world, network, redis, security)
+        slots = slots_of(surroundings, settings_of(plan), plan.num_gateways, plan.prefill, plan.decode)
         faults = Faults(world, network, redis, wall_clock, slots)
-        run = _Run(world, network, plan, slots, faults, redis)
+        run = _Run(surroundings, plan, slots, faults)
         if trace is not None:
             trace(str(plan))
             network.trace = faults.trace = log
@@ -107,19 +123,25 @@ def _place_of(world: World) -> str:
 class _Run:
     """One cluster from its start to rest."""
 
-    def __init__(
-        self, world: World, network: Network, plan: Plan, slots: dict[str, Slot], faults: Faults, redis: RedisModel
-    ) -> None:
-        self._world = world
-        self._network = network
+    def __init__(self, surroundings: Surroundings, plan: Plan, slots: dict[str, Slot], faults: Faults) -> None:
+        self._world = surroundings.world
+        self._network = surroundings.network
         self._plan = plan
         self._slots = slots
         self._faults = faults
-        self._redis = redis
+        self._redis = surroundings.redis
+        self._security = surroundings.security
+        self._spies: list[Spy] = []
         self._restarting: set[SimulatedProcess] = set()
-        gateways = [address for address in slots if address.startswith("g")]
+        self._gateways = gateways = [address for address in slots if address.startswith("g")]
         self._clients = [
-            SimulatedClient(world, network, request, gateways[request.gateway :] + gateways[: request.gateway])
+            SimulatedClient(
+                self._world,
+                self._network,
+                request,
+                gateways[request.gateway :] + gateways[: request.gateway],
+                has_key=self._security is not None,
+            )
             for request in plan.requests
         ]
 
@@ -135,6 +157,7 @@ class _Run:
             self._world.schedule(client.loop, client.plan.at_s, client.start, ())
         for fault in self._plan.faults:
             self._faults.plan(fault)
+        self._plan_withdrawal()
         while not all(client.is_done for client in self._clients):
             self._look_after(LOOK_S)
             if self._world.now > MAX_S:
@@ -144,6 +167,12 @@ class _Run:
         check_keys(self._clients, self._plan)
         check_deaths(sum(process.died_of_step for process in self._all_workers()), self._plan)
         self._come_to_rest()
+
+    def _plan_withdrawal(self) -> None:
+        plan = self._plan.security
+        if self._security is not None and plan is not None and plan.withdrawn:
+            operator = self._world.new_loop("operator")
+            self._world.schedule(operator, plan.withdrawn_at_s, self._security.withdraw, (plan.withdrawn,))
 
     def fill(self, outcome: Outcome) -> None:
         """Counts."""
@@ -163,11 +192,25 @@ class _Run:
             raise ViolationError(self._world.problems.pop(0))
         for client in self._clients:
             client.check_in_time()
+            self._look_at_credentials(client)
         for slot in self._slots.values():
             process = slot.process
             if not process.is_alive and not slot.is_gone and process not in self._restarting:
                 self._restarting.add(process)
                 slot.restart_after(self._world, RESTART_S)
+
+    def _look_at_credentials(self, client: SimulatedClient) -> None:
+        plan = self._plan.security
+        if plan is None:
+            return
+        if client.plan.tenant == plan.withdrawn and not may_be_late(self._plan):
+            client.check_withdrawn(plan.withdrawn_at_s)
+        if client.request_id and not client.is_spied_on:
+            client.is_spied_on = True
+            workers = [address for address in self._slots if address.startswith("d")]
+            spy = Spy(self._world, self._network, client.request_id, self._gateways, workers)
+            self._spies.append(spy)
+            spy.start()
 
     def _come_to_rest(self) -> None:
         give_up = max(self._world.now, self._faults.last_end) + REST_S
@@ -201,9 +244,14 @@ class _Run:
             fired[Fault.SLOW_CLIENT] += client.num_pauses > 3
             fired[Fault.RESUMED_ELSEWHERE] += client.num_resumes > 0 and client.succeeded
             fired[Fault.POISON] += plan.is_poison and type(client.error).__name__ == "InternalError"
+            fired[Fault.KEY_WITHDRAWN] += type(client.error).__name__ == "UnauthenticatedError"
+            fired[Fault.QUOTA_EXCEEDED] += type(client.error).__name__ == "QuotaError"
+            fired[Fault.NO_PLACE] += type(client.error).__name__ == "OverloadedError"
             fired[Fault.KEY_CONFLICT] += type(client.error).__name__ == "IdempotencyConflictError"
             same = [other for other in self._clients if other is not client and other.request_id == client.request_id]
             fired[Fault.SAME_KEY] += bool(client.request_id and same)
+        fired[Fault.FOREIGN_ASKED] += sum(spy.num_refused for spy in self._spies)
+        fired[Fault.STRANGER_AT_WORKER] += sum(spy.num_refused_by_workers for spy in self._spies)
         for slot in self._slots.values():
             for process in (*slot.past, slot.process):
                 if isinstance(process, DecodeProcess):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import decode_worker.kv_receiver
+import gateway.requests.known_requests
 import kvrelay.kv_cache.block_manager
 import kvrelay.kv_cache.prefix_hash
 from decode_worker.receiving.kv_reassembly import KVReassembly
@@ -22,9 +23,13 @@ from gateway.lifecycle.job_progress import JobProgress
 from gateway.lifecycle.lifecycle import RequestLifecycle
 from gateway.lifecycle.poison_detector import InStep, PoisonDetector
 from gateway.lifecycle.token_order import TokenOrder
+from gateway.requests.admission import Admitted
 from kvrelay.core.job import JobId, SequenceToken
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockManager
+from kvrelay.security.guard import Guard
+from kvrelay.security.method_rules import Rule
+from kvrelay.security.principal import Role
 from kvrelay.worker.gateway_sessions import GatewaySessions
 from kvrelay.worker.job_leases import JobLeases
 from kvrelay.worker.sequence import PreparedJob
@@ -140,6 +145,29 @@ def tell_no_superseded_session(patch: Patch) -> None:
     patch.setattr(GatewaySessions, "_on_superseded", lambda self, job_id, session: told(self, job_id, None))
 
 
+def show_requests_to_every_tenant(patch: Patch) -> None:
+    patch.setattr(gateway.requests.known_requests, "_may_see", lambda request_id, tenant: True)
+
+
+def let_every_role_into_every_method(patch: Patch) -> None:
+    patch.setattr(Guard, "_rule_of", lambda self, method: Rule(frozenset(Role)))
+
+
+def serve_withdrawn_keys_on(patch: Patch) -> None:
+    patch.setattr(Guard, "end_withdrawn", lambda self: 0)
+
+
+def keep_the_places_of_keys(patch: Patch) -> None:
+    release = Admitted.release
+
+    def release_the_gateways_only(self: Admitted, now: float) -> None:
+        was_running = self._running
+        release(self, now)
+        self._usage.num_running += was_running
+
+    patch.setattr(Admitted, "release", release_the_gateways_only)
+
+
 @pytest.mark.parametrize(
     ("remove_guard", "promise"),
     [
@@ -156,6 +184,10 @@ def tell_no_superseded_session(patch: Patch) -> None:
         (suspect_for_ever, ("I6",)),
         (tell_no_superseded_session, ("I6: silent",)),
         (compute_suspects_together_with_others, ("I6", "an innocent")),
+        (show_requests_to_every_tenant, ("T: ",)),
+        (let_every_role_into_every_method, ("T: ",)),
+        (serve_withdrawn_keys_on, ("T: ",)),
+        (keep_the_places_of_keys, ("I3", "T: its key")),
     ],
 )
 def test_without_a_guard_some_seed_breaks_its_promise(
