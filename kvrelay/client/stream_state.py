@@ -28,6 +28,8 @@ StreamRequest = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
 
 _BACKOFF_INITIAL_S = 0.1
 _BACKOFF_MAXIMUM_S = 2.0
+_CANCELLED_HERE = ("Channel closed!", "Locally cancelled by application!")
+"""gRPC's words for calls that their own process cancels."""
 
 
 @dataclass(slots=True)
@@ -208,11 +210,20 @@ def says_so_itself(failure: grpc.RpcError) -> bool:
 def unreachable(failure: grpc.RpcError) -> bool:
     """Whether the call reached no server, so that the client may ask another address."""
     assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError)
-    return failure.code() is grpc.StatusCode.UNAVAILABLE and not says_so_itself(failure)
+    return _was_cut_off(failure) or (failure.code() is grpc.StatusCode.UNAVAILABLE and not says_so_itself(failure))
+
+
+def _was_cut_off(failure: grpc.RpcError) -> bool:
+    """Whether gRPC cancelled the call, as it does in a server that stops before it has begun it."""
+    assert isinstance(failure, grpc.Call | grpc.aio.AioRpcError)
+    is_cancelled = failure.code() is grpc.StatusCode.CANCELLED and not says_so_itself(failure)
+    return is_cancelled and failure.details() not in _CANCELLED_HERE
 
 
 def call_error(failure: grpc.RpcError, addresses: Sequence[str]) -> KvrelayError:
     """Names the addresses when none answered."""
+    if _was_cut_off(failure):
+        return UnavailableError("the gateway cut the call off, as it does when it stops; send it again")
     error = error_of_rpc(failure)
     if unreachable(failure) or (not says_so_itself(failure) and is_answer_of_http(error.message)):
         return unreachable_error(error.message, addresses)

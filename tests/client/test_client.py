@@ -140,6 +140,21 @@ async def test_a_connection_torn_by_something_in_between_is_resumed(
     assert await client.generate("x", resumable=True).text() == "abc"
 
 
+async def test_a_call_that_a_stopping_gateway_never_began_is_sent_again(fake: Fake, client: AsyncClient) -> None:
+    fake.service.generate = [then_break(code=grpc.StatusCode.CANCELLED), play(*WHOLE)]
+    assert await client.generate("x").text() == "abc"
+    assert len(fake.service.calls) == 2
+
+
+async def test_a_stream_that_a_stopping_gateway_cuts_off_is_unavailable_and_not_cancelled(
+    fake: Fake, client: AsyncClient
+) -> None:
+    fake.service.generate = [then_break(accepted(), delta(0, "a"), code=grpc.StatusCode.CANCELLED)]
+    with pytest.raises(errors.UnavailableError, match="cut the call off"):
+        await client.generate("x").text()
+    assert len(fake.service.calls) == 1, "it had begun, so that it is not sent again"
+
+
 async def test_a_stream_that_just_ends_is_resumed(fake: Fake, client: AsyncClient) -> None:
     fake.service.generate = [play(accepted(), delta(0, "a"))]
     fake.service.resume = [play(*WHOLE)]
