@@ -11,6 +11,7 @@ from aiohttp import web
 
 from kvrelay.cli.serve.supervisor import _ready_lines, with_http_port
 from kvrelay.cluster.local_cluster import LocalCluster
+from kvrelay.config.security_settings import PeerSettings
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.errors import StartupError
 from kvrelay.network.http_bounds import HostNames, HttpBounds
@@ -164,10 +165,20 @@ def test_serve_all_has_a_port_for_http_beside_the_one_for_grpc() -> None:
     assert (chosen(), chosen(port=0), chosen(port=65530), chosen(http_port=7)) == (50080, 0, 0, 7)
 
 
-@pytest.mark.parametrize(("tls_folder", "scheme"), [(None, "http"), ("certificates", "https")])
-def test_serve_all_shows_where_its_ports_are(tls_folder: str | None, scheme: str) -> None:
-    cluster = LocalCluster(tls_folder=tls_folder)
+@pytest.mark.parametrize(
+    ("tls_folder", "local_clients", "of_gateway", "of_worker"),
+    [
+        (None, False, "http", "http"),
+        ("certificates", False, "https", "https"),
+        ("certificates", True, "http", "https"),
+    ],
+)
+def test_serve_all_shows_where_its_ports_are(
+    tls_folder: str | None, local_clients: bool, of_gateway: str, of_worker: str
+) -> None:
+    gateway = GatewaySettings(peers=PeerSettings(local_clients=local_clients))
+    cluster = LocalCluster(gateway=gateway, tls_folder=tls_folder)
     cluster.http_addresses.update({"gateway": "127.0.0.1:7", "decode-0": "127.0.0.1:8"})
     lines = "\n".join(_ready_lines(cluster))
-    assert f"live page     {scheme}://127.0.0.1:7" in lines
-    assert f"decode-0 {scheme}://127.0.0.1:8" in lines
+    assert f"live page     {of_gateway}://127.0.0.1:7" in lines
+    assert f"decode-0 {of_worker}://127.0.0.1:8" in lines

@@ -85,7 +85,8 @@ def _ready_lines(cluster: LocalCluster) -> list[str]:
     if cluster.openai_address:
         lines.append(f"  OpenAI's API  {scheme}://{cluster.openai_address}/v1")
     if GATEWAY_NAME in cluster.http_addresses:
-        lines.append(f"  live page     {scheme}://{cluster.http_addresses[GATEWAY_NAME]}")
+        gateway_scheme = "http" if cluster.gateway.peers.local_clients else scheme
+        lines.append(f"  live page     {gateway_scheme}://{cluster.http_addresses[GATEWAY_NAME]}")
     workers = ", ".join(
         f"{name} {scheme}://{address}" for name, address in cluster.http_addresses.items() if name != GATEWAY_NAME
     )
