@@ -12,6 +12,7 @@ from gateway.api.conversation_stream import ConversationStream
 from gateway.gateway import Gateway
 from gateway.requests.known_requests import request_info, state_to_pb
 from gateway.requests.request_validation import check_token_ids, deadline_of, parse_messages
+from gateway.requests.turns import Turns
 from gateway.resume.stored_output import FrameReader
 from gateway.state.other_gateways import FORWARDED_METADATA
 from gateway.streaming.frames import Frame, messages
@@ -20,7 +21,6 @@ from gateway.views import cluster_view
 from gateway.workers.served_models import ModelLimits
 from kvrelay.config.settings import MAX_COALESCE_MS
 from kvrelay.errors import InvalidRequestError
-from kvrelay.runtime.turns import Turns
 from kvrelay.security.principal import Role, current_principal
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc

@@ -45,8 +45,8 @@ MUTATIONS = (
     Mutation(
         "calls are not checked",
         "kvrelay/network/call_interceptor.py",
-        "        if self._guard is None:\n            adopt",
-        "        if True:\n            adopt",
+        "        if self._guard is None:\n            if (tenant",
+        "        if True:\n            if (tenant",
         f"{INTERCEPTOR_TESTS}::test_calls_without_a_key_reach_no_handler",
     ),
     Mutation(

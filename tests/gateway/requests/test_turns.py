@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from gateway.requests.turns import Turns
 from kvrelay.errors import OverloadedError
-from kvrelay.runtime.turns import Turns
 
 
 async def test_no_more_than_allowed_work_at_once_and_all_get_their_turn() -> None:
