@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 
+from gateway.workers.session_messages import hello
+from kvrelay.core.member import MemberRole
 from kvrelay.errors import (
     AccessDeniedError,
     DeadlineError,
@@ -16,13 +18,14 @@ from kvrelay.errors import (
     UnavailableError,
 )
 from kvrelay.security.principal import Role
-from kvrelay.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
+from kvrelay.v1 import decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 from kvrelay.wire.errors import error_of_rpc
 from tests.simulation.network import Network, Place, SimulatedChannel
 from tests.simulation.security import SPY, certificate_of, metadata_of
 from tests.simulation.virtual_time import World
 
 TIMEOUT_S = 2.0
+LIVENESS_WINDOW_MS = 600
 
 
 class Spy:
@@ -78,7 +81,7 @@ class Spy:
         stub: Any = decode_pb2_grpc.DecodeServiceStub(self._channel(address, place))
         call = stub.Session(timeout=TIMEOUT_S, metadata=() if place.certificate else metadata_of(SPY))
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await call.write(decode_pb2.DecodeServiceSessionRequest())
+            await call.write(hello(MemberRole.DECODE, "gateway-spy", LIVENESS_WINDOW_MS))
         answer = await self._answer(call)
         if isinstance(answer, expected):
             self.num_refused_by_workers += 1
