@@ -68,17 +68,21 @@ class AuditLog:
 
     def close(self) -> None:
         """Waits, within a bound, until everything is written."""
-        self._tell_of_lost(self._clock())
         try:
+            if self._num_lost:
+                self._lines.put(self._line_of_lost(self._clock()), timeout=CLOSE_TIMEOUT_S)
             self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
         except queue.Full:
             return  # the disk hangs
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def _tell_of_lost(self, now: float) -> None:
-        if self._num_lost:
-            num_lost, self._num_lost = self._num_lost, 0
-            self._put(_line(now, decision=LOST, reason=f"{num_lost} lines were too many", num_lines=num_lost), num_lost)
+        if num_lost := self._num_lost:
+            self._put(self._line_of_lost(now), num_lost)
+
+    def _line_of_lost(self, now: float) -> bytes:
+        num_lost, self._num_lost = self._num_lost, 0
+        return _line(now, decision=LOST, reason=f"{num_lost} lines were too many", num_lines=num_lost)
 
     def _put(self, line: bytes, num_lines: int = 1) -> None:
         try:

@@ -63,6 +63,8 @@ class GatewaySessions:
         self._fail = fail
         self._sessions: dict[GatewaySession, None] = {}
         """Ordered by begin, so that simulated runs repeat exactly."""
+        self._num_calls = 0
+        """With those that have not greeted yet."""
         self._load = WorkerLoad()
         self._informed: set[EventSink] = set()
         """Sessions that already got the current load."""
@@ -95,9 +97,15 @@ class GatewaySessions:
         self, context: grpc.aio.ServicerContext[Any, Any], on_command: Callable[[GatewaySession, str, Any], None]
     ) -> None:
         """Raises OverloadedError where MAX_SESSIONS are open, and as `GatewaySession`."""
-        if len(self._sessions) >= MAX_SESSIONS:
+        if self._num_calls >= MAX_SESSIONS:
             raise OverloadedError(f"the worker has {MAX_SESSIONS} sessions already; end others first")
-        session = GatewaySession(context, self._hello, self._make_response, on_command)
+        self._num_calls += 1
+        try:
+            await self._serve(GatewaySession(context, self._hello, self._make_response, on_command))
+        finally:
+            self._num_calls -= 1
+
+    async def _serve(self, session: GatewaySession) -> None:
         await session.handshake()
         self._sessions[session] = None
         _log.info("session begins", gateway=session.gateway_id)

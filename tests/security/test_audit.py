@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.errors import ConfigError, UnauthenticatedError
+from kvrelay.security import audit
 from kvrelay.security.audit import (
     MAX_FIELD_CHARACTERS,
     MAX_LINES_PER_S,
@@ -84,6 +86,28 @@ def test_a_flood_of_refusals_is_counted_and_not_written(path: Path) -> None:
     written = lines(path)
     assert len(written) == MAX_LINES_PER_S + 2
     assert written[-2]["num_lines"] == 50
+
+
+def test_a_disk_that_hangs_costs_a_bounded_number_of_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "MAX_WAITING_LINES", 5)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(log: AuditLog) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+
+    monkeypatch.setattr(AuditLog, "_follow_rotation", hang)
+    log = AuditLog(str(path))
+    refuse(log)
+    assert hangs.wait(60)
+    for _ in range(100):
+        refuse(log)
+    assert log._lines.qsize() == 5
+    goes_on.set()
+    log.close()
+    written = lines(path)
+    assert sum(line.get("num_lines", 1) for line in written) == 101
+    assert len(written) < 20
 
 
 def test_lines_after_a_rotation_go_to_the_new_file(path: Path) -> None:
