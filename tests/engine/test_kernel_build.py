@@ -1,6 +1,9 @@
 """Compiling the kernels: once, for this machine, and with a sentence where it cannot be done."""
 
+import _ctypes
 import ctypes
+import errno
+import importlib.util
 import os
 import platform
 import shutil
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvrelay.engine.native import library
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
 from kvrelay.engine.native.library import load_own
 from tests.support import left_out
@@ -102,6 +106,43 @@ def test_what_others_may_write_to_is_not_loaded_at_the_last_moment_either(tmp_pa
     path.chmod(0o666)
     with pytest.raises(PermissionError, match="others may write to it"):
         load_own(path)
+
+
+def test_a_library_in_a_folder_where_others_could_write_is_made_anew(
+    cache: Path, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(tmp_path, monkeypatch, STAND_IN)
+    planted = build_library()
+    planted.write_text("planted")
+    cache.chmod(0o777)
+    assert build_library().read_text() == "kernels\n"
+    assert not cache.stat().st_mode & 0o022
+
+
+def test_a_link_is_not_loaded_whoever_owns_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\x7fELF")
+    (tmp_path / "kernels.so").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match=r"kernels\.so") as refused:
+        load_own(tmp_path / "kernels.so")
+    assert refused.value.errno == errno.ELOOP
+
+
+def test_the_file_that_was_looked_at_is_the_one_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may take its name meanwhile."""
+    extension = importlib.util.find_spec("_ctypes_test") or importlib.util.find_spec("yaml._yaml")
+    assert extension is not None
+    assert extension.origin is not None
+    path = tmp_path / "kernels.so"
+    shutil.copy(extension.origin, path)
+
+    def is_own_and_replaced(status: os.stat_result) -> bool:
+        path.unlink()
+        path.write_bytes(b"planted")
+        return True
+
+    monkeypatch.setattr(library, "is_own", is_own_and_replaced)
+    # The linker knows libraries by the descriptors that they were opened by.
+    _ctypes.dlclose(load_own(path)._handle)
 
 
 def test_without_any_folder_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

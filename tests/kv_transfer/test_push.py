@@ -387,9 +387,42 @@ async def test_another_wire_version_is_refused(bench: Bench, version: int) -> No
     await channel.close()
 
 
+async def test_a_push_that_says_nothing_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_receiver, "HEADER_TIMEOUT_S", 0.05)
+    async with create_channel(bench.address) as channel:
+        call: Any = kv_transfer_pb2_grpc.KVTransferServiceStub(channel).Push()
+        assert await asyncio.wait_for(call.code(), WAIT_S) is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_header_with_a_long_id_is_refused_before_anything_is_looked_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.grants, "start_write", lambda *_: pytest.fail("looked up"))
+    plan = bench.plan(job_id=JobId("a" * 129, 1))
+    assert await push_raw(bench, plan, []) == ([], grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_an_end_with_tokens_of_more_sequences_than_there_are_ends_the_push(bench: Bench) -> None:
+    tokens = [*bench.tokens(), SequenceToken(bench.job.job_id, 1, 0, Token(9))]
+    digest = end_digest(bench.ticket, bench.job.job_id.attempt, 1, tokens)
+    end = kv_transfer_pb2.PushEnd(num_chunks=1, tokens=map(sequence_token_to_pb, tokens), digest=digest)
+    message = kv_transfer_pb2.PushRequest(end=end).SerializeToString()
+    names, code = await push_raw(bench, bench.plan(), [encode_chunk(bench.chunk(WHOLE)), message])
+    assert (names, code) == (["chunk_accepted"], grpc.StatusCode.DATA_LOSS)
+
+
+async def test_an_end_of_another_ticket_ends_the_push(bench: Bench) -> None:
+    digest = end_digest(bytes(16), bench.job.job_id.attempt, 1, bench.tokens())
+    end = kv_transfer_pb2.PushEnd(num_chunks=1, tokens=map(sequence_token_to_pb, bench.tokens()), digest=digest)
+    message = kv_transfer_pb2.PushRequest(end=end).SerializeToString()
+    names, code = await push_raw(bench, bench.plan(), [encode_chunk(bench.chunk(WHOLE)), message])
+    assert (names, code) == (["chunk_accepted"], grpc.StatusCode.DATA_LOSS)
+
+
 @pytest.mark.parametrize("changes", [{"token_begin": 4}, {"token_end": NUM_TOKENS - 1}])
 async def test_another_range_than_the_reservation_s_ends_the_push(bench: Bench, changes: dict[str, Any]) -> None:
-    assert await push_raw(bench, bench.plan(**changes), []) == ([], grpc.StatusCode.DATA_LOSS)
+    messages = [encode_chunk(bench.chunk(WHOLE)), end_message(bench, 1)]
+    assert await push_raw(bench, bench.plan(**changes), messages) == ([], grpc.StatusCode.DATA_LOSS)
     assert (await bench.end_at_receiver()).first_tokens is None
 
 

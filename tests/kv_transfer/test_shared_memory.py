@@ -138,6 +138,32 @@ async def test_a_connection_that_shows_no_key_is_ended(monkeypatch: pytest.Monke
     silent.close()
 
 
+async def ended_at_once(server: RegionServer) -> bool:
+    """Whether the server ends a new connection before its key could be late."""
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stranger.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(stranger, f"\0{server.endpoint.socket_name}")
+    try:
+        return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(stranger, 1), WAIT_S) == b""
+    finally:
+        stranger.close()
+
+
+async def test_another_user_is_not_asked_for_a_key(monkeypatch: pytest.MonkeyPatch, server: RegionServer) -> None:
+    monkeypatch.setattr(shm_fd_passing, "KEY_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert await ended_at_once(server)
+
+
+async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch, server: RegionServer) -> None:
+    monkeypatch.setattr(shm_fd_passing, "KEY_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(shm_fd_passing, "MAX_CONNECTIONS", 1)
+    first = await RegionClient.connect(server.endpoint, REGION_BYTES)
+    assert await first.lease() is not None
+    assert await ended_at_once(server)
+    first.close()
+
+
 def unsealed() -> int:
     descriptor = os.memfd_create("kvrelay")
     os.ftruncate(descriptor, 4096)

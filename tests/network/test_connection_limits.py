@@ -99,9 +99,16 @@ async def test_a_message_above_the_bound_is_refused_and_an_answer_is_not() -> No
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-@pytest.mark.parametrize("greeting", [b"", PREFACE + frame(SETTINGS, 0, 0)], ids=["silent", "without calls"])
-async def test_a_connection_that_asks_nothing_is_closed(greeting: bytes) -> None:
-    async with serving(ConnectionLimits(idle_timeout_ms=1000, handshake_timeout_ms=500)) as port:
+@pytest.mark.parametrize(
+    ("greeting", "limits"),
+    [
+        (b"", ConnectionLimits(idle_timeout_ms=3_600_000, handshake_timeout_ms=500)),
+        (PREFACE + frame(SETTINGS, 0, 0), ConnectionLimits(idle_timeout_ms=1000, handshake_timeout_ms=3_600_000)),
+    ],
+    ids=["silent", "without calls"],
+)
+async def test_a_connection_that_asks_nothing_is_closed(greeting: bytes, limits: ConnectionLimits) -> None:
+    async with serving(limits) as port:
         reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(greeting)
         async with asyncio.timeout(60):  # bounds a hang only
@@ -157,6 +164,13 @@ async def test_a_connection_that_resets_its_calls_at_once_cancels_none_of_others
         await asyncio.gather(*asking)
     assert int(output) > num_resets // 10, "the attack took place"
     assert set(results) == {"OK"}
+
+
+def test_calls_that_wait_for_a_handler_are_cancelled_only_far_above_what_a_few_connections_may_have() -> None:
+    """By default gRPC does so above 1000, of all connections."""
+    options = dict(ConnectionSettings().limits(256).options)
+    assert options["grpc.server.max_pending_requests"] >= 50 * LEAST_STREAMS
+    assert options["grpc.server.max_pending_requests_hard_limit"] > options["grpc.server.max_pending_requests"]
 
 
 def test_one_connection_can_use_all_places_of_a_gateway() -> None:

@@ -14,7 +14,7 @@ from kvrelay.cluster.local_cluster import LocalCluster
 from kvrelay.config.security_settings import PeerSettings
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.errors import StartupError
-from kvrelay.network.http_bounds import HostNames, HttpBounds
+from kvrelay.network.http_bounds import MAX_BODY_BYTES, HostNames, HttpBounds
 from kvrelay.network.http_server import Health, serving_http
 
 HOST = "127.0.0.1"
@@ -132,7 +132,8 @@ async def test_a_connection_that_asks_nothing_more_is_closed(begun: bytes) -> No
 
 
 async def test_connections_above_the_bound_are_closed_and_room_is_given_back() -> None:
-    async with serving_http(HOST, 0, lambda: Health.SERVING, bounds=HttpBounds(max_connections=2)) as port:
+    bounds = HttpBounds(max_connections=2, silence_timeout_s=3600.0)
+    async with serving_http(HOST, 0, lambda: Health.SERVING, bounds=bounds) as port:
         kept = [await asyncio.open_connection(HOST, port) for _ in range(2)]
         for reader, writer in kept:
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -144,6 +145,19 @@ async def test_connections_above_the_bound_are_closed_and_room_is_given_back() -
             writer.close()
             await writer.wait_closed()
         assert await get(port, "/healthz") == (200, '{"status": "serving"}')
+
+
+async def test_a_large_body_is_refused_before_it_is_read() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(await request.read())))
+
+    def add(application: web.Application) -> None:
+        application.router.add_post("/", answer)
+
+    async with serving_http(HOST, 0, lambda: Health.SERVING, add) as port, aiohttp.ClientSession() as session:
+        for num_bytes, status in ((MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)):
+            async with session.post(f"http://{HOST}:{port}/", data=bytes(num_bytes)) as response:
+                assert response.status == status
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"a" * 10_000, b"\r\n".join(b"X-%d: a" % number for number in range(100))])

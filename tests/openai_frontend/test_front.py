@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,13 @@ from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.openai_frontend import front as front_module
 from kvrelay.openai_frontend.front import OpenAIFront
 from kvrelay.openai_frontend.open_requests import FRONT_ITSELF, Client
+from kvrelay.security.guard import Guard
 from kvrelay.security.keys import digest_of, new_key
-from kvrelay.security.principal import Role
+from kvrelay.security.method_rules import HTTP_RULES
+from kvrelay.security.principal import Principal, Role
 from kvrelay.security.process_security import ProcessSecurity
 from kvrelay.testing.waiting import wait_until
+from tests.security.test_guard import Tokens
 
 KEYS = ("first", "second")
 MAX_BODY_BYTES = 1_000_000
@@ -183,6 +187,16 @@ async def test_a_body_is_refused_by_the_length_that_it_announces(both: Both) -> 
         assert (answer.status, error_of(await answer.text())["code"]) == (413, "too_large")
 
 
+async def test_a_body_that_announces_no_length_is_cut_off_at_the_bound(both: Both) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(MAX_BODY_BYTES // 50_000 + 1):
+            yield b" " * 50_000
+
+    async with both.client.post("/v1/completions", data=pieces(), headers=BEARER) as answer:
+        assert (answer.status, error_of(await answer.text())["code"]) == (413, "too_large")
+    assert both.smg.asked == []
+
+
 async def test_bodies_that_are_read_together_have_a_bound(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_module, "MAX_UNREAD_BODY_BYTES", 2000)
     monkeypatch.setattr(front_module, "BODY_TIMEOUT_S", 0.2)
@@ -212,6 +226,18 @@ async def test_a_stream_comes_whole_and_its_bytes_are_those_of_the_text(both: Bo
     assert choice["logprobs"]["content"] == [{"token": "\U0001f600", "bytes": list("\U0001f600".encode())}]
     _, untouched = await both.post("chat/completions", CHAT | {"stream": True})
     assert json.loads(untouched.partition("\n\n")[0].removeprefix("data: ")) == EVENT
+
+
+async def test_an_event_without_an_end_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_module, "MAX_EVENT_BYTES", 1000)
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(10_000):
+            yield b"x" * 100
+
+    answer: Any = SimpleNamespace(content=SimpleNamespace(iter_any=endless))
+    with pytest.raises(Exception, match="without an end"):
+        [event async for event in front_module._events(answer)]
 
 
 async def test_a_client_that_hangs_up_ends_its_request(both: Both) -> None:
@@ -310,3 +336,18 @@ async def test_one_tenant_gets_half_of_the_places(both: Both, tmp_path: Path, mo
         assert (await of_one.post("completions", {"prompt": "x"}, headers=second))[0] == 200
         for task in asking:
             task.cancel()
+
+
+async def test_a_request_ends_when_its_key_is_withdrawn(both: Both) -> None:
+    tokens = Tokens({"key": Principal(frozenset({Role.CLIENT}), "t", "t-1", proof="p")})
+    guard = Guard(HTTP_RULES[Role.FRONT], [tokens], lambda _: frozenset())
+    upstream = str(both.client.make_url("")).rstrip("/")
+    front = OpenAIFront(upstream, (), KEYS[0], MAX_BODY_BYTES, guard)
+    body = {"prompt": "x", "user": "hold"}
+    async with TestClient(TestServer(front.application())) as client, asyncio.timeout(30):
+        asking = asyncio.create_task(client.post("/v1/completions", json=body, headers={"Authorization": "Bearer key"}))
+        await both.smg.holding.wait()
+        tokens.principals.clear()
+        assert guard.end_withdrawn() == 1
+        assert (await asking).status == 401
+        await both.smg.left.wait()

@@ -9,8 +9,10 @@ import pytest
 from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import OpenAISettings
 from kvrelay.errors import ConfigError
+from kvrelay.openai_frontend import main
 from kvrelay.openai_frontend.front import OpenAIFront
 from kvrelay.openai_frontend.main import _listening, check_host, keys_of
+from kvrelay.openai_frontend.smg import secret_arguments
 from kvrelay.security.certificates import CertificatePlan, make_certificates
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import ProcessSecurity
@@ -49,3 +51,22 @@ async def test_with_certificates_the_port_speaks_https_and_nothing_else(tmp_path
             assert answer.status == 401
         with pytest.raises(aiohttp.ClientError):
             await session.get(f"http://127.0.0.1:{port}/v1/models")
+
+
+async def test_smg_gets_its_key_by_its_standard_input_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], bytes]] = []
+
+    class Child:
+        def __init__(
+            self, name: str, command: list[str], environment: object, on_line: object, standard_input: bytes = b""
+        ) -> None:
+            started.append((command, standard_input))
+
+        async def start(self) -> None: ...
+
+        async def stop(self, grace_s: float) -> None: ...
+
+    monkeypatch.setattr(main, "ChildProcess", Child)
+    async with main._running(["smg", "launch"], "k3y"):
+        pass
+    assert started == [(["smg", "launch"], secret_arguments("k3y"))]

@@ -13,6 +13,7 @@ import pytest
 
 from kvrelay.errors import OverloadedError, UnavailableError
 from kvrelay.runtime.confined_child import Confinement, Limit, OverLimitError
+from kvrelay.runtime.confined_main import MAX_OPEN_FILES
 from kvrelay.runtime.confined_pool import ConfinedPool
 from kvrelay.testing.waiting import wait_until
 
@@ -96,18 +97,48 @@ async def test_others_are_served_while_one_spins() -> None:
         await spinning
 
 
-async def test_the_line_before_the_children_is_bounded() -> None:
-    pool = make_pool(replace(CONFINEMENT, cpu_ms=3_600_000), num_children=1, max_waiting=1, max_wait_s=0.05)
-    tasks = [asyncio.create_task(ask(pool, "spin"))]
+@pytest.mark.parametrize("command", ["spin", "spin-in-native-code 900000"])
+async def test_processor_time_ends_a_request_whatever_the_clock_allows(command: str) -> None:
+    pool = make_pool(replace(CONFINEMENT, wall_ms=3_600_000))
+    async with asyncio.timeout(60):  # bounds a hang only
+        with pytest.raises(OverLimitError) as over:
+            await ask(pool, command)
+    assert over.value.limit is Limit.TIME
+    await pool.close()
+
+
+async def test_no_more_wait_before_the_children_than_may() -> None:
+    pool = make_pool(replace(CONFINEMENT, cpu_ms=3_600_000), num_children=1, max_waiting=1, max_wait_s=3600)
+    spinning = asyncio.create_task(ask(pool, "spin"))
     await wait_until(lambda: pool.num_started == 1, "a child spins")
     waiting = asyncio.create_task(ask(pool, "echo"))
     await asyncio.sleep(0)
-    with pytest.raises(OverloadedError):
-        await ask(pool, "echo")
-    with pytest.raises(OverloadedError):  # its wait is bounded too
-        await waiting
+    async with asyncio.timeout(60):  # bounds a hang only
+        with pytest.raises(OverloadedError):
+            await ask(pool, "echo")
+    assert (waiting.done(), pool.num_started) == (False, 1)
+    waiting.cancel()
     await pool.close()
-    await asyncio.wait(tasks)
+    await asyncio.wait([spinning, waiting])
+
+
+async def test_none_waits_for_a_child_longer_than_it_may() -> None:
+    pool = make_pool(replace(CONFINEMENT, cpu_ms=3_600_000), num_children=1, max_wait_s=0.05)
+    spinning = asyncio.create_task(ask(pool, "spin"))
+    await wait_until(lambda: pool.num_started == 1, "a child spins")
+    async with asyncio.timeout(60):  # bounds a hang only
+        with pytest.raises(OverloadedError):
+            await ask(pool, "echo")
+    await pool.close()
+    await asyncio.wait([spinning])
+
+
+async def test_a_child_cannot_write_files_dump_its_memory_or_raise_its_limits(pool: ConfinedPool) -> None:
+    limits = json.loads(await ask(pool, "limits RLIMIT_CORE RLIMIT_FSIZE RLIMIT_NOFILE RLIMIT_AS"))
+    assert limits.pop("RLIMIT_CORE") == limits.pop("RLIMIT_FSIZE") == [0, 0]
+    assert limits.pop("RLIMIT_NOFILE") == [MAX_OPEN_FILES, MAX_OPEN_FILES]
+    [address_space] = limits.values()
+    assert address_space[0] == address_space[1] > MEMORY_BYTES
 
 
 async def test_a_child_inherits_nothing_of_its_parent(pool: ConfinedPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +231,13 @@ PARENT = """
 import asyncio, os
 from tests.runtime.test_confined_pool import CONFINEMENT, ask, make_pool
 async def main():
-    pool = make_pool()
-    await ask(pool, "echo")
-    spinning = asyncio.create_task(ask(make_pool(), "sleep 3600"))
-    print(*pool.pids, flush=True)
+    idle, busy = make_pool(), make_pool()
+    await ask(idle, "echo")
+    await ask(busy, "echo")
+    sleeping = asyncio.create_task(ask(busy, "sleep 300"))
+    for _ in range(50):  # the request is on its way, so that the child does not look at its parent
+        await asyncio.sleep(0)
+    print(*idle.pids, *busy.pids, flush=True)
     os._exit(0)
 asyncio.run(main())
 """
@@ -214,5 +248,5 @@ async def test_children_die_with_their_parent() -> None:
         subprocess.run, [sys.executable, "-c", PARENT], capture_output=True, text=True, check=True, timeout=120
     )
     pids = [int(pid) for pid in parent.stdout.split()]
-    assert pids
+    assert len(pids) == 2
     await wait_until(lambda: not any(map(is_running, pids)), "the children are gone")

@@ -1,8 +1,10 @@
 """Each role on each kind of host: it starts, or refuses because everybody would have all rights."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -11,8 +13,9 @@ from kvrelay.client import AsyncClient
 from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import DecodeSettings, GatewaySettings, OpenAISettings, PrefillSettings, ServerSettings
 from kvrelay.errors import ConfigError, StartupError
-from kvrelay.network import exposure, rpc
+from kvrelay.network import exposure, listening, rpc
 from kvrelay.network.exposure import is_exposed, reminding, showing_health
+from kvrelay.openai_frontend import main as openai_main
 from kvrelay.openai_frontend.main import check_host
 from kvrelay.security.certificates import CertificatePlan, make_certificates
 from kvrelay.security.principal import Role
@@ -67,6 +70,41 @@ def test_a_process_refuses_hosts_where_strangers_would_have_all_rights(
     with pytest.raises(StartupError, match=r"--tls-cert.*--insecure"):
         start(role, host, security)
     assert start(role, host, security.model_copy(update={"insecure": True}))
+
+
+def test_a_name_is_local_only_if_all_its_addresses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "10.1.2.3")]
+    monkeypatch.setattr(listening, "_addresses_of", lambda host: both)
+    assert not listening.is_loopback("both.example")
+    monkeypatch.setattr(listening, "_addresses_of", lambda host: both[:1])
+    assert listening.is_loopback("here.example")
+
+
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.PREFILL, Role.DECODE])
+def test_a_key_of_one_machine_protects_from_no_other(role: Role, tmp_path: Path) -> None:
+    """It crosses a network in plain text."""
+    path = tmp_path / "cluster.key"
+    path.touch(0o600)
+    path.write_text("k" * 64)
+    security = SecuritySettings(cluster_key_file=str(path))
+    with pytest.raises(StartupError, match="would have all rights"):
+        start(role, "10.1.2.3", security)
+    assert not start(role, "127.0.0.1", security)
+
+
+async def test_a_process_looks_at_its_host_before_anything_else_starts() -> None:
+    from gateway.main import serve
+
+    nothing: Any = None
+    server = ServerSettings(host="0.0.0.0")
+    with pytest.raises(StartupError, match="would have all rights"):
+        await serve(GatewaySettings(server=server), asyncio.Event())
+    for role, settings in ((Role.PREFILL, PrefillSettings), (Role.DECODE, DecodeSettings)):
+        security = ProcessSecurity.of(SecuritySettings(), role)
+        with pytest.raises(StartupError, match="would have all rights"):
+            await process.serve_worker(nothing, nothing, settings(server=server), security, asyncio.Event())
+    with pytest.raises(ConfigError, match="everybody who reaches the port"):
+        await openai_main.serve(OpenAISettings(host="0.0.0.0"))
 
 
 @pytest.mark.parametrize("host", [*LOOPBACK, *EXPOSED])

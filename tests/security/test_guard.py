@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from kvrelay.errors import AccessDeniedError, InvalidRequestError, UnauthenticatedError
-from kvrelay.security.guard import TENANT, AuthContext, Guard, Metadata
+from kvrelay.security.guard import MAX_BEARER_CHARACTERS, TENANT, AuthContext, Guard, Metadata
 from kvrelay.security.method_rules import OPEN, Rule
 from kvrelay.security.principal import Principal, Role
 
@@ -71,6 +71,14 @@ def test_a_caller_without_a_valid_key_is_refused(authorizations: tuple[str, ...]
     with pytest.raises(UnauthenticatedError) as refused:
         check(guard_of(), "/x.Y/Clients", *authorizations)
     assert "kkkk" not in refused.value.message
+
+
+def test_no_verifier_gets_a_text_beyond_the_bound() -> None:
+    long = "k" * (MAX_BEARER_CHARACTERS + 1)
+    guard = guard_of(Tokens({long: ALICE, long[1:]: ALICE}))
+    assert check(guard, "/x.Y/Clients", f"Bearer {long[1:]}") == ALICE
+    with pytest.raises(UnauthenticatedError, match="cannot be read"):
+        check(guard, "/x.Y/Clients", f"Bearer {long}")
 
 
 def test_bytes_are_no_authorization() -> None:

@@ -16,7 +16,7 @@ from kvrelay.structured_output.grammar import check_response_format
 from kvrelay.structured_output.json_schema import adapt_schema
 from kvrelay.structured_output.schema_instances import MAX_LOOKED_AT, endless_references
 from kvrelay.structured_output.schema_patterns import matches_search, names_of_pattern
-from kvrelay.structured_output.schema_source import SchemaProblem
+from kvrelay.structured_output.schema_source import MAX_DEPTH, SchemaProblem, parse_schema
 from tests.support.grammar_walks import compile_grammar, may_be, random_text
 
 NUM_WALKS = 12
@@ -303,6 +303,12 @@ def test_true_is_any_json() -> None:
 
 def test_schemas_may_be_nested_a_hundred_levels_deep() -> None:
     check_response_format(ResponseFormat(FormatKind.JSON_SCHEMA, '{"items":' * 90 + "{}" + "}" * 90))
+
+
+def test_schemas_nested_more_than_a_hundred_levels_deep_are_refused_before_they_are_followed() -> None:
+    parse_schema('{"items":' * MAX_DEPTH + "{}" + "}" * MAX_DEPTH)
+    with pytest.raises(SchemaProblem, match="nested too deeply"):
+        parse_schema('{"items":' * (MAX_DEPTH + 1) + "{}" + "}" * (MAX_DEPTH + 1))
 
 
 def test_patterns_and_names_beyond_count_are_refused_before_they_are_compared() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 
@@ -32,6 +33,8 @@ def answer(request: bytes) -> bytes:
             return b"x" * int(argument)
         case "crash":
             os.abort()
+        case "limits":
+            return json.dumps({name: resource.getrlimit(getattr(resource, name)) for name in argument.split()}).encode()
         case "write":
             os.write(int(argument), b"noise")
         case "inherited":

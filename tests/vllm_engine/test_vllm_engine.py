@@ -24,7 +24,7 @@ from kvrelay.vllm_engine.messages import common_pb, engine_pb
 from kvrelay.vllm_engine.sampling import defaults_json, sampling_from_vllm, with_room
 from kvrelay.vllm_engine.served_engine import ServedEngine
 from kvrelay.vllm_engine.tokenizer_bundle import PIECE_BYTES, TokenizerDownloads, bundle, pieces
-from kvrelay.vllm_engine.transfer_params import asks_for_handoff, handoff_params, prefill_address_of
+from kvrelay.vllm_engine.transfer_params import MAX_PARAMS_BYTES, asks_for_handoff, handoff_params, prefill_address_of
 from kvrelay.vllm_engine.worker_service import WorkerVllmEngine
 from kvrelay.wire.convert import with_model_defaults
 
@@ -205,3 +205,9 @@ async def test_who_does_not_read_the_tokenizer_loses_the_download(monkeypatch: p
     with pytest.raises(DeadlineError):
         await downloads.send("f", write)
     assert downloads.num_running == 0
+
+
+def test_long_parameters_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(InvalidRequestError, match="at most"):
+        prefill_address_of("{" + " " * MAX_PARAMS_BYTES + "}", "f")

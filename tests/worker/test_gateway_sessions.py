@@ -112,26 +112,29 @@ async def test_a_worker_greets_with_its_model_and_tells_its_load_at_rest(engine:
 
 
 @pytest.mark.parametrize(
-    "request_",
+    ("message", "code"),
     [
-        decode_pb2.DecodeServiceSessionRequest(hello=session_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION + 1)),
-        decode_pb2.DecodeServiceSessionRequest(heartbeat=session_pb2.Heartbeat(number=1)),
-        decode_pb2.DecodeServiceSessionRequest(
-            hello=session_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION, gateway_id="g" * 129)
+        (
+            {"hello": session_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION + 1, gateway_id="g")},
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+        ({"heartbeat": session_pb2.Heartbeat(number=1)}, grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            {"hello": session_pb2.GatewayHello(protocol_version=PROTOCOL_VERSION, gateway_id="g" * 129)},
+            grpc.StatusCode.INVALID_ARGUMENT,
         ),
     ],
     ids=["version", "no hello", "long id"],
 )
 async def test_a_session_that_begins_otherwise_is_refused(
-    engine: WorkerEngine, request_: decode_pb2.DecodeServiceSessionRequest
+    engine: WorkerEngine, message: dict[str, Any], code: grpc.StatusCode
 ) -> None:
     async with running_decode_worker(engine) as worker:
         channel = create_channel(worker.address)
         call: Any = decode_pb2_grpc.DecodeServiceStub(channel).Session()
-        await call.write(request_)
-        code = await asyncio.wait_for(call.code(), 30)
+        await call.write(decode_pb2.DecodeServiceSessionRequest(**message))
+        assert await asyncio.wait_for(call.code(), 30) is code
         await channel.close()
-    assert code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 async def test_heartbeats_go_both_ways_and_a_silent_gateway_loses_its_session_and_its_jobs(
@@ -180,6 +183,7 @@ async def test_another_gateway_cannot_cancel_or_command_a_job(engine: WorkerEngi
         await reserve(session, job)
         await stranger.cancel_job(job.job_id)
         await stranger.send(run_prompt=decode_pb2.RunPrompt(job_id=job_id_to_pb(job.job_id)))
+        await stranger.send(set_paused=decode_pb2.SetPaused(job_id=job_id_to_pb(job.job_id), paused=True))
         await stranger.send(heartbeat=session_pb2.Heartbeat(number=1))
         await stranger.expect("heartbeat_ack")  # its commands are done
         await session.send(run_prompt=decode_pb2.RunPrompt(job_id=job_id_to_pb(job.job_id)))
@@ -399,6 +403,21 @@ async def test_prefill_with_a_receiver_that_is_not_there_fails_with_transfer(eng
         await session.send(start_prefill=start_prefill_to_pb(job, bytes(16), "127.0.0.1:1", 0))
         assert await expect_failure(session, job) == session_pb2.FAILURE_KIND_TRANSFER
         await worker.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("ticket", "num_cached_tokens"),
+    [(b"", 0), (bytes(15), 0), (bytes(2**20), 0), (bytes(16), len(PROMPT))],
+    ids=["none", "short", "long", "cached"],
+)
+async def test_a_push_that_could_never_be_is_refused_before_the_prompt_is_computed(
+    engine: WorkerEngine, ticket: bytes, num_cached_tokens: int
+) -> None:
+    job = make_job(PROMPT, 5)
+    async with running_prefill_worker(engine) as worker, session_with("prefill", worker.address) as session:
+        await session.send(start_prefill=start_prefill_to_pb(job, ticket, "127.0.0.1:1", num_cached_tokens))
+        assert await expect_failure(session, job) == session_pb2.FAILURE_KIND_INVALID
+        assert worker.services.sessions.num_jobs == 0
 
 
 @pytest.mark.parametrize("address", ["", "no address", "127.0.0.1:1"])

@@ -61,6 +61,33 @@ def test_a_share_that_holds_less_takes_blocks_from_the_one_with_the_most() -> No
     assert bench.num_preemptions() > 0
 
 
+def test_freed_room_goes_to_the_share_that_holds_less_though_another_waits_longer() -> None:
+    bench = Shares(num_blocks=64, running=2)
+    bench.run(bench.ask("greedy"))
+    other = bench.ask("other")  # cannot be preempted
+    assert bench.reserved() == [other]
+    bench.ask("greedy")
+    small = bench.ask("small")
+    assert bench.reserved() == []
+    bench.scheduler.cancel(other.job_id)
+    bench.step()
+    assert bench.reserved() == [small]
+
+
+def test_a_share_of_many_blocks_holds_more_than_one_of_many_slots() -> None:
+    bench = Shares(num_blocks=16, running=32)
+    bench.run(bench.ask("greedy", 40))
+    bench.run(*[bench.ask("small", 2) for _ in range(3)])
+    other = bench.ask("other", 8)
+    assert bench.reserved() == [other]
+    bench.ask("greedy", 8)
+    small = bench.ask("small", 8)
+    assert bench.reserved() == []
+    bench.scheduler.cancel(other.job_id)
+    bench.step()
+    assert bench.reserved() == [small]
+
+
 def test_a_heavier_share_keeps_more_of_a_full_worker() -> None:
     bench = Shares(num_blocks=64, running=4)
     bench.run(*[bench.ask("heavy", share_weight=3) for _ in range(4)])
@@ -88,6 +115,18 @@ def test_preempted_sequences_come_back_when_there_is_room() -> None:
     assert bench.num_preemptions() == 1
     assert bench.scheduler.job_ids() == [], "all ended"
     bench.blocks.check_integrity()
+
+
+def test_nobody_passes_a_share_that_holds_nothing_and_needs_much() -> None:
+    """Small jobs of others would take each block that becomes free."""
+    bench = Shares(num_blocks=16, running=64)
+    bench.run(bench.ask("greedy", 16), bench.ask("greedy", 16))
+    bench.run(bench.ask("small", 4))
+    poor, passing = bench.ask("poor", 40), bench.ask("small", 4)
+    assert bench.reserved() == []
+    bench.scheduler.cancel(poor.job_id)
+    bench.step()
+    assert bench.reserved() == [passing], "there was room for it"
 
 
 def test_reservations_of_one_share_leave_a_quarter_to_others() -> None:

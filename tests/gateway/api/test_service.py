@@ -19,6 +19,7 @@ from gateway.requests.request_validation import MAX_MESSAGES
 from gateway.requests.starter import DRAINING_RETRY_MS
 from gateway.service import MAX_TOKENS_PER_CALL
 from kvrelay import errors
+from kvrelay.client import AsyncClient
 from kvrelay.config.settings import GatewaySettings, ServerSettings
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
@@ -123,6 +124,14 @@ async def test_long_names_and_ids_are_quoted_shortened(bench: Bench) -> None:
     for error in failures:
         assert isinstance(error, errors.InvalidRequestError | errors.RequestNotFoundError), error
         assert len(error.message) < 300
+
+
+async def test_a_message_above_the_gateways_bound_is_not_even_read(bench: Bench) -> None:
+    gateway = await bench.gateway()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await gateway.stub.Tokenize(pb.TokenizeRequest(text="x" * (1024 * 1024 + 1)))
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (failure.value.details() or "")
 
 
 async def test_chat_needs_a_template_and_text_a_tokenizer(bench: Bench) -> None:
@@ -348,6 +357,16 @@ async def test_health_tells_about_the_process_and_its_store(bench: Bench) -> Non
         await eventually(degraded)
         assert await is_serving(gateway)
     await eventually(lambda: is_serving(gateway, STATE_STORE_NAME))
+
+
+@pytest.mark.parametrize("exposed", [True, False])
+async def test_an_exposed_gateway_says_so_in_its_health(
+    bench: Bench, exposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.main.is_exposed_gateway", lambda *_: exposed)
+    gateway = await bench.gateway()
+    async with AsyncClient(gateway.address) as client:
+        assert (await client.health()).insecure is exposed
 
 
 async def test_a_draining_gateway_takes_nothing_new_and_lets_running_requests_end(bench: Bench) -> None:

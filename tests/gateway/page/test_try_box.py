@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 
 from gateway.page import try_box
+from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
 from tests.gateway.conftest import Answer, Bench, Gateway, read_all
@@ -275,6 +276,15 @@ async def test_the_box_can_be_switched_off(bench: Bench) -> None:
         assert (response.status, "--try-box" in (await response.json())["error"]) == (501, True)
     async with aiohttp.ClientSession() as session, session.get(gateway.http_url + "/api/overview") as overview:
         assert (await overview.json())["try_box"] is False
+
+
+@pytest.mark.parametrize(("host", "is_open"), [("127.0.0.1", True), ("0.0.0.0", False), ("10.1.2.3", False)])
+def test_by_default_only_users_of_this_machine_get_the_box(host: str, is_open: bool) -> None:
+    server = ServerSettings(host=host)
+    assert GatewaySettings(server=server).takes_typed_prompts is is_open
+    for chosen in (True, False):
+        settings = GatewaySettings(server=server, requests=RequestSettings(try_box=chosen))
+        assert settings.takes_typed_prompts is chosen
 
 
 # --- the page -------------------------------------------------------------------------------------

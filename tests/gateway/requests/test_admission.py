@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from gateway.requests import admission as admission_module
 from gateway.requests.admission import LONGEST_RETRY_MS, SHORTEST_RETRY_MS, Admission, Admitted, Bounds
 from gateway.requests.key_limits import Caller
 from gateway.requests.place_queue import Waiting
@@ -181,6 +182,26 @@ def test_changed_limits_of_a_key_count_from_the_next_request() -> None:
     admit(admission, caller=key("one", running_requests=1))
     refused_by(LimitName.RUNNING_REQUESTS, "one", lambda: admit(admission, caller=key("one", running_requests=1)))
     admit(admission, caller=key("one", running_requests=2))
+
+
+def test_a_changed_limit_forgives_no_debt() -> None:
+    admission = Admission(Bounds(10, 1000))
+    running = admit(admission, caller=key("one", output_tokens_per_minute=10))
+    for _ in range(20):
+        running.count_output_token()
+    changed = key("one", output_tokens_per_minute=11)
+    refused_by(LimitName.OUTPUT_TOKENS, "one", lambda: admit(admission, caller=changed))
+
+
+def test_keys_that_are_at_rest_are_forgotten_and_others_keep_what_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "MAX_KEYS_KEPT", 3)
+    admission = Admission(Bounds(100, 1000))
+    busy = key("busy", running_requests=1)
+    admit(admission, caller=busy)
+    for number in range(50):
+        admit(admission, caller=key(f"k{number}")).release(now=1.0)
+    assert len(admission._keys) <= 4
+    refused_by(LimitName.RUNNING_REQUESTS, "busy", lambda: admit(admission, caller=busy))
 
 
 # --- waiting for a place

@@ -1,14 +1,18 @@
 """Bad requests: each names its field and what is allowed."""
 
+import asyncio
+
 import pytest
 
 from gateway.requests.request_validation import (
     check_token_ids,
+    deadline_of,
     fit_to_model,
     parse_messages,
     parse_sampling,
 )
 from gateway.workers.served_models import ModelLimits, select_model
+from kvrelay.config.settings import RequestSettings
 from kvrelay.core.bounds import check_length
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.core.sampling_params import SamplingParams
@@ -106,6 +110,21 @@ def test_messages_need_a_role() -> None:
             [inference_pb2.ChatMessage(role="user"), inference_pb2.ChatMessage(content="x")], "chat.messages"
         )
     assert refused.value.field == "chat.messages[1].role"
+
+
+@pytest.mark.parametrize(
+    ("allowed_s", "given_s"), [((None,), 2.0), ((3.0, None), 3.0), ((10.0**9,), 5.0), ((-1.0, 3.0), 0.0)], ids=str
+)
+async def test_a_deadline_lies_within_the_longest(allowed_s: tuple[float | None, ...], given_s: float) -> None:
+    settings = RequestSettings(default_timeout_ms=2000, max_timeout_ms=5000)
+    clock = asyncio.get_running_loop().time
+    before, deadline, after = clock(), deadline_of(settings, *allowed_s), clock()
+    assert before + given_s <= deadline <= after + given_s
+
+
+def test_a_role_is_short() -> None:
+    with pytest.raises(InvalidRequestError, match=r"chat\.messages\[1\]\.role has 129 bytes"):
+        parse_messages([inference_pb2.ChatMessage(role=role) for role in ("user", "r" * 129)], "chat.messages")
 
 
 def test_a_long_tenant_is_refused_by_its_bytes() -> None:

@@ -86,6 +86,14 @@ async def test_what_a_template_refuses_is_the_clients_mistake(renderer: ChatRend
     assert renderer.outcomes["refused"] == 1
 
 
+async def test_a_template_that_says_far_more_than_the_chat_is_refused(renderer: ChatRenderer) -> None:
+    """Its text would be tokenized."""
+    talkative = TemplateSource("{{ 'x' * 80000 }}")
+    with pytest.raises(InvalidRequestError, match=r"become 80000 characters .*, too many for what they say"):
+        await renderer.render(talkative, CHAT, "messages", soon())
+    assert len(await renderer.render(talkative, [{"role": "user", "content": "x" * 4000}], "messages", soon())) == 80000
+
+
 async def test_a_chat_is_rendered_by_its_deadline_or_not_at_all(renderer: ChatRenderer) -> None:
     with pytest.raises(DeadlineError):
         await renderer.render(PLAIN, CHAT, "messages", asyncio.get_running_loop().time())

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.workers import session as session_module
 from gateway.workers import session_messages
 from gateway.workers.session import SessionSettings, WorkerSession
 from kvrelay.core.liveness import PROTOCOL_VERSION
@@ -86,3 +87,14 @@ async def test_a_session_that_ends_while_the_event_loop_is_blocked_ends_its_call
             return num_calls_under_way() == 0
 
         await eventually(has_ended)
+
+
+async def test_a_worker_that_does_not_read_its_commands_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_QUEUED_COMMANDS", 2)
+    async with create_channel("127.0.0.1:9") as channel:
+        settings = SessionSettings("gateway-1", liveness_window_ms=10000)
+        session = WorkerSession(MemberRole.DECODE, "127.0.0.1:9", channel, settings, lambda *_: None)
+        for number in range(5):
+            session.send(session_messages.heartbeat(MemberRole.DECODE, number))
+        assert session._outbox.qsize() == 2
+        assert await asyncio.wait_for(session._until_ended(), 30) == "it left 2 commands unread"
