@@ -19,17 +19,18 @@ REQUIRE_HASHES ?=
 LOCKED := install $(PIP_FLAGS) --require-hashes --no-deps --only-binary=:all:
 
 # Tests start many processes; one thread for each keeps them from fighting for the cores.
-test soak: export OMP_NUM_THREADS ?= 1
-test soak: export MKL_NUM_THREADS ?= 1
-test soak: export TOKENIZERS_PARALLELISM ?= false
+test soak mutations: export OMP_NUM_THREADS ?= 1
+test soak mutations: export MKL_NUM_THREADS ?= 1
+test soak mutations: export TOKENIZERS_PARALLELISM ?= false
 # And they import the same modules: compiled once, also where the environment would have each of them compile anew.
-test soak: export PYTHONDONTWRITEBYTECODE :=
+test soak mutations: export PYTHONDONTWRITEBYTECODE :=
 # Two at once, each file in one of them: more would start more clusters than cores and memory hold.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTATION_ARGS ?=
 
-.PHONY: help install model demo test lint format protos sync-client lock pin-images reference benchmark-tables docs newcomer soak bench clean
+.PHONY: help install model demo test lint format protos sync-client lock pin-images reference benchmark-tables docs newcomer soak mutations bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -105,6 +106,9 @@ newcomer: ## what README and docs say, in new environments, as a newcomer does i
 
 soak: install model ## the tests that run for minutes
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
+
+mutations: install model ## take each guard out in turn and expect a test to fail, such as MUTATION_ARGS='-O -k key'; takes an hour
+	@$(BIN)/python -m tests.all_mutations $(MUTATION_ARGS)
 
 bench: install model ## run a benchmark, such as BENCH_ARGS='engine --quick'; without it, list them
 	@$(BIN)/kvrelay bench $(or $(BENCH_ARGS),--help)

@@ -101,6 +101,13 @@ MUTATIONS = (
         "tests/security/test_tenants.py::test_a_gateway_asks_the_owner_for_its_client",
     ),
     Mutation(
+        "an idempotency key is everybody's",
+        "gateway/api/idempotency.py",
+        "(message.tenant, message.idempotency_key)",
+        '("", message.idempotency_key)',
+        MACHINE,
+    ),
+    Mutation(
         "all tenants have one salt",
         "gateway/requests/cache_salts.py",
         "hashlib.blake2b(tenant.encode(),",
