@@ -5,8 +5,7 @@
     rendered  <|im_start|>user Hi<MARK|im_end|><|im_end|>
     cut       <|im_start|>user Hi<  and  |im_end|><|im_end|>
 
-The parts are tokenized apart: the model reads the client's text, and has the template's control
-tokens only. A chat without any in its messages is tokenized as a whole.
+The parts are tokenized apart: only the template's control tokens count.
 """
 
 import itertools
@@ -21,10 +20,7 @@ MAX_MARKS = 256
 
 
 class ControlTokens:
-    """A token of one character cannot be cut.
-
-    A client that writes the mark itself gets a further cut, and nothing else.
-    """
+    """A token of one character cannot be cut."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._tokens = tuple(sorted({token for token in tokens if len(token) > 1}))

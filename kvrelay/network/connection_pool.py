@@ -3,8 +3,7 @@
     calls  0 ... 99 | 100 ... 199 | ... | 700 ... 799 | more
     on     the 1st  | the 2nd     |     | the 8th     | the one with the fewest
 
-A server allows a number of calls on a connection, 300 at gateways by default. Calls above it wait
-in gRPC for their turn, within their timeouts.
+A server's connection takes 300 calls by default; further ones wait in gRPC.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
@@ -116,7 +115,7 @@ class PooledChannel(grpc.aio.Channel):
 
 
 class PooledSyncChannel(grpc.Channel):
-    """The part of a blocking channel that stubs use; calls with one answer have it when they return."""
+    """The part of a blocking channel that stubs use."""
 
     def __init__(self, create: Callable[[], grpc.Channel]) -> None:
         self.pool = ConnectionPool(create)

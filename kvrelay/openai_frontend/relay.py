@@ -40,7 +40,7 @@ CALL_TIMEOUT_S = 10.0
 STOP_GRACE_S = 1.0
 MAX_ABORTED = 1024
 MAX_STREAMS = 4096
-"""smg has one connection for all requests, and one of the front may have several prompts."""
+"""smg has one connection for all requests."""
 
 _GENERATE, _ABORT, _EMBED, _TOKENIZER = (
     f"/{SERVICE_NAME}/{name}" for name in ("Generate", "Abort", "Embed", "GetTokenizer")
@@ -104,7 +104,6 @@ class Relay:
         return await self._ask(_EMBED, data, self._client_of(_read(_pb.EmbedRequest, data).request_id), context)
 
     async def _abort(self, data: bytes, context: Any) -> bytes:
-        """What runs no more, or never did, needs none."""
         request_ids = _read(_pb.AbortRequest, data).request_ids
         check_count("request_ids", request_ids, MAX_ABORTED)
         for request_id in request_ids:

@@ -1,7 +1,6 @@
 """Gives the memory of freed messages back to the system.
 
-glibc keeps what was freed, in an arena for each thread that freed some, and keeps larger blocks the
-larger those are that it has seen. After one burst of large messages a process stays large.
+glibc keeps it in an arena for each thread: after a burst of large messages a process stays large.
 """
 
 import ctypes

@@ -1,9 +1,7 @@
 """How long an event loop lets others wait, by the processor time of its own process.
 
-    due |---- other processes ran ----|==== this one ran ====| tick
-                                       counts
-
-A wait for a core that others hold is not the loop's.
+due |---- other processes ran ----|==== this one ran ====| tick
+                                   counts
 """
 
 import asyncio
@@ -15,7 +13,7 @@ TICK_S = 0.02
 
 
 class LoopDelay:
-    """Ticks every 20 ms: `observe` gets how late a tick was, at most the time that the process ran."""
+    """`observe` gets how late each tick was, in seconds."""
 
     def __init__(self, observe: Callable[[float], None], cpu_clock: Callable[[], float] = time.process_time) -> None:
         self._observe = observe

@@ -1,7 +1,6 @@
 """TLS of an HTTP port, made of the certificate files as each handshake finds them.
 
-A caller may show a certificate, and need not. No session goes on in another connection: it would
-bring back a certificate that is trusted no more.
+A caller may show a certificate. Sessions are not resumed: that would bring old certificates back.
 """
 
 from __future__ import annotations

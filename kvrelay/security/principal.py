@@ -45,9 +45,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """`tenant` None means that the caller may name any tenant, as a local user may where the
-    process has no credentials. `key_id` names the credential in logs and counts; it is no secret.
-    """
+    """`tenant` None: any, as for local users. `key_id` names the credential in logs; no secret."""
 
     roles: frozenset[Role]
     tenant: str | None
@@ -56,7 +54,7 @@ class Principal:
     front_tenants: frozenset[str] = frozenset()
     """Other tenants that a front may name."""
     proof: str = field(default="", repr=False)
-    """Names the key or the signer that proved it, with its tenant and roles; "" needs no watching."""
+    """The key or signer behind it, with tenant and roles; "" needs no watching."""
     expires_at_s: float | None = None
     """Unix time after which the caller may begin nothing new."""
 
@@ -84,7 +82,7 @@ class Principal:
 
 
 LOCAL = Principal(frozenset(Role), None, "local")
-"""Every caller of a process that has no credentials: only processes of this machine reach it."""
+"""Every caller of a process without credentials."""
 
 ANONYMOUS = Principal(frozenset(), "", "anonymous")
 """A caller of a method that is open to everybody."""
