@@ -55,11 +55,13 @@ def build_library() -> Path:
             return target
     problems = []
     for target in targets:
+        was_open = target.parent.exists() and not is_private(target.parent)
         if problem := _problem_of(target.parent):
             problems.append(f"{target.parent} {problem}")
             continue
         with _one_at_a_time(target.parent):
-            if not (target.is_file() and is_private(target)):  # another process may have made it
+            # Another process may have made it, and in an open folder so may another user.
+            if was_open or not (target.is_file() and is_private(target)):
                 _compile(compiler, target)
         return target
     advice = "set XDG_CACHE_HOME to a folder that this user may write to and execute from"
