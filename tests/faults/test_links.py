@@ -98,6 +98,8 @@ async def test_a_corrupt_chunk_is_refused_and_sent_once_more(rig: Rig) -> None:
     assert sum(link.to_target.count("flip") for link in push_links(rig)) > sum(before)
     assert outcome.error is None
     assert outcome.tokens == expected
+    if rig.cluster.security is not None:
+        return  # TLS has ended the connection before a digest is looked at
     refusals = [worker for worker in rig.cluster.of_role("decode") if "refused a KV chunk" in worker.log_tail]
     assert refusals, "the digest was looked at"
 
