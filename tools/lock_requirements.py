@@ -181,7 +181,14 @@ def resolve(arguments: Sequence[str], python: str = OLDEST_PYTHON, given: str = 
         *arguments,
     )
     done = subprocess.run(
-        command, cwd=ROOT, input=given, capture_output=True, text=True, check=False, timeout=UV_TIMEOUT_S
+        command,
+        cwd=ROOT,
+        input=given,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        timeout=UV_TIMEOUT_S,
     )
     if done.returncode:
         raise LockError(f"uv finds no versions:\n{done.stderr}")

@@ -39,7 +39,7 @@ def pinned(text: str, digest_of: Callable[[str], str]) -> str:
 def ask_registry(image: str) -> str:
     command = ("docker", "buildx", "imagetools", "inspect", image, "--format", "{{.Manifest.Digest}}")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=TIMEOUT_S)
     except FileNotFoundError:
         raise PinError("docker is not installed, which asks the registry: install it with its plugin buildx") from None
     digest = done.stdout.strip()

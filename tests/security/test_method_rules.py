@@ -28,14 +28,22 @@ def test_a_method_within_the_cluster_is_for_its_processes_only(process: Role, me
 
 @pytest.mark.parametrize("process", GRPC_RULES)
 def test_nothing_but_health_is_open(process: Role) -> None:
-    assert [method for method, rule in GRPC_RULES[process].items() if rule.is_open] == [OPEN_CALL]
-    assert {route for route, rule in HTTP_RULES[process].items() if rule.is_open} <= {"GET /healthz"}
+    # smg alone calls a front's relay, and asks no health service there.
+    open_calls = [] if process is Role.FRONT else [OPEN_CALL]
+    assert [method for method, rule in GRPC_RULES[process].items() if rule.is_open] == open_calls
+    open_routes = {"GET /health", "GET /readiness"} if process is Role.FRONT else {"GET /healthz"}
+    assert {route for route, rule in HTTP_RULES[process].items() if rule.is_open} == open_routes
 
 
 @pytest.mark.parametrize("process", GRPC_RULES)
-def test_front_alone_speaks_vllm_engine(process: Role) -> None:
-    rules = {rule.roles for method, rule in GRPC_RULES[process].items() if method.startswith("/vllm.")}
-    assert rules == {frozenset({Role.FRONT})}
+def test_front_alone_speaks_vllm_engine_but_for_calls_with_its_clients_keys(process: Role) -> None:
+    calls = {
+        method.rpartition("/")[2]: rule.roles for method, rule in GRPC_RULES[process].items() if "/vllm." in method
+    }
+    with_keys = {name for name, roles in calls.items() if roles != {Role.FRONT}}
+    assert with_keys == ({"Generate", "Abort", "Embed"} if process is Role.GATEWAY else set())
+    assert all(calls[name] == {Role.CLIENT, Role.OPERATOR, Role.FRONT} for name in with_keys)
+    assert len(calls) >= 8
 
 
 def test_what_a_client_may_do_over_http_is_the_api_of_a_front() -> None:
