@@ -32,6 +32,8 @@ class ForwardedOutputReader:
         async with self._gateways.calling(self._address) as stub:
             if self._closed:
                 return
-            self._call = stub.Resume(self._message, timeout=self._timeout_s, metadata=(FORWARDED_METADATA,))
-            async for response in self._call:
+            call: Any = stub.Resume(self._message, timeout=self._timeout_s, metadata=(FORWARDED_METADATA,))
+            self._call = call
+            # Not `async for`: a call and its iterator hold each other, and so the connection.
+            while (response := await call.read()) is not grpc.aio.EOF:
                 yield [decode_frame(response.SerializeToString())]
