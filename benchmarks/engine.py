@@ -19,6 +19,7 @@ from benchmarks.engine_cases import (
     model_cost,
     pool_tokens,
     prefill_cases,
+    product_type,
     summarize,
     time_case,
 )
@@ -35,11 +36,12 @@ CONTEXT_LENGTHS = "64,512,2048"
 QUICK_PROMPT_LENGTHS, QUICK_CHUNK_SIZES = "128,512", "256,2048"
 QUICK_BATCH_SIZES, QUICK_CONTEXT_LENGTHS = "1,8,16", "512"
 HOW_MEASURED = (
-    "Reading: torch sums a buffer of 512 MiB. Multiplying: torch multiplies float32 matrices of 2,048 x 2,048. "
+    "Reading: torch sums a buffer of 512 MiB. Multiplying: torch multiplies matrices of 2,048 x 2,048 of the type "
+    "that the weights have. "
     "Each case is"
     " compared with what was measured right before and after it. The bound of a step is the slower of reading "
     "what it must read"
-    " and of multiplying what it must multiply, in float32 also where weights are int8."
+    " and of multiplying what it must multiply."
 )
 OUTSIDE = "Outside of kernels: share of a step's time in Python and torch, that is all but the compiled kernels."
 
@@ -89,7 +91,7 @@ def command(
     settings = {"quantize": quantize, "kv_dtype": kv_dtype, "kernels": kernels, "kernel_variant": kernel_variant}
     ours = load_engine(model, num_threads, pool_tokens(cases, steps), **settings)
     fill_pool(ours)
-    meter = LimitMeter(num_threads)
+    meter = LimitMeter(num_threads, product_type(ours, quantize))
     samples: dict[Case, list[Sample]] = defaultdict(list)
     before = meter.measure()
     for number in range(rounds):
@@ -122,8 +124,10 @@ def _numbers(option: str, given: str | None, default: str) -> list[int]:
 
 def _show(report: Report, title: str, results: Sequence[Result], meter: LimitMeter, is_compiled: bool) -> None:
     read, multiply = spread(meter.bytes_per_s), spread(meter.operations_per_s)
-    report.add({"limit_bytes_per_s": read, "limit_operations_per_s": multiply}, *results)
-    rows = [["reading, GB/s", read.text(1, 1e-9)], ["multiplying in float32, GFLOP/s", multiply.text(0, 1e-9)]]
+    report.add(
+        {"limit_bytes_per_s": read, "limit_operations_per_s": multiply, "limit_product": meter.product}, *results
+    )
+    rows = [["reading, GB/s", read.text(1, 1e-9)], [f"multiplying in {meter.product}, GFLOP/s", multiply.text(0, 1e-9)]]
     report.print_table("The machine's limits during the run: median (least to most)", ("limit", "measured"), rows)
     prefill = [result for result in results if result.phase == "prefill"]
     decode = [result for result in results if result.phase == "decode"]

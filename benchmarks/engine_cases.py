@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.engine_steps import EngineSteps
-from benchmarks.roofline import Limits, ModelCost, StepCost
+from benchmarks.roofline import Limits, ModelCost, Product, StepCost
 from benchmarks.statistics import Spread, spread
 from kvrelay.core.model_spec import DTYPE_BYTES, KVLayout
 from kvrelay.engine.native import kernel_seconds
@@ -21,6 +21,7 @@ from kvrelay.models.shape import read_model_shape
 from kvrelay.worker.sequence import TokenSequence
 
 FIRST_TOKEN = 300
+PRODUCTS: dict[str, Product] = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}
 SPARE_TOKENS = 64
 """Of each sequence, for blocks that are not full."""
 
@@ -104,6 +105,11 @@ def model_cost(ours: EngineSteps, quantize: str | None) -> ModelCost:
     """What steps of the loaded model cost at least."""
     weight_bytes = 1 + 4 / INT8_GROUP if quantize == "int8" else DTYPE_BYTES[dtype_name(ours)]
     return ModelCost(read_model_shape(ours.engine.folder), weight_bytes, ours.engine.model.kv_layout.dtype)
+
+
+def product_type(ours: EngineSteps, quantize: str | None) -> Product:
+    """What the engine multiplies, as the roofline has it; float32 for what it widens."""
+    return PRODUCTS.get(quantize or dtype_name(ours), "float32")
 
 
 def dtype_name(ours: EngineSteps) -> str:

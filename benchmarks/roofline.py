@@ -8,15 +8,18 @@ Multicore Architectures").
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from benchmarks.torch_threads import torch_threads
 from kvrelay.models.shape import ModelShape
 
+Product = Literal["float32", "bfloat16", "int8"]
+
 READ_BYTES = 512 * 1024 * 1024
 """Far more than any cache holds."""
-GEMM_SIZE = 2048
+MATRIX_SIZE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Limits:
 
     bytes_per_s: float
     operations_per_s: float
-    """float32 multiplications and additions, as torch's matrix product reaches them."""
+    """Multiplications and additions, as torch's matrix product of the weights' type reaches them."""
 
     def mean(self, other: "Limits") -> "Limits":
         """Between two measurements."""
@@ -56,13 +59,22 @@ class LimitMeter:
 
     Args:
         num_threads: as the engine's.
+        product: type of what is multiplied. bfloat16 and int8 use the tiles of AMX where torch
+            finds them.
     """
 
     num_threads: int
+    product: Product = "float32"
+    matrix_size: int = MATRIX_SIZE
     bytes_per_s: list[float] = field(default_factory=list)
     operations_per_s: list[float] = field(default_factory=list)
     _buffer: torch.Tensor = field(default_factory=lambda: torch.ones(READ_BYTES // 4))
-    _matrix: torch.Tensor = field(default_factory=lambda: torch.randn(GEMM_SIZE, GEMM_SIZE))
+    _matrix: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        matrix = torch.randn(self.matrix_size, self.matrix_size)
+        self._matrix = (10 * matrix).to(getattr(torch, self.product))
+        self._multiply()  # the first one prepares
 
     def measure(self) -> Limits:
         """Measures both once more."""
@@ -71,11 +83,16 @@ class LimitMeter:
             self._buffer.sum()
             read_s = time.perf_counter() - begin_s
             begin_s = time.perf_counter()
-            torch.mm(self._matrix, self._matrix)
+            self._multiply()
             multiply_s = time.perf_counter() - begin_s
         self.bytes_per_s.append(READ_BYTES / read_s)
-        self.operations_per_s.append(2 * GEMM_SIZE**3 / multiply_s)
+        self.operations_per_s.append(2 * self.matrix_size**3 / multiply_s)
         return Limits(self.bytes_per_s[-1], self.operations_per_s[-1])
+
+    def _multiply(self) -> torch.Tensor:
+        if self.product == "int8":
+            return torch._int_mm(self._matrix, self._matrix)
+        return torch.mm(self._matrix, self._matrix)
 
 
 class ModelCost:

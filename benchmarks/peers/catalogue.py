@@ -16,7 +16,8 @@ CHUNKS_MATTER = ("ttft", "w2", "w3")
 class Peer:
     """One engine with one set of settings.
 
-    Whoever compares must compare like with like: `weights` is the class of a peer, f32 or 8 bits.
+    Whoever compares must compare like with like: `weights` is the class of a peer, f32, bf16 or 8
+    bits.
     """
 
     name: str
@@ -36,8 +37,10 @@ class Peer:
 
 PEERS: tuple[Peer, ...] = (
     Peer("kvrelay", "kvrelay, engine alone, f32", None, "kvrelay_engine"),
+    Peer("kvrelay-bf16", "kvrelay, engine alone, bf16", None, "kvrelay_engine", "bf16"),
     Peer("kvrelay-int8", "kvrelay, engine alone, int8", None, "kvrelay_engine", "int8"),
     Peer("kvrelay-service", "kvrelay, service, f32", None, "kvrelay_service", min_cores=2),
+    Peer("kvrelay-service-bf16", "kvrelay, service, bf16", None, "kvrelay_service", "bf16", min_cores=2),
     Peer("kvrelay-service-int8", "kvrelay, service, int8", None, "kvrelay_service", "int8", min_cores=2),
     Peer("openvino", "OpenVINO GenAI f32, chunks of 256", "openvino", "openvino_genai", "f32", 256, conversion="f16"),
     Peer(
@@ -60,6 +63,26 @@ PEERS: tuple[Peer, ...] = (
         256,
         conversion="q8_0",
     ),
+    Peer(
+        "openvino-bf16",
+        "OpenVINO GenAI bf16, chunks of 256",
+        "openvino",
+        "openvino_genai",
+        "bf16",
+        256,
+        conversion="f16",
+    ),
+    Peer(
+        "openvino-bf16-512",
+        "OpenVINO GenAI bf16, chunks of 512",
+        "openvino",
+        "openvino_genai",
+        "bf16",
+        512,
+        CHUNKS_MATTER,
+        1,
+        "f16",
+    ),
     Peer("llama-cpp", "llama.cpp f32", "llama-cpp", "llama_server", "f32", conversion="f32"),
     Peer(
         "llama-cpp-256",
@@ -72,6 +95,7 @@ PEERS: tuple[Peer, ...] = (
         1,
         "f32",
     ),
+    Peer("llama-cpp-bf16", "llama.cpp bf16", "llama-cpp", "llama_server", "bf16", conversion="bf16"),
     Peer("llama-cpp-q8", "llama.cpp Q8_0", "llama-cpp", "llama_server", "q8_0", conversion="q8_0"),
     Peer(
         "llama-cpp-q8-256",
@@ -94,6 +118,7 @@ PEERS: tuple[Peer, ...] = (
     ),
     Peer("vllm", "vLLM f32", "vllm", "vllm_server"),
     Peer("vllm-256", "vLLM f32, chunks of 256", "vllm", "vllm_server", "f32", 256, CHUNKS_MATTER),
+    Peer("vllm-bf16", "vLLM bf16", "vllm", "vllm_server", "bf16"),
     Peer("transformers", "transformers f32, generate", "transformers", "transformers_generate", workloads=ONE_BATCH),
     Peer(
         "transformers-batching",

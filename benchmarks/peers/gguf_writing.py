@@ -1,5 +1,5 @@
-"""Writes a Llama model that lies in a safetensors folder as a GGUF file: F32, F16 or Q8_0. For
-peers that read nothing else.
+"""Writes a Llama model that lies in a safetensors folder as a GGUF file: F32, F16, BF16 or Q8_0.
+For peers that read nothing else.
 
     python -m benchmarks.peers.gguf_writing MODEL_FOLDER TARGET.gguf --type q8_0
 
@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-WeightType = Literal["f32", "f16", "q8_0"]
+WeightType = Literal["f32", "f16", "bf16", "q8_0"]
 
 _QUANTIZATION = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 _PRE_TOKENIZER = "smollm"

@@ -1,7 +1,7 @@
 """Writes a model in the formats of the peers that do not read safetensors, once, into a folder that
 is kept.
 
-FOLDER/f32.gguf  f16.gguf  q8_0.gguf  ctranslate2/
+FOLDER/f32.gguf  f16.gguf  bf16.gguf  q8_0.gguf  ctranslate2/
 """
 
 import hashlib

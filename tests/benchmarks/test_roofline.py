@@ -1,8 +1,10 @@
 """What a step must read and compute at least, for a model whose numbers can be added up by hand."""
 
+from typing import get_args
+
 import pytest
 
-from benchmarks.roofline import Limits, ModelCost, StepCost
+from benchmarks.roofline import LimitMeter, Limits, ModelCost, Product, StepCost
 from kvrelay.kv_cache.memory_planning import WeightCounts
 from kvrelay.models.shape import ModelShape
 
@@ -52,3 +54,12 @@ def test_the_slower_of_reading_and_computing_bounds_a_step() -> None:
     limits = Limits(bytes_per_s=100.0, operations_per_s=1000.0)
     assert limits.least_seconds(StepCost(200, 500)) == pytest.approx(2.0)
     assert limits.least_seconds(StepCost(20, 5000)) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("product", get_args(Product))
+def test_the_machine_is_measured_in_the_type_that_is_multiplied(product: Product) -> None:
+    meter = LimitMeter(1, product, matrix_size=64)
+    limits = meter.measure()
+    assert meter.bytes_per_s == [limits.bytes_per_s]
+    assert meter.operations_per_s == [limits.operations_per_s]
+    assert min(limits.bytes_per_s, limits.operations_per_s) > 0

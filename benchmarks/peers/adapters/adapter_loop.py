@@ -61,7 +61,7 @@ class Options:
     converted_folder: str
     """where GGUF files and the like of this model lie"""
     weights: str
-    """f32, q8_0 or int8"""
+    """f32, bf16, q8_0 or int8"""
     cores: list[int]
     """the engine's, one thread for each"""
     chunk_tokens: int | None

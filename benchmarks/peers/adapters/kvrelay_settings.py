@@ -16,10 +16,11 @@ def engine_settings(options: Options, **more: Any) -> "EngineSettings":
     """
     from kvrelay.config.settings import EngineSettings
 
-    settings: dict[str, Any] = {"model": options.model_folder, "dtype": "float32", "prefix_cache": False, **more}
+    dtype = "bfloat16" if options.weights == "bf16" else "float32"
+    settings: dict[str, Any] = {"model": options.model_folder, "dtype": dtype, "prefix_cache": False, **more}
     if options.chunk_tokens is not None:
         settings["prefill_chunk_tokens"] = options.chunk_tokens
-    if options.weights != "f32":
+    if options.weights not in ("f32", "bf16"):
         if "quantize" not in EngineSettings.model_fields:
             raise ValueError(f"this version of kvrelay has no weights of {options.weights}")
         settings["quantize"] = options.weights

@@ -5,8 +5,10 @@ from typing import Any
 
 from benchmarks.peers.adapters.adapter_loop import Options, Recorder, Request, main, run_stepped, use_cores
 
-FILES = {"f32": "f16.gguf", "q8_0": "q8_0.gguf"}
-"""It reads no F32 GGUF; weights of F16 are computed with in f32."""
+FILES = {"f32": "f16.gguf", "bf16": "f16.gguf", "q8_0": "q8_0.gguf"}
+"""It reads neither F32 nor BF16; weights of F16 are computed with in PRECISIONS."""
+PRECISIONS = {"f32": "f32", "bf16": "bf16", "q8_0": "f32"}
+"""Of products and of the KV cache."""
 KV_CACHE_GB = 1
 
 
@@ -26,8 +28,8 @@ class OpenVINOAdapter:
             scheduling,
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": "f32",
-                "KV_CACHE_PRECISION": "f32",
+                "INFERENCE_PRECISION_HINT": PRECISIONS[options.weights],
+                "KV_CACHE_PRECISION": PRECISIONS[options.weights],
                 "INFERENCE_NUM_THREADS": options.num_threads,
             },
         )

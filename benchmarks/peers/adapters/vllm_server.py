@@ -11,6 +11,7 @@ from benchmarks.peers.adapters.http_server import HttpServer, run_threads
 KV_CACHE_GB = 2
 MAX_MODEL_TOKENS = 2560
 MODEL_NAME = "model"
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 class VllmServerAdapter:
@@ -19,8 +20,8 @@ class VllmServerAdapter:
     def load(self, options: Options) -> str:
         from importlib.metadata import version
 
-        if options.weights != "f32":
-            raise ValueError(f"vLLM computes in f32 here, not in {options.weights}")
+        if options.weights not in DTYPES:
+            raise ValueError(f"vLLM computes in {' or '.join(DTYPES)} here, not in {options.weights}")
         command = [
             str(Path(sys.executable).with_name("vllm")),
             "serve",
@@ -34,7 +35,7 @@ class VllmServerAdapter:
             "--port",
             "{port}",
             "--dtype",
-            "float32",
+            DTYPES[options.weights],
             "--max-model-len",
             str(MAX_MODEL_TOKENS),
         ]
