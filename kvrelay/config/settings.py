@@ -315,6 +315,11 @@ class OpenAIAccessSettings(Settings):
     openai_args: str | None = Field(
         default=None, description="More arguments for smg, quoted as in a shell, such as '--tool-call-parser llama'."
     )
+    openai_allowed_hosts: str | None = Field(
+        default=None,
+        description="Names under which OpenAI's API may be asked without a key, separated by commas, besides the "
+        "address to listen on, addresses and names without a dot; .example.org stands for all below it, * for all.",
+    )
     openai_max_body_kib: int = Field(
         default=2048, ge=1, le=65536, description="Longest body of a request to OpenAI's API, in KiB."
     )

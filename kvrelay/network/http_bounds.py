@@ -32,10 +32,11 @@ class HostNames:
     """Names under which a port may be asked, besides addresses and names without a dot.
 
     `own`: names as in `Host`, without ports; ".example.org" stands for all names below it, "*" for
-    all.
+    all. `option` adds some.
     """
 
-    def __init__(self, own: Collection[str] = ()) -> None:
+    def __init__(self, own: Collection[str] = (), option: str = "--http-allowed-hosts") -> None:
+        self._option = option
         names = {name.strip().lower().removesuffix(".").removeprefix("*") or ANY_NAME for name in own if name.strip()}
         self._takes_all = ANY_NAME in names
         self._names = {name for name in names if not name.startswith(".")}
@@ -53,7 +54,7 @@ class HostNames:
         # A name without a dot cannot be registered: it is this network's own.
         if "." not in host or host in self._names or host.endswith(self._suffixes) or _is_address(host):
             return ""
-        return f"{quoted(host)} is no name of this process: use its address or localhost, or add the name to --http-allowed-hosts"
+        return f"{quoted(host)} is no name of this process: use its address or localhost, or add the name to {self._option}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from kvrelay.errors import AccessDeniedError, OverloadedError, UnauthenticatedError
+from kvrelay.network.http_bounds import HostNames
 from kvrelay.openai_frontend.open_requests import FRONT_ITSELF, Client, OpenRequests
 from kvrelay.openai_frontend.readiness import has_model
 from kvrelay.openai_frontend.request_fields import Body, RefusedFieldError, check_fields
@@ -48,6 +49,7 @@ class OpenAIFront:
         upstream: smg's URL, without a path.
         keys: clients must send one of them, if there are any.
         guard: knows further keys, and whose they are.
+        names: under which it may be asked without a key.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class OpenAIFront:
         upstream_key: str,
         max_body_bytes: int,
         guard: CallGuard | None = None,
+        names: HostNames | None = None,
     ) -> None:
         self.requests = OpenRequests()
         self._upstream = upstream
@@ -64,6 +67,7 @@ class OpenAIFront:
         self._headers = {"Authorization": f"Bearer {upstream_key}", "Accept-Encoding": "identity"}
         self._session: aiohttp.ClientSession | None = None
         self._guard = guard
+        self._names = names or HostNames()
         self._max_body_bytes = max_body_bytes
         self._places = SharedBound()
         self._unread_bytes = SharedBound()
@@ -137,6 +141,8 @@ class OpenAIFront:
     async def _authorized(self, request: web.Request) -> AsyncIterator[Client]:
         """Ends the block when the key is withdrawn."""
         is_open = not self._keys and self._guard is None
+        if is_open:
+            self._check_host(request)
         if is_open or self._has_static_key(request):
             yield FRONT_ITSELF
             return
@@ -154,6 +160,12 @@ class OpenAIFront:
             raise _wrong_key() from None
         except AccessDeniedError as refusal:
             raise _error(403, refusal.message, "permission_denied") from None
+
+    def _check_host(self, request: web.Request) -> None:
+        """A web page of a foreign name could ask with its reader's rights; it has no key."""
+        hosts = request.headers.getall("Host", [])
+        if hosts and (problem := self._names.problem(hosts)):
+            raise _error(403, problem, "host_refused")
 
     def _has_static_key(self, request: web.Request) -> bool:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")

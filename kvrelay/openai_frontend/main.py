@@ -16,7 +16,7 @@ from kvrelay.client.api_keys import read_api_key
 from kvrelay.config.settings import OpenAISettings
 from kvrelay.errors import ConfigError, StartupError
 from kvrelay.network.host_port import join_host_port
-from kvrelay.network.http_bounds import HttpBounds
+from kvrelay.network.http_bounds import HostNames, HttpBounds
 from kvrelay.network.http_server import clean_up, listen
 from kvrelay.network.listening import bind_sockets, check_port, is_loopback
 from kvrelay.observability.logging import configure_logging
@@ -56,7 +56,8 @@ async def serve(settings: OpenAISettings, stop: asyncio.Event | None = None) -> 
     max_body_bytes = settings.openai_max_body_kib * 1024
     security = ProcessSecurity.of(settings.security, Role.FRONT)
     guard = security.http_guard if has_keys_file(settings) else None
-    front = OpenAIFront(f"http://{LOOPBACK}:{ports.api}", keys, upstream_key, max_body_bytes, guard)
+    names = HostNames((settings.host, *(settings.openai_allowed_hosts or "").split(",")), "--openai-allowed-hosts")
+    front = OpenAIFront(f"http://{LOOPBACK}:{ports.api}", keys, upstream_key, max_body_bytes, guard, names)
     stop = stop or _stop_on_signals()
     async with (
         security.watching(),

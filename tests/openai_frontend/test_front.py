@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from kvrelay.config.security_settings import SecuritySettings
+from kvrelay.network.http_bounds import HostNames
 from kvrelay.openai_frontend import front as front_module
 from kvrelay.openai_frontend.front import OpenAIFront
 from kvrelay.openai_frontend.open_requests import FRONT_ITSELF, Client
@@ -267,6 +268,29 @@ async def test_readiness_needs_no_key_and_is_smgs(both: Both) -> None:
     both.smg.ready = False
     async with both.client.get("/readiness") as answer:
         assert answer.status == 503
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example", 403), ("box.example:8000", 200), ("localhost:8000", 200), ("127.0.0.1:8000", 200)],
+)
+async def test_without_keys_a_page_of_a_foreign_name_cannot_ask(both: Both, host: str, status: int) -> None:
+    front = OpenAIFront(both.smg.url, (), "inner", MAX_BODY_BYTES, names=HostNames(["box.example"], "--names"))
+    async with (
+        TestClient(TestServer(front.application())) as client,
+        client.post("/v1/completions", json={"prompt": "x"}, headers={"Host": host}) as answer,
+    ):
+        assert answer.status == status
+        if status == 403:
+            error = error_of(await answer.text())
+            assert error["code"] == "host_refused"
+            assert "--names" in error["message"]
+    assert len(both.smg.asked) == (status == 200)
+
+
+async def test_with_a_key_every_name_may_ask(both: Both) -> None:
+    headers = {"Host": "front.example", "Authorization": f"Bearer {KEYS[0]}"}
+    assert (await both.post("completions", {"prompt": "x"}, headers=headers))[0] == 200
 
 
 async def test_an_smg_that_is_gone_is_an_error_that_says_to_come_again() -> None:

@@ -28,6 +28,13 @@ FRONT_MUTATIONS = (
         f"{FRONT_TESTS}::test_a_client_without_a_key_gets_nothing_past",
     ),
     Mutation(
+        "a page of a foreign name may ask a front without keys",
+        FRONT,
+        "            self._check_host(request)\n",
+        "",
+        f"{FRONT_TESTS}::test_without_keys_a_page_of_a_foreign_name_cannot_ask",
+    ),
+    Mutation(
         "any key opens the front",
         FRONT,
         "for known in self._keys) > 0",

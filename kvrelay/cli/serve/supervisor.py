@@ -61,6 +61,7 @@ def _openai(cluster: ClusterSettings, gateway: GatewaySettings) -> OpenAISetting
         port=cluster.openai_port,
         openai_api_key=cluster.openai_api_key,
         openai_args=cluster.openai_args,
+        openai_allowed_hosts=cluster.openai_allowed_hosts,
         openai_max_body_kib=cluster.openai_max_body_kib,
         local_clients=gateway.peers.local_clients,
         security=gateway.security,
