@@ -67,6 +67,20 @@ def extreme(*shape: int) -> Tensor:
     return mixed
 
 
+def infinite(*shape: int) -> Tensor:
+    mixed = extreme(*shape)
+    mixed[1::7, ::5] = torch.inf
+    mixed[2::7, ::3] = -torch.inf
+    mixed[3::7, 1] = torch.nan
+    return mixed
+
+
+def small(*shape: int) -> Tensor:
+    """Products and their sums are near the smallest normal number."""
+    chance = torch.Generator().manual_seed(sum(shape))
+    return random(*shape) * 2.0 ** torch.randint(-66, -58, shape, generator=chance)
+
+
 def tame(*shape: int) -> Tensor:
     return extreme(*shape).clamp(-1e15, 1e15)
 
@@ -85,10 +99,14 @@ def products(library: NativeLibrary, packed: PackedMatrix, inputs: Tensor) -> Te
     return outputs
 
 
-def pack(library: NativeLibrary, weight: Tensor, *, int8: bool) -> PackedMatrix:
-    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, int8=int8)
+def pack(library: NativeLibrary, weight: Tensor, scheme: str) -> PackedMatrix:
+    if scheme.startswith("bfloat16"):
+        weight = weight.bfloat16()
+    int8, plain_rows = scheme == "int8", scheme == "bfloat16, plain"
+    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, int8=int8, plain_rows=plain_rows)
 
 
+SCHEMES = ["float32", "int8", "bfloat16", "bfloat16, plain"]
 SHAPES = [(16, 64), (40, 128), (130, 192), (96, 576)]
 CONTENTS = [random, extreme, tame, greatest_int8]
 
@@ -97,21 +115,31 @@ CONTENTS = [random, extreme, tame, greatest_int8]
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (40, 96)])
 def test_float32_products_have_the_same_bits(variant: str, content: Callable[..., Tensor], n: int, k: int) -> None:
-    check_products(variant, content, n, k, int8=False)
+    check_products(variant, content, n, k, "float32")
 
 
 @others
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_int8_products_have_the_same_bits(variant: str, content: Callable[..., Tensor], n: int, k: int) -> None:
-    check_products(variant, content, n, k, int8=True)
+    check_products(variant, content, n, k, "int8")
 
 
-def check_products(variant: str, content: Callable[..., Tensor], n: int, k: int, *, int8: bool) -> None:
+@others
+@pytest.mark.parametrize("scheme", ["bfloat16", "bfloat16, plain"])
+@pytest.mark.parametrize("content", [random, extreme, infinite, small])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (40, 96), (16, 32)])
+def test_bfloat16_products_have_the_same_bits(
+    variant: str, content: Callable[..., Tensor], n: int, k: int, scheme: str
+) -> None:
+    check_products(variant, content, n, k, scheme)
+
+
+def check_products(variant: str, content: Callable[..., Tensor], n: int, k: int, scheme: str) -> None:
     """Rows alone and in batches of any size: as the reference computes them in one batch."""
     library, reference = library_of(variant), library_of(REFERENCE)
     weight, inputs = content(n, k) / 16, content(MAX_ROWS, k)
-    packed, expected_packed = pack(library, weight, int8=int8), pack(reference, weight, int8=int8)
+    packed, expected_packed = pack(library, weight, scheme), pack(reference, weight, scheme)
     for ours, theirs in zip(packed.tensors, expected_packed.tensors, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "weights are packed alike"
     expected = products(reference, expected_packed, inputs)
@@ -122,11 +150,11 @@ def check_products(variant: str, content: Callable[..., Tensor], n: int, k: int,
 
 
 @others
-@pytest.mark.parametrize("int8", [False, True])
-def test_products_of_more_rows_than_one_task_takes_have_the_same_bits(variant: str, int8: bool) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_of_more_rows_than_one_task_takes_have_the_same_bits(variant: str, scheme: str) -> None:
     library, reference = library_of(variant), library_of(REFERENCE)
     weight, inputs = random(48, 128), random(600, 128)
-    packed = pack(library, weight, int8=int8)
+    packed = pack(library, weight, scheme)
     expected = products(reference, packed, inputs)
     try:
         for num_threads in (1, 3):

@@ -19,9 +19,9 @@ LIBRARY = load_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=left_out.C_COMPILER)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool) -> PackedMatrix:
+def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool, plain_rows: bool = False) -> PackedMatrix:
     assert isinstance(LIBRARY, NativeLibrary)
-    return pack_matrix(weight, bias, WeightArena(1 << 16), LIBRARY, int8=int8)
+    return pack_matrix(weight, bias, WeightArena(1 << 16), LIBRARY, int8=int8, plain_rows=plain_rows)
 
 
 def multiply_packed(packed: PackedMatrix, inputs: Tensor) -> Tensor:
@@ -81,6 +81,61 @@ def test_int8_products_are_those_of_the_quantized_numbers(num_rows: int, n: int,
     torch.testing.assert_close(
         multiply_packed(packed, inputs).double(), expected.sum(-1) + bias.double(), rtol=1e-5, atol=1e-4
     )
+
+
+def products_of_tiles(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Of bfloat16 [n, k] and [rows, k], in float32, in the order of AMX's instruction."""
+    w, x = weight.double(), inputs.double()
+    sums = torch.zeros(len(x), len(w))
+    for begin in range(0, w.shape[1], 32):
+        parts = [torch.zeros_like(sums), torch.zeros_like(sums)]
+        for i in range(begin, begin + 32):
+            parts[i % 2] = (parts[i % 2].double() + x[:, i, None] * w[None, :, i]).float()
+        sums += parts[0] + parts[1]
+    return sums
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 33])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (40, 96), (130, 192)])
+def test_bfloat16_products_are_summed_in_the_order_of_tiles(num_rows: int, n: int, k: int) -> None:
+    weight, inputs = random(n, k).bfloat16(), random(num_rows, k)
+    rounded = inputs.bfloat16()
+    expected = products_of_tiles(weight, rounded)
+    assert torch.equal(multiply_packed(pack(weight, int8=False, plain_rows=True), inputs), expected)
+    expected += products_of_tiles(weight, (inputs - rounded).bfloat16())
+    assert torch.equal(multiply_packed(pack(weight, int8=False), inputs), expected)
+
+
+def test_inputs_in_two_parts_lose_little_beside_bfloat16_weights() -> None:
+    weight, inputs = random(130, 576).bfloat16(), random(16, 576)
+    exact = inputs.double() @ weight.double().t()
+
+    def error(*, plain_rows: bool) -> float:
+        computed = multiply_packed(pack(weight, int8=False, plain_rows=plain_rows), inputs)
+        return float((computed - exact).norm() / exact.norm())
+
+    assert error(plain_rows=False) < 1e-5
+    assert error(plain_rows=True) > 1e-3
+
+
+def test_the_largest_inputs_stay_finite_beside_bfloat16_weights() -> None:
+    inputs = torch.full((1, 32), 0.0)
+    inputs[0, 3] = torch.finfo(torch.float32).max
+    computed = multiply_packed(pack(torch.full((16, 32), 0.5).bfloat16(), int8=False), inputs)
+    torch.testing.assert_close(computed, inputs[0, 3].expand(1, 16) / 2, rtol=1e-4, atol=0)
+
+
+def test_bfloat16_weights_take_half_the_bytes_and_lose_nothing() -> None:
+    weight = random(130, 192).bfloat16()
+    packed = pack(weight, int8=False)
+    assert 2 * packed.tensors[0].nbytes == pack(weight.float(), int8=False).tensors[0].nbytes
+    # [panels, k / 2, PANEL, 2]
+    assert torch.equal(packed.tensors[0].transpose(1, 2).reshape(-1, 192)[:130], weight)
+
+
+def test_bfloat16_widths_that_have_no_whole_tiles_become_float32() -> None:
+    weight, inputs = random(16, 80).bfloat16(), random(2, 80)
+    assert torch.equal(multiply(weight, None, inputs, int8=False), multiply(weight.float(), None, inputs, int8=False))
 
 
 def with_outliers(weight: Tensor) -> Tensor:

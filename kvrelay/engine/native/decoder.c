@@ -60,6 +60,15 @@ static char *reserve(char **at, int64_t num_bytes) {
     return begin;
 }
 
+static int64_t most_prepared_bytes(const decoder *d, int64_t num_tokens) {
+    const decoder_layer *layer = d->layers;
+    const matrix *products[] = {&layer->qkv, &layer->output, &layer->gate_up, &layer->down, &d->lm_head};
+    int64_t most = 0;
+    for (int i = 0; i < 5; i++)
+        if (prepared_bytes(products[i], num_tokens) > most) most = prepared_bytes(products[i], num_tokens);
+    return most;
+}
+
 // Returns the size if memory is NULL, else places the arrays.
 static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, rows *r) {
     char *at = memory;
@@ -71,7 +80,7 @@ static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, ro
     r->qkv = (float *)reserve(&at, num_tokens * d->layers[0].qkv.n * 4);
     r->attended = (float *)reserve(&at, num_tokens * attention * 4);
     r->activated = (float *)reserve(&at, num_tokens * d->intermediate * 4);
-    r->quantized.values = (uint8_t *)reserve(&at, padded_rows(num_tokens) * widest);
+    r->quantized.values = (uint8_t *)reserve(&at, most_prepared_bytes(d, num_tokens));
     r->quantized.scales = (float *)reserve(&at, padded_rows(num_tokens) * (widest / GROUP + 1) * 4);
     return at - memory;
 }
@@ -107,7 +116,7 @@ typedef struct {
     const float *from;     // of norms and quantization
     const float *weight;   // of the norm
     int64_t num_rows, width;
-    const matrix *next;    // input for this product: quantized if it is int8
+    const matrix *next;    // input for this product
     kv_layer kv;
 } row_args;
 
@@ -124,27 +133,20 @@ static void rows_of(const row_args *args, int64_t task, int64_t *begin, int64_t 
     *end = *begin + ROWS_PER_TASK < args->num_rows ? *begin + ROWS_PER_TASK : args->num_rows;
 }
 
-static void quantize_if_wanted(const row_args *args, int64_t begin, int64_t end, const float *x) {
-    if (args->next->kind != MATRIX_INT8) return;
-    quantized_rows q = {
-        args->r->quantized.values + begin * args->width, args->r->quantized.scales + begin * (args->width / GROUP)};
-    quantize_rows(end - begin, args->width, x + begin * args->width, &q);
-}
-
 static void norm_task(void *argument, int64_t task) {
     const row_args *args = argument;
     int64_t begin, end;
     rows_of(args, task, &begin, &end);
     for (int64_t i = begin; i < end; i++)
         norm_row(args->from + i * args->width, args->weight, args->d->norm_epsilon, args->width, args->r->normed + i * args->width);
-    quantize_if_wanted(args, begin, end, args->r->normed);
+    prepare_rows(args->next, begin, end, args->r->normed, &args->r->quantized);
 }
 
-static void quantize_task(void *argument, int64_t task) {
+static void prepare_task(void *argument, int64_t task) {
     const row_args *args = argument;
     int64_t begin, end;
     rows_of(args, task, &begin, &end);
-    quantize_if_wanted(args, begin, end, args->from);
+    prepare_rows(args->next, begin, end, args->from, &args->r->quantized);
 }
 
 // (a, b) by an angle: a cos - b sin, and b cos + a sin.
@@ -210,7 +212,7 @@ static void run_rest_of_layer(const decoder *d, const decoder_step *s, const row
     row_args args = {
         .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->attended,
         .width = d->num_heads * d->head_dim, .next = &layer->output};
-    if (layer->output.kind == MATRIX_INT8) for_rows(&args, quantize_task);
+    if (layer->output.kind != MATRIX_F32) for_rows(&args, prepare_task);
     multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, &layer->gate_up);
     args.from = r->hidden;
     args.weight = layer->mlp_norm;
@@ -221,7 +223,7 @@ static void run_rest_of_layer(const decoder *d, const decoder_step *s, const row
     args.from = r->activated;
     args.width = d->intermediate;
     args.next = &layer->down;
-    if (layer->down.kind == MATRIX_INT8) for_rows(&args, quantize_task);
+    if (layer->down.kind != MATRIX_F32) for_rows(&args, prepare_task);
     const matrix *following = number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head;
     multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, following);
 }

@@ -36,13 +36,19 @@ enum { GROUP = 64 };  // int8: inputs that share a scale
 
 enum { ROWS_PER_TASK = 16 };  // of operations on rows
 
-enum { MATRIX_F32 = 0, MATRIX_INT8 = 1 };
+enum { BF16_STEP = 32 };   // inputs that an instruction of AMX sums
+enum { BF16_ROWS = 32, BF16_WIDTH = 2 * PANEL };  // of a tile: parts of rows, and columns
+
+// bf16: rows in two parts that together have 16 bits, or in the first one alone.
+enum { MATRIX_F32 = 0, MATRIX_INT8 = 1, MATRIX_BF16 = 2, MATRIX_BF16_PLAIN = 3 };
 
 // W of y = x W^T + bias, [n, k], packed.
 //   f32:   data = float [n / PANEL][k][PANEL]
 //   int8:  data = int8_t [n / PANEL][k / 4][PANEL][4], chosen by quantize_weights
 //          scales = float, sums (of each group) = int16_t, both [n / PANEL][k / GROUP][PANEL]
-// n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8.
+//   bf16:  data = uint16_t [n / PANEL][k / 2][PANEL][2]: BF16_STEP inputs of a panel are a tile of AMX
+// n is padded with zero rows to a multiple of PANEL; k must be a multiple of GROUP for int8, and of
+// BF16_STEP for bf16.
 typedef struct {
     int64_t n, k, kind;
     const void *data;
@@ -52,7 +58,8 @@ typedef struct {
 } matrix;
 
 // Rows of numbers x ~ scale * (value - 128), 1 <= value <= 255, with a scale for each GROUP of
-// them. If ROW_BLOCK is not 1, rows lie in blocks, and are filled up to whole ones.
+// them. If ROW_BLOCK is not 1, rows lie in blocks, and are filled up to whole ones. For bf16 the
+// values are bf16_part, and there are no scales.
 typedef struct {
     uint8_t *values;  // [num_rows][k], or [num_rows / ROW_BLOCK][k / GROUP][ROW_BLOCK][GROUP]
     float *scales;    // [num_rows][k / GROUP], or [num_rows / ROW_BLOCK][k / GROUP][ROW_BLOCK]
@@ -76,11 +83,17 @@ typedef struct {
 //   MAX_ROWS, MAX_PANELS       of a tile of f32: as many sums as fit the registers
 //   ROWS_PER_BLOCK             of a product's task; a multiple of MAX_ROWS
 //   MAX_ROWS_INT8, ROWS_PER_BLOCK_INT8, ROW_BLOCK   the same for int8, and how its rows lie
-//   TASK_WORK, TASK_WORK_INT8  multiply-adds of a task
+//   TASK_WORK, TASK_WORK_INT8, TASK_WORK_BF16   multiply-adds of a task
 //   tile_rows_int8             c[rows][16 * panels] (+)= x * columns; 1 to MAX_ROWS_INT8 rows,
 //                              1 or 2 panels; x begins with the first row
 //   quantize_group             values of GROUP numbers: x * inverse + 128, rounded
+// With tiles for bf16 (HAVE_AMX) it has bf16_part, store_part and tile_rows_bf16, else what
+// matrices_bf16.c makes them of: MAX_PARTS, PARTS_PANELS, and sums that flush.
 #include VARIANT_HEADER
+
+#ifndef HAVE_AMX
+typedef float bf16_part;  // [num_rows][parts][k]
+#endif
 
 // Rows for which quantized_rows has room.
 ALWAYS_INLINE int64_t padded_rows(int64_t num_rows) { return (num_rows + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK; }
@@ -142,5 +155,21 @@ static void multiply(
     const matrix *following);
 
 static void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized_rows *out);
+
+// Parts of a row for products with W.
+ALWAYS_INLINE int64_t parts_of(const matrix *w) { return w->kind == MATRIX_BF16 ? 2 : 1; }
+
+// c[num_parts][BF16_WIDTH] = x * columns, for 1 to BF16_ROWS parts, and 1 or 2 panels. x begins with
+// the first part, which has a multiple of BF16_ROWS before it.
+static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead);
+
+static void take_rows_apart(const matrix *w, int64_t num_rows, const float *x, void *out);
+
+// How many bytes a product's rows have beside their floats: 0 if it takes these.
+static int64_t prepared_bytes(const matrix *w, int64_t num_rows);
+
+// Quantizes rows [begin, end) of x, or takes them apart, if the product wants that. begin is a
+// multiple of ROWS_PER_TASK.
+static void prepare_rows(const matrix *w, int64_t begin, int64_t end, const float *x, const quantized_rows *out);
 
 #endif

@@ -24,7 +24,8 @@ from kvrelay.runtime.cache_folder import is_own
 PANEL = 16  # output columns stored and computed together
 GROUP = 64  # int8: inputs that share a scale
 TILE_ROWS = 96  # most rows of an attention tile: tokens times query heads that share a key
-MATRIX_F32, MATRIX_INT8 = 0, 1
+BF16_STEP = 32  # bfloat16: inputs that an instruction of AMX sums
+MATRIX_F32, MATRIX_INT8, MATRIX_BF16, MATRIX_BF16_PLAIN = range(4)
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _log = structlog.get_logger(__name__)

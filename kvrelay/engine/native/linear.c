@@ -5,26 +5,25 @@
 #include <stdlib.h>
 
 typedef struct {
+    const matrix *w;
     const float *x;
-    int64_t num_rows, k;
+    int64_t num_rows;
     const quantized_rows *out;
 } linear_args;
 
-static void quantize_linear_task(void *argument, int64_t task) {
+static void prepare_linear_task(void *argument, int64_t task) {
     const linear_args *args = argument;
-    int64_t begin = task * ROWS_PER_TASK;
-    int64_t count = args->num_rows - begin < ROWS_PER_TASK ? args->num_rows - begin : ROWS_PER_TASK;
-    quantized_rows part = {args->out->values + begin * args->k, args->out->scales + begin * (args->k / GROUP)};
-    quantize_rows(count, args->k, args->x + begin * args->k, &part);
+    int64_t begin = task * ROWS_PER_TASK, end = begin + ROWS_PER_TASK;
+    prepare_rows(args->w, begin, end < args->num_rows ? end : args->num_rows, args->x, args->out);
 }
 
 // out = x W^T + bias. x: [num_rows][k], out: [num_rows][n]. Returns 0 if there is no
-// memory for the quantized rows, else 1.
+// memory for the prepared rows, else 1.
 int64_t EXPORTED(run_linear)(const matrix *w, int64_t num_rows, const float *x, float *out) {
     static int64_t capacity;
     static quantized_rows quantized;
-    if (w->kind == MATRIX_INT8) {
-        int64_t wanted = padded_rows(num_rows) * w->k;
+    int64_t wanted = prepared_bytes(w, num_rows);
+    if (wanted > 0) {
         if (wanted > capacity) {
             free(quantized.values);
             free(quantized.scales);
@@ -36,8 +35,8 @@ int64_t EXPORTED(run_linear)(const matrix *w, int64_t num_rows, const float *x, 
                 return 0;
             }
         }
-        linear_args args = {x, num_rows, w->k, &quantized};
-        parallel_for((num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, quantize_linear_task, &args);
+        linear_args args = {w, x, num_rows, &quantized};
+        parallel_for((num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, prepare_linear_task, &args);
     }
     multiply(w, num_rows, x, &quantized, out, w->n, OUTPUT_STORE, NULL);
     return 1;

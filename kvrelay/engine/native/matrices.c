@@ -11,7 +11,12 @@ enum {
     TILE_PANELS = 2,           // of a tile: gate and up
 };
 
-#define MAX_TILE_ROWS (MAX_ROWS > MAX_ROWS_INT8 ? MAX_ROWS : MAX_ROWS_INT8)
+enum { MAX_TILE_ROWS = 32, MAX_BLOCK_PARTS = 256, BLOCK_PARTS_BYTES = 1024 * 1024 };
+
+// Rows of a tile.
+static int64_t tile_height(const matrix *w) {
+    return w->kind == MATRIX_F32 ? MAX_ROWS : w->kind == MATRIX_INT8 ? MAX_ROWS_INT8 : BF16_ROWS / parts_of(w);
+}
 
 // c[rows][16 * panels] (+)= a[rows][k] * b; rows and panels are constants after inlining. Prefetches
 // `ahead`.
@@ -96,7 +101,32 @@ typedef struct {
     int mode;
 } product;
 
-static int64_t panel_bytes(const matrix *w) { return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : 1); }
+static int64_t panel_bytes(const matrix *w) {
+    return w->k * PANEL * (w->kind == MATRIX_F32 ? 4 : w->kind == MATRIX_INT8 ? 1 : 2);
+}
+
+static int64_t prepared_bytes(const matrix *w, int64_t num_rows) {
+    if (w->kind == MATRIX_F32) return 0;
+    if (w->kind == MATRIX_INT8) return padded_rows(num_rows) * w->k;
+    int64_t num_tiles = (num_rows * parts_of(w) + BF16_ROWS - 1) / BF16_ROWS;
+    return num_tiles * BF16_ROWS * w->k * (int64_t)sizeof(bf16_part);
+}
+
+// Where a row's values begin; the first of a block, where rows lie in blocks.
+static uint8_t *prepared_row(const matrix *w, const quantized_rows *q, int64_t row) {
+    return q->values + row * w->k * (w->kind == MATRIX_INT8 ? 1 : parts_of(w) * (int64_t)sizeof(bf16_part));
+}
+
+static void prepare_rows(const matrix *w, int64_t begin, int64_t end, const float *x, const quantized_rows *out) {
+    if (w->kind == MATRIX_F32) return;
+    uint8_t *values = prepared_row(w, out, begin);
+    if (w->kind == MATRIX_INT8) {
+        quantized_rows part = {values, out->scales + begin * (w->k / GROUP)};
+        quantize_rows(end - begin, w->k, x + begin * w->k, &part);
+    } else {
+        take_rows_apart(w, end - begin, x + begin * w->k, values);
+    }
+}
 
 // Rows [row, row + rows) of 16 columns each of TILE_PANELS panels, or of the last one. Prefetches
 // part `part` of `num_parts` of as many bytes at `ahead`.
@@ -105,12 +135,29 @@ typedef struct {
     const char *ahead;
 } tile_place;
 
+static void multiply_tile_bf16(const product *p, tile_place at, float *c, int64_t ldc, int add, fetch ahead) {
+    float sums[BF16_ROWS * BF16_WIDTH] __attribute__((aligned(64)));
+    int64_t num_parts = parts_of(p->w);
+    tile_rows_bf16(at.rows * num_parts, at.panels, prepared_row(p->w, p->q, at.row), p->w, at.panel, sums, ahead);
+    for (int64_t r = 0; r < at.rows; r++)
+        for (int64_t i = 0; i < at.panels * PANEL; i += WIDE) {
+            const float *from = sums + r * num_parts * BF16_WIDTH + i;
+            f32w sum = load_wide(from);
+            if (num_parts == 2) sum += load_wide(from + BF16_WIDTH);
+            store_wide(c + r * ldc + i, add ? load_wide(c + r * ldc + i) + sum : sum);
+        }
+}
+
 static void multiply_tile(const product *p, tile_place at, float *c, int64_t ldc, int add) {
     int64_t k = p->w->k, num_bytes = panel_bytes(p->w);
     fetch ahead = {at.ahead + num_bytes * at.part / at.num_parts, 4 * PANEL / at.num_parts, num_bytes};
     if (p->w->kind == MATRIX_INT8) {
         quantized_rows rows = {p->q->values + at.row * k, p->q->scales + at.row * (k / GROUP)};
         tile_rows_int8(at.rows, at.panels, &rows, p->w, at.panel, c, ldc, add, ahead);
+        return;
+    }
+    if (p->w->kind != MATRIX_F32) {
+        multiply_tile_bf16(p, at, c, ldc, add, ahead);
         return;
     }
     for (int64_t i = 0; i < at.panels; i += MAX_PANELS, ahead.begin += MAX_PANELS * num_bytes) {
@@ -161,9 +208,9 @@ static void multiply_plain(const product *p, tile_place at) {
 // many bytes at `ahead`.
 static void multiply_group(
     const product *p, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end, const char *ahead) {
-    int64_t num_rows = row_end - row_begin, height = p->w->kind == MATRIX_F32 ? MAX_ROWS : MAX_ROWS_INT8;
+    int64_t num_rows = row_end - row_begin, height = tile_height(p->w);
     int64_t num_tiles = (num_rows + height - 1) / height;
-    int in_blocks = p->w->kind == MATRIX_INT8 && ROW_BLOCK > 1;
+    int in_blocks = p->w->kind == MATRIX_INT8 ? ROW_BLOCK > 1 : p->w->kind != MATRIX_F32;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
         // Tiles of even height, because two extra rows cost almost as much as six. In blocks all
         // but the last are whole.
@@ -210,18 +257,27 @@ static void run_product_task(void *argument, int64_t task) {
 
 static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }
 
+static int64_t rows_per_block(const matrix *w) {
+    if (w->kind == MATRIX_F32) return ROWS_PER_BLOCK;
+    if (w->kind == MATRIX_INT8) return ROWS_PER_BLOCK_INT8;
+    // Their parts stay in the second-level cache.
+    int64_t num_parts = BLOCK_PARTS_BYTES / (w->k * (int64_t)sizeof(bf16_part)) / BF16_ROWS * BF16_ROWS;
+    if (num_parts > MAX_BLOCK_PARTS) num_parts = MAX_BLOCK_PARTS;
+    return (num_parts > BF16_ROWS ? num_parts : BF16_ROWS) / parts_of(w);
+}
+
 // Cuts a product into tasks.
 static product plan(const matrix *w, int64_t num_rows) {
     product p = {.w = w, .num_rows = num_rows};
     p.num_panels = (w->n + PANEL - 1) / PANEL;
-    p.rows_per_block = w->kind == MATRIX_F32 ? ROWS_PER_BLOCK : ROWS_PER_BLOCK_INT8;
+    p.rows_per_block = rows_per_block(w);
     if (num_rows < p.rows_per_block) p.rows_per_block = num_rows;
     p.num_blocks = (num_rows + p.rows_per_block - 1) / p.rows_per_block;
     p.num_threads = num_threads();
     p.panels_per_group = round_up_to_even(GROUP_BYTES / panel_bytes(w));
     if (p.panels_per_group < 2) p.panels_per_group = 2;
     // Longer than a claim, shorter than the wait for the last task: by multiply-adds or bytes.
-    int64_t work = w->kind == MATRIX_F32 ? TASK_WORK : TASK_WORK_INT8;
+    int64_t work = w->kind == MATRIX_F32 ? TASK_WORK : w->kind == MATRIX_INT8 ? TASK_WORK_INT8 : TASK_WORK_BF16;
     int64_t by_work = work / (p.rows_per_block * w->k * PANEL), by_bytes = TASK_BYTES / panel_bytes(w);
     p.panels_per_task = round_up_to_even(by_work < by_bytes ? by_work : by_bytes);
     if (p.panels_per_task < 2) p.panels_per_task = 2;

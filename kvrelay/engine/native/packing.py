@@ -1,4 +1,4 @@
-"""Packs weights for the kernels: panels of 16 output columns, in float32, or int8 with scales.
+"""Packs weights for the kernels: panels of 16 output columns, in their type, or int8 with scales.
 
 int8 is GGUF's Q8_0 with longer blocks: w ~ scale * q over 64 inputs of one output. Sums of four
 products fit into 16 bits, because processors without VNNI are fast only then.
@@ -11,7 +11,17 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kvrelay.engine.native.library import GROUP, MATRIX_F32, MATRIX_INT8, PANEL, Matrix, NativeLibrary
+from kvrelay.engine.native.library import (
+    BF16_STEP,
+    GROUP,
+    MATRIX_BF16,
+    MATRIX_BF16_PLAIN,
+    MATRIX_F32,
+    MATRIX_INT8,
+    PANEL,
+    Matrix,
+    NativeLibrary,
+)
 
 _ALIGNMENT = 64
 
@@ -56,38 +66,48 @@ class PackedMatrix:
 
 
 def pack_matrix(
-    weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, *, int8: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    arena: WeightArena,
+    library: NativeLibrary,
+    *,
+    int8: bool,
+    plain_rows: bool = False,
 ) -> PackedMatrix:
-    """weight: float32 [n, k]; bias: float32 [n]. int8 keeps float32 if k is no multiple of 64."""
+    """weight: float32 or bfloat16 [n, k]; bias: [n].
+
+    Becomes float32 where k is no multiple of 64 for int8, or of 32 for bfloat16. plain_rows: inputs
+    are rounded to bfloat16, too.
+    """
     n, k = weight.shape
-    tensors: tuple[Tensor, ...]
+    scales = sums = None
     if int8 and k % GROUP == 0:
-        data, scales, sums = _pack_int8(weight, arena, library)
         kind = MATRIX_INT8
-        tensors = (data, scales, sums)
+        data, scales, sums = _pack_int8(weight, arena, library)
+    elif _stays_bfloat16(weight):
+        kind = MATRIX_BF16_PLAIN if plain_rows else MATRIX_BF16
+        # [panels, k / 2, PANEL, 2]
+        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k // 2, 2).transpose(1, 2))
     else:
-        # [panels, k, PANEL]
-        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k).transpose(1, 2))
         kind = MATRIX_F32
-        tensors = (data,)
+        # [panels, k, PANEL]
+        data = arena.copy(_pad_rows(weight.float()).view(-1, PANEL, k).transpose(1, 2))
     padded_bias = None if bias is None else arena.copy(_pad_rows(bias.float().unsqueeze(1)).squeeze(1))
-    matrix = Matrix(
-        n=n,
-        k=k,
-        kind=kind,
-        data=data.data_ptr(),
-        scales=scales.data_ptr() if kind == MATRIX_INT8 else None,
-        sums=sums.data_ptr() if kind == MATRIX_INT8 else None,
-        bias=None if padded_bias is None else padded_bias.data_ptr(),
-    )
-    return PackedMatrix(matrix, tensors if padded_bias is None else (*tensors, padded_bias))
+    tensors = [tensor for tensor in (data, scales, sums, padded_bias) if tensor is not None]
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in (data, scales, sums, padded_bias)]
+    return PackedMatrix(Matrix(n, k, kind, *addresses), tuple(tensors))
 
 
 def packed_bytes(weight: Tensor, *, int8: bool) -> int:
     """An upper bound, without the bias."""
     n, k = -(-weight.shape[0] // PANEL) * PANEL, weight.shape[1]
-    num_bytes = n * k + n * (k // GROUP) * (4 + 2) if int8 and k % GROUP == 0 else 4 * n * k
-    return num_bytes + 3 * _ALIGNMENT
+    if int8 and k % GROUP == 0:
+        return n * k + n * (k // GROUP) * (4 + 2) + 3 * _ALIGNMENT
+    return (2 if _stays_bfloat16(weight) else 4) * n * k + 2 * _ALIGNMENT
+
+
+def _stays_bfloat16(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % BF16_STEP == 0
 
 
 def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:

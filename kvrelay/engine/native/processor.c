@@ -36,7 +36,8 @@ int64_t processor_features(void) {
     found |= bit(1, c & bit_FMA);
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
         found |= bit(0, b & bit_AVX2) | bit(3, b & bit_AVX512F) | bit(4, b & bit_AVX512BW) | bit(5, b & bit_AVX512DQ);
-        found |= bit(6, b & bit_AVX512VL) | bit(7, c & 1 << 11) | bit(8, d & 1 << 24) | bit(9, d & 1 << 25);
+        found |= bit(6, b & bit_AVX512VL) | bit(7, c & 1 << 11) | bit(8, d & 1 << 24) | bit(9, d & 1 << 25) |
+                 bit(13, d & 1 << 22);
         if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found |= bit(2, a & 1 << 4);
     }
     return found | bit(10, saves(saved, 0x6)) | bit(11, saves(saved, 0xe6)) | bit(12, saves(saved, 0x60000));

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "matrices.c"
+#include "matrices_bf16.c"
 #include "matrices_int8.c"
 
 #include "attention.h"

@@ -16,9 +16,9 @@ _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx51
 # The bits of `processor_features` in processor.c. The operating system must save the registers.
 FEATURES = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"),
-    *("AVX registers", "AVX-512 registers", "AMX tiles"),
+    *("AVX registers", "AVX-512 registers", "AMX tiles", "amx_bf16"),
 )
-_SAVED_BY_SYSTEM = FEATURES[10:]
+_SAVED_BY_SYSTEM = FEATURES[10:13]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ VARIANTS = (
     Variant(
         "amx",
         "amx.h",
-        (*_AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
-        (*_AVX512, "amx_tile", "amx_int8", "AMX tiles"),
+        (*_AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+        (*_AVX512, "amx_tile", "amx_int8", "amx_bf16", "AMX tiles"),
     ),
     Variant("avx512", "avx512.h", _AVX512_FLAGS, _AVX512),
     Variant("avxvnni", "avx2.h", (*_AVX2_FLAGS, "-mavxvnni"), (*_AVX2, "avx_vnni")),

@@ -1,5 +1,5 @@
-// AVX-512 with the tiles of AMX for the products of int8: 16 rows, a group of 64 inputs and 16
-// columns in one instruction. The panels' layout is that of a tile already.
+// AVX-512 with the tiles of AMX for the products of int8 and bf16: 16 rows, a group of 64 inputs (in
+// bf16 32) and 16 columns in one instruction. The panels' layout is that of a tile already.
 //
 // Values are stored less 128, so that the tiles' products need no zero point. Their rows lie in
 // blocks of a tile: one row after another would often share a set of the first-level cache.
@@ -8,6 +8,7 @@
 #define MAX_ROWS_INT8 ROW_BLOCK
 #define ROWS_PER_BLOCK_INT8 272
 #define TASK_WORK_INT8 16000000
+#define TASK_WORK_BF16 8000000
 #define VALUE_SIGN ((int32_t)0x80808080)  // turns value - 128 into value, and back
 
 #include "avx512.h"
@@ -16,16 +17,24 @@ enum { FEW_ROWS = 6 };  // up to as many rows of a tile are computed without AMX
 
 enum { TILE_BYTES = 1024 };
 
-ALWAYS_INLINE int uses_tiles(const matrix *w, int64_t num_rows) { return w->kind == MATRIX_INT8 && num_rows > FEW_ROWS; }
+ALWAYS_INLINE int is_bf16(const matrix *w) { return w->kind == MATRIX_BF16 || w->kind == MATRIX_BF16_PLAIN; }
+
+ALWAYS_INLINE int uses_tiles(const matrix *w, int64_t num_rows) {
+    return is_bf16(w) || (w->kind == MATRIX_INT8 && num_rows > FEW_ROWS);
+}
 
 // For a task: no thread keeps tiles while it waits, or while another process uses its core.
 static void configure_tiles(const matrix *w, int64_t num_rows) {
-    static const struct {
+    struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } configuration = {1, 0, {0}, {64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16}};
-    if (uses_tiles(w, num_rows)) _tile_loadconfig(&configuration);
+    } configuration = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    if (!uses_tiles(w, num_rows)) return;
+    int64_t num_parts = num_rows * (w->kind == MATRIX_BF16 ? 2 : 1);
+    // Few rows of bf16 take as few cycles.
+    for (int tile = 0; is_bf16(w) && num_parts < 16 && tile < 6; tile++) configuration.rows[tile] = (uint8_t)num_parts;
+    _tile_loadconfig(&configuration);
 }
 
 static void release_tiles(const matrix *w, int64_t num_rows) {
@@ -92,4 +101,59 @@ static void tile_rows_int8(
     }
     for (int64_t p = 0; p < panels; p++, ahead.begin += ahead.panel_bytes)
         tile_amx(rows, x, w, panel + p, c + p * PANEL, ldc, add, ahead);
+}
+
+// ---------------------------------------------------------------- bf16
+
+typedef uint16_t bf16_part;  // [num_parts / 16][k / BF16_STEP][16][BF16_STEP]: tiles
+
+ALWAYS_INLINE void store_part(bf16_part *parts, int64_t k, int64_t part, int64_t i, i32w numbers) {
+    bf16_part *tile = parts + part / 16 * 16 * k + i / BF16_STEP * 16 * BF16_STEP;
+    __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)numbers, 16));
+    _mm256_storeu_si256((__m256i *)(tile + part % 16 * BF16_STEP + i % BF16_STEP), upper);
+}
+
+// Tiles 0 to 3: two by two sums; 4 and 5: rows; 6 and 7: panels.
+ALWAYS_INLINE void sum_tiles_bf16(
+    const int is_tall, const int is_wide, const bf16_part *x, int64_t k, const uint16_t *weights, float *c, fetch ahead) {
+    const int64_t row_bytes = BF16_STEP * sizeof(bf16_part), to_bytes = BF16_WIDTH * sizeof(float);
+    _tile_zero(0);
+    if (is_wide) _tile_zero(1);
+    if (is_tall) _tile_zero(2);
+    if (is_tall && is_wide) _tile_zero(3);
+    for (int64_t i = 0; i < k; i += BF16_STEP, x += 16 * BF16_STEP, weights += BF16_STEP * PANEL) {
+        _tile_loadd(4, x, row_bytes);
+        _tile_loadd(6, weights, 4 * PANEL);
+        _tile_dpbf16ps(0, 4, 6);
+        if (is_wide) {
+            _tile_loadd(7, weights + k * PANEL, 4 * PANEL);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (is_tall) {
+            _tile_loadd(5, x + 16 * k, row_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (is_tall && is_wide) _tile_dpbf16ps(3, 5, 7);
+        for (int panel = 0; panel < 1 + is_wide; panel++) {
+            const char *begin = ahead.begin + panel * ahead.panel_bytes;
+            for (int64_t byte = 0; byte < BF16_STEP / 2 * ahead.step; byte += 64) __builtin_prefetch(begin + byte);
+        }
+        ahead.begin += BF16_STEP / 2 * ahead.step;
+    }
+    _tile_stored(0, c, to_bytes);
+    if (is_wide) _tile_stored(1, c + PANEL, to_bytes);
+    if (is_tall) _tile_stored(2, c + 16 * BF16_WIDTH, to_bytes);
+    if (is_tall && is_wide) _tile_stored(3, c + 16 * BF16_WIDTH + PANEL, to_bytes);
+}
+
+static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
+    const uint16_t *weights = (const uint16_t *)w->data + panel * w->k * PANEL;
+    if (num_parts > 16 && panels > 1)
+        sum_tiles_bf16(1, 1, x, w->k, weights, c, ahead);
+    else if (num_parts > 16)
+        sum_tiles_bf16(1, 0, x, w->k, weights, c, ahead);
+    else if (panels > 1)
+        sum_tiles_bf16(0, 1, x, w->k, weights, c, ahead);
+    else
+        sum_tiles_bf16(0, 0, x, w->k, weights, c, ahead);
 }

@@ -54,3 +54,19 @@ ALWAYS_INLINE int32_t four_values(const uint8_t *values) {
     memcpy(&four, values, 4);
     return four;
 }
+
+// Within a region that flushes, numbers below the smallest normal one count as 0.
+typedef uint32_t flush_state;
+
+ALWAYS_INLINE flush_state begin_flushing(void) {
+    enum { FLUSH_RESULTS = 1 << 15, FLUSH_INPUTS = 1 << 6 };
+    flush_state before = _mm_getcsr();
+    _mm_setcsr(before | FLUSH_RESULTS | FLUSH_INPUTS);
+    return before;
+}
+
+ALWAYS_INLINE void end_flushing(flush_state before) { _mm_setcsr(before); }
+
+#define flushed_input(x) (x)
+#define fma_flushing fma_wide
+#define add_flushing(a, b) ((a) + (b))

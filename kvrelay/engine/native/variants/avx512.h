@@ -8,6 +8,12 @@
 #define ROWS_PER_BLOCK 264
 #define TASK_WORK 4000000
 
+#define MAX_PARTS 6  // times two panels, of even and odd inputs
+#define PARTS_PANELS 2
+#ifndef TASK_WORK_BF16
+#define TASK_WORK_BF16 2000000
+#endif
+
 #ifndef ROW_BLOCK
 #define MAX_ROWS_INT8 6  // times two panels, each as floats and as integers
 #define ROWS_PER_BLOCK_INT8 264

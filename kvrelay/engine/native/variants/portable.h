@@ -1,6 +1,28 @@
 // Any processor: vectors of the compiler, which turns them into what the base instructions have.
 #define HAVE_AVX2 0
 
+typedef double f64x4 __attribute__((vector_size(32)));
+typedef int64_t i64x4 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+// a * b + c in one rounding, without the instruction. The product of two floats is exact in double;
+// the sum there is rounded to odd, so that the rounding to float is the only one that counts.
+ALWAYS_INLINE f64x4 fma_to_odd(f32x4 a, f32x4 b, f32x4 c) {
+    const f64x4 zero = {0};
+    f64x4 product = __builtin_convertvector(a, f64x4) * __builtin_convertvector(b, f64x4);
+    f64x4 other = __builtin_convertvector(c, f64x4), sum = product + other, part = sum - product;
+    f64x4 error = (product - (sum - part)) + (other - part);  // exactly what the sum lacks
+    i64x4 bits = (i64x4)sum, inexact = (error < zero) | (error > zero), is_odd = bits & 1;
+    i64x4 toward_zero = (bits ^ (i64x4)error) < 0;
+    bits += inexact & (is_odd - 1) & (toward_zero | 1);  // the odd neighbour on the error's side
+    return (f64x4)bits;
+}
+
+typedef union {
+    f32x8 whole;
+    f32x4 halves[2];
+} f32x8_halves;
+
 #if defined(__FP_FAST_FMAF)
 ALWAYS_INLINE float fma1(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
@@ -10,36 +32,42 @@ ALWAYS_INLINE f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
     return sum;
 }
 #else
-typedef double f64x4 __attribute__((vector_size(32)));
-typedef int64_t i64x4 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
-
-// a * b + c in one rounding, without the instruction. The product of two floats is exact in double;
-// the sum there is rounded to odd, so that the rounding to float is the only one that counts.
-ALWAYS_INLINE f32x4 fma4(f32x4 a, f32x4 b, f32x4 c) {
-    const f64x4 zero = {0};
-    f64x4 product = __builtin_convertvector(a, f64x4) * __builtin_convertvector(b, f64x4);
-    f64x4 other = __builtin_convertvector(c, f64x4), sum = product + other, part = sum - product;
-    f64x4 error = (product - (sum - part)) + (other - part);  // exactly what the sum lacks
-    i64x4 bits = (i64x4)sum, inexact = (error < zero) | (error > zero), is_odd = bits & 1;
-    i64x4 toward_zero = (bits ^ (i64x4)error) < 0;
-    bits += inexact & (is_odd - 1) & (toward_zero | 1);  // the odd neighbour on the error's side
-    return __builtin_convertvector((f64x4)bits, f32x4);
-}
-
 // Not inlined: it is long, and the kernels have hundreds of them.
 static __attribute__((noinline)) f32x8 fma8(f32x8 a, f32x8 b, f32x8 c) {
-    typedef union {
-        f32x8 whole;
-        f32x4 halves[2];
-    } pair;
-    pair x = {a}, y = {b}, z = {c};
-    for (int i = 0; i < 2; i++) z.halves[i] = fma4(x.halves[i], y.halves[i], z.halves[i]);
+    f32x8_halves x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 2; i++)
+        z.halves[i] = __builtin_convertvector(fma_to_odd(x.halves[i], y.halves[i], z.halves[i]), f32x4);
     return z.whole;
 }
 
 ALWAYS_INLINE float fma1(float a, float b, float c) { return fma8(splat8(a), splat8(b), splat8(c))[0]; }
 #endif
+
+// Numbers below the smallest normal one become 0, also where the processor would keep them.
+typedef int flush_state;
+
+ALWAYS_INLINE flush_state begin_flushing(void) { return 0; }
+ALWAYS_INLINE void end_flushing(flush_state before) { (void)before; }
+
+ALWAYS_INLINE f32x8 flushed_input(f32x8 v) {
+    i32x8 bits = (i32x8)v, is_normal = (bits & 0x7f800000) != 0;
+    return (f32x8)(bits & (is_normal | INT32_MIN));
+}
+
+#define add_flushing(a, b) flushed_input((a) + (b))
+
+// A result counts as small if its 24 bits are below the smallest normal number.
+static __attribute__((noinline)) f32x8 fma_flushing(f32x8 a, f32x8 b, f32x8 c) {
+    const double limit = 0x1.ffffffp-127;
+    const f64x4 smallest = {limit, limit, limit, limit};
+    f32x8_halves x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 2; i++) {
+        i64x4 bits = (i64x4)fma_to_odd(x.halves[i], y.halves[i], z.halves[i]);
+        i64x4 is_small = (f64x4)(bits & INT64_MAX) < smallest;
+        z.halves[i] = __builtin_convertvector((f64x4)(bits & (~is_small | INT64_MIN)), f32x4);
+    }
+    return z.whole;
+}
 
 ALWAYS_INLINE f32x8 max8(f32x8 a, f32x8 b) {
     i32x8 m = a > b;

@@ -11,6 +11,10 @@
 #define ROW_BLOCK 1
 #define TASK_WORK_INT8 4000000
 
+#define MAX_PARTS 2  // their sums take 8 of 16 registers
+#define PARTS_PANELS 1
+#define TASK_WORK_BF16 1000000
+
 typedef f32x8 f32w;
 typedef i32x8 i32w;
 
