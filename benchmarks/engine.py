@@ -50,6 +50,10 @@ def command(
     model: Annotated[str, typer.Option("--model", help="Model.")] = DEMO_MODEL,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     quantize: Annotated[str | None, typer.Option("--quantize", help="int8, as a worker's --quantize.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="As a worker's --dtype.")] = None,
+    bfloat16_activations: Annotated[
+        str | None, typer.Option("--bfloat16-activations", help="As a worker's --bfloat16-activations.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype.")] = None,
     kernels: Annotated[str | None, typer.Option("--kernels", help="off: torch alone, as a worker's --kernels.")] = None,
     kernel_variant: Annotated[
@@ -88,7 +92,14 @@ def command(
         ),
     ]
     report = Report("engine", json, plots)
-    settings = {"quantize": quantize, "kv_dtype": kv_dtype, "kernels": kernels, "kernel_variant": kernel_variant}
+    settings = {
+        "quantize": quantize,
+        "dtype": dtype,
+        "bfloat16_activations": bfloat16_activations,
+        "kv_dtype": kv_dtype,
+        "kernels": kernels,
+        "kernel_variant": kernel_variant,
+    }
     ours = load_engine(model, num_threads, pool_tokens(cases, steps), **settings)
     fill_pool(ours)
     meter = LimitMeter(num_threads, product_type(ours, quantize))

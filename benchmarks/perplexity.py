@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 from benchmarks.engine_steps import EngineSteps, load_engine, usable_cores
 from benchmarks.installed_text import PACKAGES, installed_text
 from benchmarks.report import Json, Plots, Report
+from benchmarks.weight_choices import make_weights
 from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.errors import ConfigError
 from kvrelay.models.store import DEMO_MODEL
@@ -66,33 +68,40 @@ def command(
     quantize: Annotated[
         list[str] | None, typer.Option("--quantize", help="Repeatable. Default: none and int8.")
     ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="Of what is not quantized; repeatable. Default: auto.")
+    ] = None,
+    bfloat16_activations: Annotated[
+        list[str] | None, typer.Option("--bfloat16-activations", help="Repeatable. Default: split.")
+    ] = None,
     kv_dtype: Annotated[list[str] | None, typer.Option("--kv-dtype", help="Repeatable. Default: auto.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")] = None,
     json: Json = None,
     plots: Plots = None,
 ) -> None:
-    """Perplexity of a text in float32 and in int8, window by window, and how often the likeliest
-    token is the same.
+    """Perplexity of a text in float32, int8 and other types, window by window, and how often the
+    likeliest token is the same.
     """
     report = Report("perplexity", json, plots)
     content = _read(text, tokens)
-    choices = [(kind, dtype) for kind in quantize or ["none", "int8"] for dtype in kv_dtype or ["auto"]]
+    weights = make_weights(quantize or ["none", "int8"], dtype or ["auto"], bfloat16_activations or ["split"])
+    choices = list(product(weights, kv_dtype or ["auto"]))
     results: list[Result] = []
     first: list[list[Score]] = []
     token_ids: list[int] = []
-    for kind, dtype in choices:
-        report.progress(f"quantize {kind}, KV {dtype}")
-        ours = load_engine(model, threads or usable_cores(), window, quantize=kind, kv_dtype=dtype)
+    for kind, kv in choices:
+        report.progress(f"weights {kind.name}, KV {kv}")
+        ours = load_engine(model, threads or usable_cores(), window, kv_dtype=kv, **kind.settings)
         token_ids = token_ids or _tokenize(ours.engine.folder, content, tokens)
         scores = [score_window(ours, part) for part in split(token_ids, window)]
         first = first or scores
-        results.append(compare(kind, ours.engine.model.kv_layout.dtype, scores, first))
+        results.append(compare(kind.name, ours.engine.model.kv_layout.dtype, scores, first))
     num_scored = sum(map(len, first))
     digest = xxhash.xxh3_128_hexdigest(" ".join(map(str, token_ids)).encode())
     report.add({"num_scored_tokens": num_scored, "window": window, "token_ids_xxh3_128": digest}, *results)
     report.print_table(
         f"{model}: perplexity over {num_scored:,} tokens in windows of {window:,}",
-        ("quantize", "KV", "perplexity", "to the first", "windows: least to most", "same choice %"),
+        ("weights", "KV", "perplexity", "to the first", "windows: least to most", "same choice %"),
         [_row(result) for result in results],
         num_text_columns=2,
     )

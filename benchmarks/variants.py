@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from itertools import product
@@ -27,6 +27,7 @@ from benchmarks import variant_process
 from benchmarks.engine_cases import Case, decode_cases, pool_tokens, prefill_cases
 from benchmarks.report import Json, Plots, Report
 from benchmarks.statistics import Spread, percentile, spread
+from benchmarks.weight_choices import Weights, make_weights
 from kvrelay.errors import ConfigError
 from kvrelay.models.store import DEMO_MODEL
 
@@ -42,7 +43,7 @@ class Variant:
 
     name: str
     tree: Path
-    settings: dict[str, str | None] = field(hash=False)
+    settings: Mapping[str, str | None] = field(hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,13 @@ def command(
         typer.Option("--tree", help="Folder of another version of the source; repeatable. This one is first."),
     ] = None,
     quantize: Annotated[list[str] | None, typer.Option("--quantize", help="none or int8; repeatable.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="As a worker's --dtype, beside --quantize none; repeatable.")
+    ] = None,
+    bfloat16_activations: Annotated[
+        list[str] | None,
+        typer.Option("--bfloat16-activations", help="As a worker's, beside --dtype bfloat16; repeatable."),
+    ] = None,
     kv_dtype: Annotated[
         list[str] | None, typer.Option("--kv-dtype", help="As a worker's --kv-dtype; repeatable.")
     ] = None,
@@ -145,10 +153,16 @@ def command(
 
     report = Report("variants", json, plots)
     trees = [THIS_TREE, *(tree or [])]
-    variants = make_variants(trees, quantize or ["none"], kv_dtype or ["auto"], kernel_variant or ["auto"])
+    variants = make_variants(
+        trees,
+        make_weights(quantize or ["none"], dtype or ["auto"], bfloat16_activations or ["split"]),
+        kv_dtype or ["auto"],
+        kernel_variant or ["auto"],
+    )
     if len(variants) < 2:
         raise ConfigError(
-            "there is only one variant: give --tree, or --quantize, --kv-dtype or --kernel-variant several times"
+            "there is only one variant: give --tree, or --quantize, --dtype, --bfloat16-activations, --kv-dtype "
+            "or --kernel-variant several times"
         )
     cases = [
         *prefill_cases(_numbers("--prompt-lengths", prompt_lengths), [chunk_tokens]),
@@ -173,7 +187,10 @@ def command(
 
 
 def make_variants(
-    trees: Sequence[Path], quantize: Sequence[str], kv_dtypes: Sequence[str], kernel_variants: Sequence[str] = ("auto",)
+    trees: Sequence[Path],
+    weights: Sequence[Weights],
+    kv_dtypes: Sequence[str],
+    kernel_variants: Sequence[str] = ("auto",),
 ) -> list[Variant]:
     """Each source with each choice of settings.
 
@@ -184,14 +201,13 @@ def make_variants(
     for folder in dict.fromkeys(tree.resolve() for tree in trees):
         if not (folder / "benchmarks" / "engine_cases.py").is_file():
             raise ConfigError(f"--tree {folder} has no benchmarks/engine_cases.py; give the root of a checkout")
-        choices = product(*map(dict.fromkeys, (quantize, kv_dtypes, kernel_variants)))
-        for weights, kv_dtype, kernels in choices:
+        for kind, kv_dtype, kernels in product(weights, dict.fromkeys(kv_dtypes), dict.fromkeys(kernel_variants)):
             parts = [str(folder)] if len(trees) > 1 else []
-            parts += [weights] if len(quantize) > 1 else []
+            parts += [kind.name] if len(weights) > 1 else []
             parts += [f"KV {kv_dtype}"] if len(kv_dtypes) > 1 else []
             parts += [kernels] if len(kernel_variants) > 1 else []
             settings = {
-                "quantize": None if weights == "none" else weights,
+                **kind.settings,
                 "kv_dtype": None if kv_dtype == "auto" else kv_dtype,
                 "kernel_variant": None if kernels == "auto" else kernels,
             }

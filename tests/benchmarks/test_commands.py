@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from benchmarks import engine, kv_cache, memory, perplexity, roofline, variants
+from benchmarks.weight_choices import make_weights
 from kvrelay.errors import ConfigError
 from tests.support.tiny_models import make_tiny_model
+
+NOT_QUANTIZED = make_weights(["none"], ["auto"], ["split"])
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +109,11 @@ def test_variants_may_be_of_another_source_tree(tmp_path: Path) -> None:
     other = tmp_path / "other"
     (other / "benchmarks").mkdir(parents=True)
     with pytest.raises(ConfigError, match="root of a checkout"):
-        variants.make_variants([variants.THIS_TREE, other], ["none"], ["auto"])
+        variants.make_variants([variants.THIS_TREE, other], NOT_QUANTIZED, ["auto"])
     (other / "benchmarks" / "engine_cases.py").touch()
-    made = variants.make_variants([variants.THIS_TREE, other, other], ["none", "int8", "none"], ["auto"])
-    assert [(each.tree, each.settings["quantize"]) for each in made] == [
+    weights = make_weights(["none", "int8", "none"], ["auto"], ["split"])
+    made = variants.make_variants([variants.THIS_TREE, other, other], weights, ["auto"])
+    assert [(each.tree, each.settings.get("quantize")) for each in made] == [
         (variants.THIS_TREE, None),
         (variants.THIS_TREE, "int8"),
         (other, None),
@@ -118,12 +122,21 @@ def test_variants_may_be_of_another_source_tree(tmp_path: Path) -> None:
 
 
 def test_variants_may_be_of_other_kernels() -> None:
-    made = variants.make_variants([variants.THIS_TREE], ["none"], ["auto"], ["auto", "avx2", "portable"])
+    made = variants.make_variants([variants.THIS_TREE], NOT_QUANTIZED, ["auto"], ["auto", "avx2", "portable"])
     assert [(each.name, each.settings["kernel_variant"]) for each in made] == [
         ("auto", None),
         ("avx2", "avx2"),
         ("portable", "portable"),
     ]
+
+
+def test_bfloat16_stands_beside_float32_and_int8() -> None:
+    weights = make_weights(["none", "int8"], ["auto", "bfloat16"], ["split", "plain"])
+    made = variants.make_variants([variants.THIS_TREE], weights, ["auto"])
+    assert [each.name for each in made] == ["none", "bfloat16", "bfloat16, plain", "int8"]
+    assert made[2].settings["dtype"] == "bfloat16"
+    assert made[2].settings["bfloat16_activations"] == "plain"
+    assert "dtype" not in made[3].settings
 
 
 def test_an_engine_that_cannot_be_loaded_ends_the_comparison(tmp_path: Path) -> None:
