@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from kvrelay.config.base import Settings
 from kvrelay.config.connection_settings import ConnectionSettings
 from kvrelay.config.decoding_settings import DecodingSettings
+from kvrelay.config.model_settings import ModelSettings
 from kvrelay.config.quota_settings import QuotaSettings
 from kvrelay.config.redis_settings import RedisSettings
 from kvrelay.config.security_settings import ClientTLSSettings, PeerSettings, SecuritySettings
@@ -106,44 +107,9 @@ class ServerSettings(RedisSettings):
         return join_host_port(own_address(self.redis_url) if self.host in ANY_HOST else self.host, bound_port)
 
 
-class EngineSettings(Settings):
+class EngineSettings(ModelSettings):
     """The model, the memory of its KV cache, and the limits of a step."""
 
-    model: str = Field(
-        default="smollm2-135m-instruct",
-        description="Model: a name in the model store, a folder, a GGUF file or a hub name.",
-    )
-    served_model_name: str | None = Field(
-        default=None, description="Name that clients ask for. Default: the model's own."
-    )
-    model_dir: str | None = Field(
-        default=None, description="The model store's folder. Default: kvrelay/models in the user's cache folder."
-    )
-    generation_config: Literal["auto", "none"] = Field(
-        default="auto",
-        description="Default sampling parameters: auto takes those in generation_config.json of the model, "
-        "none has temperature 1 and no filters. End tokens are always the model's.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where to compute; auto takes cuda if available."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Type of weights and KV; auto is float32 on cpu and the model's own on cuda."
-    )
-    kernels: Literal["auto", "off"] = Field(
-        default="auto",
-        description="auto compiles kernels for float32 and int8 on the CPU; off uses torch only.",
-    )
-    kernel_variant: Literal["auto", "amx", "avx512", "avxvnni", "avx2", "portable"] = Field(
-        default="auto", description="Instructions of the kernels; auto takes the best here. All give the same bits."
-    )
-    quantize: Literal["none", "int8"] = Field(
-        default="none", description="int8 quantizes weights and activations; the same on all workers of a model."
-    )
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        default="auto",
-        description="Type of stored and sent KV; auto is the model's type of computation, int8 needs the kernels.",
-    )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
     kv_cache_mib: int = Field(default=1024, ge=1, description="Memory for KV blocks, in MiB.")
     num_kv_blocks: int | None = Field(default=None, ge=2, description="Number of KV blocks; overrides kv-cache-mib.")

@@ -4,14 +4,15 @@ Llama-like models run in the kernels as a whole, others only their linear layers
 The results must agree with torch's.
 """
 
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
 from torch import Tensor
 
 from kvrelay.core.model_spec import derive_fingerprint
+from kvrelay.engine.bfloat16_modules import linears_in_float32, widen
 from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.engine.model_probe import least_cosine, short_windows
 from kvrelay.engine.model_runner import LoadedModel, ModelRunner
@@ -21,56 +22,104 @@ from kvrelay.engine.native_decoder import pack, release_weights
 from kvrelay.engine.packed_linear import pack_linears
 from kvrelay.engine.paged_attention import NotInKernelsError
 from kvrelay.engine.paged_kv_cache import PagedKVCache
-from kvrelay.errors import ModelLoadError
+from kvrelay.errors import ConfigError, ModelLoadError
 
-# Between the logits of kernels and torch, by whether weights are int8.
-MIN_COSINE = {False: 0.99999, True: 0.95}
 
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    min_cosine: float  # between the logits of kernels and of float32 arithmetic in torch
+    numerics: str = ""  # for the fingerprint, if they are not float32's
+    name: str = ""  # for people
+
+
+FLOAT32 = Scheme(0.99999)
+INT8 = Scheme(
+    0.95, "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64", "int8 weights"
+)
+BFLOAT16 = Scheme(
+    0.99999, "bfloat16: sums of 32 in two halves, with activations in two parts of 8 bits", "bfloat16 weights"
+)
+BFLOAT16_PLAIN = Scheme(
+    0.99, "bfloat16: sums of 32 in two halves, with activations of 8 bits", "bfloat16 weights and activations"
+)
+
+_PROBED_KV_DTYPE = "float32"  # so that its rounding hides nothing
 MIN_KV_COSINE = 0.95  # between the logits with KV in int8 and in the model's own type
 
 _log = structlog.get_logger(__name__)
 
 
-def use_native_kernels(model: LoadedModel, *, int8: bool = False, variant: str = "auto") -> LoadedModel:
+def use_native_kernels(
+    model: LoadedModel, *, int8: bool = False, plain_rows: bool = False, variant: str = "auto"
+) -> LoadedModel:
     """Returns the model on compiled kernels, or unchanged without kernels.
+
+    Args:
+        plain_rows: round activations to bfloat16, beside weights in bfloat16.
 
     Raises:
         ModelLoadError: int8 needs kernels, or the results differ.
-        ConfigError: the variant cannot run here.
+        ConfigError: the variant cannot run here, or nothing is bfloat16.
     """
     library = load_library(variant)
     why = _why_not(model) or ("the kernels could not be compiled; the log says why" if library is None else None)
+    if int8 and model.dtype == torch.bfloat16:
+        why = "it is made of float32 weights, so it needs --dtype float32"
+    if plain_rows and (why is not None or library is None or model.dtype != torch.bfloat16):
+        raise plain_rows_error()
     if why is not None or library is None:
         if int8:
             raise ModelLoadError(f"{model.spec.name} cannot be served in int8: {why}. Serve it with --quantize none")
         _log.info("the model runs in torch", model=model.spec.name, why=why)
         return model
-    with short_windows(model.module):
-        expected = _probe(model)
-    decoder = pack(model.module, model.spec.architecture, library, model.windows, int8=int8)
+    scheme = _scheme(model, int8=int8, plain_rows=plain_rows)
+    expected = _expected_logits(model)
+    decoder = pack(model.module, model.spec.architecture, library, model.windows, int8=int8, plain_rows=plain_rows)
     if decoder is not None:
         native = replace(model, decoder=decoder, kernels=library)
         packed_bytes = decoder.weight_bytes
     else:
-        packed_bytes = pack_linears(model.module, library, int8=int8)
+        packed_bytes = pack_linears(model.module, library, int8=int8, plain_rows=plain_rows)
         native = replace(model, kernels=library)
-    with (
-        short_windows(model.module) as shortened,
-        nullcontext() if decoder is None else decoder.short_windows(shortened),
-    ):
-        computed = _probe(native)
+    with ExitStack() as stack:
+        shortened = stack.enter_context(short_windows(model.module))
+        if decoder is not None:
+            stack.enter_context(decoder.short_windows(shortened))
+        computed = _probe(native, _PROBED_KV_DTYPE)
     cosine = least_cosine(computed, expected)
-    if not cosine >= MIN_COSINE[int8]:
+    if not cosine >= scheme.min_cosine:
         message = f"{model.spec.name}: compiled kernels compute something else than transformers (cosine {cosine:.6f})"
         raise ModelLoadError(f"{message}. Serve it with --kernels off, and please report the model")
     if decoder is not None:
-        release_weights(model.module)
+        release_weights(model.module, embeddings=decoder.has_own_embeddings)
     spec = model.spec
-    if int8:
-        scheme = "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64"
-        spec = replace(spec, fingerprint=derive_fingerprint(spec.fingerprint, scheme))
+    if scheme.numerics:
+        spec = replace(spec, fingerprint=derive_fingerprint(spec.fingerprint, scheme.numerics))
     kept_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
-    return replace(native, spec=spec, weight_bytes=packed_bytes + kept_bytes)
+    return replace(native, spec=spec, weight_bytes=packed_bytes + kept_bytes, scheme=scheme.name)
+
+
+def plain_rows_error() -> ConfigError:
+    return ConfigError(
+        "--bfloat16-activations plain needs compiled kernels and weights in bfloat16: "
+        "give --dtype bfloat16 on a CPU, or leave --bfloat16-activations at split"
+    )
+
+
+def _scheme(model: LoadedModel, *, int8: bool, plain_rows: bool) -> Scheme:
+    if model.dtype == torch.bfloat16:
+        return BFLOAT16_PLAIN if plain_rows else BFLOAT16
+    return INT8 if int8 else FLOAT32
+
+
+def _expected_logits(model: LoadedModel) -> Tensor:
+    """In float32. Widens what is left to torch of a bfloat16 model, for good."""
+    with ExitStack() as stack:
+        stack.enter_context(short_windows(model.module))
+        if model.dtype == torch.bfloat16:
+            widen(model.module)
+            stack.enter_context(linears_in_float32(model.module))
+        return _probe(model, _PROBED_KV_DTYPE)
 
 
 def with_kv_dtype(model: LoadedModel, kv_dtype: str) -> LoadedModel:
@@ -116,12 +165,15 @@ def _check_int8_kv(model: LoadedModel, changed: LoadedModel) -> None:
 def _why_not(model: LoadedModel) -> str | None:
     if model.device.type != "cpu":
         return f"compiled kernels are for the CPU, not for {model.device.type}"
-    if model.dtype != torch.float32:
-        return f"compiled kernels take float32 weights, not {str(model.dtype).removeprefix('torch.')}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"compiled kernels take float32 and bfloat16 weights, not {str(model.dtype).removeprefix('torch.')}"
     return None
 
 
-def _probe(model: LoadedModel) -> Tensor:
+def _probe(model: LoadedModel, kv_dtype: str | None = None) -> Tensor:
+    if kv_dtype is not None:
+        layout = replace(model.spec.kv_layout, dtype=kv_dtype)
+        model = replace(model, spec=replace(model.spec, kv_layout=layout))
     tokens = [(7 * number + 3) % model.spec.vocab_size for number in range(11)]
     runner = ModelRunner(model, PagedKVCache(model.spec.kv_layout, num_blocks=6, block_size=4))
     steps = [

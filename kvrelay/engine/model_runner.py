@@ -28,6 +28,7 @@ class LoadedModel:
     # Replaces the module, which then has no weights of its own.
     decoder: NativeDecoder | None = None
     kernels: NativeLibrary | None = None  # for decoder, linear layers and attention
+    scheme: str = ""  # of the kernels' weights, if it is not float32
 
 
 class ModelRunner:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvrelay.engine.kernel_batch import KernelBatch, Numbers
 from kvrelay.engine.native.library import (
+    BF16_STEP,
     KV_DTYPES,
     PANEL,
     Decoder,
@@ -73,6 +74,10 @@ class NativeDecoder:
     @property
     def weight_bytes(self) -> int:
         return self._arena.total_bytes
+
+    @property
+    def has_own_embeddings(self) -> bool:
+        return self._decoder.embeddings is None
 
     @contextmanager
     def short_windows(self, shortened: Mapping[int, int]) -> Iterator[None]:
@@ -136,9 +141,15 @@ def _step(batch: KernelBatch, tiles: Numbers, cache: PagedKVCache, logits: Tenso
 
 
 def pack(
-    module: Any, architecture: str, library: NativeLibrary, windows: Sequence[int | None], *, int8: bool
+    module: Any,
+    architecture: str,
+    library: NativeLibrary,
+    windows: Sequence[int | None],
+    *,
+    int8: bool,
+    plain_rows: bool = False,
 ) -> NativeDecoder | None:
-    """Packs a float32 model on the CPU; None: the kernels cannot compute it.
+    """Packs a float32 or bfloat16 model on the CPU; None: the kernels cannot compute it.
 
     Args:
         windows: of each layer; the config's may not be used.
@@ -148,27 +159,25 @@ def pack(
         return None
     config = module.config
     layers = [_read_layer(layer, window) for layer, window in zip(module.model.layers, windows, strict=True)]
-    head = module.lm_head.weight
-    arena = WeightArena(sum(_layer_bytes(layer, int8=int8) for layer in layers) + packed_bytes(head, int8=int8))
+    head, embeddings = module.lm_head.weight, module.model.embed_tokens.weight.detach()
+    packs_embeddings = embeddings.dtype == torch.bfloat16 and embeddings.shape[1] % BF16_STEP == 0
+    own_rows = embeddings if packs_embeddings and embeddings.data_ptr() != head.data_ptr() else None
+    arena = WeightArena(sum(packed_bytes(weight, int8=int8) for weight in _matrices(layers, head, own_rows)))
     kept: list[object] = []
 
     def keep(tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        kept.append(tensor.contiguous())
+        kept.append(tensor.float().contiguous())
         return int(kept[-1].data_ptr())  # type: ignore[attr-defined]  # a tensor
 
     def pack(weight: tuple[Tensor, Tensor | None]) -> PackedMatrix:
-        packed = pack_matrix(*weight, arena, library, int8=int8)
+        packed = pack_matrix(*weight, arena, library, int8=int8, plain_rows=plain_rows)
         kept.append(packed)
         return packed
 
-    structures = (DecoderLayer * len(layers))()
-    for structure, layer in zip(structures, layers, strict=True):
-        structure.qkv, structure.output = pack(layer.qkv).matrix, pack(layer.output).matrix
-        structure.gate_up, structure.down = pack(layer.gate_up).matrix, pack(layer.down).matrix
-        structure.attention_norm, structure.mlp_norm, structure.query_norm, structure.key_norm = map(keep, layer.norms)
-        structure.window, structure.has_rope = layer.window, layer.has_rope
+    structures = _structures(layers, pack, keep)
+    lm_head = pack((head.detach(), module.lm_head.bias)).matrix
     attention, rotary = module.model.layers[0].self_attn, module.model.rotary_emb
     decoder = Decoder(
         num_layers=len(layers),
@@ -180,10 +189,11 @@ def pack(
         rotary_dim=2 * _rope_angles(rotary, 1)[0].shape[1],
         norm_epsilon=config.rms_norm_eps,
         attention_scale=attention.scaling,
-        embeddings=keep(module.model.embed_tokens.weight.detach()),
+        embeddings=None if packs_embeddings else keep(embeddings),
         layers=ctypes.cast(structures, ctypes.POINTER(DecoderLayer)),
         final_norm=keep(module.model.norm.weight.detach()),
-        lm_head=pack((head.detach(), module.lm_head.bias)).matrix,
+        lm_head=lm_head,
+        token_rows=lm_head if own_rows is None else pack((own_rows, None)).matrix,
     )
     kept.append(structures)
     return NativeDecoder(
@@ -191,10 +201,29 @@ def pack(
     )
 
 
-def release_weights(module: Any) -> None:
+def _structures(
+    layers: Sequence[_LayerWeights],
+    pack: Callable[[tuple[Tensor, Tensor | None]], PackedMatrix],
+    keep: Callable[[Tensor | None], int | None],
+) -> "ctypes.Array[DecoderLayer]":
+    structures = (DecoderLayer * len(layers))()
+    for structure, layer in zip(structures, layers, strict=True):
+        structure.qkv, structure.output = pack(layer.qkv).matrix, pack(layer.output).matrix
+        structure.gate_up, structure.down = pack(layer.gate_up).matrix, pack(layer.down).matrix
+        structure.attention_norm, structure.mlp_norm, structure.query_norm, structure.key_norm = map(keep, layer.norms)
+        structure.window, structure.has_rope = layer.window, layer.has_rope
+    return structures
+
+
+def _matrices(layers: Sequence[_LayerWeights], *others: Tensor | None) -> list[Tensor]:
+    weights = [weight for layer in layers for weight, _ in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    return [*weights, *(weight for weight in others if weight is not None)]
+
+
+def release_weights(module: Any, *, embeddings: bool) -> None:
     """Frees what the decoder has copied."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) or (embeddings and isinstance(part, nn.Embedding)):
             part.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -207,7 +236,7 @@ def _can_pack(module: Any, architecture: str) -> bool:
         return False
     attention = module.model.layers[0].self_attn
     widths = (config.hidden_size % VECTOR, attention.head_dim % PANEL, config.intermediate_size % PANEL)
-    return not any(widths) and next(module.parameters()).dtype == torch.float32
+    return not any(widths)
 
 
 def _read_layer(layer: Any, window: int | None) -> _LayerWeights:
@@ -249,10 +278,6 @@ def _joined_bias(biases: Sequence[Tensor | None]) -> Tensor | None:
     present = [bias for bias in biases if bias is not None]
     assert len(present) in (0, len(biases)), "queries, keys and values have biases, or none of them has"
     return torch.cat(present) if present else None
-
-
-def _layer_bytes(layer: _LayerWeights, *, int8: bool) -> int:
-    return sum(packed_bytes(weight, int8=int8) for weight, _ in (layer.qkv, layer.output, layer.gate_up, layer.down))
 
 
 def _rope_angles(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:

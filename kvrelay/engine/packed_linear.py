@@ -26,13 +26,14 @@ class PackedLinear(nn.Module):
         return outputs.view(*inputs.shape[:-1], matrix.n)
 
 
-def pack_linears(module: Any, library: NativeLibrary, *, int8: bool) -> int:
-    """Replaces all linear layers of a float32 module; returns the packed bytes."""
+def pack_linears(module: Any, library: NativeLibrary, *, int8: bool, plain_rows: bool = False) -> int:
+    """Replaces all linear layers; returns the packed bytes."""
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     arena = WeightArena(sum(packed_bytes(_weight(part), int8=int8) for part in linears.values()))
     for name, part in linears.items():
         bias = None if part.bias is None else part.bias.detach()
-        module.set_submodule(name, PackedLinear(library, pack_matrix(_weight(part), bias, arena, library, int8=int8)))
+        packed = pack_matrix(_weight(part), bias, arena, library, int8=int8, plain_rows=plain_rows)
+        module.set_submodule(name, PackedLinear(library, packed))
     return arena.total_bytes
 
 

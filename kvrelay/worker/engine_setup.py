@@ -8,7 +8,7 @@ import structlog
 
 from kvrelay.config.settings import BYTES_PER_MIB, EngineSettings
 from kvrelay.core.model_spec import KVLayout, ModelSpec
-from kvrelay.engine.kernel_backend import use_native_kernels, with_kv_dtype
+from kvrelay.engine.kernel_backend import plain_rows_error, use_native_kernels, with_kv_dtype
 from kvrelay.engine.mapped_weights import release_weight_pages
 from kvrelay.engine.model_loader import choose_device, choose_dtype, load_model
 from kvrelay.engine.model_runner import LoadedModel, ModelRunner, use_torch_threads
@@ -55,8 +55,9 @@ class WorkerEngine:
 
     @property
     def description(self) -> str:  # what computes
-        kernels = self.model_runner.model.kernels
-        return "torch" if kernels is None else kernels.description
+        model = self.model_runner.model
+        described = "torch" if model.kernels is None else model.kernels.description
+        return f"{model.scheme}, {described}" if model.scheme else described
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -141,8 +142,12 @@ def _open_activity_table(settings: EngineSettings, cores: tuple[int, ...]) -> Co
 
 
 def _put_on_kernels(model: LoadedModel, settings: EngineSettings) -> LoadedModel:
+    plain_rows = settings.bfloat16_activations == "plain"
     if settings.kernels == "auto":
-        return use_native_kernels(model, int8=settings.quantize == "int8", variant=settings.kernel_variant)
+        is_int8 = settings.quantize == "int8"
+        return use_native_kernels(model, int8=is_int8, plain_rows=plain_rows, variant=settings.kernel_variant)
+    if plain_rows:
+        raise plain_rows_error()
     if settings.kernel_variant != "auto":
         raise ConfigError("a variant of the kernels needs them: leave --kernels at auto, or --kernel-variant at auto")
     if settings.quantize != "none":

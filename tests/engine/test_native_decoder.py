@@ -212,7 +212,7 @@ def test_kernels_that_disagree_with_the_model_are_refused(tiny_models: Path) -> 
 
 
 def test_half_precision_models_run_in_torch_and_refuse_int8(tiny_models: Path) -> None:
-    model = load_model(make_tiny_model("llama", tiny_models), "llama", "bfloat16", "cpu")
+    model = load_model(make_tiny_model("llama", tiny_models), "llama", "float16", "cpu")
     assert use_native_kernels(model) is model
     with pytest.raises(ModelLoadError, match=r"cannot be served in int8.*--quantize none"):
         use_native_kernels(model, int8=True)

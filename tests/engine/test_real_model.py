@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from kvrelay.engine.kernel_backend import use_native_kernels, with_kv_dtype
 from kvrelay.engine.model_loader import load_model
+from kvrelay.engine.model_probe import least_cosine
 from kvrelay.engine.model_runner import LoadedModel
+from kvrelay.engine.native import load_library
 from kvrelay.models.store import DEMO_MODEL, default_model_dir
 from tests.engine.paged_generation import PagedGeneration
+from tests.engine.test_native_decoder import run_in_chunks
 from tests.support import left_out
 from tests.support.reference import NearTies, Reference
 
@@ -35,6 +39,19 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LoadedModel:
     return load_model(folder, DEMO_MODEL, "float32", "cpu")
+
+
+@pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
+def test_bfloat16_computes_what_float32_computes_with_the_rounded_weights(folder: Path) -> None:
+    model = use_native_kernels(load_model(folder, DEMO_MODEL, "bfloat16", "cpu"))
+    rounded = load_model(folder, DEMO_MODEL, "float32", "cpu")
+    for tensor in rounded.module.state_dict().values():
+        tensor.data.copy_(tensor.bfloat16())
+    wide = use_native_kernels(rounded)
+    assert model.weight_bytes < 0.42 * wide.weight_bytes  # which keeps tied embeddings twice
+    token_ids = list(range(300, 364))
+    logits = [run_in_chunks(with_kv_dtype(each, "float32"), token_ids, [64]) for each in (model, wide)]
+    assert least_cosine(*logits) > 0.99999
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ typedef struct {
     int64_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, rotary_dim;
     float norm_epsilon, attention_scale;
     const float *cosines, *sines;  // [max_positions][rotary_dim / 2]
-    const float *embeddings;       // [vocab_size][hidden]
+    const float *embeddings;       // [vocab_size][hidden], or NULL: token_rows
     const decoder_layer *layers;
     const float *final_norm;
     matrix lm_head;
+    matrix token_rows;  // bf16; may be lm_head
 } decoder;
 
 typedef struct {
@@ -230,7 +231,10 @@ static void run_rest_of_layer(const decoder *d, const decoder_step *s, const row
 
 static void embed(const decoder *d, const decoder_step *s, const rows *r) {
     for (int64_t t = 0; t < s->num_tokens; t++)
-        memcpy(r->hidden + t * d->hidden, d->embeddings + s->token_ids[t] * d->hidden, d->hidden * sizeof(float));
+        if (d->embeddings != NULL)
+            memcpy(r->hidden + t * d->hidden, d->embeddings + s->token_ids[t] * d->hidden, d->hidden * sizeof(float));
+        else
+            unpack_row_bf16(&d->token_rows, s->token_ids[t], r->hidden + t * d->hidden);
 }
 
 static void compute_logits(const decoder *d, const decoder_step *s, const rows *r) {

@@ -163,6 +163,9 @@ ALWAYS_INLINE int64_t parts_of(const matrix *w) { return w->kind == MATRIX_BF16 
 // the first part, which has a multiple of BF16_ROWS before it.
 static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead);
 
+// Row `row` of W.
+static void unpack_row_bf16(const matrix *w, int64_t row, float *out);
+
 static void take_rows_apart(const matrix *w, int64_t num_rows, const float *x, void *out);
 
 // How many bytes a product's rows have beside their floats: 0 if it takes these.

@@ -81,6 +81,7 @@ class Decoder(ctypes.Structure):
         ("layers", POINTER(DecoderLayer)),
         ("final_norm", c_void_p),
         ("lm_head", Matrix),
+        ("token_rows", Matrix),
     ]
 
 

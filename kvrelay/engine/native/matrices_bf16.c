@@ -40,6 +40,14 @@ static void take_rows_apart(const matrix *w, int64_t num_rows, const float *x, v
         }
 }
 
+static void unpack_row_bf16(const matrix *w, int64_t row, float *out) {
+    const uint16_t *pairs = (const uint16_t *)w->data + (row / PANEL * w->k * PANEL + row % PANEL * 2);
+    for (int64_t i = 0; i < w->k; i++) {
+        uint32_t bits = (uint32_t)pairs[i / 2 * 2 * PANEL + i % 2] << 16;
+        memcpy(out + i, &bits, sizeof(float));
+    }
+}
+
 // ---------------------------------------------------------------- products
 
 #ifndef HAVE_AMX
