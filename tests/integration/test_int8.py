@@ -1,5 +1,5 @@
-"""int8 gives a sequence the same tokens alone, in a batch, and on another worker when its own was
-killed.
+"""int8 and bfloat16 give a sequence the same tokens alone, in a batch, and on another worker when
+its own was killed.
 """
 
 import asyncio
@@ -32,11 +32,15 @@ pytestmark = [
     pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER),
 ]
 
-KV_DTYPES = {"with-kv-in-int8": "int8", "with-kv-in-float32": "auto"}
-"""By the name that a model with int8 weights is served under."""
+ENGINES = {
+    "with-kv-in-int8": {"quantize": "int8", "kv_dtype": "int8"},
+    "with-kv-in-float32": {"quantize": "int8"},
+    "in-bfloat16": {"dtype": "bfloat16"},
+}
+"""By the name that the model is served under."""
 NUM_CONCURRENT = 16
 NUM_PROMPT_TOKENS, NUM_TOKENS = 70, 60
-ROW_BYTES = {"float32": 16 * 4, "int8": 16 + 4}
+ROW_BYTES = {"float32": 16 * 4, "bfloat16": 16 * 2, "int8": 16 + 4}
 """K of a token in one head of the tiny model."""
 NUM_LONG_TOKENS, NUM_STEPS_BEFORE_DEATH = 400, 150
 PROMPTS = [random_prompt(40 + number, NUM_PROMPT_TOKENS + 3 * number) for number in range(NUM_CONCURRENT)]
@@ -52,14 +56,12 @@ async def cluster(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[
     """One prefill and two decode workers of each kind, and nothing is found in a cache: every
     prompt's KV is shipped.
     """
-    kinds = [
-        {"kv_dtype": KV_DTYPES[name], "served_model_name": name} for name in values_under_test(request, "model_name")
-    ]
+    kinds = [{**ENGINES[name], "served_model_name": name} for name in values_under_test(request, "model_name")]
     cluster = FaultCluster(
         num_prefill=len(kinds),
         num_decode=2 * len(kinds),
         model=model,
-        engine={"quantize": "int8", "prefix_cache": False, "prefill_chunk_tokens": 32, "num_kv_blocks": 1024},
+        engine={"prefix_cache": False, "prefill_chunk_tokens": 32, "num_kv_blocks": 1024},
         requests={"local_prefill_tokens": 0},
         server=CALM,
         prefill_engines=dict(enumerate(kinds)),
@@ -75,7 +77,14 @@ async def client(cluster: FaultCluster) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-@pytest.mark.parametrize("model_name", ["with-kv-in-int8", pytest.param("with-kv-in-float32", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "model_name",
+    [
+        "with-kv-in-int8",
+        pytest.param("with-kv-in-float32", marks=pytest.mark.soak),
+        pytest.param("in-bfloat16", marks=pytest.mark.soak),
+    ],
+)
 async def test_tokens_are_the_same_alone_in_a_batch_and_after_their_decode_worker_was_killed(
     cluster: FaultCluster, client: AsyncClient, model_name: str
 ) -> None:
