@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from kvrelay.core.model_spec import ModelSpec, fingerprint
+from kvrelay.engine.decoder_weights import LENGTH_DEPENDENT_ROPE
 from kvrelay.engine.fast_transformers_import import light_imports, transformers
 from kvrelay.engine.model_probe import probe_model, unsupported_architecture
 from kvrelay.engine.model_runner import LoadedModel
-from kvrelay.engine.native_decoder import LENGTH_DEPENDENT_ROPE
 from kvrelay.engine.paged_attention import ATTENTION_NAME
 from kvrelay.engine.paged_kv_cache import TORCH_DTYPES
 from kvrelay.engine.weights_digest import weights_digest

@@ -1,4 +1,4 @@
-"""Runs llama-like decoders in compiled kernels: one call per step instead of thousands of torch's.
+"""Runs whole decoders in compiled kernels: one call per step instead of thousands of torch's.
 
 A row gives the same bits alone and in a batch, in a prompt and token by token.
 """
@@ -6,42 +6,27 @@ A row gives the same bits alone and in a batch, in a prompt and token by token.
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvrelay.engine.decoder_weights import CONV1D, DecoderWeights, LayerWeights, Linear, Norm, read_decoder
 from kvrelay.engine.kernel_batch import KernelBatch, Numbers
 from kvrelay.engine.native.library import (
     BF16_STEP,
     KV_DTYPES,
-    PANEL,
     Decoder,
     DecoderLayer,
     DecoderStep,
+    Matrix,
     NativeLibrary,
+    RowNorm,
 )
-from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix, packed_bytes
+from kvrelay.engine.native.packing import WeightArena, pack_matrix, packed_bytes
 from kvrelay.engine.paged_kv_cache import PagedKVCache
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
-"""Their layers are: norm, attention, add; norm, gated MLP with SiLU, add."""
-LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")  # angles depend on more than the position
-VECTOR = 8
 NOTIFY_BYTES = 1024 * 1024  # KV after which the sender is notified; its messages are about as large
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerWeights:
-    qkv: tuple[Tensor, Tensor | None]
-    output: tuple[Tensor, Tensor | None]
-    gate_up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
-    # Before attention, before the MLP, of queries, of keys.
-    norms: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    window: int
-    has_rope: bool
 
 
 class NativeDecoder:
@@ -49,7 +34,6 @@ class NativeDecoder:
 
     Args:
         decoder: its addresses point into `kept`, `arena` and `layers`.
-        rope: num_positions -> cosines and sines, each float32 [num_positions, rotary_dim / 2].
     """
 
     def __init__(
@@ -57,19 +41,21 @@ class NativeDecoder:
         library: NativeLibrary,
         decoder: Decoder,
         kept: list[object],
-        rope: Callable[[int], tuple[Tensor, Tensor]],
         arena: WeightArena,
         layers: "ctypes.Array[DecoderLayer]",
-        vocab_size: int,
+        weights: DecoderWeights,
     ) -> None:
         self._library = library
         self._decoder = decoder
         self._kept = kept
-        self._rope = rope
         self._arena = arena
         self._layers = layers
-        self._vocab_size = vocab_size
-        self._angles: tuple[Tensor, Tensor] = (torch.empty(0, 0), torch.empty(0, 0))
+        self._vocab_size = weights.head.weight.shape[0]
+        positions = weights.position_embeddings
+        self._max_positions = None if positions is None else len(positions)
+        self._ropes = weights.ropes
+        self._angles: list[tuple[Tensor, Tensor]] = []
+        self._num_angles = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -93,6 +79,9 @@ class NativeDecoder:
     def run(
         self, batch: KernelBatch, cache: PagedKVCache, on_layer_written: Callable[[int], None] | None = None
     ) -> Tensor:
+        assert self._max_positions is None or batch.num_positions <= self._max_positions, (
+            "a token behind the last position"
+        )
         self._make_angles(batch.num_positions)
         logits = torch.empty(len(batch.logit_rows), self._vocab_size)
         step = _step(batch, batch.tiles(self._decoder.num_heads // self._decoder.num_kv_heads), cache, logits)
@@ -107,11 +96,13 @@ class NativeDecoder:
         return logits
 
     def _make_angles(self, num_positions: int) -> None:  # doubles them, because more are cheap
-        if num_positions <= self._angles[0].shape[0]:
+        if num_positions <= self._num_angles:
             return
-        self._angles = self._rope(max(num_positions, 2 * self._angles[0].shape[0], 1024))
-        self._decoder.cosines = self._angles[0].data_ptr()
-        self._decoder.sines = self._angles[1].data_ptr()
+        self._num_angles = max(num_positions, 2 * self._num_angles, 1024)
+        self._angles = [rope(self._num_angles) for rope in self._ropes]
+        for number, (cosines, sines) in enumerate(self._angles):
+            self._decoder.cosines[number] = cosines.data_ptr()
+            self._decoder.sines[number] = sines.data_ptr()
 
 
 def _layers_together(cache: PagedKVCache, num_tokens: int) -> int:
@@ -155,135 +146,77 @@ def pack(
         windows: of each layer; the config's may not be used.
         int8: quantize weights, and activations as they come.
     """
-    if not _can_pack(module, architecture):
-        return None
-    config = module.config
-    layers = [_read_layer(layer, window) for layer, window in zip(module.model.layers, windows, strict=True)]
-    head, embeddings = module.lm_head.weight, module.model.embed_tokens.weight.detach()
-    packs_embeddings = embeddings.dtype == torch.bfloat16 and embeddings.shape[1] % BF16_STEP == 0
-    own_rows = embeddings if packs_embeddings and embeddings.data_ptr() != head.data_ptr() else None
-    arena = WeightArena(sum(packed_bytes(weight, int8=int8) for weight in _matrices(layers, head, own_rows)))
-    kept: list[object] = []
+    weights = read_decoder(module, architecture, windows)
+    return None if weights is None else _Packing(library, weights, int8=int8, plain_rows=plain_rows).decoder()
 
-    def keep(tensor: Tensor | None) -> int | None:
+
+class _Packing:
+    def __init__(self, library: NativeLibrary, weights: DecoderWeights, *, int8: bool, plain_rows: bool) -> None:
+        self._library = library
+        self._weights = weights
+        self._int8, self._plain_rows = int8, plain_rows
+        embeddings = weights.embeddings
+        self._packs_embeddings = embeddings.dtype == torch.bfloat16 and embeddings.shape[1] % BF16_STEP == 0
+        self._shares_head = embeddings.data_ptr() == weights.head.weight.data_ptr()
+        packed = [linear.weight for layer in weights.layers for linear in layer.linears.values()]
+        packed += [weights.head.weight] if self._shares_head or not self._packs_embeddings else [embeddings] * 2
+        self._arena = WeightArena(sum(packed_bytes(weight, int8=int8) for weight in packed))
+        self._kept: list[object] = []
+
+    def decoder(self) -> NativeDecoder:
+        weights = self._weights
+        layers = (DecoderLayer * len(weights.layers))(*map(self._layer, weights.layers))
+        head = self._matrix(weights.head)
+        has_own_rows = self._packs_embeddings and not self._shares_head
+        decoder = Decoder(
+            num_layers=len(layers),
+            hidden=weights.embeddings.shape[1],
+            intermediate=weights.layers[0].down.weight.shape[1],
+            num_heads=weights.num_heads,
+            num_kv_heads=weights.num_kv_heads,
+            head_dim=weights.head_dim,
+            rotary_dim=max((2 * rope(1)[0].shape[1] for rope in weights.ropes), default=0),
+            embeddings=None if self._packs_embeddings else self._keep(weights.embeddings),
+            position_embeddings=self._keep(weights.position_embeddings),
+            embedding_scale=weights.embedding_scale,
+            layers=ctypes.cast(layers, ctypes.POINTER(DecoderLayer)),
+            final_norm=self._norm(weights.final_norm),
+            lm_head=head,
+            token_rows=self._matrix(Linear(weights.embeddings, None)) if has_own_rows else head,
+        )
+        return NativeDecoder(self._library, decoder, self._kept, self._arena, layers, weights)
+
+    def _layer(self, layer: LayerWeights) -> DecoderLayer:
+        return DecoderLayer(
+            **{name: self._matrix(linear) for name, linear in layer.linears.items()},
+            **{name: self._norm(norm) for name, norm in layer.norms.items()},
+            up_mode=self._weights.up_mode,
+            window=layer.window,
+            rope=layer.rope,
+            attention_scale=layer.attention_scale,
+        )
+
+    def _matrix(self, linear: Linear) -> Matrix:
+        packed = pack_matrix(
+            linear.weight, linear.bias, self._arena, self._library, int8=self._int8, plain_rows=self._plain_rows
+        )
+        self._kept.append(packed)
+        return packed.matrix
+
+    def _norm(self, norm: Norm) -> RowNorm:
+        weight, bias = self._keep(norm.weight), self._keep(norm.bias)
+        return RowNorm(weight=weight, bias=bias, width=len(norm.weight), epsilon=norm.epsilon)
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        kept.append(tensor.float().contiguous())
-        return int(kept[-1].data_ptr())  # type: ignore[attr-defined]  # a tensor
-
-    def pack(weight: tuple[Tensor, Tensor | None]) -> PackedMatrix:
-        packed = pack_matrix(*weight, arena, library, int8=int8, plain_rows=plain_rows)
-        kept.append(packed)
-        return packed
-
-    structures = _structures(layers, pack, keep)
-    lm_head = pack((head.detach(), module.lm_head.bias)).matrix
-    attention, rotary = module.model.layers[0].self_attn, module.model.rotary_emb
-    decoder = Decoder(
-        num_layers=len(layers),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        rotary_dim=2 * _rope_angles(rotary, 1)[0].shape[1],
-        norm_epsilon=config.rms_norm_eps,
-        attention_scale=attention.scaling,
-        embeddings=None if packs_embeddings else keep(embeddings),
-        layers=ctypes.cast(structures, ctypes.POINTER(DecoderLayer)),
-        final_norm=keep(module.model.norm.weight.detach()),
-        lm_head=lm_head,
-        token_rows=lm_head if own_rows is None else pack((own_rows, None)).matrix,
-    )
-    kept.append(structures)
-    return NativeDecoder(
-        library, decoder, kept, lambda count: _rope_angles(rotary, count), arena, structures, head.shape[0]
-    )
-
-
-def _structures(
-    layers: Sequence[_LayerWeights],
-    pack: Callable[[tuple[Tensor, Tensor | None]], PackedMatrix],
-    keep: Callable[[Tensor | None], int | None],
-) -> "ctypes.Array[DecoderLayer]":
-    structures = (DecoderLayer * len(layers))()
-    for structure, layer in zip(structures, layers, strict=True):
-        structure.qkv, structure.output = pack(layer.qkv).matrix, pack(layer.output).matrix
-        structure.gate_up, structure.down = pack(layer.gate_up).matrix, pack(layer.down).matrix
-        structure.attention_norm, structure.mlp_norm, structure.query_norm, structure.key_norm = map(keep, layer.norms)
-        structure.window, structure.has_rope = layer.window, layer.has_rope
-    return structures
-
-
-def _matrices(layers: Sequence[_LayerWeights], *others: Tensor | None) -> list[Tensor]:
-    weights = [weight for layer in layers for weight, _ in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-    return [*weights, *(weight for weight in others if weight is not None)]
+        contiguous = tensor.float().contiguous()
+        self._kept.append(contiguous)
+        return contiguous.data_ptr()
 
 
 def release_weights(module: Any, *, embeddings: bool) -> None:
     """Frees what the decoder has copied."""
     for part in module.modules():
-        if isinstance(part, nn.Linear) or (embeddings and isinstance(part, nn.Embedding)):
+        if isinstance(part, (nn.Linear, CONV1D)) or (embeddings and isinstance(part, nn.Embedding)):
             part.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-
-
-def _can_pack(module: Any, architecture: str) -> bool:
-    config = module.config
-    if architecture not in ARCHITECTURES or config.hidden_act != "silu":
-        return False
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(value, dict) for value in rope.values()) or rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-        return False
-    attention = module.model.layers[0].self_attn
-    widths = (config.hidden_size % VECTOR, attention.head_dim % PANEL, config.intermediate_size % PANEL)
-    return not any(widths)
-
-
-def _read_layer(layer: Any, window: int | None) -> _LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    if hasattr(attention, "qkv_proj"):
-        qkv = _weight(attention.qkv_proj)
-        gate_up_weight, gate_up_bias = _weight(mlp.gate_up_proj)
-        gate, up = gate_up_weight.chunk(2)
-        assert gate_up_bias is None, "no known model has one here"
-        biases: tuple[Tensor | None, Tensor | None] = (None, None)
-    else:
-        parts = [_weight(attention.q_proj), _weight(attention.k_proj), _weight(attention.v_proj)]
-        qkv = (torch.cat([weight for weight, _ in parts]), _joined_bias([bias for _, bias in parts]))
-        (gate, gate_bias), (up, up_bias) = _weight(mlp.gate_proj), _weight(mlp.up_proj)
-        biases = (gate_bias, up_bias)
-    gate_up_bias = None if biases[0] is None or biases[1] is None else interleave_panels(biases[0], biases[1])
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return _LayerWeights(
-        qkv=qkv,
-        output=_weight(attention.o_proj),
-        gate_up=(interleave_panels(gate, up), gate_up_bias),
-        down=_weight(mlp.down_proj),
-        norms=(
-            layer.input_layernorm.weight.detach(),
-            layer.post_attention_layernorm.weight.detach(),
-            None if query_norm is None else query_norm.weight.detach(),
-            None if key_norm is None else key_norm.weight.detach(),
-        ),
-        window=window or 0,
-        has_rope=bool(getattr(attention, "use_rope", True)),
-    )
-
-
-def _weight(linear: Any) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-
-
-def _joined_bias(biases: Sequence[Tensor | None]) -> Tensor | None:
-    present = [bias for bias in biases if bias is not None]
-    assert len(present) in (0, len(biases)), "queries, keys and values have biases, or none of them has"
-    return torch.cat(present) if present else None
-
-
-def _rope_angles(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Each float32 [num_positions, rotary_dim / 2]."""
-    with torch.inference_mode():
-        # [1, num_positions, rotary_dim]
-        cosines, sines = rotary(torch.empty(1), torch.arange(num_positions).unsqueeze(0))
-    half = cosines.shape[-1] // 2
-    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

@@ -25,7 +25,7 @@ from tests.engine.test_native_decoder import BLOCK_SIZE, blocks, load, run_in_ch
 from tests.support import left_out
 from tests.support.tiny_models import make_tiny_model
 
-FUSED, IN_TORCH = "llama", "gpt2"
+FUSED, IN_TORCH = "llama", "gpt_neox"
 NUM_TOKENS = 120  # two tiles of keys
 
 needs_kernels = pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
@@ -78,7 +78,7 @@ def test_the_pool_has_a_byte_for_each_number_and_four_for_each_row() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", [FUSED, IN_TORCH, "gpt_bigcode", "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", [FUSED, IN_TORCH, "gpt2", "gpt_bigcode", "mistral", "qwen3"])
 def test_logits_are_near_those_with_kv_in_float32(tiny_models: Path, kind: str) -> None:
     model = use_native_kernels(load(tiny_models, kind))
     smaller = with_kv_dtype(model, "int8")
@@ -92,7 +92,7 @@ def test_logits_are_near_those_with_kv_in_float32(tiny_models: Path, kind: str) 
 
 @needs_kernels
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("kind", [FUSED, "mistral", "gpt_neox"])
+@pytest.mark.parametrize("kind", [FUSED, "gpt2", "mistral", IN_TORCH])
 def test_rows_are_the_same_bits_in_one_chunk_in_many_and_one_by_one(tiny_models: Path, kind: str, int8: bool) -> None:
     model = with_kv_dtype(use_native_kernels(load(tiny_models, kind), int8=int8), "int8")
     ids = tokens(2, NUM_TOKENS)

@@ -69,6 +69,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("llama", {"hidden_act": "gelu"}),
     ("llama", {"rms_norm_eps": 0.1}),
+    ("gpt2", {"n_inner": 48, "layer_norm_epsilon": 0.1}),
+    ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": True}),
+    ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
+    ("gpt2", {"activation_function": "relu"}),
     ("phi3", {"partial_rotary_factor": 0.5}),
     ("smollm3", {"no_rope_layers": [0, 1]}),
     # Rope.

@@ -1,28 +1,40 @@
-// The forward pass of a llama-like decoder over a flat batch of tokens.
+// The forward pass of a decoder over a flat batch of tokens.
 //
-// A layer:  h += attention(norm(h)) Wo;  h += (silu(norm(h) Wg) * norm(h) Wu) Wd
-// native_decoder.py selects such models; kernel_backend.py compares results with transformers'.
+// A layer:  h += attention(norm(h)) Wo;  h += mlp(norm(h)) Wd
+// Its description says which norms there are, also behind a product, and what the MLP does.
+// decoder_weights.py makes it; kernel_backend.py compares results with transformers'.
 #include "attention.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <time.h>
 
+// Of each `width` numbers of a row: x / rms(x) * weight; with a bias, x is less its mean first.
 typedef struct {
-    const float *attention_norm, *mlp_norm;  // [hidden]
-    const float *query_norm, *key_norm;      // [head_dim] or NULL
-    matrix qkv, output, gate_up, down;
+    const float *weight, *bias;  // [width]; no weight: no norm
+    int64_t width;
+    float epsilon;
+} row_norm;
+
+typedef struct {
+    row_norm attention_norm, attention_out_norm, mlp_norm, mlp_out_norm, query_norm, key_norm;
+    matrix qkv, output, up, down;
+    int64_t up_mode;  // an OUTPUT_...
     int64_t window;
-    int64_t has_rope;
+    int64_t rope;  // which angles; -1: none
+    float attention_scale;
 } decoder_layer;
+
+enum { MAX_ROPES = 2 };
 
 typedef struct {
     int64_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, rotary_dim;
-    float norm_epsilon, attention_scale;
-    const float *cosines, *sines;  // [max_positions][rotary_dim / 2]
-    const float *embeddings;       // [vocab_size][hidden], or NULL: token_rows
+    const float *cosines[MAX_ROPES], *sines[MAX_ROPES];  // [max_positions][rotary_dim / 2]
+    const float *embeddings;                             // [vocab_size][hidden], or NULL: token_rows
+    const float *position_embeddings;                    // [max_positions][hidden] or NULL
+    float embedding_scale;
     const decoder_layer *layers;
-    const float *final_norm;
+    row_norm final_norm;
     matrix lm_head;
     matrix token_rows;  // bf16; may be lm_head
 } decoder;
@@ -63,7 +75,7 @@ static char *reserve(char **at, int64_t num_bytes) {
 
 static int64_t most_prepared_bytes(const decoder *d, int64_t num_tokens) {
     const decoder_layer *layer = d->layers;
-    const matrix *products[] = {&layer->qkv, &layer->output, &layer->gate_up, &layer->down, &d->lm_head};
+    const matrix *products[] = {&layer->qkv, &layer->output, &layer->up, &layer->down, &d->lm_head};
     int64_t most = 0;
     for (int i = 0; i < 5; i++)
         if (prepared_bytes(products[i], num_tokens) > most) most = prepared_bytes(products[i], num_tokens);
@@ -98,13 +110,34 @@ static int get_rows(const decoder *d, int64_t num_tokens, rows *r) {
     return 1;
 }
 
-static void norm_row(const float *x, const float *weight, float epsilon, int64_t n, float *out) {
+static void norm_row(const float *x, const row_norm *norm, float *out) {
+    int64_t n = norm->width, i = 0;
+    const float *weight = norm->weight;
     f32x8 squares = splat8(0);
-    for (int64_t i = 0; i < n; i += 8) squares = fma8(load8(x + i), load8(x + i), squares);
-    float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
-    int64_t i = 0;
-    for (; i + WIDE <= n; i += WIDE) store_wide(out + i, load_wide(x + i) * splat_wide(factor) * load_wide(weight + i));
+    for (; i < n; i += 8) squares = fma8(load8(x + i), load8(x + i), squares);
+    float factor = 1.0f / sqrtf(sum_lanes(squares) / (float)n + norm->epsilon);
+    for (i = 0; i + WIDE <= n; i += WIDE) store_wide(out + i, load_wide(x + i) * splat_wide(factor) * load_wide(weight + i));
     for (; i < n; i += 8) store8(out + i, load8(x + i) * splat8(factor) * load8(weight + i));
+}
+
+static void center_and_norm_row(const float *x, const row_norm *norm, float *out) {
+    int64_t n = norm->width;
+    f32x8 sum = splat8(0), squares = splat8(0);
+    for (int64_t i = 0; i < n; i += 8) sum += load8(x + i);
+    f32x8 mean = splat8(sum_lanes(sum) / (float)n);
+    for (int64_t i = 0; i < n; i += 8) squares = fma8(load8(x + i) - mean, load8(x + i) - mean, squares);
+    f32x8 factor = splat8(1.0f / sqrtf(sum_lanes(squares) / (float)n + norm->epsilon));
+    for (int64_t i = 0; i < n; i += 8)
+        store8(out + i, fma8((load8(x + i) - mean) * factor, load8(norm->weight + i), load8(norm->bias + i)));
+}
+
+// Normalizes each norm->width of x[n]; out may be x.
+static void apply_norm(const float *x, int64_t n, const row_norm *norm, float *out) {
+    for (int64_t i = 0; i < n; i += norm->width)
+        if (norm->bias == NULL)
+            norm_row(x + i, norm, out + i);
+        else
+            center_and_norm_row(x + i, norm, out + i);
 }
 
 // ---------------------------------------------------------------- row-wise operations
@@ -115,7 +148,7 @@ typedef struct {
     const decoder_step *step;
     const rows *r;
     const float *from;     // of norms and quantization
-    const float *weight;   // of the norm
+    const row_norm *norm;
     int64_t num_rows, width;
     const matrix *next;    // input for this product
     kv_layer kv;
@@ -139,7 +172,7 @@ static void norm_task(void *argument, int64_t task) {
     int64_t begin, end;
     rows_of(args, task, &begin, &end);
     for (int64_t i = begin; i < end; i++)
-        norm_row(args->from + i * args->width, args->weight, args->d->norm_epsilon, args->width, args->r->normed + i * args->width);
+        apply_norm(args->from + i * args->width, args->width, args->norm, args->r->normed + i * args->width);
     prepare_rows(args->next, begin, end, args->r->normed, &args->r->quantized);
 }
 
@@ -148,6 +181,38 @@ static void prepare_task(void *argument, int64_t task) {
     int64_t begin, end;
     rows_of(args, task, &begin, &end);
     prepare_rows(args->next, begin, end, args->from, &args->r->quantized);
+}
+
+// hidden += norm(normed)
+static void add_normed_task(void *argument, int64_t task) {
+    const row_args *args = argument;
+    int64_t begin, end, width = args->d->hidden;
+    rows_of(args, task, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        float *normed = args->r->normed + t * width, *hidden = args->r->hidden + t * width;
+        apply_norm(normed, width, args->norm, normed);
+        for (int64_t i = 0; i < width; i += 8) store8(hidden + i, load8(hidden + i) + load8(normed + i));
+    }
+}
+
+static void embed_task(void *argument, int64_t task) {
+    const row_args *args = argument;
+    const decoder *d = args->d;
+    int64_t begin, end;
+    rows_of(args, task, &begin, &end);
+    const f32x8 scale = splat8(d->embedding_scale);
+    for (int64_t t = begin; t < end; t++) {
+        float *hidden = args->r->hidden + t * d->hidden;
+        const float *token = hidden;
+        if (d->embeddings != NULL)
+            token = d->embeddings + args->step->token_ids[t] * d->hidden;
+        else
+            unpack_row_bf16(&d->token_rows, args->step->token_ids[t], hidden);
+        for (int64_t i = 0; i < d->hidden; i += 8) store8(hidden + i, load8(token + i) * scale);
+        if (d->position_embeddings == NULL) continue;
+        const float *position = d->position_embeddings + args->step->positions[t] * d->hidden;
+        for (int64_t i = 0; i < d->hidden; i += 8) store8(hidden + i, load8(hidden + i) + load8(position + i));
+    }
 }
 
 // (a, b) by an angle: a cos - b sin, and b cos + a sin.
@@ -166,23 +231,24 @@ static void rotate(float *x, const float *cosines, const float *sines, int64_t h
 }
 
 // Normalizes and rotates queries and keys, and writes keys and values into the pool.
-static void rope_task(void *argument, int64_t task) {
+static void write_kv_task(void *argument, int64_t task) {
     const row_args *args = argument;
     const decoder *d = args->d;
-    int64_t begin, end, stride = args->layer->qkv.n, half = d->rotary_dim / 2;
+    const decoder_layer *layer = args->layer;
+    int64_t begin, end, stride = layer->qkv.n, half = d->rotary_dim / 2;
+    int64_t num_queries = d->num_heads * d->head_dim, num_keys = d->num_kv_heads * d->head_dim;
     rows_of(args, task, &begin, &end);
     for (int64_t t = begin; t < end; t++) {
         float *row = args->r->qkv + t * stride;
-        for (int64_t h = 0; h < d->num_heads + d->num_kv_heads; h++) {
-            float *x = row + h * d->head_dim;
-            const float *norm = h < d->num_heads ? args->layer->query_norm : args->layer->key_norm;
-            if (norm != NULL) norm_row(x, norm, d->norm_epsilon, d->head_dim, x);
-            if (args->layer->has_rope)
-                rotate(x, d->cosines + args->step->positions[t] * half, d->sines + args->step->positions[t] * half, half);
-        }
+        if (layer->query_norm.weight != NULL) apply_norm(row, num_queries, &layer->query_norm, row);
+        if (layer->key_norm.weight != NULL) apply_norm(row + num_queries, num_keys, &layer->key_norm, row + num_queries);
+        if (layer->rope < 0) continue;
+        int64_t angles = args->step->positions[t] * half;
+        for (int64_t at = 0; at < num_queries + num_keys; at += d->head_dim)
+            rotate(row + at, d->cosines[layer->rope] + angles, d->sines[layer->rope] + angles, half);
     }
-    const float *keys = args->r->qkv + begin * stride + d->num_heads * d->head_dim;
-    write_kv(&args->kv, end - begin, args->step->slots + begin, keys, keys + d->num_kv_heads * d->head_dim, stride);
+    const float *keys = args->r->qkv + begin * stride + num_queries;
+    write_kv(&args->kv, end - begin, args->step->slots + begin, keys, keys + num_keys, stride);
 }
 
 // ---------------------------------------------------------------- the pass
@@ -193,59 +259,58 @@ static kv_layer kv_of(const decoder *d, const decoder_step *s, int64_t layer) {
     return (kv_layer){pool + 2 * layer * side, pool + (2 * layer + 1) * side, s->kv_dtype, s->block_size, d->num_kv_heads, d->head_dim};
 }
 
-static void run_attention_part(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
-    const decoder_layer *layer = &d->layers[number];
-    row_args args = {
-        .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->hidden, .weight = layer->attention_norm,
-        .width = d->hidden, .next = &layer->qkv, .kv = kv_of(d, s, number)};
-    for_rows(&args, norm_task);
-    multiply(&layer->qkv, s->num_tokens, r->normed, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE, &layer->output);
-    for_rows(&args, rope_task);
+// Makes rows ready for a product: through the norm, if there is one, and as its kind wants them. Returns
+// where they are.
+static const float *input_of(row_args args, const float *from, int64_t width, const row_norm *norm, const matrix *next) {
+    args.from = from;
+    args.width = width;
+    args.norm = norm;
+    args.next = next;
+    if (norm != NULL && norm->weight != NULL) {
+        for_rows(&args, norm_task);
+        return args.r->normed;
+    }
+    if (next->kind != MATRIX_F32) for_rows(&args, prepare_task);
+    return from;
 }
 
-static void run_rest_of_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
+// hidden += x W^T + bias, through the norm, if there is one.
+static void add_product(row_args args, const matrix *w, const float *x, const row_norm *norm, const matrix *following) {
+    const rows *r = args.r;
+    if (norm->weight == NULL) {
+        multiply(w, args.num_rows, x, &r->quantized, r->hidden, args.d->hidden, OUTPUT_ADD, following);
+        return;
+    }
+    multiply(w, args.num_rows, x, &r->quantized, r->normed, args.d->hidden, OUTPUT_STORE, following);
+    args.norm = norm;
+    for_rows(&args, add_normed_task);
+}
+
+static void run_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
     const decoder_layer *layer = &d->layers[number];
-    kv_layer kv = kv_of(d, s, number);
+    row_args args = {.d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .kv = kv_of(d, s, number)};
+    const float *x = input_of(args, r->hidden, d->hidden, &layer->attention_norm, &layer->qkv);
+    multiply(&layer->qkv, s->num_tokens, x, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE, &layer->output);
+    for_rows(&args, write_kv_task);
     attention_call call = {
         .segments = s->segments, .tiles = s->tiles, .num_tiles = s->num_tiles, .queries = r->qkv, .query_stride = layer->qkv.n,
-        .num_heads = d->num_heads, .scale = d->attention_scale, .window = layer->window, .out = r->attended};
-    attend(&call, &kv);
-    row_args args = {
-        .d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .from = r->attended,
-        .width = d->num_heads * d->head_dim, .next = &layer->output};
-    if (layer->output.kind != MATRIX_F32) for_rows(&args, prepare_task);
-    multiply(&layer->output, s->num_tokens, r->attended, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, &layer->gate_up);
-    args.from = r->hidden;
-    args.weight = layer->mlp_norm;
-    args.width = d->hidden;
-    args.next = &layer->gate_up;
-    for_rows(&args, norm_task);
-    multiply(&layer->gate_up, s->num_tokens, r->normed, &r->quantized, r->activated, d->intermediate, OUTPUT_GATED, &layer->down);
-    args.from = r->activated;
-    args.width = d->intermediate;
-    args.next = &layer->down;
-    if (layer->down.kind != MATRIX_F32) for_rows(&args, prepare_task);
-    const matrix *following = number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head;
-    multiply(&layer->down, s->num_tokens, r->activated, &r->quantized, r->hidden, d->hidden, OUTPUT_ADD, following);
-}
-
-static void embed(const decoder *d, const decoder_step *s, const rows *r) {
-    for (int64_t t = 0; t < s->num_tokens; t++)
-        if (d->embeddings != NULL)
-            memcpy(r->hidden + t * d->hidden, d->embeddings + s->token_ids[t] * d->hidden, d->hidden * sizeof(float));
-        else
-            unpack_row_bf16(&d->token_rows, s->token_ids[t], r->hidden + t * d->hidden);
+        .num_heads = d->num_heads, .scale = layer->attention_scale, .window = layer->window, .out = r->attended};
+    attend(&call, &args.kv);
+    x = input_of(args, r->attended, d->num_heads * d->head_dim, NULL, &layer->output);
+    add_product(args, &layer->output, x, &layer->attention_out_norm, &layer->up);
+    x = input_of(args, r->hidden, d->hidden, &layer->mlp_norm, &layer->up);
+    multiply(&layer->up, s->num_tokens, x, &r->quantized, r->activated, d->intermediate, (int)layer->up_mode, &layer->down);
+    x = input_of(args, r->activated, d->intermediate, NULL, &layer->down);
+    add_product(args, &layer->down, x, &layer->mlp_out_norm, number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head);
 }
 
 static void compute_logits(const decoder *d, const decoder_step *s, const rows *r) {
     // Moves the wanted rows to the front. Their numbers ascend, so none is overwritten too early.
     for (int64_t i = 0; i < s->num_logits; i++)
         memmove(r->hidden + i * d->hidden, r->hidden + s->logit_rows[i] * d->hidden, d->hidden * 4);
-    row_args args = {
-        .d = d, .step = s, .r = r, .num_rows = s->num_logits, .from = r->hidden, .weight = d->final_norm, .width = d->hidden,
-        .next = &d->lm_head};
-    for_rows(&args, norm_task);
-    multiply(&d->lm_head, s->num_logits, r->normed, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE, NULL);
+    row_args args = {.d = d, .step = s, .r = r, .num_rows = s->num_logits};
+    const float *x = input_of(args, r->hidden, d->hidden, &d->final_norm, &d->lm_head);
+    multiply(&d->lm_head, s->num_logits, x, &r->quantized, s->logits, d->lm_head.n, OUTPUT_STORE, NULL);
 }
 
 // Runs layers [layer_begin, layer_end), embeddings before the first, logits after the last. Nothing
@@ -254,11 +319,11 @@ int64_t EXPORTED(run_decoder)(const decoder *d, const decoder_step *s, int64_t l
     rows r;
     if (!get_rows(d, s->num_tokens, &r)) return 0;
     int64_t begin_ns = now_ns();
-    if (layer_begin == 0) embed(d, s, &r);
-    for (int64_t layer = layer_begin; layer < layer_end; layer++) {
-        run_attention_part(d, s, &r, layer);
-        run_rest_of_layer(d, s, &r, layer);
+    if (layer_begin == 0) {
+        row_args args = {.d = d, .step = s, .r = &r, .num_rows = s->num_tokens};
+        for_rows(&args, embed_task);
     }
+    for (int64_t layer = layer_begin; layer < layer_end; layer++) run_layer(d, s, &r, layer);
     if (layer_end == d->num_layers && s->num_logits > 0) compute_logits(d, s, &r);
     spent_ns += now_ns() - begin_ns;
     return 1;

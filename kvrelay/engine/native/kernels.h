@@ -135,6 +135,14 @@ ALWAYS_INLINE f32w exp_wide(f32w x) {
     return (f32w)(bits & ~underflow);
 }
 
+ALWAYS_INLINE f32w silu_wide(f32w x) { return x / (splat_wide(1.0f) + exp_wide(-x)); }
+
+// GELU by tanh: x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+ALWAYS_INLINE f32w gelu_wide(f32w x) {
+    f32w cubic = fma_wide(x * x, splat_wide(0.044715f) * x, x);
+    return x / (splat_wide(1.0f) + exp_wide(splat_wide(-1.59576912f) * cubic));
+}
+
 // ---------------------------------------------------------------- products
 
 // c[rows][16 * panels] (+)= a[rows][k] * b for 1 to MAX_ROWS rows and 1 to MAX_PANELS panels; the
@@ -143,12 +151,13 @@ static void tile_rows_f32(
     int64_t rows, int64_t panels, const float *a, int64_t lda, column_panels b, float *c, int64_t ldc, int64_t k, int add,
     fetch ahead);
 
-// The destination of a product.
-enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_GATED = 2 };
+// What becomes of a product: stored, added to `out`, or activated. With a gate it is activated and
+// multiplied, and W has panels of gates and of their factors in turns.
+enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_SILU_GATED = 2, OUTPUT_GELU_GATED = 3, OUTPUT_GELU = 4 };
 
-// out = x W^T (+ bias), or out += x W^T, or out = silu(gate) * up with alternating panels in W.
+// out = x W^T + bias, or out += that, or what the mode makes of it.
 //   x: [num_rows][k]; q: the same rows, quantized for int8
-//   out: [num_rows][ldo], ldo >= n (GATED: n / 2)
+//   out: [num_rows][ldo], ldo >= n, with a gate n / 2
 //   following: the next product, whose first weights are prefetched; or NULL
 static void multiply(
     const matrix *w, int64_t num_rows, const float *x, const quantized_rows *q, float *out, int64_t ldo, int mode,

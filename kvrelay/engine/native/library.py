@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from kvrelay.runtime.cache_folder import is_own
 PANEL = 16  # output columns stored and computed together
 GROUP = 64  # int8: inputs that share a scale
 TILE_ROWS = 96  # most rows of an attention tile: tokens times query heads that share a key
+MAX_ROPES = 2  # of a decoder: layers may have one or the other
 BF16_STEP = 32  # bfloat16: inputs that an instruction of AMX sums
 MATRIX_F32, MATRIX_INT8, MATRIX_BF16, MATRIX_BF16_PLAIN = range(4)
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -45,20 +47,38 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class OutputMode(IntEnum):
+    """`OUTPUT_...` of kernels.h, those of an MLP's first product."""
+
+    SILU_GATED = 2
+    GELU_GATED = 3
+    GELU = 4
+
+
+class RowNorm(ctypes.Structure):
+    """`row_norm` of decoder.c."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("width", c_int64), ("epsilon", c_float)]
+
+
 class DecoderLayer(ctypes.Structure):
     """`decoder_layer` of decoder.c."""
 
     _fields_ = [
-        ("attention_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
+        ("attention_norm", RowNorm),
+        ("attention_out_norm", RowNorm),
+        ("mlp_norm", RowNorm),
+        ("mlp_out_norm", RowNorm),
+        ("query_norm", RowNorm),
+        ("key_norm", RowNorm),
         ("qkv", Matrix),
         ("output", Matrix),
-        ("gate_up", Matrix),
+        ("up", Matrix),
         ("down", Matrix),
+        ("up_mode", c_int64),
         ("window", c_int64),
-        ("has_rope", c_int64),
+        ("rope", c_int64),
+        ("attention_scale", c_float),
     ]
 
 
@@ -73,13 +93,13 @@ class Decoder(ctypes.Structure):
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("rotary_dim", c_int64),
-        ("norm_epsilon", c_float),
-        ("attention_scale", c_float),
-        ("cosines", c_void_p),
-        ("sines", c_void_p),
+        ("cosines", c_void_p * MAX_ROPES),
+        ("sines", c_void_p * MAX_ROPES),
         ("embeddings", c_void_p),
+        ("position_embeddings", c_void_p),
+        ("embedding_scale", c_float),
         ("layers", POINTER(DecoderLayer)),
-        ("final_norm", c_void_p),
+        ("final_norm", RowNorm),
         ("lm_head", Matrix),
         ("token_rows", Matrix),
     ]

@@ -172,7 +172,13 @@ static void add_bias(const product *p, int64_t rows, int64_t column, float *c, i
         for (int64_t i = 0; i < num_columns; i++) c[r * ldc + i] += p->w->bias[column + i];
 }
 
-ALWAYS_INLINE f32w silu_wide(f32w x) { return x / (splat_wide(1.0f) + exp_wide(-x)); }
+static int is_gated(int mode) { return mode == OUTPUT_SILU_GATED || mode == OUTPUT_GELU_GATED; }
+
+static void activate(const product *p, int64_t rows, float *c, int64_t ldc, int64_t num_columns) {
+    if (p->mode != OUTPUT_GELU) return;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < num_columns; i += WIDE) store_wide(c + r * ldc + i, gelu_wide(load_wide(c + r * ldc + i)));
+}
 
 static void multiply_gated(const product *p, tile_place at) {
     enum { WIDTH = TILE_PANELS * PANEL };
@@ -182,7 +188,10 @@ static void multiply_gated(const product *p, tile_place at) {
     for (int64_t r = 0; r < at.rows; r++) {
         const float *gate = both + r * WIDTH, *up = gate + PANEL;
         float *out = p->out + (at.row + r) * p->ldo + at.panel / 2 * PANEL;
-        for (int64_t i = 0; i < PANEL; i += WIDE) store_wide(out + i, silu_wide(load_wide(gate + i)) * load_wide(up + i));
+        for (int64_t i = 0; i < PANEL; i += WIDE) {
+            f32w x = load_wide(gate + i), factor = p->mode == OUTPUT_SILU_GATED ? silu_wide(x) : gelu_wide(x);
+            store_wide(out + i, factor * load_wide(up + i));
+        }
     }
 }
 
@@ -194,6 +203,7 @@ static void multiply_plain(const product *p, tile_place at) {
     if (num_columns >= at.panels * PANEL) {
         multiply_tile(p, at, c, p->ldo, add);
         add_bias(p, at.rows, at.panel * PANEL, c, p->ldo, at.panels * PANEL);
+        activate(p, at.rows, c, p->ldo, at.panels * PANEL);
         return;
     }
     // The last panel is wider than the output.
@@ -201,6 +211,7 @@ static void multiply_plain(const product *p, tile_place at) {
     for (int64_t r = 0; add && r < at.rows; r++) memcpy(padded + r * WIDTH, c + r * p->ldo, num_columns * sizeof(float));
     multiply_tile(p, at, padded, WIDTH, add);
     add_bias(p, at.rows, at.panel * PANEL, padded, WIDTH, num_columns);
+    activate(p, at.rows, padded, WIDTH, at.panels * PANEL);
     for (int64_t r = 0; r < at.rows; r++) memcpy(c + r * p->ldo, padded + r * WIDTH, num_columns * sizeof(float));
 }
 
@@ -221,7 +232,7 @@ static void multiply_group(
         for (at.panel = panel_begin; at.panel < panel_end; at.panel += TILE_PANELS) {
             at.panels = at.panel + TILE_PANELS <= panel_end ? TILE_PANELS : panel_end - at.panel;
             at.ahead = ahead + (at.panel - panel_begin) * panel_bytes(p->w);
-            if (p->mode == OUTPUT_GATED)
+            if (is_gated(p->mode))
                 multiply_gated(p, at);
             else
                 multiply_plain(p, at);
