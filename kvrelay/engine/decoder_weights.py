@@ -44,6 +44,7 @@ class Layout:
 
 
 _HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_OUT_NORMS = {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
 _LLAMA = Layout(norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"})
 _GPT2 = Layout(
     norms={"attention_norm": "ln_1", "mlp_norm": "ln_2"},
@@ -66,6 +67,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen3": replace(_LLAMA, norms={**_LLAMA.norms, **_HEAD_NORMS}),
     "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
     "gpt2": _GPT2,
+    "olmo2": replace(_LLAMA, norms={**_OUT_NORMS, **_HEAD_NORMS}),
 }
 """Of the architectures that kernels compute as a whole."""
 

@@ -73,6 +73,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": True}),
     ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
     ("gpt2", {"activation_function": "relu"}),
+    ("olmo2", {"attention_bias": True, "rms_norm_eps": 0.1, "num_key_value_heads": 4}),
     ("phi3", {"partial_rotary_factor": 0.5}),
     ("smollm3", {"no_rope_layers": [0, 1]}),
     # Rope.
