@@ -68,6 +68,18 @@ LAYOUTS: Mapping[str, Layout] = {
     "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
     "gpt2": _GPT2,
     "olmo2": replace(_LLAMA, norms={**_OUT_NORMS, **_HEAD_NORMS}),
+    "gemma3_text": replace(
+        _LLAMA,
+        norms={
+            **_OUT_NORMS,
+            **_HEAD_NORMS,
+            "attention_norm": "input_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+        },
+        norm_offset=1.0,
+        activation="hidden_activation",
+        not_with=("final_logit_softcapping",),
+    ),
 }
 """Of the architectures that kernels compute as a whole."""
 
@@ -145,7 +157,7 @@ def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) 
             _read_layer(layer, layout, window, list(ropes)) for layer, window in zip(layers, windows, strict=True)
         ),
         embeddings=embeddings.weight.detach(),
-        embedding_scale=float(getattr(embeddings, "embed_scale", 1.0)),
+        embedding_scale=_embedding_scale(embeddings),
         position_embeddings=None if positions is None else module.get_submodule(positions).weight.detach(),
         final_norm=_norm(module.get_submodule(layout.final_norm), layout),
         head=_linear(module.lm_head),
@@ -155,6 +167,11 @@ def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) 
         num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
         head_dim=attention.head_dim,
     )
+
+
+def _embedding_scale(embeddings: Any) -> float:
+    scale = getattr(embeddings, "embed_scale", None)
+    return 1.0 if scale is None else float(scale.to(embeddings.weight.dtype))
 
 
 def _read_layer(layer: Any, layout: Layout, window: int | None, rope_kinds: list[str | None]) -> LayerWeights:
@@ -200,9 +217,10 @@ def _norm(part: Any, layout: Layout) -> Norm:
 
 def _ropes(rotary: Any, config: Any) -> dict[str | None, Rope] | None:
     """By type of layer, or one under None; None: the kernels do not know these."""
-    parameters = config.rope_parameters
-    by_type: dict[str | None, Any] = {name: value for name, value in parameters.items() if isinstance(value, dict)}
-    by_type = by_type or {None: parameters}
+    parameters = config.rope_parameters or {}
+    by_type: dict[str | None, Any] = {None: parameters}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        by_type = {name: parameters[name] for name in sorted(set(config.layer_types))}
     if len(by_type) > MAX_ROPES or any(value.get("rope_type") in LENGTH_DEPENDENT_ROPE for value in by_type.values()):
         return None
     return {name: _rope(rotary, () if name is None else (name,)) for name in by_type}

@@ -224,7 +224,14 @@ def test_attention_has_the_same_bits(
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     ("kind", "kv_dtype"),
-    [("llama", "float32"), ("qwen3", "bfloat16"), ("mistral", "int8"), ("gpt2", "float32"), ("olmo2", "float32")],
+    [
+        ("llama", "float32"),
+        ("qwen3", "bfloat16"),
+        ("mistral", "int8"),
+        ("gpt2", "float32"),
+        ("olmo2", "float32"),
+        ("gemma3_text", "bfloat16"),
+    ],
 )
 def test_logits_of_a_model_have_the_same_bits(
     tiny_models: Path, variant: str, kind: str, kv_dtype: str, int8: bool

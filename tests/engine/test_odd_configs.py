@@ -73,6 +73,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": True}),
     ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
     ("gpt2", {"activation_function": "relu"}),
+    ("gemma3_text", {"sliding_window": WINDOW, "layer_types": [FULL, FULL], "rms_norm_eps": 0.1}),
+    ("gemma3_text", {"final_logit_softcapping": 3.0}),
     ("olmo2", {"attention_bias": True, "rms_norm_eps": 0.1, "num_key_value_heads": 4}),
     ("phi3", {"partial_rotary_factor": 0.5}),
     ("smollm3", {"no_rope_layers": [0, 1]}),

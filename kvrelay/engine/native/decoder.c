@@ -195,20 +195,25 @@ static void add_normed_task(void *argument, int64_t task) {
     }
 }
 
+static void embed_token(const decoder *d, int64_t id, float *out) {
+    if (d->embeddings != NULL) {
+        const float *from = d->embeddings + id * d->hidden;
+        for (int64_t i = 0; i < d->hidden; i += 8) store8(out + i, load8(from + i) * splat8(d->embedding_scale));
+        return;
+    }
+    unpack_row_bf16(&d->token_rows, id, out);
+    const f32w scale = splat_wide(d->embedding_scale);  // the module multiplies in bf16
+    for (int64_t i = 0; i < d->hidden; i += WIDE) store_wide(out + i, (f32w)round_to_bf16(load_wide(out + i) * scale));
+}
+
 static void embed_task(void *argument, int64_t task) {
     const row_args *args = argument;
     const decoder *d = args->d;
     int64_t begin, end;
     rows_of(args, task, &begin, &end);
-    const f32x8 scale = splat8(d->embedding_scale);
     for (int64_t t = begin; t < end; t++) {
         float *hidden = args->r->hidden + t * d->hidden;
-        const float *token = hidden;
-        if (d->embeddings != NULL)
-            token = d->embeddings + args->step->token_ids[t] * d->hidden;
-        else
-            unpack_row_bf16(&d->token_rows, args->step->token_ids[t], hidden);
-        for (int64_t i = 0; i < d->hidden; i += 8) store8(hidden + i, load8(token + i) * scale);
+        embed_token(d, args->step->token_ids[t], hidden);
         if (d->position_embeddings == NULL) continue;
         const float *position = d->position_embeddings + args->step->positions[t] * d->hidden;
         for (int64_t i = 0; i < d->hidden; i += 8) store8(hidden + i, load8(hidden + i) + load8(position + i));
