@@ -67,6 +67,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen3": replace(_LLAMA, norms={**_LLAMA.norms, **_HEAD_NORMS}),
     "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
     "gpt2": _GPT2,
+    "starcoder2": replace(_LLAMA, up=("mlp.c_fc",), has_gate=False, down="mlp.c_proj"),
     "olmo2": replace(_LLAMA, norms={**_OUT_NORMS, **_HEAD_NORMS}),
     "gemma3_text": replace(
         _LLAMA,
