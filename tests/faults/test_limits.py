@@ -82,7 +82,7 @@ async def test_a_herd_that_waited_for_workers_is_served_with_few_more_attempts(r
     expected = await fault_free_tokens(rig.client, requests, 8)
     for worker in rig.cluster.of_role("decode"):
         await worker.kill()
-    load = asyncio.create_task(run_load(rig.cluster.addresses, requests, expected, num_requests))
+    load = asyncio.create_task(run_load(rig.cluster.addresses, requests, expected, num_requests, rig.cluster.connect))
     async with AsyncExitStack() as clients:  # each look by a new connection would starve the proxies
         gateways = [
             await clients.enter_async_context(rig.cluster.client(gateway.name))
