@@ -8,6 +8,7 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -48,6 +49,7 @@ from kvrelay.worker.gateway_sessions import GatewaySessions
 from kvrelay.worker.metrics import WorkerMetrics
 from kvrelay.worker.ownership import OwnerLookup
 from kvrelay.worker.tokenizer_service import TokenizerService
+from kvrelay.worker.turn_clock import TurnClock
 
 MODEL_SERVICE = "kvrelay.v1.ModelService"
 LAST_MESSAGES_TIMEOUT_S = 1.0
@@ -182,8 +184,9 @@ async def watch_engine(
     turn_s: Callable[[], float], timeout_s: float, on_hung: Callable[[], None] = exit_process
 ) -> None:
     """Ends the process when the engine hangs. Otherwise it would still answer heartbeats."""
-    while (elapsed_s := turn_s()) < timeout_s:  # noqa: ASYNC110 - a thread that hangs sets no event
-        await asyncio.sleep(timeout_s / 10)
+    clock = TurnClock(interval_s := timeout_s / 10)  # a thread that hangs sets no event
+    while (elapsed_s := clock.look(turn_s(), time.monotonic())) < timeout_s:  # noqa: ASYNC110
+        await asyncio.sleep(interval_s)
     _log.critical("the engine hangs; the process ends", step_s=round(elapsed_s, 1))
     on_hung()
 

@@ -63,6 +63,22 @@ async def test_a_zombie_that_comes_back_after_its_lease_is_not_heard(rig: Rig, t
         await rig.cluster.check()
 
 
+async def test_a_worker_that_stood_still_for_longer_than_a_step_may_take_goes_on(rig: Rig) -> None:
+    """As in a suspended machine: its engine does not hang."""
+    victims: list[FaultProcess] = []
+
+    async def long_enough(victim: FaultProcess) -> None:
+        victims.append(victim)
+        await asyncio.sleep(1.2 * STEP_TIMEOUT_S)
+
+    outcome = await run_with_stop(rig, long_enough)
+    assert outcome.num_attempts == 2
+    (victim,) = victims
+    await rig.cluster.wait_until_ready()
+    assert victim.is_running
+    await rig.cluster.check()
+
+
 async def test_a_stall_shorter_than_the_window_aborts_nothing(rig: Rig) -> None:
     outcome = await run_with_stop(rig, lambda _: asyncio.sleep(SHORT_STOP_S))
     assert outcome.num_attempts == 1
