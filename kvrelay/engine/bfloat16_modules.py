@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from kvrelay.engine.fast_transformers_import import transformers
+
+_CONV1D: Any = transformers.pytorch_utils.Conv1D
+_LINEAR = (nn.Linear, _CONV1D)
 _ROWS_AT_ONCE = 4096  # of a weight
 
 
@@ -17,7 +20,7 @@ def widen(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, nn.Embedding):
             part.register_forward_hook(_widen_output)
-        elif not isinstance(part, nn.Linear | Conv1D):
+        elif not isinstance(part, _LINEAR):
             for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.float()
@@ -25,7 +28,7 @@ def widen(module: Any) -> None:
 
 @contextmanager
 def linears_in_float32(module: Any) -> Iterator[None]:
-    linears: list[Any] = [part for part in module.modules() if isinstance(part, nn.Linear | Conv1D)]
+    linears: list[Any] = [part for part in module.modules() if isinstance(part, _LINEAR)]
     try:
         for part in linears:
             part.forward = partial(_multiply, part)
@@ -40,6 +43,6 @@ def _widen_output(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
 
 
 def _multiply(part: Any, inputs: Tensor) -> Tensor:
-    weight = part.weight.t() if isinstance(part, Conv1D) else part.weight  # [n, k]
+    weight = part.weight.t() if isinstance(part, _CONV1D) else part.weight  # [n, k]
     outputs = torch.cat([inputs @ rows.float().t() for rows in weight.split(_ROWS_AT_ONCE)], dim=-1)
     return outputs if part.bias is None else outputs + part.bias.float()

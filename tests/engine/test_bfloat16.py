@@ -55,8 +55,8 @@ def float32_of_rounded_weights(model: LoadedModel) -> LoadedModel:
     return use_native_kernels(model)
 
 
-def logits_with_float32_kv(model: LoadedModel) -> Tensor:
-    return run_in_chunks(with_kv_dtype(model, "float32"), tokens(1), [70, 1, 19])
+def logits_with_float32_kv(model: LoadedModel, seed: int = 1) -> Tensor:
+    return run_in_chunks(with_kv_dtype(model, "float32"), tokens(seed), [70, 1, 19])
 
 
 @pytest.mark.parametrize("kind", TINY_KINDS)
@@ -159,6 +159,15 @@ def test_weights_are_packed_without_being_widened(tiny_models: Path, monkeypatch
     bfloat16(tiny_models, FUSED)
     assert seen == [torch.bfloat16] * len(seen)
     assert len(seen) == 2 * 4 + 2
+
+
+def test_kv_in_int8_goes_with_bfloat16_weights(tiny_models: Path) -> None:
+    model = bfloat16(tiny_models, FUSED)
+    narrow = with_kv_dtype(model, "int8")
+    assert narrow.spec.fingerprint != model.spec.fingerprint
+    whole = run_in_chunks(narrow, tokens(4), [90])
+    assert torch.equal(run_in_chunks(narrow, tokens(4), [7] * 12 + [6]), whole)
+    assert torch.cosine_similarity(whole, logits_with_float32_kv(model, 4), dim=-1).min() > 0.98
 
 
 def test_a_fingerprint_tells_kernels_in_bfloat16_from_torch_and_from_float32(tiny_models: Path) -> None:

@@ -166,8 +166,8 @@ def test_attention_that_the_kernels_do_not_compute_is_refused_at_load(tiny_model
 def test_a_model_that_is_not_on_kernels_is_refused_at_load(tiny_models: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"cannot keep KV in int8: it is not on compiled kernels.*--kv-dtype auto"):
         with_kv_dtype(load(tiny_models, FUSED), "int8")
-    half = load_model(make_tiny_model(FUSED, tiny_models), FUSED, "bfloat16", "cpu")
-    with pytest.raises(ModelLoadError, match=r"float32 weights, not bfloat16.*--kv-dtype auto"):
+    half = load_model(make_tiny_model(FUSED, tiny_models), FUSED, "float16", "cpu")
+    with pytest.raises(ModelLoadError, match=r"bfloat16 weights, not float16.*--kv-dtype auto"):
         with_kv_dtype(half, "int8")
 
 
