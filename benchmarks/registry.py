@@ -26,6 +26,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "kv-cache": Benchmark(
         "benchmarks.kv_cache", "Generation with and without a KV cache, by our engine and by transformers."
     ),
+    "attention": Benchmark(
+        "benchmarks.attention", "Why KV can travel: a prefix's KV under causal and under two-way attention."
+    ),
     "memory": Benchmark(
         "benchmarks.memory", "KV bytes predicted and measured; waste of contiguous buffers and of paged blocks."
     ),
