@@ -1,4 +1,4 @@
-"""Fills the pages of docs/benchmarks with tables of the JSON documents beside them.
+"""Fills the pages of docs/benchmarks, and one elsewhere, with tables of the JSON documents there.
 
 python -m tools.generate_benchmarks            write the tables
 python -m tools.generate_benchmarks --check    exit 1 and name the pages that differ
@@ -16,11 +16,16 @@ from pathlib import Path
 
 from tools.benchmark_tables import FOLDER, TABLES
 
+EXPLANATION = FOLDER.parent / "architecture/why-kv-can-travel.md"
+"""A page outside of the documents' folder."""
 _TABLE = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
 
 
-def filled(text: str) -> str:
+def filled(text: str, documents: str = "") -> str:
     """The page with its tables as the documents give them.
+
+    Args:
+        documents: the way from the page to their folder, as links begin.
 
     Raises:
         KeyError: the page names a table that does not exist.
@@ -28,7 +33,8 @@ def filled(text: str) -> str:
 
     def fresh(found: re.Match[str]) -> str:
         name = found["name"]
-        return f"<!-- table: {name} -->\n\n{TABLES[name]()}\n\n<!-- end of table -->"
+        made = TABLES[name]().replace("([values](", f"([values]({documents}")
+        return f"<!-- table: {name} -->\n\n{made}\n\n<!-- end of table -->"
 
     return _TABLE.sub(fresh, text)
 
@@ -39,12 +45,16 @@ def tables_of(text: str) -> list[str]:
 
 
 def pages() -> list[Path]:
-    return sorted(FOLDER.glob("*.md"))
+    return [*sorted(FOLDER.glob("*.md")), EXPLANATION]
+
+
+def fresh_page(path: Path) -> str:
+    return filled(path.read_text("utf-8"), "../benchmarks/" if path == EXPLANATION else "")
 
 
 def stale_pages() -> list[str]:
     """Names of the pages whose tables are not what the documents give."""
-    return [path.name for path in pages() if filled(path.read_text("utf-8")) != path.read_text("utf-8")]
+    return [path.name for path in pages() if fresh_page(path) != path.read_text("utf-8")]
 
 
 def main() -> int:
@@ -52,11 +62,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 when a page is stale")
     if not parser.parse_args().check:
         for path in pages():
-            path.write_text(filled(path.read_text("utf-8")), "utf-8")
+            path.write_text(fresh_page(path), "utf-8")
         return 0
     stale = stale_pages()
     for name in stale:
-        print(f"docs/benchmarks/{name} differs from its JSON documents; run `make benchmark-tables`", file=sys.stderr)
+        print(f"{name} differs from its JSON documents; run `make benchmark-tables`", file=sys.stderr)
     return 1 if stale else 0
 
 

@@ -3,7 +3,7 @@
 Knows nothing of the pages that the tables stand in.
 """
 
-from tools.benchmark_tables import overview, peers, runs, serve, tls
+from tools.benchmark_tables import attention, overview, peers, runs, serve, tls
 from tools.benchmark_tables.documents import FOLDER, TABLES
 
-__all__ = ["FOLDER", "TABLES", "overview", "peers", "runs", "serve", "tls"]
+__all__ = ["FOLDER", "TABLES", "attention", "overview", "peers", "runs", "serve", "tls"]
