@@ -20,6 +20,7 @@ from kvrelay.core.job import WorkerLoad
 from kvrelay.core.liveness import HELLO_TIMEOUT_S, PROTOCOL_VERSION, Liveness
 from kvrelay.core.member import MemberRole
 from kvrelay.errors import InvalidRequestError, UnavailableError
+from kvrelay.network.first_status import FirstStatus
 from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc, session_pb2
 from kvrelay.wire.convert import load_from_pb
 
@@ -138,11 +139,11 @@ class WorkerSession:
         """
         call = self._open_call()
         # `call.read()` stops at a failed write, and a call with unread messages never ends.
-        responses = aiter(call)
+        responses, status = aiter(call), FirstStatus(call)
         try:
-            self._identity = await self._handshake(call, responses)
+            self._identity = await self._handshake(call, responses, status)
             on_connected(self)
-            return await self._serve(call, responses)
+            return await self._serve(call, responses, status)
         finally:
             call.cancel()
 
@@ -151,14 +152,14 @@ class WorkerSession:
             return decode_pb2_grpc.DecodeServiceStub(self.channel).Session()
         return prefill_pb2_grpc.PrefillServiceStub(self.channel).Session()
 
-    async def _handshake(self, call: Any, responses: AsyncIterator[Any]) -> WorkerIdentity:
+    async def _handshake(self, call: Any, responses: AsyncIterator[Any], status: FirstStatus) -> WorkerIdentity:
         greeting = session_messages.hello(self.role, self._settings.gateway_id, self._settings.liveness_window_ms)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 await call.write(greeting)
                 response = await anext(responses, None)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as failure:
-            raise UnavailableError(f"no session with {self.address}: {_reason(failure)}") from failure
+            raise UnavailableError(f"no session with {self.address}: {_reason(status.cause_of(failure))}") from failure
         if response is None or response.WhichOneof("message") != "hello":
             raise UnavailableError(f"{self.address} did not answer the greeting")
         try:
@@ -172,11 +173,11 @@ class WorkerSession:
         self._on_received(response)
         return identity
 
-    async def _serve(self, call: Any, responses: AsyncIterator[Any]) -> str:
-        receiving = asyncio.create_task(self._receive(responses), name=f"receive from {self.address}")
+    async def _serve(self, call: Any, responses: AsyncIterator[Any], status: FirstStatus) -> str:
+        receiving = asyncio.create_task(self._receive(responses, status), name=f"receive from {self.address}")
         tasks = [
             receiving,
-            asyncio.create_task(self._send_queued(call), name=f"send to {self.address}"),
+            asyncio.create_task(self._send_queued(call, status), name=f"send to {self.address}"),
             asyncio.create_task(self._watch(), name=f"watch {self.address}"),
             asyncio.create_task(self._until_ended(), name=f"end of the session with {self.address}"),
         ]
@@ -192,7 +193,7 @@ class WorkerSession:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _receive(self, responses: AsyncIterator[Any]) -> str:
+    async def _receive(self, responses: AsyncIterator[Any], status: FirstStatus) -> str:
         try:
             async for response in responses:
                 if self._is_lost:
@@ -201,9 +202,10 @@ class WorkerSession:
                 self._answer_heartbeat(response)
                 self._on_event(self, response)
         except grpc.aio.AioRpcError as failure:
-            self.died = failure.code() is grpc.StatusCode.UNAVAILABLE
-            return _reason(failure)
-        return "the worker ended the session"
+            cause = status.cause_of(failure)
+            self.died = isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.UNAVAILABLE
+            return _reason(cause)
+        return _reason(None)
 
     def _on_received(self, response: SessionResponse) -> None:
         self._liveness.received(_now())
@@ -215,13 +217,13 @@ class WorkerSession:
         if response.WhichOneof("message") == "heartbeat":
             self.send(session_messages.heartbeat_ack(self.role, response.heartbeat.number))
 
-    async def _send_queued(self, call: Any) -> str:
+    async def _send_queued(self, call: Any, status: FirstStatus) -> str:
         try:
             while True:
                 await call.write(await self._outbox.get())
                 self._liveness.sent(_now())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
-            return _reason(failure)
+            return _reason(status.cause_of(failure))
 
     async def _watch(self) -> str:
         while not self._liveness.lost(_now()):
@@ -243,7 +245,9 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _reason(failure: BaseException) -> str:
+def _reason(failure: BaseException | None) -> str:
+    if failure is None:
+        return "the worker ended the session"
     if isinstance(failure, grpc.aio.AioRpcError):
         return f"{failure.code().name}: {failure.details()}"
     return type(failure).__name__

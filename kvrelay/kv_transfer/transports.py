@@ -22,6 +22,7 @@ from kvrelay.errors import TransferError
 from kvrelay.kv_transfer.codec import Chunk, ChunkMessage, encode_chunk, end_digest
 from kvrelay.kv_transfer.layout import KVSpan
 from kvrelay.kv_transfer.shm_fd_passing import ShmEndpoint
+from kvrelay.network.first_status import FirstStatus
 from kvrelay.network.rpc import create_channel
 from kvrelay.security.credentials import ChannelCredentials, Towards, in_plain_text
 from kvrelay.security.principal import Role
@@ -218,6 +219,7 @@ class GrpcPush:
         # Waits for a receiver that is starting, as long as the opener allows.
         metadata = None if trace is None else ((METADATA_KEY, trace.traceparent),)
         self._call: Any = method(wait_for_ready=True, metadata=metadata)
+        self._status = FirstStatus(self._call)
 
     def has_room(self) -> bool:
         return True
@@ -264,7 +266,7 @@ class GrpcPush:
             async for response in responses:
                 yield _reply_from_pb(response)
         except grpc.aio.AioRpcError as error:
-            raise TransferError(f"the decode worker broke the push off: {error.details()}") from error
+            raise self._broken_off(error) from error
         finally:
             # Otherwise call and iterator keep each other alive until a full collection.
             await responses.aclose()
@@ -276,8 +278,12 @@ class GrpcPush:
         try:
             await self._call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            details = error.details() if isinstance(error, grpc.aio.AioRpcError) else "the call has ended"
-            raise TransferError(f"the decode worker broke the push off: {details}") from error
+            raise self._broken_off(error) from error
+
+    def _broken_off(self, failure: Exception) -> TransferError:
+        cause = self._status.cause_of(failure)
+        details = cause.details() if isinstance(cause, grpc.aio.AioRpcError) else "the call has ended"
+        return TransferError(f"the decode worker broke the push off: {details}")
 
 
 def _already_bytes(request: bytes) -> bytes:

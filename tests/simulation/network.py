@@ -314,6 +314,9 @@ class ClientCall(End):
     def done(self) -> bool:
         return self.is_over
 
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Does nothing: no later write replaces the status of a simulated call."""
+
     async def _connection(self) -> None:
         if not self._connected.done():
             await asyncio.shield(self._connected)

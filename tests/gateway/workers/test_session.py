@@ -30,6 +30,7 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self) -> None:
         self.may_end = threading.Event()
         self.has_ended = threading.Event()
+        self.dies = False
 
     def Session(self, request_iterator: Any, context: Any) -> Iterator[decode_pb2.DecodeServiceSessionResponse]:
         next(request_iterator)
@@ -42,6 +43,9 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
         )
         yield decode_pb2.DecodeServiceSessionResponse(hello=hello)
         assert self.may_end.wait(60)
+        if self.dies:
+            self.has_ended.set()
+            context.abort(grpc.StatusCode.UNAVAILABLE, "its last words")
         for number in range(NUM_MESSAGES):
             yield decode_pb2.DecodeServiceSessionResponse(heartbeat=session_pb2.Heartbeat(number=number))
         self.has_ended.set()
@@ -98,3 +102,22 @@ async def test_a_worker_that_does_not_read_its_commands_loses_its_session(monkey
             session.send(session_messages.heartbeat(MemberRole.DECODE, number))
         assert session._outbox.qsize() == 2
         assert await asyncio.wait_for(session._until_ended(), 30) == "it left 2 commands unread"
+
+
+@pytest.mark.parametrize("number", range(5))  # once in three times nothing is written in between
+async def test_a_worker_that_dies_while_commands_go_to_it_has_died(worker: tuple[Worker, str], number: int) -> None:
+    servicer, address = worker
+    servicer.dies = True
+    async with create_channel(address) as channel:
+        settings = SessionSettings("gateway-1", liveness_window_ms=10000)
+        session = WorkerSession(MemberRole.DECODE, address, channel, settings, lambda *_: None)
+        greeted = asyncio.Event()
+        running = asyncio.create_task(session.run(lambda _: greeted.set()))
+        await asyncio.wait_for(greeted.wait(), 30)
+        for heartbeat in range(NUM_MESSAGES):
+            session.send(session_messages.heartbeat(MemberRole.DECODE, heartbeat))
+        servicer.may_end.set()
+        assert servicer.has_ended.wait(30), "the loop stands still meanwhile"
+        time.sleep(0.2)  # noqa: ASYNC251 - and until the end of the session has arrived
+        assert await asyncio.wait_for(running, 30) == "UNAVAILABLE: its last words"
+        assert session.died
