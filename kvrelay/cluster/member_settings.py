@@ -38,15 +38,14 @@ def with_server(settings: SettingsT, **changes: object) -> SettingsT:
 def with_certificates(settings: SecuredT, folder: str | None, role: str) -> SecuredT:
     if folder is None:
         return settings
-    files = {"tls_cert": f"{role}.pem", "tls_key": f"{role}.key", "tls_ca": "ca.pem"}
-    changes = {name: os.path.join(folder, file) for name, file in files.items()}
-    return settings.model_copy(update={"security": settings.security.model_copy(update=changes)})
+    security = settings.security.model_copy(update={"tls_folder": folder})
+    return settings.model_copy(update={"security": security.of_role(role)})
 
 
 def with_cluster_key(settings: SecuredT, key: ClusterKeyFile | None) -> SecuredT:
     security = settings.security
     path = None if key is None else key.path
-    if path is None or security.tls_ca is not None or security.cluster_key_file is not None:
+    if path is None or security.has_certificates or security.cluster_key_file is not None:
         return settings
     return settings.model_copy(update={"security": security.model_copy(update={"cluster_key_file": path})})
 

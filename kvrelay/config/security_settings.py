@@ -1,6 +1,7 @@
 """Settings of identity, encryption and what is written down about calls. Secrets come as files."""
 
 from pathlib import Path
+from typing import Self
 
 from pydantic import Field
 
@@ -18,6 +19,11 @@ class SecuritySettings(Settings):
     tls_ca: str | None = Field(
         default=None,
         description="PEM file with the CAs of the cluster's certificates. Workers then want one from every caller.",
+    )
+    tls_folder: str | None = Field(
+        default=None,
+        description="Folder as `kvrelay certs dev` makes it, in place of the three files: each process takes those of "
+        "its own role.",
     )
     trust_domain: str = Field(
         default="kvrelay.local",
@@ -65,6 +71,20 @@ class SecuritySettings(Settings):
             )
         return secret
 
+    def of_role(self, role: str) -> Self:
+        """With the role's files of `tls_folder`. Raises ConfigError if others are given, too."""
+        if self.tls_folder is None:
+            return self
+        if any((self.tls_cert, self.tls_key, self.tls_ca)):
+            raise ConfigError("--tls-folder has all three files: leave out --tls-cert, --tls-key and --tls-ca")
+        names = {"tls_cert": f"{role}.pem", "tls_key": f"{role}.key", "tls_ca": "ca.pem"}
+        files = {setting: str(Path(self.tls_folder, name)) for setting, name in names.items()}
+        return self.model_copy(update={**files, "tls_folder": None})
+
+    @property
+    def has_certificates(self) -> bool:
+        return self.tls_ca is not None or self.tls_folder is not None
+
     @property
     def takes_keys(self) -> bool:
         """Whether clients prove who they are by keys or tokens."""
@@ -73,7 +93,7 @@ class SecuritySettings(Settings):
     @property
     def has_client_credentials(self) -> bool:
         """Whether clients of this process can prove who they are."""
-        return self.takes_keys or self.tls_ca is not None
+        return self.takes_keys or self.has_certificates
 
 
 class PeerSettings(Settings):

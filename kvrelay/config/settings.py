@@ -302,10 +302,6 @@ class ClusterSettings(OpenAIAccessSettings):
         le=65535,
         description="Port for OpenAI's HTTP API; 0 takes a free one. Default: none. Needs the extra openai.",
     )
-    tls_folder: str | None = Field(
-        default=None,
-        description="Folder as `kvrelay certs dev` makes it: each process gets its own certificate from it.",
-    )
     startup_timeout_s: float = Field(
         default=180.0, gt=0, description="Most time until all processes are up, in seconds."
     )

@@ -129,7 +129,7 @@ def gateways_of(settings: OpenAISettings, security: ProcessSecurity) -> list[Gat
         if has_keys_file(settings) and not gateway.hands_keys_on:
             _log.warning(
                 "the gateway gets clients' tenants and not their keys, because the way there is not encrypted: "
-                "give --tls-cert, --tls-key and --tls-ca if it takes keys",
+                "give --tls-folder, or --tls-cert, --tls-key and --tls-ca, if it takes keys",
                 gateway=gateway.address,
             )
     return gateways

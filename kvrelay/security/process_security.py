@@ -94,6 +94,7 @@ class ProcessSecurity:
     @classmethod
     def of(cls, settings: SecuritySettings, role: Role, *, local_clients: bool = False) -> ProcessSecurity:
         """`role` is the process's own."""
+        settings = settings.of_role(role)
         verifiers, files = _verifiers(settings)
         takes_keys = role is Role.GATEWAY and bool(verifiers)  # workers are called with certificates only
         certificates = _certificates(settings, role)
@@ -243,8 +244,8 @@ def _certificates(settings: SecuritySettings, role: Role) -> ProcessCertificates
 def _check_local_clients(settings: SecuritySettings) -> None:
     if settings.tls_ca is None:
         raise ConfigError(
-            "--local-clients needs certificates for the processes of the cluster: give --tls-cert, --tls-key and "
-            "--tls-ca"
+            "--local-clients needs certificates for the processes of the cluster: give --tls-folder, or --tls-cert, "
+            "--tls-key and --tls-ca"
         )
     if settings.takes_keys:
         raise ConfigError(

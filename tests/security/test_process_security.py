@@ -193,6 +193,26 @@ def test_workers_are_guarded_by_certificates_only(keys: Keys, tmp_path: Path) ->
         assert ProcessSecurity.of(settings, role).guard is not None
 
 
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.PREFILL, Role.DECODE, Role.FRONT])
+def test_a_folder_of_certificates_gives_each_role_its_own(role: Role, tmp_path: Path) -> None:
+    make_certificates(tmp_path, CertificatePlan("kvrelay.local"))
+    settings = SecuritySettings(tls_folder=str(tmp_path))
+    assert settings.has_client_credentials
+    credentials = ProcessSecurity.of(settings, role)
+    assert credentials.server_credentials() is not None
+    assert settings.of_role(role).tls_cert == str(tmp_path / f"{role}.pem")
+    (tmp_path / f"{role}.key").unlink()
+    with pytest.raises(ConfigError, match=f"{role}.key"):
+        ProcessSecurity.of(settings, role)
+
+
+@pytest.mark.parametrize("setting", ["tls_cert", "tls_key", "tls_ca"])
+def test_a_folder_of_certificates_and_single_files_are_refused(setting: str, tmp_path: Path) -> None:
+    settings = SecuritySettings.model_validate({"tls_folder": str(tmp_path), setting: "file.pem"})
+    with pytest.raises(ConfigError, match="leave out --tls-cert"):
+        ProcessSecurity.of(settings, Role.FRONT)
+
+
 def test_tokens_need_their_issuer_and_audience(tmp_path: Path) -> None:
     for settings in ({}, {"jwt_issuer": "a"}, {"jwt_audience": "a"}):
         with pytest.raises(ConfigError, match="jwt_issuer"):

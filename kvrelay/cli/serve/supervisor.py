@@ -46,7 +46,7 @@ def cluster_of(sources: SettingsSources, on_line: LineSink) -> LocalCluster:
         decode=[sources.load("decode", DecodeSettings)] * cluster.num_decode,
         redis_url=gateway.server.required_redis_url() if gateway.server.redis_url is not None else None,
         openai=_openai(cluster, gateway),
-        tls_folder=cluster.tls_folder,
+        tls_folder=gateway.security.tls_folder,
         restart=cluster.restart,
         hang_timeout_s=cluster.hang_timeout_s,
         startup_timeout_s=cluster.startup_timeout_s,
