@@ -16,7 +16,7 @@ from gateway.service import InferenceService
 from gateway.views import live_metrics
 from kvrelay.config.settings import GatewaySettings
 from kvrelay.core.member import Member, MemberRole
-from kvrelay.network.exposure import is_exposed, reminding, showing_health
+from kvrelay.network.exposure import exposure_of, reminding, showing_health
 from kvrelay.network.host_port import join_host_port, split_host_port
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import AddRoutes, Health, serving_http
@@ -63,7 +63,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
     stop = stop or stop_on_signals()
     security = ProcessSecurity.of(settings.security, Role.GATEWAY, local_clients=settings.peers.local_clients)
     host = settings.server.host
-    exposed = is_exposed_gateway(security, settings)
+    exposure = exposure_of_gateway(security, settings)
     async with RedisConnection(settings.server.required_redis_url(), settings.server.redis_timeout_ms) as connection:
         await connection.check()
         store = StateStore(connection, gateway_id, settings.requests.retention_ms)
@@ -81,15 +81,15 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         async with (
             _stopping(server),
             security.watching(),
-            reminding(exposed, host),
-            showing_health(bound, exposed, lambda: security.problems),
+            reminding(exposure, host),
+            showing_health(bound, exposure, lambda: security.problems),
             gateway.running(),
             gateway.registry.lease(member),
             _health(bound, store, service_names),
         ):
             await server.start()
             async with (
-                _serving_http(settings, gateway, security, store, exposed) as http_port,
+                _serving_http(settings, gateway, security, store, exposure) as http_port,
                 send_keepalives(settings.server.watchdog_socket),
                 measuring_delay(gateway.metrics.loop_delay.observe),
                 collecting_when_idle(lambda: not gateway.requests.num_running),
@@ -102,14 +102,9 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
     _log.info("stopped")
 
 
-def is_exposed_gateway(security: ProcessSecurity, settings: GatewaySettings) -> bool:
-    """Raises StartupError where strangers would have all rights."""
-    return is_exposed(
-        settings.server.host,
-        is_protected=security.is_protected,
-        insecure=settings.security.insecure,
-        needed="--keys-file, --jwks-file or certificates (--tls-cert, --tls-key, --tls-ca)",
-    )
+def exposure_of_gateway(security: ProcessSecurity, settings: GatewaySettings) -> str | None:
+    """Raises StartupError where strangers would be a danger."""
+    return exposure_of(settings.server.host, security.danger, insecure=settings.security.insecure)
 
 
 def _peer_address(
@@ -146,7 +141,7 @@ async def _health(bound: BoundServer, store: StateStore, service_names: Iterable
 
 
 def _serving_http(
-    settings: GatewaySettings, gateway: Gateway, security: ProcessSecurity, store: StateStore, exposed: bool
+    settings: GatewaySettings, gateway: Gateway, security: ProcessSecurity, store: StateStore, exposure: str | None
 ) -> contextlib.AbstractAsyncContextManager[int | None]:
     return serving_http(
         settings.server.host,
@@ -155,7 +150,7 @@ def _serving_http(
         *_http_routes(settings, gateway, security),
         guard=security.http_guard,
         bounds=HttpBounds(settings.server.host_names_of(gateway.address)),
-        health_notes=lambda: security.health_notes(exposed),
+        health_notes=lambda: security.health_notes(exposure),
         tls=security.https_context(),
     )
 

@@ -96,7 +96,7 @@ def health(
     else:
         print(f"{answer.address} {state}")
     if answer.insecure and not json:
-        print_note("everybody who reaches it has all rights: it runs with --insecure")
+        print_note("it runs with --insecure: everybody who reaches it has all rights, or keys come to it in plain text")
     if answer.broken_credentials and not json:
         print_note(
             "a changed file of keys or certificates cannot be used, and what it had before counts: "

@@ -222,7 +222,7 @@ class Health:
     serving: bool
     address: str
     insecure: bool = False
-    """Everybody who reaches it has all rights; see --insecure."""
+    """Everybody who reaches it has all rights, or keys come to it in plain text; see --insecure."""
     broken_credentials: bool = False
     """A changed file of keys or certificates cannot be used, and what it had before counts."""
 

@@ -45,7 +45,8 @@ class SecuritySettings(Settings):
     )
     insecure: bool = Field(
         default=False,
-        description="Listen on other than loopback addresses without credentials: everybody there has all rights.",
+        description="Listen on other than loopback addresses without certificates: everybody there has all rights, or, "
+        "with keys, whoever is on the way may read them. For trusted networks, and where TLS ends before the process.",
     )
     cache_secret_file: str | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Whether a process may listen on a host: others reach it only with credentials."""
+"""Whether a process may listen on a host: others reach it only with credentials, and encrypted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,7 +11,7 @@ from kvrelay.errors import StartupError
 from kvrelay.network.listening import is_loopback
 
 INSECURE_NAME = "kvrelay.v1.Insecure"
-"""Not a service: its health serves where everybody has all rights."""
+"""Not a service: its health serves where --insecure leaves a danger."""
 CREDENTIALS_NAME = "kvrelay.v1.Credentials"
 """Likewise: its health does not serve while a changed file of credentials cannot be used."""
 LOOK_INTERVAL_S = 0.5
@@ -20,22 +20,22 @@ REMINDER_INTERVAL_S = 60.0
 _log = structlog.get_logger(__name__)
 
 
-def is_exposed(host: str, *, is_protected: bool, insecure: bool, needed: str) -> bool:
-    """Whether everybody who reaches the host has all rights: StartupError then, unless `insecure`."""
-    if is_protected or is_loopback(host):
-        return False
+def exposure_of(host: str, danger: str | None, *, insecure: bool) -> str | None:
+    """The danger, if others reach the host: StartupError then, unless `insecure`."""
+    if danger is None or is_loopback(host):
+        return None
     if not insecure:
         raise StartupError(
-            f"whoever reaches {host} would have all rights: give {needed}, listen on 127.0.0.1, "
-            "or allow it with --insecure"
+            f"others reach {host}, and {danger}: give certificates (--tls-folder, or --tls-cert, --tls-key and "
+            "--tls-ca), listen on 127.0.0.1, or allow it with --insecure"
         )
-    return True
+    return danger
 
 
 @asynccontextmanager
-async def reminding(exposed: bool, host: str) -> AsyncIterator[None]:
-    """Logs each minute that the process is exposed."""
-    task = asyncio.create_task(_remind(host), name="reminder of --insecure") if exposed else None
+async def reminding(exposure: str | None, host: str) -> AsyncIterator[None]:
+    """Logs it each minute."""
+    task = asyncio.create_task(_remind(exposure, host), name="reminder of --insecure") if exposure else None
     try:
         yield
     finally:
@@ -49,10 +49,10 @@ class HealthService(Protocol):
 
 @asynccontextmanager
 async def showing_health(
-    health: HealthService, exposed: bool, problems: Callable[[], Sequence[str]]
+    health: HealthService, exposure: str | None, problems: Callable[[], Sequence[str]]
 ) -> AsyncIterator[None]:
     """Keeps both names in the health service."""
-    if exposed:
+    if exposure:
         await health.set_serving(True, INSECURE_NAME)
     await health.set_serving(not problems(), CREDENTIALS_NAME)
     task = asyncio.create_task(_follow(health, problems), name="health of the credentials")
@@ -69,7 +69,7 @@ async def _follow(health: HealthService, problems: Callable[[], Sequence[str]]) 
         await health.set_serving(not problems(), CREDENTIALS_NAME)
 
 
-async def _remind(host: str) -> None:
+async def _remind(exposure: str, host: str) -> None:
     while True:
-        _log.warning("everybody who reaches this process has all rights (--insecure)", host=host)
+        _log.warning(f"{exposure} (--insecure)", host=host)
         await asyncio.sleep(REMINDER_INTERVAL_S)

@@ -148,15 +148,20 @@ def keys_of(text: str | None) -> list[str]:
 
 
 def check_host(settings: OpenAISettings, keys: list[str]) -> None:
-    """Raises ConfigError for a host that others reach, without keys."""
-    if keys or has_keys_file(settings) or is_loopback(settings.host) or settings.local_clients:
+    """Raises ConfigError for a host that others reach, without keys or with plain ones."""
+    if is_loopback(settings.host) or settings.local_clients:
+        return
+    if not keys and not has_keys_file(settings):
+        danger = "everybody who reaches the port may ask"
+        needed = "set keys with KVRELAY_OPENAI_API_KEY or --keys-file"
+    elif not settings.security.has_certificates:
+        danger = "clients' keys come there in plain text"
+        needed = "give certificates (--tls-folder, or --tls-cert, --tls-key and --tls-ca)"
+    else:
         return
     if not settings.security.insecure:
-        raise ConfigError(
-            f"host is {settings.host!r}, where everybody who reaches the port may ask: set keys with "
-            "KVRELAY_OPENAI_API_KEY or --keys-file, or give --insecure"
-        )
-    _log.warning("everybody who reaches this port may ask, because of --insecure", host=settings.host)
+        raise ConfigError(f"host is {settings.host!r}, which others reach, and {danger}: {needed}, or give --insecure")
+    _log.warning(f"{danger}, because of --insecure", host=settings.host)
 
 
 def has_keys_file(settings: OpenAISettings) -> bool:

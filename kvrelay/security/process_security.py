@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 0.5
 """A changed file counts after two polls."""
 
+ALL_RIGHTS = "everybody there has all rights"
+PLAIN_KEYS = "clients' keys come there in plain text"
+
 _log = structlog.get_logger(__name__)
 
 
@@ -125,16 +128,18 @@ class ProcessSecurity:
         """Sentences without secrets, for operators."""
         return tuple(problem for file in self._files if (problem := file.problem) is not None)
 
-    def health_notes(self, exposed: bool) -> dict[str, object]:
+    def health_notes(self, exposure: str | None) -> dict[str, object]:
         """What everybody may know: no paths, no names."""
         broken = [file.name for file in self._files if file.problem is not None]
-        notes: dict[str, object] = {"insecure": True} if exposed else {}
+        notes: dict[str, object] = {"insecure": True} if exposure else {}
         return {**notes, "credential_problems": broken} if broken else notes
 
     @property
-    def is_protected(self) -> bool:
-        """Whether a caller from elsewhere must prove who it is: a cluster's key is for one machine."""
-        return self._takes_keys or self._certificates is not None
+    def danger(self) -> str | None:
+        """From other machines, for which a cluster's key is not made."""
+        if self._certificates is not None:
+            return None
+        return PLAIN_KEYS if self._takes_keys else ALL_RIGHTS
 
     @property
     def needs_peer_port(self) -> bool:

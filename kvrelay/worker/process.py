@@ -21,7 +21,7 @@ import structlog
 from kvrelay.config.settings import DecodeSettings, PrefillSettings
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.member import Member, MemberRole
-from kvrelay.network.exposure import is_exposed, reminding, showing_health
+from kvrelay.network.exposure import exposure_of, reminding, showing_health
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import Health, serving_http
 from kvrelay.network.rpc import BoundServer, bind_server, create_server
@@ -106,19 +106,14 @@ def run_worker(
     # Before the slow load of the model.
     asyncio.run(check_redis_at(settings.server.required_redis_url()))
     security = ProcessSecurity.of(settings.security, Role(role.value))
-    is_exposed_worker(security, settings)
+    exposure_of_worker(security, settings)
     engine = build_engine(settings.engine)
     keep_what_is_loaded()
     event_loop.run(serve(settings, engine, security))
 
 
-def is_exposed_worker(security: ProcessSecurity, settings: WorkerSettings) -> bool:
-    return is_exposed(
-        settings.server.host,
-        is_protected=security.is_protected,
-        insecure=settings.security.insecure,
-        needed="certificates (--tls-cert, --tls-key, --tls-ca)",
-    )
+def exposure_of_worker(security: ProcessSecurity, settings: WorkerSettings) -> str | None:
+    return exposure_of(settings.server.host, security.danger, insecure=settings.security.insecure)
 
 
 async def serve_worker(
@@ -131,7 +126,7 @@ async def serve_worker(
     """Serves until `stop` is set (by default SIGTERM and SIGINT), then drains."""
     server_settings = settings.server
     stop = stop or stop_on_signals()
-    exposed = is_exposed_worker(security, settings)
+    exposure = exposure_of_worker(security, settings)
     worker_id = f"{kind.role.value}-{secrets.token_hex(8)}"
     async with RedisConnection(server_settings.required_redis_url(), server_settings.redis_timeout_ms) as connection:
         server = create_server(takes_bulk=True, guard=security.guard)
@@ -154,8 +149,8 @@ async def serve_worker(
             await server.start()
             async with (
                 security.watching(),
-                reminding(exposed, server_settings.host),
-                showing_health(bound, exposed, lambda: security.problems),
+                reminding(exposure, server_settings.host),
+                showing_health(bound, exposure, lambda: security.problems),
                 _serving_http(kind, engine, services, security, settings, address, connection) as http_port,
                 registry.lease(member),
                 send_keepalives(server_settings.watchdog_socket),
@@ -214,7 +209,7 @@ def _serving_http(
     block_size, thread = engine.blocks.block_size, services.thread
     metrics = WorkerMetrics(engine.model.name, block_size, services.sessions, lambda: thread.busy_s, services.samples)
     sources = [metrics.samples, lambda: security_samples(security)]
-    server, exposed = settings.server, is_exposed_worker(security, settings)
+    server, exposure = settings.server, exposure_of_worker(security, settings)
     if server.vllm_metrics:
         sources.append(metrics.vllm_samples)
     return serving_http(
@@ -224,7 +219,7 @@ def _serving_http(
         metrics_route(kind.role.value, *sources),
         guard=security.http_guard,
         bounds=HttpBounds(server.host_names_of(address)),
-        health_notes=lambda: security.health_notes(exposed),
+        health_notes=lambda: security.health_notes(exposure),
         tls=security.https_context(),
     )
 

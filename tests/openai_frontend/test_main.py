@@ -32,11 +32,26 @@ def test_a_setting_that_names_no_key_does_not_open_the_port_to_everybody(text: s
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
 def test_a_host_that_others_reach_needs_keys_or_the_word_insecure(host: str) -> None:
     settings = OpenAISettings(host=host)
-    with pytest.raises(ConfigError, match="give --insecure"):
+    with pytest.raises(ConfigError, match=r"everybody who reaches the port may ask.*give --insecure"):
         check_host(settings, [])
-    check_host(settings, ["key"])
     check_host(settings.model_copy(update={"security": SecuritySettings(insecure=True)}), [])
     check_host(OpenAISettings(), [])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+@pytest.mark.parametrize(("keys", "keys_file"), [(["key"], None), ([], "keys.yaml")])
+def test_keys_come_from_other_hosts_encrypted_or_with_the_word_insecure(
+    host: str, keys: list[str], keys_file: str | None
+) -> None:
+    def settings(host: str, **security: object) -> OpenAISettings:
+        given = SecuritySettings.model_validate({"keys_file": keys_file, **security})
+        return OpenAISettings(host=host, security=given)
+
+    with pytest.raises(ConfigError, match=r"plain text.*--tls-folder.*give --insecure"):
+        check_host(settings(host), keys)
+    check_host(settings("127.0.0.1"), keys)
+    check_host(settings(host, tls_folder="certificates"), keys)
+    check_host(settings(host, insecure=True), keys)
 
 
 async def test_with_certificates_the_port_speaks_https_and_nothing_else(tmp_path: Path) -> None:

@@ -237,7 +237,8 @@ def test_passwords_keys_and_certificates_fit_together_and_stay(secrets: Path) ->
     assert not any(password in rules for password in passwords.values())
     for role in ROLES:
         files = {f"tls_{kind}": str(secrets / role / file) for kind, file in FILES.items()}
-        assert ProcessSecurity.of(SecuritySettings(**files), Role(role)).is_protected  # it reads and checks them
+        security = ProcessSecurity.of(SecuritySettings(**files), Role(role))  # it reads and checks them
+        assert security.danger is None
     before = contents_of(secrets)
     make_credentials(secrets)
     assert contents_of(secrets) == before

@@ -159,6 +159,13 @@ FRONT_MUTATIONS = (
         "    if False:",
         "tests/openai_frontend/test_main.py::test_a_host_that_others_reach_needs_keys_or_the_word_insecure",
     ),
+    Mutation(
+        "a front takes keys from others in plain text",
+        MAIN,
+        "    elif not settings.security.has_certificates:",
+        "    elif False:",
+        "tests/openai_frontend/test_main.py::test_keys_come_from_other_hosts_encrypted_or_with_the_word_insecure",
+    ),
 )
 
 SMG_MUTATIONS = (

@@ -144,12 +144,12 @@ async def test_broken_certificates_are_a_problem_until_they_are_mended(keys: Key
     files = {"tls_cert": "gateway.pem", "tls_key": "gateway.key", "tls_ca": "ca.pem"}
     paths = {name: str(tmp_path / "certificates" / file) for name, file in files.items()}
     security = ProcessSecurity.of(SecuritySettings(keys_file=str(keys.path), **paths), Role.GATEWAY)
-    assert security.health_notes(False) == {}
+    assert security.health_notes(None) == {}
     async with security.watching():
         before = exchanged(paths["tls_key"], b"no key")
         keys.path.write_text("keys: [")
         await wait_until(lambda: len(security.problems) == 2, "both broken files are noticed")
-        notes = security.health_notes(True)
+        notes = security.health_notes("danger")
         assert notes == {"insecure": True, "credential_problems": ["keys file", "certificates"]}
         assert str(tmp_path) not in str(notes), "strangers read it"
         exchanged(paths["tls_key"], before)

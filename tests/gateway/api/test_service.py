@@ -359,14 +359,14 @@ async def test_health_tells_about_the_process_and_its_store(bench: Bench) -> Non
     await eventually(lambda: is_serving(gateway, STATE_STORE_NAME))
 
 
-@pytest.mark.parametrize("exposed", [True, False])
+@pytest.mark.parametrize("exposure", ["danger", None])
 async def test_an_exposed_gateway_says_so_in_its_health(
-    bench: Bench, exposed: bool, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, exposure: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.main.is_exposed_gateway", lambda *_: exposed)
+    monkeypatch.setattr("gateway.main.exposure_of_gateway", lambda *_: exposure)
     gateway = await bench.gateway()
     async with AsyncClient(gateway.address) as client:
-        assert (await client.health()).insecure is exposed
+        assert (await client.health()).insecure is (exposure is not None)
 
 
 async def test_a_draining_gateway_takes_nothing_new_and_lets_running_requests_end(bench: Bench) -> None:
