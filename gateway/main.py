@@ -20,6 +20,7 @@ from kvrelay.network.exposure import exposure_of, reminding, showing_health
 from kvrelay.network.host_port import join_host_port, split_host_port
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import AddRoutes, Health, serving_http
+from kvrelay.network.own_places import OwnPlaces
 from kvrelay.network.rpc import BoundServer, bind_port, bind_server, create_server
 from kvrelay.observability.metrics.exposition import metrics_route
 from kvrelay.observability.metrics.security_metrics import security_samples
@@ -77,6 +78,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
         credentials = security.server_credentials()
         bound = bind_server(server, host, settings.server.port, service_names, credentials, reflects=True)
         gateway.address = address = settings.server.address_of(bound.port)
+        security.listens(OwnPlaces(host, bound.port, address).__contains__)
         member = Member(gateway_id, MemberRole.GATEWAY, _peer_address(server, settings, security, bound.port))
         async with (
             _stopping(server),

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from kvrelay.client import AsyncClient, Cluster
+from kvrelay.client import Cluster
 from kvrelay.cluster.member_settings import (
     SettingsT,
     WorkerSettingsT,
     of_another,
-    operator_key,
+    operator_prover,
     operator_tls,
     with_certificates,
     with_cluster_key,
@@ -237,15 +237,14 @@ class LocalCluster:
         }
         seen = "its gateway did not answer"
         tls = operator_tls(self.tls_folder, self.gateway.security.trust_domain)
-        api_key = operator_key(self.gateway.security, self._cluster_key) if tls is None else None
+        prover = operator_prover(self.gateway.security, self._cluster_key) if tls is None else None
         try:
             async with asyncio.timeout(self.startup_timeout_s):
                 for address in reversed(self._asked_addresses):
-                    async with AsyncClient(address, api_key=api_key, tls=tls) as client:
-                        while not has_all(cluster := await ask_cluster(client), expected):
-                            self._raise_if_one_ended()
-                            seen = seen if cluster is None else describe_connections(cluster)
-                            await asyncio.sleep(_POLL_INTERVAL_S)
+                    while not has_all(cluster := await ask_cluster(address, tls, prover), expected):
+                        self._raise_if_one_ended()
+                        seen = seen if cluster is None else describe_connections(cluster)
+                        await asyncio.sleep(_POLL_INTERVAL_S)
         except TimeoutError:
             message = f"the cluster was not ready within {self.startup_timeout_s:g} s: {seen}"
             raise StartupError(f"{message}\n{self._tails()}") from None

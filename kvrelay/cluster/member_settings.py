@@ -1,6 +1,8 @@
 """Adapts the user's settings to one process of a cluster on this machine."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from kvrelay.client import TLS
@@ -58,11 +60,11 @@ def operator_tls(folder: str | None, trust_domain: str) -> TLS | None:
     return TLS(ca, certificate, key, server_name(MemberRole.GATEWAY.value, trust_domain))
 
 
-def operator_key(gateway: SecuritySettings, key: ClusterKeyFile | None) -> str | None:
-    """Likewise without certificates, where clients need keys."""
+def operator_prover(gateway: SecuritySettings, key: ClusterKeyFile | None) -> Callable[[str], str] | None:
+    """Likewise without certificates, where clients need keys: makes a key for a call to an address."""
     if not gateway.takes_keys or key is None or key.path is None:
         return None
-    return ClusterKey.read(gateway.cluster_key_file or key.path).token_of(Role.OPERATOR)
+    return partial(ClusterKey.read(gateway.cluster_key_file or key.path).proof_of, Role.OPERATOR)
 
 
 def with_peer_port(settings: GatewaySettings, port: int) -> GatewaySettings:

@@ -1,16 +1,19 @@
 """Whether a gateway is connected to all started workers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from kvrelay.client import AsyncClient, Cluster, WorkerRole
+from kvrelay.client import TLS, AsyncClient, Cluster, WorkerRole
 from kvrelay.errors import KvrelayError
 
 
-async def ask_cluster(client: AsyncClient) -> Cluster | None:
+async def ask_cluster(address: str, tls: TLS | None, prover: Callable[[str], str] | None) -> Cluster | None:
+    """`prover` makes a key that counts only if the gateway listens already."""
+    api_key = None if prover is None else prover(address)
     try:
-        if not (await client.health(timeout_s=2.0)).serving:
-            return None
-        return await client.cluster(timeout_s=2.0)
+        async with AsyncClient(address, api_key=api_key, tls=tls) as client:
+            if not (await client.health(timeout_s=2.0)).serving:
+                return None
+            return await client.cluster(timeout_s=2.0)
     except KvrelayError:
         return None  # not up yet
 

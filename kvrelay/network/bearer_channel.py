@@ -1,4 +1,4 @@
-"""A channel that sends a bearer token with every call."""
+"""A channel that sends a new bearer token with every call."""
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only
 
@@ -13,9 +13,9 @@ from kvrelay.security.guard import AUTHORIZATION
 class BearerChannel(grpc.aio.Channel):
     """Adds metadata where a call begins. An interceptor would touch each message of a stream."""
 
-    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, new_token: Callable[[], str]) -> None:
         self._channel = channel
-        self._metadata = ((AUTHORIZATION, f"Bearer {token}"),)
+        self._new_token = new_token
 
     async def __aenter__(self) -> Self:
         return self
@@ -49,6 +49,7 @@ class BearerChannel(grpc.aio.Channel):
 
     def _with_token(self, begin: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, metadata: Any = None, **options: Any) -> Any:
-            return begin(*arguments, metadata=(*(metadata or ()), *self._metadata), **options)
+            proof = (AUTHORIZATION, f"Bearer {self._new_token()}")
+            return begin(*arguments, metadata=(*(metadata or ()), proof), **options)
 
         return call

@@ -24,7 +24,7 @@ def bind_sockets(host: str, port: int, flag: str, purpose: str = "") -> list[soc
         raise StartupError(f"there is no port {port}; choose one up to 65535 with {flag}")
     for tries_left in reversed(range(_NUM_TRIES)):
         try:
-            return _bind_all(_addresses_of(host), port)
+            return _bind_all(addresses_of(host), port)
         except OSError as error:
             if port == 0 and error.errno == errno.EADDRINUSE and tries_left:
                 continue
@@ -35,7 +35,7 @@ def bind_sockets(host: str, port: int, flag: str, purpose: str = "") -> list[soc
 def is_loopback(host: str) -> bool:
     """False also for an unknown host."""
     try:
-        addresses = _addresses_of(host)
+        addresses = addresses_of(host)
     except OSError:
         return False
     return all(ipaddress.ip_address(address).is_loopback for _, address in addresses)
@@ -50,7 +50,7 @@ def check_port(host: str, port: int, flag: str) -> int:
         _close(sockets)
 
 
-def _addresses_of(host: str) -> list[tuple[socket.AddressFamily, str]]:
+def addresses_of(host: str) -> list[tuple[socket.AddressFamily, str]]:
     if host in ANY_HOST:
         return (
             [(socket.AF_INET6, "::")] if socket.has_dualstack_ipv6() and _has_ipv6() else [(socket.AF_INET, "0.0.0.0")]  # noqa: S104  # a value to compare with

@@ -45,7 +45,7 @@ def _towards_redis(redis_url: str) -> str | None:
 
 def _leads_here(name: str) -> bool:
     addresses = _resolve(name)
-    return bool(addresses) and all(_is_own(address) for address in addresses)
+    return bool(addresses) and all(is_own(address) for address in addresses)
 
 
 def _resolve(name: str) -> list[str]:
@@ -58,7 +58,7 @@ def _resolve(name: str) -> list[str]:
     )
 
 
-def _is_own(address: str) -> bool:
+def is_own(address: str) -> bool:
     try:
         with socket.socket(_family_of(address), socket.SOCK_STREAM) as probe:
             probe.bind((address, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations  # gRPC's classes are generic for type checke
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -135,7 +136,9 @@ def create_channel(
         channel = grpc.aio.insecure_channel(address, options=options)
     else:
         channel = grpc.aio.secure_channel(address, credentials.tls, options=options)
-    return channel if credentials is None or credentials.bearer is None else BearerChannel(channel, credentials.bearer)
+    if credentials is None or credentials.prover is None:
+        return channel
+    return BearerChannel(channel, partial(credentials.prover, address))
 
 
 def create_sync_channel(

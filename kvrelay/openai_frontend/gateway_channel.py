@@ -36,11 +36,10 @@ class GatewayChannel:
         is_encrypted = credentials is not None and credentials.tls is not None
         self.hands_keys_on = is_encrypted or stays_on_this_machine(address)
         """Where not, only tenants are named."""
-        self._own_proof: Metadata = ()
+        self._prover = None if credentials is None else credentials.prover
+        self._own_key: Metadata | None = None
         if key is not None:
-            self._own_proof = call_metadata(key, (address,), uses_proxy=False, is_encrypted=is_encrypted)
-        elif credentials is not None and credentials.bearer is not None:
-            self._own_proof = ((AUTHORIZATION, f"Bearer {credentials.bearer}"),)
+            self._own_key = call_metadata(key, (address,), uses_proxy=False, is_encrypted=is_encrypted)
         self._current = self._connect(credentials)
         self._earlier: set[_Connection] = set()
 
@@ -59,8 +58,13 @@ class GatewayChannel:
     def metadata_of(self, client: Client) -> Metadata:
         tenant: Metadata = () if client.tenant is None else ((TENANT, client.tenant.encode()),)
         if client.key is None or not self.hands_keys_on:
-            return (*self._own_proof, *tenant)
+            return (*self._own_proof(), *tenant)
         return ((AUTHORIZATION, f"Bearer {client.key}"), *tenant)
+
+    def _own_proof(self) -> Metadata:
+        if self._own_key is not None:
+            return self._own_key
+        return () if self._prover is None else ((AUTHORIZATION, f"Bearer {self._prover(self.address)}"),)
 
     async def close(self) -> None:
         for connection in (self._current, *self._earlier):
@@ -80,5 +84,5 @@ class GatewayChannel:
         if credentials is None:
             return _Connection(create_channel(self.address), b"")
         return _Connection(
-            create_channel(self.address, credentials=replace(credentials, bearer=None)), credentials.digest
+            create_channel(self.address, credentials=replace(credentials, prover=None)), credentials.digest
         )

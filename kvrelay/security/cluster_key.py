@@ -1,7 +1,10 @@
 """The key by which processes of one cluster prove their roles without certificates.
 
-A process sends an HMAC of its role's name under the key, which proves no other role. It travels in
-the clear: the key is for one machine only.
+    kvrelay-role.ROLE.TIME.ADDRESS.HMAC of all before it    TIME in ns, ADDRESS in hexadecimal
+
+A server takes such a proof for the address that it listens on, and since it does. So who answers at
+another address, as a forged registry may name it, or did so earlier, can use it nowhere. It travels
+in the clear: the key is for one machine, whose processes share one clock.
 """
 
 import contextlib
@@ -10,10 +13,13 @@ import hmac
 import os
 import secrets
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from kvrelay.errors import ConfigError
+from kvrelay.core.quoting import quoted
+from kvrelay.errors import ConfigError, UnauthenticatedError
 from kvrelay.security.principal import Principal, Role
 
 MIN_KEY_BYTES = 32
@@ -60,30 +66,45 @@ def read_cluster_key(path: str) -> bytes:
 
 
 class ClusterKey:
-    def __init__(self, key: bytes) -> None:
-        self._tokens = {role: _token(key, role) for role in Role}
+    """Takes no proof before `listens`."""
+
+    def __init__(self, key: bytes, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._key = key
+        self._clock_ns = clock_ns
+        self._is_own: Callable[[str], bool] = lambda address: False
+        self._since_ns = 0
 
     @classmethod
     def read(cls, path: str) -> Self:
         return cls(read_cluster_key(path))
 
-    def token_of(self, role: Role) -> str:
-        return self._tokens[role]
+    def listens(self, is_own: Callable[[str], bool]) -> None:
+        """Called once the port is bound. `is_own` knows where only this process can answer."""
+        self._is_own, self._since_ns = is_own, self._clock_ns()
+
+    def proof_of(self, role: Role, address: str) -> str:
+        """For one call, to the address that is dialled."""
+        said = f"{_PREFIX}.{role}.{self._clock_ns()}.{address.encode().hex()}"
+        return f"{said}.{self._digest(said).decode()}"
 
     def identify(self, token: str) -> Principal | None:
-        """Returns None for tokens of another kind or key."""
-        if not token.startswith(f"{_PREFIX}."):
+        """Returns None for tokens of another kind or key. Raises UnauthenticatedError."""
+        said, _, digest = token.rpartition(".")
+        if not said.startswith(f"{_PREFIX}.") or not hmac.compare_digest(self._digest(said), digest.encode()):
             return None
-        given = token.encode()
-        found = [role for role, known in self._tokens.items() if hmac.compare_digest(known.encode(), given)]
-        return Principal(frozenset(found), None, f"cluster:{found[0]}") if found else None
+        _, name, time_ns, address_hex = said.split(".")
+        address = bytes.fromhex(address_hex).decode()
+        if not self._is_own(address) or int(time_ns) < self._since_ns:
+            raise UnauthenticatedError(
+                f"the proof is for {quoted(address)}, and for another process than this one; dial this one by the "
+                "address at which it listens"
+            )
+        return Principal(frozenset({Role(name)}), None, f"cluster:{name}")
 
     @property
     def live_proofs(self) -> frozenset[str]:
         """None: the key lasts as long as the process."""
         return frozenset()
 
-
-def _token(key: bytes, role: Role) -> str:
-    digest = hmac.digest(key, f"{_PREFIX}.{role}".encode(), hashlib.sha256).hex()
-    return f"{_PREFIX}.{role}.{digest}"
+    def _digest(self, said: str) -> bytes:
+        return hmac.digest(self._key, said.encode(), hashlib.sha256).hex().encode()

@@ -26,7 +26,8 @@ class ChannelCredentials:
     server_name: str | None
     """Name that the server's certificate must have; None: that of the address."""
     digest: bytes
-    bearer: str | None = None
+    prover: Callable[[str], str] | None = None
+    """Makes the bearer token of a call to an address."""
 
 
 Towards = Callable[[Role], ChannelCredentials | None]

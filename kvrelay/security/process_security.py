@@ -6,9 +6,10 @@ import asyncio
 import signal
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -62,17 +63,19 @@ class ProcessSecurity:
     def __init__(
         self,
         rules: GuardedBy,
+        role: Role,
         verifiers: Sequence[BearerVerifier],
         files: Sequence[WatchedFile],
         certificates: ProcessCertificates | None = None,
         takes_keys: bool = False,
-        bearer: str | None = None,
+        cluster_key: ClusterKey | None = None,
         audit: AuditLog | None = None,
         local_clients: bool = False,
     ) -> None:
-        """`bearer` proves this process's role. `local_clients`: plain text comes from LOCAL callers."""
+        """`local_clients`: plain text comes from LOCAL callers."""
         self._certificates = certificates
-        self._bearer = bearer
+        self._cluster_key = cluster_key
+        self._prover = None if cluster_key is None else partial(cluster_key.proof_of, role)
         self._takes_keys = takes_keys
         self._local_clients = local_clients
         self.num_refused: Counter[str] = Counter()
@@ -114,11 +117,12 @@ class ProcessSecurity:
                 GRPC_RULES.get(role) if has_guard else None,
                 HTTP_RULES[role] if settings.has_client_credentials and not local_clients else None,
             ),
+            role,
             verifiers,
             files,
             certificates,
             takes_keys,
-            None if cluster_key is None else cluster_key.token_of(role),
+            cluster_key,
             None if settings.audit_log is None else AuditLog(settings.audit_log),
             local_clients,
         )
@@ -168,7 +172,12 @@ class ProcessSecurity:
         """For a channel to a process of this role, as the files are now. None: plain text."""
         if self._certificates is not None:
             return self._certificates.towards(role)
-        return None if self._bearer is None else ChannelCredentials(None, None, b"", self._bearer)
+        return None if self._prover is None else ChannelCredentials(None, None, b"", self._prover)
+
+    def listens(self, is_own: Callable[[str], bool]) -> None:
+        """See `ClusterKey.listens`."""
+        if self._cluster_key is not None:
+            self._cluster_key.listens(is_own)
 
     def _peer_roles(self, auth_context: AuthContext) -> frozenset[Role]:
         return frozenset() if self._certificates is None else self._certificates.peer_roles(auth_context)

@@ -24,6 +24,7 @@ from kvrelay.core.member import Member, MemberRole
 from kvrelay.network.exposure import exposure_of, reminding, showing_health
 from kvrelay.network.http_bounds import HttpBounds
 from kvrelay.network.http_server import Health, serving_http
+from kvrelay.network.own_places import OwnPlaces
 from kvrelay.network.rpc import BoundServer, bind_server, create_server
 from kvrelay.observability.metrics.exposition import metrics_route
 from kvrelay.observability.metrics.families import Sample
@@ -134,6 +135,7 @@ async def serve_worker(
         credentials = security.server_credentials()
         bound = bind_server(server, server_settings.host, server_settings.port, names, credentials)
         address = server_settings.address_of(bound.port)
+        security.listens(OwnPlaces(server_settings.host, bound.port, address).__contains__)
         registry = MemberRegistry(connection, server_settings.lease_ms)
         hello, owners, peers = _hello(worker_id, engine), RequestOwners(connection), RegisteredPeers(registry)
         place = WorkerPlace(hello, address, owners, security.towards, peers)

@@ -10,11 +10,12 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from kvrelay.client import AsyncClient, Cluster
+from kvrelay.client import Cluster
 from kvrelay.cluster import local_cluster, member_settings
 from kvrelay.cluster.local_cluster import AnySettings, LocalCluster
 from kvrelay.cluster.readiness import ask_cluster
@@ -133,13 +134,13 @@ async def test_a_cluster_that_does_not_get_ready_is_given_up_after_its_time() ->
 async def test_a_cluster_that_does_not_get_ready_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ask, answers = ask_cluster, 0
 
-    async def ask_until_answered(client: AsyncClient) -> Cluster | None:
+    async def ask_until_answered(*asked: Any) -> Cluster | None:
         nonlocal answers
         if answers:
             # as if its time were over now: how long a gateway takes until it answers is the
             # machine's
             raise TimeoutError
-        answer = await ask(client)
+        answer = await ask(*asked)
         answers += answer is not None
         return answer
 

@@ -123,7 +123,7 @@ async def both(stack: AsyncExitStack) -> Both:
 
 def with_cluster_key(role: Role) -> ChannelCredentials:
     assert role is Role.GATEWAY
-    return ChannelCredentials(None, None, b"", "the-fronts-proof")
+    return ChannelCredentials(None, None, b"", lambda address: f"the-fronts-proof-for-{address}")
 
 
 async def test_a_clients_request_goes_with_its_key_and_tenant_and_the_rest_as_the_front(stack: AsyncExitStack) -> None:
@@ -135,10 +135,11 @@ async def test_a_clients_request_goes_with_its_key_and_tenant_and_the_rest_as_th
     with both.requests.of(FRONT_ITSELF, "completions") as request_id:
         await both.generate(f"{request_id}-p0-0198f")
     said = [(name, given.get(AUTHORIZATION), given.get(TENANT)) for name, given in both.gateway.calls]
+    proof = f"Bearer the-fronts-proof-for-{both.gateway.address}"
     assert said == [
         ("Generate", "Bearer alices-key", b"alice"),
-        ("HealthCheck", "Bearer the-fronts-proof", None),
-        ("Generate", "Bearer the-fronts-proof", None),
+        ("HealthCheck", proof, None),
+        ("Generate", proof, None),
     ]
     assert all(timeout is not None and timeout < 2 * 3600 for timeout in both.gateway.timeouts)
 

@@ -74,9 +74,9 @@ def test_a_process_refuses_hosts_where_strangers_would_be_a_danger(
 
 def test_a_name_is_local_only_if_all_its_addresses_are(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "10.1.2.3")]
-    monkeypatch.setattr(listening, "_addresses_of", lambda host: both)
+    monkeypatch.setattr(listening, "addresses_of", lambda host: both)
     assert not listening.is_loopback("both.example")
-    monkeypatch.setattr(listening, "_addresses_of", lambda host: both[:1])
+    monkeypatch.setattr(listening, "addresses_of", lambda host: both[:1])
     assert listening.is_loopback("here.example")
 
 

@@ -25,23 +25,61 @@ from kvrelay.security.principal import Role
 from kvrelay.v1 import session_pb2, session_pb2_grpc
 from tests.support.tiny_models import make_tiny_model
 
-KEY = ClusterKey(b"k" * 32)
+ADDRESS = "127.0.0.1:50051"
+
+
+class Clock:
+    now_ns = 1000
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+def key_at(address: str, clock: Clock | None = None) -> ClusterKey:
+    """Of a process that listens there."""
+    key = ClusterKey(b"k" * 32, clock or Clock())
+    key.listens(lambda dialled: dialled == address)
+    return key
 
 
 @pytest.mark.parametrize("role", Role)
-def test_a_token_proves_its_own_role_and_no_other(role: Role) -> None:
-    principal = KEY.identify(KEY.token_of(role))
+def test_a_proof_is_of_its_own_role_and_no_other(role: Role) -> None:
+    key = key_at(ADDRESS)
+    principal = key.identify(key.proof_of(role, ADDRESS))
     assert principal is not None
     assert (principal.roles, principal.key_id) == (frozenset({role}), f"cluster:{role}")
 
 
-def test_a_token_of_another_key_or_for_another_role_proves_nothing() -> None:
-    token = KEY.token_of(Role.GATEWAY)
-    assert ClusterKey(b"x" * 32).identify(token) is None
-    assert KEY.identify(token.replace("gateway", "operator")) is None
-    assert KEY.identify(token[:-1]) is None
-    assert KEY.identify("kvrelay-role.gateway.ä") is None
-    assert KEY.identify("an API key") is None
+def test_a_proof_of_another_key_or_for_another_role_proves_nothing() -> None:
+    key = key_at(ADDRESS)
+    proof = key.proof_of(Role.GATEWAY, ADDRESS)
+    assert key.identify(ClusterKey(b"x" * 32, Clock()).proof_of(Role.GATEWAY, ADDRESS)) is None
+    assert key.identify(proof.replace("gateway", "operator")) is None
+    assert key.identify(proof[:-1]) is None
+    assert key.identify("kvrelay-role.gateway.\u00e4") is None
+    assert key.identify("kvrelay-role.gateway") is None
+    assert key.identify("an API key") is None
+
+
+@pytest.mark.parametrize("dialled", ["127.0.0.2:50051", "127.0.0.1:50052", "localhost:50051", ""])
+def test_a_proof_for_another_address_is_refused(dialled: str) -> None:
+    """Who answers there, as a forged registry says, may hand it on."""
+    key = key_at(ADDRESS)
+    with pytest.raises(UnauthenticatedError, match="for another process"):
+        key.identify(key.proof_of(Role.GATEWAY, dialled))
+
+
+def test_a_proof_from_before_the_process_listened_is_refused() -> None:
+    """Another process may have answered at its address then."""
+    clock = Clock()
+    earlier = ClusterKey(b"k" * 32, clock).proof_of(Role.GATEWAY, ADDRESS)
+    with pytest.raises(UnauthenticatedError):
+        ClusterKey(b"k" * 32, clock).identify(earlier)
+    clock.now_ns += 1
+    key = key_at(ADDRESS, clock)
+    with pytest.raises(UnauthenticatedError):
+        key.identify(earlier)
+    assert key.identify(key.proof_of(Role.GATEWAY, ADDRESS)) is not None
 
 
 def test_a_written_key_is_for_its_user_alone_and_is_read_again() -> None:

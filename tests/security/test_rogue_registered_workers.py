@@ -3,12 +3,22 @@
 What the registry says, what the process says and what the operator allows have to agree.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from kvrelay.config.security_settings import PeerSettings
+from kvrelay.config.security_settings import PeerSettings, SecuritySettings
+from kvrelay.core.member import Member, MemberRole
+from kvrelay.network.own_places import OwnPlaces
+from kvrelay.network.rpc import create_channel, create_server
+from kvrelay.security.principal import Role
+from kvrelay.security.process_security import ProcessSecurity
+from kvrelay.v1 import decode_pb2_grpc, session_pb2, session_pb2_grpc
 from kvrelay.v1 import inference_pb2 as pb
 from tests.gateway.conftest import Bench, Gateway, eventually, read_all, token_request
 from tests.gateway.conftest import bench as bench  # a fixture
@@ -97,3 +107,94 @@ async def test_only_listed_fingerprints_are_served_even_if_others_are_more(bench
     else:
         await read_all(gateway.stub.Generate(token_request(PROMPT, 4)))
         assert worker.num_jobs == 0
+
+
+class Listening(decode_pb2_grpc.DecodeServiceServicer):
+    """A rogue that keeps what gateways send to prove who they are."""
+
+    def __init__(self) -> None:
+        self.proofs: list[tuple[str, str]] = []
+
+    async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        self.proofs += [(name, value) for name, value in context.invocation_metadata() if name == "authorization"]
+        async for _ in request_iterator:
+            pass
+
+
+class Model(session_pb2_grpc.ModelServiceServicer):
+    async def GetTokenizer(self, request: Any, context: Any) -> AsyncIterator[session_pb2.GetTokenizerResponse]:
+        yield session_pb2.GetTokenizerResponse(file_name="answered")
+
+
+def cluster_key(folder: Path) -> SecuritySettings:
+    path = folder / "cluster.key"
+    path.touch(0o600)
+    path.write_text("k" * 64)
+    return SecuritySettings(cluster_key_file=str(path))
+
+
+@asynccontextmanager
+async def served(
+    servicer: Any, add: Any, port: int = 0, settings: SecuritySettings | None = None
+) -> AsyncIterator[str]:
+    """With settings, as a decode worker serves."""
+    security = ProcessSecurity.of(settings or SecuritySettings(), Role.DECODE)
+    server = create_server(guard=security.guard)
+    add(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
+    security.listens(OwnPlaces("127.0.0.1", int(address.rpartition(":")[2]), address).__contains__)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(None)
+
+
+async def answers(address: str, credentials: Any, metadata: Any = None) -> bool:
+    async with create_channel(address, credentials=credentials) as channel:
+        stub = session_pb2_grpc.ModelServiceStub(channel)
+        call = stub.GetTokenizer(session_pb2.GetTokenizerRequest(), metadata=metadata, timeout=30)
+        try:
+            pieces = [piece.file_name async for piece in call]
+        except grpc.aio.AioRpcError:
+            return await call.code() is not grpc.StatusCode.UNAUTHENTICATED
+        return pieces == ["answered"]
+
+
+async def told_by_a_gateway(bench: Bench, settings: SecuritySettings, rogue: Listening, address: str) -> Any:
+    """What a gateway sends to the rogue, which a forged registry names."""
+    worker = await bench.workers.add_decode()
+    member = Member("decode-rogue", MemberRole.DECODE, address, MODEL.name, MODEL.fingerprint)
+    await bench.announce(worker)
+    async with bench._registry.lease(member):
+        await bench.gateway(num_workers=1, sections={"security": settings})
+
+        async def is_told() -> bool:
+            return bool(rogue.proofs)
+
+        await eventually(is_told)
+    return tuple(rogue.proofs[-1:])
+
+
+async def test_what_a_gateway_tells_a_rogue_opens_no_worker(bench: Bench, tmp_path: Path) -> None:
+    settings, rogue = cluster_key(tmp_path), Listening()
+    gateway = ProcessSecurity.of(settings, Role.GATEWAY)
+    async with (
+        served(rogue, decode_pb2_grpc.add_DecodeServiceServicer_to_server) as rogue_address,
+        served(Model(), session_pb2_grpc.add_ModelServiceServicer_to_server, settings=settings) as address,
+    ):
+        stolen = await told_by_a_gateway(bench, settings, rogue, rogue_address)
+        assert not await answers(address, None, stolen)
+        assert await answers(address, gateway.towards(Role.DECODE))
+
+
+async def test_what_a_rogue_was_told_opens_no_later_worker_at_its_address(bench: Bench, tmp_path: Path) -> None:
+    settings, rogue = cluster_key(tmp_path), Listening()
+    gateway = ProcessSecurity.of(settings, Role.GATEWAY)
+    async with served(rogue, decode_pb2_grpc.add_DecodeServiceServicer_to_server) as address:
+        stolen = await told_by_a_gateway(bench, settings, rogue, address)
+    port = int(address.rpartition(":")[2])
+    async with served(Model(), session_pb2_grpc.add_ModelServiceServicer_to_server, port, settings) as same:
+        assert same == address
+        assert not await answers(address, None, stolen)
+        assert await answers(address, gateway.towards(Role.DECODE))

@@ -250,9 +250,30 @@ PROOFS = (
     Mutation(
         "the cluster's key proves every role",
         CLUSTER_KEY,
-        'hmac.digest(key, f"{_PREFIX}.{role}".encode(), hashlib.sha256)',
-        "hmac.digest(key, _PREFIX.encode(), hashlib.sha256)",
-        f"{KEY_TESTS}::test_a_token_of_another_key_or_for_another_role_proves_nothing",
+        "hmac.digest(self._key, said.encode(), hashlib.sha256)",
+        'hmac.digest(self._key, said.split(".", 2)[-1].encode(), hashlib.sha256)',
+        f"{KEY_TESTS}::test_a_proof_of_another_key_or_for_another_role_proves_nothing",
+    ),
+    Mutation(
+        "a proof of the cluster's key counts at every address",
+        CLUSTER_KEY,
+        "        if not self._is_own(address) or int(time_ns) < self._since_ns:",
+        "        if int(time_ns) < self._since_ns:",
+        "tests/security/test_rogue_registered_workers.py::test_what_a_gateway_tells_a_rogue_opens_no_worker",
+    ),
+    Mutation(
+        "a proof of the cluster's key counts for whoever listens later",
+        CLUSTER_KEY,
+        "        if not self._is_own(address) or int(time_ns) < self._since_ns:",
+        "        if not self._is_own(address):",
+        "tests/security/test_rogue_registered_workers.py::test_what_a_rogue_was_told_opens_no_later_worker_at_its_address",
+    ),
+    Mutation(
+        "a name is an address of the process",
+        "kvrelay/network/own_places.py",
+        "        if place == self._advertised:",
+        '        if place == self._advertised or place.startswith("localhost:"):',
+        "tests/network/test_own_places.py::test_an_address_that_another_process_may_have_is_not_own",
     ),
     Mutation(
         "the cluster's key is readable",
@@ -365,8 +386,8 @@ HOSTS = (
     Mutation(
         "an unknown host is this machine",
         "kvrelay/network/listening.py",
-        "        addresses = _addresses_of(host)\n    except OSError:\n        return False",
-        "        addresses = _addresses_of(host)\n    except OSError:\n        return True",
+        "        addresses = addresses_of(host)\n    except OSError:\n        return False",
+        "        addresses = addresses_of(host)\n    except OSError:\n        return True",
         f"{BIND_TESTS}::test_a_process_refuses_hosts_where_strangers_would_be_a_danger",
     ),
     Mutation(

@@ -125,4 +125,4 @@ async def _is_connected(asked: Gateway, num_gateways: int) -> bool:
 
 
 def _channel_of_a_gateway(address: str, *, credentials: ChannelCredentials | None = None) -> grpc.aio.Channel:
-    return BearerChannel(grpc.aio.insecure_channel(address), GATEWAY)
+    return BearerChannel(grpc.aio.insecure_channel(address), lambda: GATEWAY)
