@@ -20,14 +20,17 @@ from gateway.text.texts import TokenBound
 from gateway.views import cluster_view
 from gateway.workers.served_models import ModelLimits
 from kvrelay.config.settings import MAX_COALESCE_MS
+from kvrelay.core.quoting import shortened
 from kvrelay.errors import InvalidRequestError
 from kvrelay.security.principal import Role, current_principal
+from kvrelay.state.request_record import RequestSummary
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 LISTED_AT_ONCE = 50
+MAX_LISTED_ERROR_CHARACTERS = 256
 MAX_LISTING = 2
 MAX_WAITING_LISTS = 64
 MODEL_WAIT_S = 5.0
@@ -79,7 +82,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             page = await self._gateway.known_requests.read_page(page_size, request.page_token, request.active_only)
             response = pb.ListRequestsResponse(next_page_token=page.next_page_token)
             for begin in range(0, len(page.requests), LISTED_AT_ONCE):
-                response.requests.extend(map(request_info, page.requests[begin : begin + LISTED_AT_ONCE]))
+                response.requests.extend(map(_listed_info, page.requests[begin : begin + LISTED_AT_ONCE]))
                 await asyncio.sleep(0)  # others' messages come between
             return response
 
@@ -135,6 +138,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """In monotonic seconds."""
         turn_s = timeout_ms / 1000 if timeout_ms else None
         return deadline_of(self._gateway.settings, context.time_remaining(), turn_s)
+
+
+def _listed_info(record: RequestSummary) -> pb.RequestInfo:
+    info = request_info(record)
+    info.error_message = shortened(info.error_message, MAX_LISTED_ERROR_CHARACTERS)
+    return info
 
 
 def _bound_of_call(field: str, limits: ModelLimits) -> TokenBound:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
 
@@ -65,19 +66,22 @@ async def fetch_files(channel: grpc.aio.Channel, fingerprint: str) -> dict[str, 
     """
     files: dict[str, bytearray] = {}
     num_bytes = 0
-    call = session_pb2_grpc.ModelServiceStub(channel).GetTokenizer(
+    call: Any = session_pb2_grpc.ModelServiceStub(channel).GetTokenizer(
         session_pb2.GetTokenizerRequest(fingerprint=fingerprint), timeout=FETCH_TIMEOUT_S
     )
     try:
-        async for piece in call:
+        # Not `async for`: a call and its iterator hold each other, and so the connection.
+        while (piece := await call.read()) is not grpc.aio.EOF:
             num_bytes += len(piece.content)
             if num_bytes > MAX_TOTAL_BYTES:
-                call.cancel()
                 raise PreconditionError(
                     f"the model's tokenizer files are larger than {MAX_TOTAL_BYTES >> 20} MiB; send token ids"
                 )
             if piece.file_name in KNOWN_FILES:
                 files.setdefault(piece.file_name, bytearray()).extend(piece.content)
     except grpc.aio.AioRpcError as failure:
-        raise UnavailableError("a worker did not send its model's tokenizer; try again later") from failure
+        problem = "a worker did not send its model's tokenizer; try again later"
+        raise UnavailableError(problem) from failure.with_traceback(None)  # whose frames hold the call
+    finally:
+        call.cancel()
     return {name: bytes(content) for name, content in files.items()}

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrelay.core.bounds import check_length
 from kvrelay.errors import OverloadedError
@@ -22,12 +22,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Status = health_pb2.HealthCheckResponse
 
 
-class HealthService(health.aio.HealthServicer):
+class HealthService(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
-        super().__init__()
         self.num_watches = 0
         self._statuses: dict[str, Any] = {"": Status.SERVING}
         self._changed = asyncio.Event()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Status:
+        if (status := self._statuses.get(request.service)) is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service is here")
+        return Status(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """Raises OverloadedError above MAX_WATCHES."""
@@ -44,7 +48,6 @@ class HealthService(health.aio.HealthServicer):
         if self._statuses.get(service) == status:
             return
         self._statuses[service] = status
-        await super().set(service, status)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

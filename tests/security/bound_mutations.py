@@ -19,6 +19,7 @@ PLACE_TESTS = "tests/gateway/api/test_place_first.py"
 KSERVE = "gateway/protocols/kserve"
 KSERVE_TESTS = "tests/gateway/protocols/kserve/test_bounds.py"
 SERVICE_TESTS = "tests/gateway/api/test_service.py"
+MANY_TESTS = "tests/security/test_many_at_once.py"
 LIMITS = "kvrelay/network/connection_limits.py"
 LIMITS_TESTS = "tests/network/test_connection_limits.py"
 HTTP_BOUNDS = "kvrelay/network/http_bounds.py"
@@ -229,6 +230,20 @@ REQUESTS = (
         "        if page_size > MAX_PAGE_SIZE:",
         "        if False:",
         f"{SERVICE_TESTS}::test_requests_are_listed_page_by_page",
+    ),
+    Mutation(
+        "a list has whole error messages",
+        "gateway/service.py",
+        "shortened(info.error_message, MAX_LISTED_ERROR_CHARACTERS)",
+        "info.error_message",
+        f"{MANY_TESTS}::test_the_largest_page_is_within_what_every_client_takes",
+    ),
+    Mutation(
+        "all lists are read at once",
+        "gateway/service.py",
+        "        async with self._listing.turn():\n",
+        "        if True:\n",
+        f"{MANY_TESTS}::test_many_lists_at_once_are_read_a_few_at_a_time",
     ),
     Mutation(
         "coalescing takes as long as a client says",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -63,6 +65,21 @@ async def test_files_that_do_not_come_are_given_up(monkeypatch: pytest.MonkeyPat
     async with channel_to(Worker(piece("tokenizer.json", 1), waits=True)) as channel, asyncio.timeout(60):
         with pytest.raises(UnavailableError):
             await fetch_files(channel, "f")
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 20, 1])
+async def test_a_read_leaves_no_call_for_the_collector(max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would hold the connection of a worker that is gone."""
+    monkeypatch.setattr(tokenizer_cache, "MAX_TOTAL_BYTES", max_bytes)
+    async with channel_to(Worker(piece("tokenizer.json", 5))) as channel:
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(PreconditionError):
+                await fetch_files(channel, "f")
+            assert [each for each in gc.get_objects() if isinstance(each, grpc.aio.UnaryStreamCall)] == []
+        finally:
+            gc.enable()
 
 
 async def test_files_of_unknown_names_are_not_kept() -> None:
