@@ -93,7 +93,8 @@ class MaskedModel:
     def _kv(self, token_ids: Sequence[int], num_tokens: int, mask: Tensor) -> KV:
         cache = DynamicCache()
         self._forward(token_ids, mask, cache)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]  # each [1, num_kv_heads, num_rows, head_dim]
+        cached: Any = cache.layers
+        layers = [(layer.keys, layer.values) for layer in cached]  # each [1, num_kv_heads, num_rows, head_dim]
         found = [[side[0, :, :num_tokens].transpose(0, 1).numpy() for side in layer] for layer in layers]
         return np.ascontiguousarray(np.array(found))
 
