@@ -4,6 +4,7 @@ document.
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_engine_measures_prefill_and_decode_beside_the_machines_limits(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roofline, "READ_BYTES", 2**20)
-    monkeypatch.setattr(roofline, "GEMM_SIZE", 64)
+    monkeypatch.setattr(engine, "LimitMeter", partial(roofline.LimitMeter, matrix_size=64))
     path = tmp_path / "engine.json"
     engine.command(
         model=llama,
