@@ -3,11 +3,12 @@ those that it cannot.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from tests.support.tiny_models import make_tiny_model
 REFERENCE = "portable"
 MAX_ROWS = 70
 BLOCK_SIZE = 16
+NUM_BLOCKS = 40
+MAX_QUERIES = 300
+GROUP_HEADS = 3  # query heads that share a KV head
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
 
@@ -164,60 +168,121 @@ def test_products_of_more_rows_than_one_task_takes_have_the_same_bits(variant: s
         library.use_threads(1)
 
 
-def attended(
-    library: NativeLibrary, kv_dtype: str, head_dim: int, lengths: list[tuple[int, int]], window: int
-) -> Tensor:
-    """Two KV heads of three queries each. lengths: position and new tokens of each sequence."""
-    num_blocks, num_kv_heads, group = 40, 2, 3
-    row_items, item = (head_dim + 4, torch.uint8) if kv_dtype == "int8" else (head_dim, torch.float32)
-    if kv_dtype == "bfloat16":
-        item = torch.bfloat16
-    shape = (num_blocks, BLOCK_SIZE, num_kv_heads, row_items)
+def steep(*shape: int) -> Tensor:
+    """Scores of these are so far apart that many weights vanish."""
+    return 10 * random(*shape)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Two KV heads, each with three query heads."""
+
+    kv: KVLayer
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+    def bytes(self) -> Tensor:
+        return torch.cat((self.keys.flatten().view(torch.uint8), self.values.flatten().view(torch.uint8)))
+
+
+def pool_of(library: NativeLibrary, kv_dtype: str, head_dim: int, content: Callable[..., Tensor] = random) -> Pool:
+    num_kv_heads, num_slots = 2, NUM_BLOCKS * BLOCK_SIZE
+    item = {"int8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}[kv_dtype]
+    shape = (NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim + 4 if kv_dtype == "int8" else head_dim)
     keys, values = torch.zeros(shape, dtype=item), torch.zeros(shape, dtype=item)
     kv = KVLayer(keys.data_ptr(), values.data_ptr(), KV_DTYPES[kv_dtype], BLOCK_SIZE, num_kv_heads, head_dim)
-    num_slots = num_blocks * BLOCK_SIZE
-    written = [random(num_slots, num_kv_heads, head_dim, seed=seed) for seed in (1, 2)]
+    written = [content(num_slots, num_kv_heads, head_dim), content(num_slots, num_kv_heads, head_dim).flip(0)]
     written[0][5], written[1][7] = 0, 1e-42
     slots = torch.arange(num_slots)
     library.write_kv(kv, num_slots, slots.data_ptr(), written[0].data_ptr(), written[1].data_ptr())
-    tables = [list(range(number, num_blocks, len(lengths))) for number in range(len(lengths))]
+    return Pool(kv, keys, values, content(MAX_QUERIES, num_kv_heads * GROUP_HEADS, head_dim))
+
+
+def attended(
+    library: NativeLibrary, pool: Pool, lengths: Sequence[tuple[int, int]], window: int = 0, first_query: int = 0
+) -> Tensor:
+    """lengths: position and new tokens of each sequence."""
+    tables = [list(range(number, NUM_BLOCKS, len(lengths))) for number in range(len(lengths))]
     batch = KernelBatch(
         [SequenceInput([1] * count, begin, table, 0) for (begin, count), table in zip(lengths, tables, strict=True)],
         BLOCK_SIZE,
     )
-    queries = random(sum(count for _, count in lengths), num_kv_heads * group, head_dim, seed=3)
-    out, tiles = torch.empty_like(queries), batch.tiles(group)
+    queries = pool.queries[first_query : first_query + sum(count for _, count in lengths)]
+    out, tiles, num_heads = torch.empty_like(queries), batch.tiles(GROUP_HEADS), queries.shape[1]
     library.attend(
         AttentionCall(
             segments=batch.segments.ctypes.data,
             tiles=tiles.ctypes.data,
             num_tiles=len(tiles),
             queries=queries.data_ptr(),
-            query_stride=num_kv_heads * group * head_dim,
-            num_heads=num_kv_heads * group,
+            query_stride=num_heads * pool.kv.head_dim,
+            num_heads=num_heads,
             scale=0.3,
             window=window,
             out=out.data_ptr(),
         ),
-        kv,
+        pool.kv,
     )
-    kept = torch.cat((keys.flatten().view(torch.uint8), values.flatten().view(torch.uint8)))
-    return torch.cat((out.flatten(), torch.from_numpy(np.pad(kept.numpy(), (0, -len(kept) % 4)).view(np.float32))))
+    return out
+
+
+Lengths = tuple[tuple[int, int], ...]
+
+
+@cache
+def reference_attention(
+    kv_dtype: str, head_dim: int, content: Callable[..., Tensor], lengths: Lengths, window: int
+) -> tuple[Tensor, Tensor]:
+    """The pool's bytes, and what is computed from them."""
+    library = library_of(REFERENCE)
+    pool = pool_of(library, kv_dtype, head_dim, content)
+    return pool.bytes(), attended(library, pool, lengths, window)
 
 
 @others
 @pytest.mark.parametrize("kv_dtype", list(KV_DTYPES))
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("content", [random, tame, steep])
 @pytest.mark.parametrize(
     ("lengths", "window"),
-    [([(0, 300)], 0), ([(290, 1)], 0), ([(100, 3), (0, 70)], 0), ([(60, 1), (90, 1), (131, 4)], 0), ([(200, 40)], 33)],
+    [
+        (((0, 300),), 0),
+        (((290, 1),), 0),
+        (((100, 3), (0, 70)), 0),
+        (((60, 1), (90, 1), (131, 4)), 0),
+        (((200, 40),), 33),
+    ],
 )
 def test_attention_has_the_same_bits(
-    variant: str, kv_dtype: str, head_dim: int, lengths: list[tuple[int, int]], window: int
+    variant: str,
+    kv_dtype: str,
+    head_dim: int,
+    content: Callable[..., Tensor],
+    lengths: Lengths,
+    window: int,
 ) -> None:
-    expected = attended(library_of(REFERENCE), kv_dtype, head_dim, lengths, window)
-    assert not expected[: head_dim * 6].isnan().any()
-    assert same_bits(attended(library_of(variant), kv_dtype, head_dim, lengths, window), expected)
+    written, expected = reference_attention(kv_dtype, head_dim, content, lengths, window)
+    library = library_of(variant)
+    pool = pool_of(library, kv_dtype, head_dim, content)
+    assert torch.equal(pool.bytes(), written), "keys and values are written alike"
+    assert not expected[0].isnan().any()
+    assert same_bits(attended(library, pool, lengths, window), expected)
+
+
+@others
+@pytest.mark.parametrize("kv_dtype", list(KV_DTYPES))
+@pytest.mark.parametrize(("position", "window"), [(0, 0), (100, 0), (100, 50)])
+def test_attention_of_a_token_does_not_depend_on_how_many_come_with_it(
+    variant: str, kv_dtype: str, position: int, window: int
+) -> None:
+    library = library_of(variant)
+    pool = pool_of(library, kv_dtype, 64)
+    _, expected = reference_attention(kv_dtype, 64, random, ((position, MAX_ROWS),), window)
+    for count in range(1, MAX_ROWS + 1):
+        assert same_bits(attended(library, pool, [(position, count)], window), expected[:count]), count
+    alone = [attended(library, pool, [(position + row, 1)], window, first_query=row) for row in range(MAX_ROWS)]
+    assert same_bits(torch.cat(alone), expected)
 
 
 @others

@@ -9,19 +9,6 @@
 
 enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX };
 
-// Buffers for one tile of rows; one workspace per thread, reused.
-typedef struct {
-    int64_t head_dim;
-    float *queries;        // [TILE_ROWS][head_dim], scaled
-    float *scores;         // [TILE_ROWS][TILE_KEYS], then weights
-    float *out;            // [TILE_ROWS][head_dim]
-    float *keys;           // [head_dim][TILE_KEYS]
-    float *values;         // [TILE_KEYS][head_dim]
-    int16_t *integers;     // [TILE_ROWS][head_dim], queries for keys in int8
-    float integer_scales[TILE_ROWS];
-    float highest[TILE_ROWS], total[TILE_ROWS];
-} workspace;
-
 static workspace *get_workspace(int64_t head_dim) {
     static _Thread_local workspace space;
     if (space.head_dim < head_dim) {
@@ -74,99 +61,94 @@ static row_fetch rows_to_fetch(const kv_layer *kv, const void *side, const key_t
         .row_bytes = num_heads * kv_row_bytes(kv->dtype, kv->head_dim)};
 }
 
-// The tile's keys, transposed: [head_dim][TILE_KEYS]. Columns after num_keys are undefined.
-static void load_keys(const kv_layer *kv, const key_tile *tile, float *to) {
-    for (int64_t key = 0; key < tile->num_keys; key += 8)
-        for (int64_t d = 0; d < kv->head_dim; d += 8) {
-            f32x8 rows[8];
-            for (int i = 0; i < 8; i++) rows[i] = load_kv8(kv->keys, kv->dtype, tile->offsets[key + i] + d);
-            transpose8(rows);
-            for (int i = 0; i < 8; i++) store8(to + (d + i) * TILE_KEYS + key, rows[i]);
-        }
+// Hides scores of whole vectors from a row that does not see them. Returns the highest of the others.
+static float hide_scores(float *scores, key_range seen, key_range whole) {
+    if (seen.begin >= seen.end) return -INFINITY;
+    for (int64_t i = whole.begin; i < seen.begin; i++) scores[i] = -INFINITY;
+    for (int64_t i = seen.end; i < whole.end; i++) scores[i] = -INFINITY;
+    f32w highest = load_wide(scores + whole.begin);
+    for (int64_t i = whole.begin + WIDE; i < whole.end; i += WIDE) highest = max_wide(highest, load_wide(scores + i));
+    return max_lanes_wide(highest);
 }
 
-static void load_values(const kv_layer *kv, const key_tile *tile, float *to) {
-    for (int64_t key = 0; key < tile->num_keys; key++)
-        for (int64_t d = 0; d < kv->head_dim; d += WIDE)
-            store_wide(to + key * kv->head_dim + d, load_kv_wide(kv->values, kv->dtype, tile->offsets[key] + d));
-}
-
-// c[rows][num_columns] (+)= a[rows][k] b[k][num_columns]
-static void multiply_tiles(
-    int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-    int64_t k, int add) {
-    const fetch nothing = {(const char *)b, 0, 0};
-    // Some columns of b stay in the first-level cache for all rows.
-    for (int64_t column = 0; column < num_columns; column += MAX_PANELS * PANEL)
-        for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
-            int64_t rows = num_rows - row < MAX_ROWS ? num_rows - row : MAX_ROWS, panels = (num_columns - column) / PANEL;
-            column_panels from = {b + column, ldb, PANEL};
-            tile_rows_f32(rows, panels, a + row * lda, lda, from, c + row * ldc + column, ldc, k, add, nothing);
-        }
-}
-
-// Turns a row's scores of one tile into weights, and rescales its sums so far.
-static void update_softmax(workspace *w, int64_t row, int64_t first_visible, int64_t num_visible_end) {
-    float *scores = w->scores + row * TILE_KEYS;
-    for (int64_t i = 0; i < first_visible && i < TILE_KEYS; i++) scores[i] = -INFINITY;
-    for (int64_t i = num_visible_end < 0 ? 0 : num_visible_end; i < TILE_KEYS; i++) scores[i] = -INFINITY;
-    f32w highest = load_wide(scores);
-    for (int64_t i = WIDE; i < TILE_KEYS; i += WIDE) highest = max_wide(highest, load_wide(scores + i));
-    float tile_highest = max_lanes_wide(highest);
-    if (tile_highest == -INFINITY) {
-        memset(scores, 0, TILE_KEYS * sizeof(float));
-        return;
-    }
-    float renewed = tile_highest > w->highest[row] ? tile_highest : w->highest[row];
+// Turns a row's scores into weights, 0 outside of `whole`. Returns their sum.
+static float make_weights(float *scores, key_range whole, float highest) {
     f32x8 sum = splat8(0);
     for (int64_t i = 0; i < TILE_KEYS; i += WIDE) {
-        f32w weight = exp_wide(load_wide(scores + i) - splat_wide(renewed));
+        f32w weight = splat_wide(0);
+        if (i >= whole.begin && i < whole.end) weight = exp_bounded_wide(load_wide(scores + i) - splat_wide(highest));
         store_wide(scores + i, weight);
         sum = add_to_eight(sum, weight);
     }
-    float total = sum_lanes(sum);
-    if (renewed != w->highest[row] && w->highest[row] != -INFINITY) {
-        f32w factor = exp_wide(splat_wide(w->highest[row] - renewed));
-        w->total[row] *= factor[0];
-        float *out = w->out + row * w->head_dim;
-        for (int64_t d = 0; d < w->head_dim; d += WIDE) store_wide(out + d, load_wide(out + d) * factor);
+    return sum_lanes(sum);
+}
+
+// Turns the scores of up to WIDE rows in one tile into weights, and rescales their sums so far.
+static void update_softmax(workspace *w, const tile_view *view, int64_t row_begin, int64_t num_rows) {
+    float *highest = w->highest + row_begin, *total = w->total + row_begin, before[WIDE], factors[WIDE];
+    key_range wholes[WIDE];
+    int renewed = 0;
+    store_wide(before, load_wide(highest));
+    for (int64_t r = 0; r < num_rows; r++) {
+        key_range seen = keys_seen_from(view, w->positions[row_begin + r]);
+        wholes[r] = in_wholes_of(WIDE, seen);
+        float of_tile = hide_scores(w->scores + (row_begin + r) * TILE_KEYS, seen, wholes[r]);
+        if (of_tile == -INFINITY) wholes[r] = (key_range){0, 0};
+        renewed |= of_tile > before[r];
+        highest[r] = of_tile > before[r] ? of_tile : before[r];
     }
-    w->total[row] += total;
-    w->highest[row] = renewed;
+    if (renewed) {
+        f32w factor = exp_bounded_wide(load_wide(before) - load_wide(highest));
+        store_wide(factors, factor);
+        store_wide(total, load_wide(total) * factor);
+    }
+    for (int64_t r = 0; r < num_rows; r++) {
+        total[r] += make_weights(w->scores + (row_begin + r) * TILE_KEYS, wholes[r], highest[r]);
+        if (highest[r] == before[r] || before[r] == -INFINITY) continue;
+        float *out = w->out + (row_begin + r) * w->head_dim;
+        for (int64_t d = 0; d < w->head_dim; d += WIDE) store_wide(out + d, load_wide(out + d) * splat_wide(factors[r]));
+    }
 }
 
 // Rows that attend to one head's keys together.
 typedef struct {
     kv_layer kv;
     int64_t row_begin, num_rows;  // of the workspace
+    row_block blocks[TILE_ROWS / BLOCK_ROWS];
+    int64_t num_blocks;
 } head_rows;
 
-// The rows' scores with a tile's keys, undefined after num_keys. Prefetches the next tile.
+// Cuts the rows into blocks, by what they see of a tile.
+static void find_blocks(const workspace *w, const tile_view *view, head_rows *h) {
+    h->num_blocks = 0;
+    for (int64_t row = 0; row < h->num_rows; row += BLOCK_ROWS) {
+        row_block b = {h->row_begin + row, h->num_rows - row < BLOCK_ROWS ? h->num_rows - row : BLOCK_ROWS, {0, 0}};
+        b.seen.begin = keys_seen_from(view, w->positions[b.row_begin]).begin;
+        b.seen.end = keys_seen_from(view, w->positions[b.row_begin + b.num_rows - 1]).end;
+        h->blocks[h->num_blocks++] = b;
+    }
+}
+
+// The rows' scores with the keys they see; the others are undefined. Prefetches the next tile.
 static void score_keys(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
     const kv_layer *kv = &h->kv;
-    const float *queries = w->queries + h->row_begin * kv->head_dim;
-    float *scores = w->scores + h->row_begin * TILE_KEYS;
     if (kv->dtype == KV_INT8) {
-        const int16_t *integers = w->integers + h->row_begin * kv->head_dim;
-        score_keys_int8(kv, tile, h->num_rows, integers, w->integer_scales + h->row_begin, scores, ahead);
+        score_keys_int8(w, h->blocks, h->num_blocks, kv, tile, ahead);
         return;
     }
-    if (score_few_rows(kv, tile, h->num_rows, queries, scores, ahead)) return;
+    const float *queries = w->queries + h->row_begin * kv->head_dim;
+    if (score_few_rows(kv, tile, h->num_rows, queries, w->scores + h->row_begin * TILE_KEYS, ahead)) return;
     fetch_lines(ahead, ALL_LINES);
-    load_keys(kv, tile, w->keys);
-    int64_t num_columns = (tile->num_keys + PANEL - 1) / PANEL * PANEL;
-    multiply_tiles(h->num_rows, num_columns, queries, kv->head_dim, w->keys, TILE_KEYS, scores, TILE_KEYS, kv->head_dim, 0);
+    score_many_rows(w, h->blocks, h->num_blocks, kv, tile);
 }
 
 static void add_weighted_values(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
     const kv_layer *kv = &h->kv;
-    int64_t head_dim = kv->head_dim;
-    float *weights = w->scores + h->row_begin * TILE_KEYS, *out = w->out + h->row_begin * head_dim;
+    float *weights = w->scores + h->row_begin * TILE_KEYS, *out = w->out + h->row_begin * kv->head_dim;
     if (kv->dtype == KV_INT8) scale_weights_int8(kv, tile, h->num_rows, weights);
     if (add_few_rows(kv, tile, h->num_rows, weights, out, ahead)) return;
     fetch_lines(ahead, ALL_LINES);
-    load_values(kv, tile, w->values);
-    multiply_tiles(h->num_rows, head_dim, weights, TILE_KEYS, w->values, head_dim, out, head_dim, tile->num_keys, 1);
+    add_many_rows(w, h->blocks, h->num_blocks, kv, tile);
 }
 
 typedef struct {
@@ -231,11 +213,12 @@ static void attend_heads(
     fetch_lines(&keys_ahead, ALL_LINES);
     head_rows heads[TILE_ROWS];
     for (int64_t h = 0; h < num_heads; h++) {
-        heads[h] = (head_rows){from_head(kv, head_begin + h), h * num_rows, num_rows};
+        heads[h] = (head_rows){.kv = from_head(kv, head_begin + h), .row_begin = h * num_rows, .num_rows = num_rows};
         load_queries(c, tile, head_begin + h, group, w, &heads[h]);
     }
     memset(w->out, 0, num_heads * num_rows * kv->head_dim * sizeof(float));
     for (int64_t r = 0; r < num_heads * num_rows; r++) {
+        w->positions[r] = first + r % num_rows / group;
         w->highest[r] = -INFINITY;
         w->total[r] = 0;
     }
@@ -247,12 +230,13 @@ static void attend_heads(
             find_keys(kv, &c->segments[next->segment], first_key_of(c, next), last_key_of(c, next), &next_keys);
         row_fetch values_ahead = rows_to_fetch(kv, of_heads.values, &keys, num_heads);
         keys_ahead = rows_to_fetch(kv, of_heads.keys, &next_keys, num_heads);
-        for (int64_t h = 0; h < num_heads; h++) score_keys(w, &heads[h], &keys, &values_ahead);
-        for (int64_t r = 0; r < num_heads * num_rows; r++) {
-            int64_t position = first + r % num_rows / group;
-            int64_t visible = c->window > 0 ? position - c->window + 1 - key : 0;
-            update_softmax(w, r, visible, position + 1 - key);
+        const tile_view view = {key, c->window};
+        for (int64_t h = 0; h < num_heads; h++) {
+            find_blocks(w, &view, &heads[h]);
+            score_keys(w, &heads[h], &keys, &values_ahead);
         }
+        for (int64_t r = 0; r < num_heads * num_rows; r += WIDE)
+            update_softmax(w, &view, r, num_heads * num_rows - r < WIDE ? num_heads * num_rows - r : WIDE);
         for (int64_t h = 0; h < num_heads; h++) add_weighted_values(w, &heads[h], &keys, &keys_ahead);
     }
     for (int64_t h = 0; h < num_heads; h++) store_out(c, tile, head_begin + h, group, w, &heads[h]);

@@ -81,18 +81,64 @@ ALWAYS_INLINE void fetch_lines(row_fetch *f, const int64_t num_lines) {
     }
 }
 
-// Eight numbers of a key or value at `offset`, in int8 without their scale.
-ALWAYS_INLINE f32x8 load_kv8(const void *side, int64_t dtype, int64_t offset) {
-    if (dtype == KV_F32) return load8((const float *)side + offset);
-    const void *from = (const char *)side + offset * kv_item_bytes(dtype);
-    return dtype == KV_INT8 ? widen_int8(from) : widen_bf16(from);
+// Numbers [d, d + 8) of WIDE keys in f32 or bf16, as columns.
+ALWAYS_INLINE void load_key_columns(const void *side, const int64_t dtype, const int64_t *offsets, int64_t d, f32w columns[8]) {
+    const void *from[WIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDE; i++) from[i] = (const char *)side + (offsets[i] + d) * kv_item_bytes(dtype);
+    if (dtype == KV_F32)
+        transpose_f32(from, columns);
+    else
+        transpose_bf16(from, columns);
 }
 
+// WIDE numbers of a value at `offset`, in int8 without their scale.
 ALWAYS_INLINE f32w load_kv_wide(const void *side, int64_t dtype, int64_t offset) {
     if (dtype == KV_F32) return load_wide((const float *)side + offset);
     const void *from = (const char *)side + offset * kv_item_bytes(dtype);
     return dtype == KV_INT8 ? widen_int8_wide(from) : widen_bf16_wide(from);
 }
+
+// Buffers for one tile of rows; one workspace per thread, reused.
+typedef struct {
+    int64_t head_dim;
+    float *queries;        // [TILE_ROWS][head_dim], scaled
+    float *scores;         // [TILE_ROWS][TILE_KEYS], then weights
+    float *out;            // [TILE_ROWS][head_dim]
+    float *keys;           // [head_dim][TILE_KEYS]
+    float *values;         // [TILE_KEYS][head_dim]
+    int16_t *integers;     // [TILE_ROWS][head_dim], queries for keys in int8
+    float integer_scales[TILE_ROWS];
+    float highest[TILE_ROWS], total[TILE_ROWS];
+    int64_t positions[TILE_ROWS];  // of the rows' tokens
+} workspace;
+
+// What the rows of a tile see: of the tile's keys, the first is at position `first_key`.
+typedef struct {
+    int64_t first_key, window;  // as in attention_call
+} tile_view;
+
+// Keys [begin, end) of a tile; none if begin >= end.
+typedef struct {
+    int64_t begin, end;
+} key_range;
+
+ALWAYS_INLINE key_range keys_seen_from(const tile_view *view, int64_t position) {
+    int64_t end = position + 1 - view->first_key, begin = view->window > 0 ? end - view->window : 0;
+    return (key_range){begin > 0 ? begin : 0, end < TILE_KEYS ? end : TILE_KEYS};
+}
+
+ALWAYS_INLINE key_range in_wholes_of(int64_t size, key_range keys) {
+    return (key_range){keys.begin / size * size, (keys.end + size - 1) / size * size};
+}
+
+// Rows of the workspace, which are computed without the keys that none of them sees.
+typedef struct {
+    int64_t row_begin, num_rows;
+    key_range seen;
+} row_block;
+
+enum { BLOCK_ROWS = 12 };
 
 // Scores of f32 or bf16 keys, [num_rows][TILE_KEYS]; undefined after num_keys. Returns 0 if there
 // are too many rows.
@@ -104,16 +150,20 @@ static int score_few_rows(
 static int add_few_rows(
     const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *weights, float *out, row_fetch *ahead);
 
+// The same for any number of rows. Scores of keys that a block does not see are undefined.
+static void score_many_rows(workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile);
+
+static void add_many_rows(workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile);
+
 static void write_kv_int8(
     const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
 
 // queries, to: [num_rows][head_dim]; scales: [num_rows].
 static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales);
 
-// scores: [num_rows][TILE_KEYS], up to num_keys; some after them are overwritten.
+// Scores of int8 keys for any number of rows, as of score_many_rows.
 static void score_keys_int8(
-    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
-    row_fetch *ahead);
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead);
 
 // Multiplies weights by the values' scales, so that integers remain to sum. weights:
 // [num_rows][TILE_KEYS].

@@ -4,7 +4,7 @@
 // order of tile_rows_f32: the result has the same bits as with many rows.
 #include "attention.h"
 
-enum { KEYS_TOGETHER = 8, MAX_GROUPS = 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
+enum { MAX_GROUPS = 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
 
 // Vectors of a row's sums that are added to together.
 enum { FEW_VECTORS = 4, MANY_ROWS_VECTORS = WIDE == 16 ? 4 : 2 };
@@ -18,41 +18,42 @@ static int64_t end_of_part(int64_t row, int64_t num_rows) {
 // ---------------------------------------------------------------- scores
 
 #if HAVE_AVX2
-// Scores of `groups` times eight keys for `rows` queries; rows, groups and dtype are constants
+// Scores of `groups` times WIDE keys for `rows` queries; rows, groups and dtype are constants
 // after inlining.
 ALWAYS_INLINE void score_groups(
     const int rows, const int groups, const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t first_key,
     const float *queries, float *scores, row_fetch *ahead) {
     const int64_t head_dim = kv->head_dim, item_bytes = kv_item_bytes(dtype), line_items = LINE_BYTES / item_bytes;
-    f32x8 sums[MAX_GROUPS][ROWS_TOGETHER];
+    f32w sums[MAX_GROUPS][ROWS_TOGETHER];
 #pragma GCC unroll 2
     for (int g = 0; g < groups; g++)
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) sums[g][r] = splat8(0);
+        for (int r = 0; r < rows; r++) sums[g][r] = splat_wide(0);
     for (int64_t d = 0; d < head_dim; d += 8)
 #pragma GCC unroll 2
         for (int g = 0; g < groups; g++) {
-            f32x8 columns[KEYS_TOGETHER];
-            const int64_t *offsets = tile->offsets + first_key + g * KEYS_TOGETHER;
-            for (int i = 0; i < KEYS_TOGETHER; i++) columns[i] = load_kv8(kv->keys, dtype, offsets[i] + d);
-            if (d % line_items == 0) fetch_lines(ahead, KEYS_TOGETHER);
-            transpose8(columns);
+            f32w columns[8];
+            load_key_columns(kv->keys, dtype, tile->offsets + first_key + g * WIDE, d, columns);
+            if (d % line_items == 0) fetch_lines(ahead, WIDE);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++)
 #pragma GCC unroll 6
-                for (int r = 0; r < rows; r++) sums[g][r] = fma8(splat8(queries[r * head_dim + d + j]), columns[j], sums[g][r]);
+                for (int r = 0; r < rows; r++)
+                    sums[g][r] = fma_wide(splat_wide(queries[r * head_dim + d + j]), columns[j], sums[g][r]);
         }
 #pragma GCC unroll 2
     for (int g = 0; g < groups; g++)
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) store8(scores + r * TILE_KEYS + first_key + g * KEYS_TOGETHER, sums[g][r]);
+        for (int r = 0; r < rows; r++) store_wide(scores + r * TILE_KEYS + first_key + g * WIDE, sums[g][r]);
 }
 
 ALWAYS_INLINE void score_tile(
     const int rows, const int groups, const int64_t dtype, const kv_layer *kv, const key_tile *tile, const float *queries,
     float *scores, row_fetch *ahead) {
-    for (int64_t key = 0; key < tile->num_keys; key += groups * KEYS_TOGETHER)
+    int64_t key = 0;
+    for (; key + (groups - 1) * WIDE < tile->num_keys; key += groups * WIDE)
         score_groups(rows, groups, dtype, kv, tile, key, queries, scores, ahead);
+    if (key < tile->num_keys) score_groups(rows, 1, dtype, kv, tile, key, queries, scores, ahead);
 }
 
 ALWAYS_INLINE void score_rows(

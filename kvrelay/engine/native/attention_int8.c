@@ -7,12 +7,12 @@
 #include <float.h>
 #include <math.h>
 
-enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, INT8_ROWS_TOGETHER = 3, INT8_KEYS_TOGETHER = 4 };
+enum { KV_LEVELS = 127, QUERY_LEVELS = 8191, INT8_ROWS_TOGETHER = WIDE == 16 ? 6 : 3, INT8_KEYS_TOGETHER = 4 };
 
 // The scale of a row's integers, of which the largest becomes `levels`; 0 for rows of zeros.
 static float scale_of(const float *x, int64_t width, float levels) {
     f32x8 largest = splat8(0);
-    for (int64_t i = 0; i < width; i += 8) largest = max8(largest, max8(load8(x + i), -load8(x + i)));
+    for (int64_t i = 0; i < width; i += 8) largest = max8(largest, abs8(load8(x + i)));
     float scale = max_lanes(largest) / levels;
     return scale >= FLT_MIN ? scale : 0;
 }
@@ -67,6 +67,100 @@ ALWAYS_INLINE float scale_at(const int8_t *row, int64_t head_dim) {
     return scale;
 }
 
+#if WIDE == 16
+// Keys as pairs of neighbouring numbers in int16, [head_dim / 2][TILE_KEYS].
+static void load_key_pairs(const kv_layer *kv, const key_tile *tile, int32_t *to, row_fetch *ahead) {
+    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m512i second = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+    for (int64_t key = 0; key < tile->num_keys; key += WIDE) {
+        const void *from[WIDE];
+        for (int i = 0; i < WIDE; i++) from[i] = (const int8_t *)kv->keys + tile->offsets[key + i];
+        for (int64_t d = 0; d < kv->head_dim; d += 16) {
+            __m512 fours[4];
+            transpose_dwords(from, d, fours);
+            fetch_lines(ahead, 8);  // a row of 64 numbers and their scale touches two
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                // Each number becomes the upper byte of an int16, and is shifted down.
+                __m512i four = _mm512_castps_si512(fours[i]);
+                int32_t *at = to + (d / 2 + 2 * i) * TILE_KEYS + key;
+                _mm512_store_si512(at, _mm512_srai_epi16(_mm512_shuffle_epi8(four, first), 8));
+                _mm512_store_si512(at + TILE_KEYS, _mm512_srai_epi16(_mm512_shuffle_epi8(four, second), 8));
+            }
+        }
+    }
+}
+
+// Scores of `vectors` times WIDE keys for `rows` queries; both are constants after inlining.
+ALWAYS_INLINE void score_pairs(
+    const int rows, const int vectors, int64_t head_dim, const int16_t *queries, const float *query_scales, const int32_t *pairs,
+    const float *key_scales, float *scores) {
+    __m512i sums[INT8_ROWS_TOGETHER][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < head_dim; d += 2, pairs += TILE_KEYS) {
+        __m512i keys[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) keys[v] = _mm512_load_si512(pairs + v * WIDE);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, queries + r * head_dim + d, sizeof pair);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_dpwssd_epi32(sums[r][v], keys[v], _mm512_set1_epi32(pair));
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            f32w scale = splat_wide(query_scales[r]) * load_wide(key_scales + v * WIDE);
+            store_wide(scores + r * TILE_KEYS + v * WIDE, (f32w)_mm512_cvtepi32_ps(sums[r][v]) * scale);
+        }
+}
+
+#define SCORE_OF_ROWS(rows) \
+    case rows: \
+        if (end - key > WIDE) \
+            score_pairs(rows, 2, head_dim, queries, query_scales, pairs + key, key_scales + key, scores + key); \
+        else \
+            score_pairs(rows, 1, head_dim, queries, query_scales, pairs + key, key_scales + key, scores + key); \
+        break
+
+static void score_rows_int8(
+    int64_t rows, key_range seen, int64_t head_dim, const int16_t *queries, const float *query_scales, const int32_t *pairs,
+    const float *key_scales, float *scores) {
+    for (int64_t key = seen.begin, end = seen.end; key < end; key += 2 * WIDE)
+        switch (rows) {
+            SCORE_OF_ROWS(1);
+            SCORE_OF_ROWS(2);
+            SCORE_OF_ROWS(3);
+            SCORE_OF_ROWS(4);
+            SCORE_OF_ROWS(5);
+            SCORE_OF_ROWS(6);
+        }
+}
+
+#undef SCORE_OF_ROWS
+
+static void score_keys_int8(
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead) {
+    int32_t *pairs = (int32_t *)w->keys;
+    float key_scales[TILE_KEYS];
+    for (int64_t key = 0; key < TILE_KEYS; key++)
+        key_scales[key] = key < tile->num_keys ? scale_at((const int8_t *)kv->keys + tile->offsets[key], kv->head_dim) : 0;
+    load_key_pairs(kv, tile, pairs, ahead);
+    for (const row_block *b = blocks; b < blocks + num_blocks; b++)
+        for (int64_t row = b->row_begin, end = row + b->num_rows; row < end; row += INT8_ROWS_TOGETHER) {
+            int64_t rows = end - row < INT8_ROWS_TOGETHER ? end - row : INT8_ROWS_TOGETHER;
+            score_rows_int8(
+                rows, in_wholes_of(WIDE, b->seen), kv->head_dim, w->integers + row * kv->head_dim, w->integer_scales + row, pairs,
+                key_scales, w->scores + row * TILE_KEYS);
+        }
+}
+#else
 // Scores of INT8_KEYS_TOGETHER keys for `rows` queries; rows is a constant after inlining.
 ALWAYS_INLINE void score_tile_int8(
     const int rows, int64_t head_dim, const int16_t *queries, const float *query_scales, const int8_t *const *keys, float *scores) {
@@ -105,11 +199,11 @@ ALWAYS_INLINE void score_tile_int8(
 #endif
 }
 
-static void score_keys_int8(
-    const kv_layer *kv, const key_tile *tile, int64_t num_rows, const int16_t *queries, const float *query_scales, float *scores,
-    row_fetch *ahead) {
+static void score_rows_int8(
+    int64_t num_rows, key_range seen, const kv_layer *kv, const key_tile *tile, const int16_t *queries, const float *query_scales,
+    float *scores, row_fetch *ahead) {
     int64_t head_dim = kv->head_dim;
-    for (int64_t key = 0; key < tile->num_keys; key += INT8_KEYS_TOGETHER) {
+    for (int64_t key = seen.begin; key < seen.end; key += INT8_KEYS_TOGETHER) {
         const int8_t *keys[INT8_KEYS_TOGETHER];
         for (int j = 0; j < INT8_KEYS_TOGETHER; j++) keys[j] = (const int8_t *)kv->keys + tile->offsets[key + j];
         fetch_lines(ahead, 2 * INT8_KEYS_TOGETHER);  // a row of 64 numbers and their scale touches two
@@ -125,10 +219,19 @@ static void score_keys_int8(
     }
 }
 
+static void score_keys_int8(
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead) {
+    for (const row_block *b = blocks; b < blocks + num_blocks; b++)
+        score_rows_int8(
+            b->num_rows, in_wholes_of(INT8_KEYS_TOGETHER, b->seen), kv, tile, w->integers + b->row_begin * kv->head_dim,
+            w->integer_scales + b->row_begin, w->scores + b->row_begin * TILE_KEYS, ahead);
+}
+#endif
+
 static void scale_weights_int8(const kv_layer *kv, const key_tile *tile, int64_t num_rows, float *weights) {
     float scales[TILE_KEYS] = {0};
     for (int64_t key = 0; key < tile->num_keys; key++)
         scales[key] = scale_at((const int8_t *)kv->values + tile->offsets[key], kv->head_dim);
     for (int64_t row = 0; row < num_rows; row++, weights += TILE_KEYS)
-        for (int64_t i = 0; i < TILE_KEYS; i += 8) store8(weights + i, load8(weights + i) * load8(scales + i));
+        for (int64_t i = 0; i < TILE_KEYS; i += WIDE) store_wide(weights + i, load_wide(weights + i) * load_wide(scales + i));
 }

@@ -80,6 +80,7 @@ typedef struct {
 // ---------------------------------------------------------------- the variant
 //
 // Besides functions on 8 floats (fma8, max8, swap_lanes) a variant has vectors of WIDE floats, and:
+//   transpose_f32, transpose_bf16   8 numbers at each of WIDE addresses as 8 vectors of WIDE
 //   MAX_ROWS, MAX_PANELS       of a tile of f32: as many sums as fit the registers
 //   ROWS_PER_BLOCK             of a product's task; a multiple of MAX_ROWS
 //   MAX_ROWS_INT8, ROWS_PER_BLOCK_INT8, ROW_BLOCK   the same for int8, and how its rows lie
@@ -94,6 +95,16 @@ typedef struct {
 #ifndef HAVE_AMX
 typedef float bf16_part;  // [num_rows][parts][k]
 #endif
+
+ALWAYS_INLINE f32x8 abs8(f32x8 v) { return (f32x8)((i32x8)v & INT32_MAX); }
+
+// The largest absolute value of GROUP numbers.
+ALWAYS_INLINE f32x8 largest_of_group(const float *x) {
+    f32x8 largest = splat8(0);
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP; i += 8) largest = max8(largest, abs8(load8(x + i)));
+    return largest;
+}
 
 // Rows for which quantized_rows has room.
 ALWAYS_INLINE int64_t padded_rows(int64_t num_rows) { return (num_rows + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK; }
@@ -113,12 +124,12 @@ ALWAYS_INLINE float max_lanes(f32x8 v) {
 // 1.5 * 2^23: adding it rounds a float to an integer, the difference of the two bit patterns.
 #define ROUNDING 12582912.0f
 
-ALWAYS_INLINE f32w exp_wide(f32w x) {
+// exp(x) for x <= 88.
+ALWAYS_INLINE f32w exp_bounded_wide(f32w x) {
     // exp(x) = 2^n * exp(r), |r| <= ln2 / 2, by a polynomial; 0 below the smallest normal number.
-    const f32w lowest = splat_wide(-87.0f), highest = splat_wide(88.0f);
+    const f32w lowest = splat_wide(-87.0f);
     i32w underflow = x < lowest;
     x = max_wide(x, lowest);
-    x = -max_wide(-x, -highest);
     f32w shifted = fma_wide(x, splat_wide(1.44269504089f), splat_wide(ROUNDING));
     f32w n = shifted - splat_wide(ROUNDING);
     f32w r = fma_wide(n, splat_wide(-0.693359375f), x);
@@ -130,10 +141,11 @@ ALWAYS_INLINE f32w exp_wide(f32w x) {
     p = fma_wide(p, r, splat_wide(1.6666665459e-1f));
     p = fma_wide(p, r, splat_wide(5.0000001201e-1f));
     p = fma_wide(p, r * r, r + splat_wide(1.0f));
-    i32w exponent = ((i32w)shifted - (i32w)splat_wide(ROUNDING)) << 23;
-    i32w bits = (i32w)p + exponent;
+    i32w bits = (i32w)p + ((i32w)shifted << 23);  // of ROUNDING itself nothing is left
     return (f32w)(bits & ~underflow);
 }
+
+ALWAYS_INLINE f32w exp_wide(f32w x) { return exp_bounded_wide(-max_wide(-x, splat_wide(-88.0f))); }
 
 ALWAYS_INLINE f32w silu_wide(f32w x) { return x / (splat_wide(1.0f) + exp_wide(-x)); }
 

@@ -9,6 +9,7 @@
 #include "attention.h"
 
 #include "attention_few_rows.c"
+#include "attention_many_rows.c"
 #include "attention_int8.c"
 
 #include "attention.c"

@@ -42,13 +42,6 @@ ALWAYS_INLINE void transpose8(f32x8 r[8]) {
     }
 }
 
-// The largest absolute value of GROUP numbers.
-ALWAYS_INLINE f32x8 largest_of_group(const float *x) {
-    f32x8 largest = splat8(0);
-    for (int i = 0; i < GROUP; i += 8) largest = max8(largest, max8(load8(x + i), -load8(x + i)));
-    return largest;
-}
-
 ALWAYS_INLINE int32_t four_values(const uint8_t *values) {
     int32_t four;
     memcpy(&four, values, 4);

@@ -47,6 +47,44 @@ ALWAYS_INLINE f32w widen_bf16_wide(const void *from) {
     return (f32w)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)), 16);
 }
 
+// 16 bytes at each of 16 addresses, as four vectors with a dword of each.
+ALWAYS_INLINE void transpose_dwords(const void *const *from, int64_t byte, __m512 to[4]) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float *)((const char *)from[i] + byte)));
+        rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps((const float *)((const char *)from[i + 4] + byte)), 1);
+        rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps((const float *)((const char *)from[i + 8] + byte)), 2);
+        rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps((const float *)((const char *)from[i + 12] + byte)), 3);
+    }
+    __m512d low[2], high[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        low[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]));
+        high[i] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    to[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+    to[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+    to[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+    to[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+}
+
+ALWAYS_INLINE void transpose_f32(const void *const *from, f32w to[8]) {
+    transpose_dwords(from, 0, (__m512 *)to);
+    transpose_dwords(from, 16, (__m512 *)to + 4);
+}
+
+ALWAYS_INLINE void transpose_bf16(const void *const *from, f32w to[8]) {
+    __m512 pairs[4];
+    transpose_dwords(from, 0, pairs);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512i pair = _mm512_castps_si512(pairs[i]);
+        to[2 * i] = (f32w)_mm512_slli_epi32(pair, 16);
+        to[2 * i + 1] = (f32w)_mm512_and_si512(pair, _mm512_set1_epi32((int32_t)0xffff0000));
+    }
+}
+
 // -128 * the sums of 16 columns: removes the values' zero point from the products.
 ALWAYS_INLINE __m512i zero_point(const int16_t *sums) {
     __m512i wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)sums));
@@ -139,8 +177,9 @@ ALWAYS_INLINE void quantize_group(const float *x, float inverse, uint8_t *out) {
     const __m512 factor = _mm512_set1_ps(inverse);
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += 16) {
-        __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor));
-        __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)));
-        _mm_storeu_si128((__m128i *)(out + i), _mm_xor_si128(bytes, _mm_set1_epi32(VALUE_SIGN)));
+        // The last byte, as in every variant. Its sign turned is its sum with 128.
+        __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor)));
+        if (!VALUE_SIGN) bytes = _mm_xor_si128(bytes, _mm_set1_epi8(-128));
+        _mm_storeu_si128((__m128i *)(out + i), bytes);
     }
 }

@@ -141,10 +141,3 @@ ALWAYS_INLINE void quantize_group(const float *x, float inverse, uint8_t *out) {
         out[i] = (uint8_t)(bits + 128);  // the constant's own last byte is 0
     }
 }
-
-// The largest absolute value of GROUP numbers.
-ALWAYS_INLINE f32x8 largest_of_group(const float *x) {
-    f32x8 largest = splat8(0);
-    for (int i = 0; i < GROUP; i += 8) largest = max8(largest, max8(load8(x + i), -load8(x + i)));
-    return largest;
-}

@@ -28,5 +28,17 @@ typedef i32x8 i32w;
 // Adds to eight sums, in the order of the numbers.
 ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, f32w v) { return sums + v; }
 
+ALWAYS_INLINE void transpose_f32(const void *const *from, f32w to[8]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) to[i] = load8(from[i]);
+    transpose8(to);
+}
+
+ALWAYS_INLINE void transpose_bf16(const void *const *from, f32w to[8]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) to[i] = widen_bf16(from[i]);
+    transpose8(to);
+}
+
 ALWAYS_INLINE void configure_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
 ALWAYS_INLINE void release_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
