@@ -27,7 +27,7 @@ from kvrelay.observability.metrics.security_metrics import security_samples
 from kvrelay.observability.tracing import create_tracing
 from kvrelay.process import set_up_process, stop_on_signals
 from kvrelay.runtime import event_loop
-from kvrelay.runtime.freed_memory import give_back_freed_memory
+from kvrelay.runtime.freed_memory import give_back_freed_memory, trimming_memory
 from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
 from kvrelay.runtime.loop_delay import measuring_delay
 from kvrelay.runtime.watchdog import send_keepalives
@@ -95,6 +95,7 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event | None = None) ->
                 send_keepalives(settings.server.watchdog_socket),
                 measuring_delay(gateway.metrics.loop_delay.observe),
                 collecting_when_idle(lambda: not gateway.requests.num_running),
+                trimming_memory(),
             ):
                 _log.info("ready", address=address, http_port=http_port, gateway_id=gateway_id, redis=store.healthy)
                 await stop.wait()

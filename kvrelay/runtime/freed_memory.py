@@ -3,14 +3,22 @@
 glibc keeps it in an arena for each thread: after a burst of large messages a process stays large.
 """
 
+import asyncio
+import contextlib
 import ctypes
+import os
 import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 MAPPED_BYTES = 256 * 1024
 """Larger blocks are mapped one by one, and unmapped when they are freed."""
 KEPT_BYTES = 1024 * 1024
 """At the end of a heap."""
 NUM_ARENAS = 2
+LOOK_INTERVAL_S = 1.0
+GROWN_BYTES = 16 * 1024 * 1024
+"""Since the last trim; a trim takes milliseconds."""
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -19,10 +27,46 @@ _M_ARENA_MAX = -8
 
 def give_back_freed_memory() -> None:
     """Once, before threads start. No effect without glibc."""
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_libc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(_M_ARENA_MAX, NUM_ARENAS)
+
+
+@contextlib.asynccontextmanager
+async def trimming_memory() -> AsyncIterator[None]:
+    """Gives small blocks back too, between others that are in use, after the process has grown."""
+    trim = _of_libc("malloc_trim")
+    if trim is None:
+        yield
+        return
+    trimming = asyncio.create_task(trim_when_grown(resident_bytes, lambda: trim(0)), name="trim of freed memory")
+    try:
+        yield
+    finally:
+        trimming.cancel()
+        await asyncio.wait([trimming])
+
+
+async def trim_when_grown(
+    resident: Callable[[], int], trim: Callable[[], object], interval_s: float = LOOK_INTERVAL_S
+) -> None:
+    least = resident()
+    while True:
+        await asyncio.sleep(interval_s)
+        least = min(least, resident())
+        if resident() - least >= GROWN_BYTES:
+            await asyncio.to_thread(trim)  # without the GIL
+            least = resident()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None
+    function: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)
+    return function

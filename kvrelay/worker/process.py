@@ -33,6 +33,7 @@ from kvrelay.observability.tracing import Tracing
 from kvrelay.process import exit_process, set_up_process, stop_on_signals
 from kvrelay.runtime import event_loop
 from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
+from kvrelay.runtime.own_time import TurnClock
 from kvrelay.runtime.watchdog import send_keepalives
 from kvrelay.security.credentials import Towards, in_plain_text
 from kvrelay.security.principal import Role
@@ -50,7 +51,6 @@ from kvrelay.worker.gateway_sessions import GatewaySessions
 from kvrelay.worker.metrics import WorkerMetrics
 from kvrelay.worker.ownership import OwnerLookup
 from kvrelay.worker.tokenizer_service import TokenizerService
-from kvrelay.worker.turn_clock import TurnClock
 
 MODEL_SERVICE = "kvrelay.v1.ModelService"
 LAST_MESSAGES_TIMEOUT_S = 1.0

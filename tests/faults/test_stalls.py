@@ -35,6 +35,7 @@ async def run_with_stop(rig: Rig, until: Callable[[FaultProcess], Awaitable[None
     assert victim.state == "T", "nobody else has continued it"
     await victim.resume()
     outcome = await running
+    assert victim.is_running, "a worker that stood still does not take itself for one that hangs"
     assert fault.num_fired == 1
     assert outcome.error is None
     assert outcome.tokens == expected

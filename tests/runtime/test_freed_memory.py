@@ -1,8 +1,13 @@
 """What large messages took goes back to the system when it is freed, also between what is kept."""
 
+import asyncio
 import subprocess
 import sys
 import textwrap
+
+import pytest
+
+from kvrelay.runtime.freed_memory import GROWN_BYTES, trim_when_grown
 
 MIB = 2**20
 NUM_BLOCKS = 64
@@ -35,3 +40,29 @@ def kept_bytes(how: str) -> int:
 def test_freed_messages_leave_the_process() -> None:
     assert kept_bytes("give back") < 4 * MIB
     assert kept_bytes("as the library does") > NUM_BLOCKS * MIB // 2, "else there is nothing to give back"
+
+
+@pytest.mark.asyncio
+async def test_memory_is_trimmed_each_time_that_it_has_grown() -> None:
+    sizes = [100 * MIB]
+    grown, trims = GROWN_BYTES, 0
+    trimmed, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def trim() -> None:
+        nonlocal trims
+        trims += 1
+        sizes.append(sizes[-1] - grown // 2)
+        loop.call_soon_threadsafe(trimmed.set)
+
+    trimming = asyncio.create_task(trim_when_grown(lambda: sizes[-1], trim, 0.0))
+    for expected in (1, 2, 3):
+        await asyncio.sleep(0)
+        assert trims == expected - 1, "not before it has grown"
+        trimmed.clear()
+        sizes.append(sizes[-1] + grown)
+        await trimmed.wait()
+        assert trims == expected
+    sizes.append(sizes[-1] - MIB)
+    trimming.cancel()
+    await asyncio.wait([trimming])
+    assert trims == 3

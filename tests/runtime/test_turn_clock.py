@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvrelay.worker.turn_clock import TurnClock
+from kvrelay.runtime.own_time import TurnClock
 
 INTERVAL_S = 0.5
 
