@@ -203,6 +203,9 @@ class _RecordingChannel:
         )
         yield pb.PushResponse(complete=pb.PushComplete(kv_bytes=sum(chunk.span.num_bytes(LAYOUT) for chunk in chunks)))
 
+    def add_done_callback(self, callback: Any) -> None:
+        """It never ends."""
+
     def cancel(self) -> None:
         """Nothing is open."""
 
