@@ -52,13 +52,17 @@ async def trimming_memory() -> AsyncIterator[None]:
 async def trim_when_grown(
     resident: Callable[[], int], trim: Callable[[], object], interval_s: float = LOOK_INTERVAL_S
 ) -> None:
-    least = resident()
+    least, trims_again = resident(), False
     while True:
         await asyncio.sleep(interval_s)
         least = min(least, resident())
-        if resident() - least >= GROWN_BYTES:
+        has_grown = resident() - least >= GROWN_BYTES
+        if has_grown or trims_again:
             await asyncio.to_thread(trim)  # without the GIL
+        if trims_again:
             least = resident()
+        # Once more: what has grown may still have been in use.
+        trims_again = has_grown and not trims_again
 
 
 def resident_bytes() -> int:

@@ -88,7 +88,7 @@ async def test_a_herd_that_waited_for_workers_is_served_with_few_more_attempts(r
             await clients.enter_async_context(rig.cluster.client(gateway.name))
             for gateway in rig.cluster.of_role("gateway")
         ]
-        await wait_until(lambda: are_waiting(gateways, num_requests), "all requests wait")
+        await wait_until(lambda: are_waiting(gateways, num_requests), "all requests wait", 180)
     assert not any(worker.is_running for worker in rig.cluster.of_role("decode"))
     await rig.cluster.restart_ended()
     report = await load

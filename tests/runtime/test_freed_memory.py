@@ -44,25 +44,33 @@ def test_freed_messages_leave_the_process() -> None:
 
 @pytest.mark.asyncio
 async def test_memory_is_trimmed_each_time_that_it_has_grown() -> None:
-    sizes = [100 * MIB]
-    grown, trims = GROWN_BYTES, 0
-    trimmed, loop = asyncio.Event(), asyncio.get_running_loop()
+    size, num_looks, num_trims = 100 * MIB, 0, 0
+
+    def resident() -> int:
+        nonlocal num_looks
+        num_looks += 1
+        return size
 
     def trim() -> None:
-        nonlocal trims
-        trims += 1
-        sizes.append(sizes[-1] - grown // 2)
-        loop.call_soon_threadsafe(trimmed.set)
+        nonlocal size, num_trims
+        size -= GROWN_BYTES // 4
+        num_trims += 1
 
-    trimming = asyncio.create_task(trim_when_grown(lambda: sizes[-1], trim, 0.0))
+    async def looked_again() -> None:
+        """Often enough for two trims."""
+        seen = num_looks
+        while num_looks < seen + 10:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    trimming = asyncio.create_task(trim_when_grown(resident, trim, 0.0))
     for expected in (1, 2, 3):
-        await asyncio.sleep(0)
-        assert trims == expected - 1, "not before it has grown"
-        trimmed.clear()
-        sizes.append(sizes[-1] + grown)
-        await trimmed.wait()
-        assert trims == expected
-    sizes.append(sizes[-1] - MIB)
+        await looked_again()
+        assert num_trims == 2 * (expected - 1), "not before it has grown"
+        size += GROWN_BYTES
+        await looked_again()
+        assert num_trims == 2 * expected, "and once more, for what was still in use"
+    size -= MIB
+    await looked_again()
+    assert num_trims == 6
     trimming.cancel()
     await asyncio.wait([trimming])
-    assert trims == 3
