@@ -112,9 +112,13 @@ async def test_overload() -> None:
 
 @both_modes
 async def test_random_faults(secured: bool) -> None:
-    figures = await random_faults(num_streams=300, secured=secured)
-    check_streams(figures)
-    assert figures["retried"] > 0
+    num_retried = 0
+    for seed in range(5):  # on a fast machine, few faults meet 300 streams
+        figures = await random_faults(num_streams=300, seed=seed, secured=secured)
+        check_streams(figures)
+        if num_retried := figures["retried"]:
+            break
+    assert num_retried > 0
 
 
 async def test_soak() -> None:
