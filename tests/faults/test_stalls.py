@@ -16,7 +16,8 @@ from tests.faults.conftest import LIVENESS_WINDOW_S, STEP_TIMEOUT_S, Rig
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
-NUM_TOKENS = 60
+NUM_TOKENS = 150
+"""Many more than the steps until a stop, also where a step has several of them."""
 HANG_MS = 50_000
 SHORT_STOP_S = 0.3 * LIVENESS_WINDOW_S
 
