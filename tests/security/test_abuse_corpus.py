@@ -29,10 +29,8 @@ from tests.integration.clusters import assert_at_rest, cluster_of, engine, greed
 from tests.support.tiny_models import make_tiny_model
 
 MIB = 2**20
-MAX_CPU_S = 1.0
-"""Of the gateway for one case; it took up to 6 s before there were bounds. Half of it is room for
-cores that are two threads of one: a process beside doubles the time.
-"""
+MAX_CPU_S = 0.5
+"""Of the gateway for one case; it took up to 6 s before there were bounds."""
 MAX_DELAY_S = 0.1
 """Of the gateway's event loop; a bound of the histogram."""
 MAX_GROWN_BYTES = 32 * MIB
