@@ -34,7 +34,7 @@ MAX_LISTED_ERROR_CHARACTERS = 256
 MAX_LISTING = 2
 MAX_WAITING_LISTS = 64
 MODEL_WAIT_S = 5.0
-MAX_TOKENS_PER_CALL = 262_144
+MAX_TOKENS_PER_CALL = 65_536
 """Bound of Tokenize and Detokenize if the model's context is shorter."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
