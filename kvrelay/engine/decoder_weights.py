@@ -1,4 +1,4 @@
-"""Reads decoders of transformers as the kernels describe them.
+"""Reads decoders of transformers as the kernels describe them, layer by layer.
 
 Knows where each architecture keeps its parts, and nothing of how they are packed.
 """
@@ -39,6 +39,10 @@ class Layout:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     has_gate: bool = True
     down: str = "mlp.down_proj"
+    experts: str | None = None  # in place of `up` and `down`, in layers that have them
+    router: str = "mlp.gate"
+    clamps_gates: bool = False
+    has_half_angles: bool = False  # each cosine once, where others repeat it for both numbers of a pair
     activation: str = "hidden_act"  # in the config
     not_with: tuple[str, ...] = ()  # settings that the kernels do not know
 
@@ -65,6 +69,10 @@ _GPT2 = Layout(
 LAYOUTS: Mapping[str, Layout] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "smollm3"), _LLAMA),
     "qwen3": replace(_LLAMA, norms={**_LLAMA.norms, **_HEAD_NORMS}),
+    "mixtral": replace(_LLAMA, experts="mlp.experts"),
+    "qwen3_moe": replace(_LLAMA, norms={**_LLAMA.norms, **_HEAD_NORMS}, experts="mlp.experts"),
+    "olmoe": replace(_LLAMA, norms={**_LLAMA.norms, **_HEAD_NORMS}, experts="mlp.experts", not_with=("clip_qkv",)),
+    "gpt_oss": replace(_LLAMA, experts="mlp.experts", router="mlp.router", clamps_gates=True, has_half_angles=True),
     "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
     "gpt2": _GPT2,
     "starcoder2": replace(_LLAMA, up=("mlp.c_fc",), has_gate=False, down="mlp.c_proj"),
@@ -90,12 +98,35 @@ _UP_MODES = {
     (False, "gelu_pytorch_tanh"): OutputMode.GELU,
     (False, "gelu_new"): OutputMode.GELU,
 }
+_CLAMPS = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # in the config; the kernels know no others
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: Tensor  # [n, k]
-    bias: Tensor | None
+    """Parts of a module, until they are packed: [n, k] each, joined one behind the other."""
+
+    parts: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] = ()
+    alternate: bool = False  # the parts' panels: gates, and their factors
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(part) for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def weight(self) -> Tensor:
+        return self._joined(self.parts)
+
+    def bias(self) -> Tensor | None:
+        return self._joined(self.biases) if self.biases else None
+
+    def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        return interleave_panels(*parts) if self.alternate else torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,25 +136,37 @@ class Norm:
     epsilon: float
 
 
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    up: Linear
+    down: Linear
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
+    module: Any
     qkv: Linear
     output: Linear
-    up: Linear  # with a gate its panels alternate
-    down: Linear
+    router: Linear | None  # to the experts; None: there is one, for all tokens
+    experts: tuple[Mlp, ...]
+    experts_per_token: int
+    shares_of_chosen: bool  # an expert's share is of those that a token has chosen, else of all
     norms: Mapping[str, Norm]
     window: int
     rope: int  # -1: none
+    sinks: Tensor | None  # [num_heads]
     attention_scale: float
 
     @property
-    def linears(self) -> Mapping[str, Linear]:
-        return {"qkv": self.qkv, "output": self.output, "up": self.up, "down": self.down}
+    def linears(self) -> list[Linear]:
+        """All but the router."""
+        return [self.qkv, self.output, *(part for expert in self.experts for part in (expert.up, expert.down))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    layers: tuple[LayerWeights, ...]
+    num_layers: int
+    layer: Callable[[int], LayerWeights]
     embeddings: Tensor
     embedding_scale: float
     position_embeddings: Tensor | None
@@ -139,24 +182,27 @@ class DecoderWeights:
 def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) -> DecoderWeights | None:
     """None: the kernels cannot compute it as a whole. windows: of each layer, not the config's."""
     layout = LAYOUTS.get(architecture)
-    if layout is None:
+    if layout is None or any(getattr(module.config, name) is not None for name in layout.not_with):
         return None
     config = module.config
-    up_mode = _UP_MODES.get((layout.has_gate, getattr(config, layout.activation)))
-    ropes = {} if layout.rotary is None else _ropes(module.get_submodule(layout.rotary), config)
-    if up_mode is None or ropes is None or any(getattr(config, name) is not None for name in layout.not_with):
+    up_mode = _up_mode(layout, config)
+    ropes = {} if layout.rotary is None else _ropes(module.get_submodule(layout.rotary), config, layout)
+    if up_mode is None or ropes is None:
         return None
     layers = list(module.get_submodule(layout.layers))
     attention = layers[0].get_submodule(layout.attention)
     embeddings = module.get_submodule(layout.embeddings)
-    intermediate = _linear(layers[0].get_submodule(layout.down)).weight.shape[1]
-    if embeddings.weight.shape[1] % VECTOR or attention.head_dim % PANEL or intermediate % PANEL:
+
+    def read(number: int) -> LayerWeights:
+        return _read_layer(layers[number], layout, windows[number] or 0, list(ropes))
+
+    widths = {read(number).experts[0].down.shape[1] for number in range(len(layers))}
+    if embeddings.weight.shape[1] % VECTOR or any(width % PANEL for width in (attention.head_dim, *widths)):
         return None
     positions = layout.position_embeddings
     return DecoderWeights(
-        layers=tuple(
-            _read_layer(layer, layout, window, list(ropes)) for layer, window in zip(layers, windows, strict=True)
-        ),
+        num_layers=len(layers),
+        layer=read,
         embeddings=embeddings.weight.detach(),
         embedding_scale=_embedding_scale(embeddings),
         position_embeddings=None if positions is None else module.get_submodule(positions).weight.detach(),
@@ -170,44 +216,91 @@ def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) 
     )
 
 
+def _up_mode(layout: Layout, config: Any) -> OutputMode | None:
+    if layout.clamps_gates:
+        is_known = all(getattr(config, name) == value for name, value in _CLAMPS.items())
+        return OutputMode.CLAMPED_GATED if is_known else None
+    return _UP_MODES.get((layout.has_gate, getattr(config, layout.activation)))
+
+
 def _embedding_scale(embeddings: Any) -> float:
     scale = getattr(embeddings, "embed_scale", None)
     return 1.0 if scale is None else float(scale.to(embeddings.weight.dtype))
 
 
-def _read_layer(layer: Any, layout: Layout, window: int | None, rope_kinds: list[str | None]) -> LayerWeights:
+def _read_layer(layer: Any, layout: Layout, window: int, rope_kinds: list[str | None]) -> LayerWeights:
     attention = layer.get_submodule(layout.attention)
-    up = _joined([_linear(layer.get_submodule(name)) for name in layout.up])
     has_rope = bool(rope_kinds) and getattr(attention, "use_rope", True)
+    sinks = getattr(attention, "sinks", None)
+    router = _router(layer, layout)
     return LayerWeights(
+        module=layer,
         qkv=_joined([_linear(layer.get_submodule(name)) for name in layout.qkv]),
         output=_linear(layer.get_submodule(layout.output)),
-        up=_gated(up) if layout.has_gate else up,
-        down=_linear(layer.get_submodule(layout.down)),
+        router=None if router is None else _linear(router),
+        experts=(_mlp(layer, layout),) if router is None else _experts(layer.get_submodule(layout.experts)),
+        experts_per_token=1 if router is None else router.top_k,
+        shares_of_chosen=getattr(router, "norm_topk_prob", True),
         norms={field: _norm(layer.get_submodule(name), layout) for field, name in layout.norms.items()},
-        window=window or 0,
+        window=window,
         rope=rope_kinds.index(None if None in rope_kinds else attention.layer_type) if has_rope else -1,
+        sinks=None if sinks is None else sinks.detach(),
         attention_scale=attention.scaling,
     )
 
 
+def _router(layer: Any, layout: Layout) -> Any | None:
+    """None: this layer has no experts, though others may."""
+    if layout.experts is None or not any(name == layout.experts for name, _ in layer.named_modules()):
+        return None
+    return layer.get_submodule(layout.router)
+
+
+def _mlp(layer: Any, layout: Layout) -> Mlp:
+    up = _joined([_linear(layer.get_submodule(name)) for name in layout.up])
+    return Mlp(_gated(up) if layout.has_gate else up, _linear(layer.get_submodule(layout.down)))
+
+
+def _experts(part: Any) -> tuple[Mlp, ...]:
+    """part: with weights [num_experts, n, k]; if it says so, transposed."""
+
+    def linear(name: str, number: int) -> Linear:
+        weight, bias = getattr(part, name)[number].detach(), getattr(part, f"{name}_bias", None)
+        return Linear((weight.t() if part.is_transposed else weight,), () if bias is None else (bias[number].detach(),))
+
+    num_experts = len(part.gate_up_proj)
+    return tuple(
+        Mlp(_gated(linear("gate_up_proj", number), in_turns=not part.is_concatenated), linear("down_proj", number))
+        for number in range(num_experts)
+    )
+
+
+def is_experts(part: Any) -> bool:
+    """A module of transformers with all experts' weights in one tensor."""
+    return hasattr(part, "is_transposed") and hasattr(part, "gate_up_proj")
+
+
 def _linear(part: Any) -> Linear:
     weight: Tensor = part.weight.detach()
-    return Linear(weight.t() if isinstance(part, CONV1D) else weight, None if part.bias is None else part.bias.detach())
+    bias = getattr(part, "bias", None)
+    return Linear((weight.t() if isinstance(part, CONV1D) else weight,), () if bias is None else (bias.detach(),))
 
 
-def _joined(parts: Sequence[Linear]) -> Linear:
-    biases = [part.bias for part in parts if part.bias is not None]
-    assert len(biases) in (0, len(parts)), "layers that read the same rows have biases, or none of them has"
-    if len(parts) == 1:
-        return parts[0]
-    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+def _joined(linears: Sequence[Linear]) -> Linear:
+    biases = tuple(bias for linear in linears for bias in linear.biases)
+    assert len(biases) in (0, len(linears)), "layers that read the same rows have biases, or none of them has"
+    return Linear(tuple(part for linear in linears for part in linear.parts), biases)
 
 
-def _gated(joined: Linear) -> Linear:
-    """Of gates and then their factors."""
-    bias = None if joined.bias is None else interleave_panels(*joined.bias.chunk(2))
-    return Linear(interleave_panels(*joined.weight.chunk(2)), bias)
+def _gated(up: Linear, *, in_turns: bool = False) -> Linear:
+    """up: gates and then their factors, or both in turns."""
+
+    def halves(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if in_turns:
+            return tuple(part[begin::2] for part in parts for begin in (0, 1))
+        return parts if len(parts) != 1 else parts[0].chunk(2)
+
+    return Linear(halves(up.parts), halves(up.biases), alternate=True)
 
 
 def _norm(part: Any, layout: Layout) -> Norm:
@@ -216,7 +309,7 @@ def _norm(part: Any, layout: Layout) -> Norm:
     return Norm(weight.float() + layout.norm_offset, None if bias is None else bias.detach(), epsilon)
 
 
-def _ropes(rotary: Any, config: Any) -> dict[str | None, Rope] | None:
+def _ropes(rotary: Any, config: Any, layout: Layout) -> dict[str | None, Rope] | None:
     """By type of layer, or one under None; None: the kernels do not know these."""
     parameters = config.rope_parameters or {}
     by_type: dict[str | None, Any] = {None: parameters}
@@ -224,15 +317,15 @@ def _ropes(rotary: Any, config: Any) -> dict[str | None, Rope] | None:
         by_type = {name: parameters[name] for name in sorted(set(config.layer_types))}
     if len(by_type) > MAX_ROPES or any(value.get("rope_type") in LENGTH_DEPENDENT_ROPE for value in by_type.values()):
         return None
-    return {name: _rope(rotary, () if name is None else (name,)) for name in by_type}
+    return {name: _rope(rotary, layout, () if name is None else (name,)) for name in by_type}
 
 
-def _rope(rotary: Any, arguments: tuple[str, ...]) -> Rope:
+def _rope(rotary: Any, layout: Layout, arguments: tuple[str, ...]) -> Rope:
     def angles(num_positions: int) -> tuple[Tensor, Tensor]:
         with torch.inference_mode():
             # [1, num_positions, rotary_dim]
             cosines, sines = rotary(torch.empty(1), torch.arange(num_positions).unsqueeze(0), *arguments)
-        half = cosines.shape[-1] // 2
+        half = cosines.shape[-1] // (1 if layout.has_half_angles else 2)
         return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()
 
     return angles

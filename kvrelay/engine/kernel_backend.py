@@ -4,7 +4,8 @@ Some architectures run in the kernels as a whole, others only their linear layer
 The results must agree with torch's.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import structlog
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvrelay.core.model_spec import derive_fingerprint
 from kvrelay.engine.bfloat16_modules import linears_in_float32, widen
+from kvrelay.engine.decoder_weights import read_decoder
 from kvrelay.engine.kernel_batch import SequenceInput
 from kvrelay.engine.model_probe import least_cosine, short_windows
 from kvrelay.engine.model_runner import LoadedModel, ModelRunner
@@ -73,18 +75,16 @@ def use_native_kernels(
         _log.info("the model runs in torch", model=model.spec.name, why=why)
         return model
     scheme = _scheme(model, int8=int8, plain_rows=plain_rows)
-    expected = _expected_logits(model)
-    decoder = pack(model.module, model.spec.architecture, library, model.windows, int8=int8, plain_rows=plain_rows)
+    weights = read_decoder(model.module, model.spec.architecture, model.windows)
+    expected = _expected_logits(model, in_kernels=weights is not None)
+    decoder = None if weights is None else pack(weights, library, int8=int8, plain_rows=plain_rows)
     if decoder is not None:
         native = replace(model, decoder=decoder, kernels=library)
         packed_bytes = decoder.weight_bytes
     else:
         packed_bytes = pack_linears(model.module, library, int8=int8, plain_rows=plain_rows)
         native = replace(model, kernels=library)
-    with ExitStack() as stack:
-        shortened = stack.enter_context(short_windows(model.module))
-        if decoder is not None:
-            stack.enter_context(decoder.short_windows(shortened))
+    with _comparable(native, every_expert=decoder is not None):
         computed = _probe(native, _PROBED_KV_DTYPE)
     cosine = least_cosine(computed, expected)
     if not cosine >= scheme.min_cosine:
@@ -112,14 +112,35 @@ def _scheme(model: LoadedModel, *, int8: bool, plain_rows: bool) -> Scheme:
     return INT8 if int8 else FLOAT32
 
 
-def _expected_logits(model: LoadedModel) -> Tensor:
+def _expected_logits(model: LoadedModel, *, in_kernels: bool) -> Tensor:
     """In float32. Widens what is left to torch of a bfloat16 model, for good."""
     with ExitStack() as stack:
-        stack.enter_context(short_windows(model.module))
+        stack.enter_context(_comparable(model, every_expert=in_kernels))
         if model.dtype == torch.bfloat16:
-            widen(model.module)
+            widen(model.module, keeps_experts=in_kernels)
             stack.enter_context(linears_in_float32(model.module))
         return _probe(model, _PROBED_KV_DTYPE)
+
+
+@contextmanager
+def _comparable(model: LoadedModel, *, every_expert: bool) -> Iterator[None]:
+    """Shortens windows, so that a few tokens reach beyond them.
+
+    every_expert: each token takes all experts, so that no rounding decides which.
+    """
+    parts = model.module.modules() if every_expert else ()
+    routers = [(part, part.top_k) for part in parts if hasattr(part, "top_k") and hasattr(part, "num_experts")]
+    with ExitStack() as stack:
+        shortened = stack.enter_context(short_windows(model.module))
+        if model.decoder is not None:
+            stack.enter_context(model.decoder.comparable(shortened))
+        try:
+            for router, _ in routers:
+                router.top_k = router.num_experts
+            yield
+        finally:
+            for router, top_k in routers:
+                router.top_k = top_k
 
 
 def with_kv_dtype(model: LoadedModel, kv_dtype: str) -> LoadedModel:
@@ -150,14 +171,11 @@ def _check_int8_kv(model: LoadedModel, changed: LoadedModel) -> None:
         why = _why_not(model) or "it is not on compiled kernels: --kernels is off, or there is no C compiler"
         raise ModelLoadError(f"{refusal}: {why}. {remedy}")
     try:
-        computed = _probe(changed)
+        with _comparable(model, every_expert=model.decoder is not None):
+            cosine = least_cosine(_probe(changed), _probe(model))
     except NotInKernelsError as error:
-        why = (
-            "its attention has a soft cap, sinks, or heads whose size is no multiple of 16, "
-            "which the kernels do not compute"
-        )
+        why = "its attention has a soft cap, or heads whose size is no multiple of 16, which the kernels do not compute"
         raise ModelLoadError(f"{refusal}: {why}. {remedy}") from error
-    cosine = least_cosine(computed, _probe(model))
     if not cosine >= MIN_KV_COSINE:
         raise ModelLoadError(f"{refusal}: it computes something else then (cosine {cosine:.6f}). {remedy}")
 

@@ -45,7 +45,8 @@ def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto")
     config = _load_config(source, path)
     torch_dtype = _resolve_dtype(dtype, config, is_gguf)
     architecture = str(config.model_type)
-    module = _load_module(source, path, architecture, torch_dtype).to(torch_device)
+    is_mxfp4 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4"
+    module = _load_module(source, path, architecture, torch_dtype, is_mxfp4=is_mxfp4).to(torch_device)
     dtype_name = str(torch_dtype).removeprefix("torch.")
     probe = probe_model(module, architecture, dtype_name, torch_device)
     spec = ModelSpec(
@@ -108,8 +109,10 @@ def _load_config(source: dict[str, Any], path: Path) -> Any:
     return config
 
 
-def _load_module(source: dict[str, Any], path: Path, architecture: str, dtype: torch.dtype) -> Any:
+def _load_module(source: dict[str, Any], path: Path, architecture: str, dtype: torch.dtype, *, is_mxfp4: bool) -> Any:
     transformers.utils.logging.disable_progress_bar()  # a worker's log is no terminal
+    if is_mxfp4:  # experts become dense weights, whatever kernels for them are installed
+        source = {**source, "quantization_config": transformers.Mxfp4Config(dequantize=True)}
     try:
         with light_imports():
             module, report = transformers.AutoModelForCausalLM.from_pretrained(

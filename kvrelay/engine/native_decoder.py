@@ -4,14 +4,14 @@ A row gives the same bits alone and in a batch, in a prompt and token by token.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvrelay.engine.decoder_weights import CONV1D, DecoderWeights, LayerWeights, Linear, Norm, read_decoder
+from kvrelay.engine.decoder_weights import CONV1D, DecoderWeights, LayerWeights, Linear, Norm, is_experts
 from kvrelay.engine.kernel_batch import KernelBatch, Numbers
 from kvrelay.engine.native.library import (
     BF16_STEP,
@@ -20,6 +20,7 @@ from kvrelay.engine.native.library import (
     DecoderLayer,
     DecoderStep,
     Matrix,
+    Mlp,
     NativeLibrary,
     RowNorm,
 )
@@ -50,7 +51,7 @@ class NativeDecoder:
         self._kept = kept
         self._arena = arena
         self._layers = layers
-        self._vocab_size = weights.head.weight.shape[0]
+        self._vocab_size = weights.head.shape[0]
         positions = weights.position_embeddings
         self._max_positions = None if positions is None else len(positions)
         self._ropes = weights.ropes
@@ -66,15 +67,17 @@ class NativeDecoder:
         return self._decoder.embeddings is None
 
     @contextmanager
-    def short_windows(self, shortened: Mapping[int, int]) -> Iterator[None]:
-        windows = [layer.window for layer in self._layers]
+    def comparable(self, shortened: Mapping[int, int]) -> Iterator[None]:
+        """With other windows, and with all experts for each token."""
+        before = [(layer.window, layer.experts_per_token) for layer in self._layers]
         try:
-            for layer, window in zip(self._layers, windows, strict=True):
-                layer.window = shortened.get(window, window)
+            for layer in self._layers:
+                layer.window = shortened.get(layer.window, layer.window)
+                layer.experts_per_token = layer.num_experts
             yield
         finally:
-            for layer, window in zip(self._layers, windows, strict=True):
-                layer.window = window
+            for layer, (window, experts_per_token) in zip(self._layers, before, strict=True):
+                layer.window, layer.experts_per_token = window, experts_per_token
 
     def run(
         self, batch: KernelBatch, cache: PagedKVCache, on_layer_written: Callable[[int], None] | None = None
@@ -131,23 +134,14 @@ def _step(batch: KernelBatch, tiles: Numbers, cache: PagedKVCache, logits: Tenso
     )
 
 
-def pack(
-    module: Any,
-    architecture: str,
-    library: NativeLibrary,
-    windows: Sequence[int | None],
-    *,
-    int8: bool,
-    plain_rows: bool = False,
-) -> NativeDecoder | None:
-    """Packs a float32 or bfloat16 model on the CPU; None: the kernels cannot compute it.
+def pack(weights: DecoderWeights, library: NativeLibrary, *, int8: bool, plain_rows: bool = False) -> NativeDecoder:
+    """Takes the weights from their module, layer by layer: no two copies of all exist.
 
     Args:
-        windows: of each layer; the config's may not be used.
+        weights: float32 or bfloat16, on the CPU.
         int8: quantize weights, and activations as they come.
     """
-    weights = read_decoder(module, architecture, windows)
-    return None if weights is None else _Packing(library, weights, int8=int8, plain_rows=plain_rows).decoder()
+    return _Packing(library, weights, int8=int8, plain_rows=plain_rows).decoder()
 
 
 class _Packing:
@@ -157,21 +151,31 @@ class _Packing:
         self._int8, self._plain_rows = int8, plain_rows
         embeddings = weights.embeddings
         self._packs_embeddings = embeddings.dtype == torch.bfloat16 and embeddings.shape[1] % BF16_STEP == 0
-        self._shares_head = embeddings.data_ptr() == weights.head.weight.data_ptr()
-        packed = [linear.weight for layer in weights.layers for linear in layer.linears.values()]
-        packed += [weights.head.weight] if self._shares_head or not self._packs_embeddings else [embeddings] * 2
-        self._arena = WeightArena(sum(packed_bytes(weight, int8=int8) for weight in packed))
+        self._shares_head = embeddings.data_ptr() == weights.head.parts[0].data_ptr()
+        num_bytes = self._packed_bytes(weights.head)
+        if self._packs_embeddings and not self._shares_head:
+            num_bytes += self._packed_bytes(Linear((embeddings,)))
+        self._intermediate = 0
+        for layer in map(weights.layer, range(weights.num_layers)):
+            num_bytes += sum(map(self._packed_bytes, layer.linears))
+            if layer.router is not None:
+                num_bytes += packed_bytes(*layer.router.shape, torch.float32, has_bias=True, int8=False)
+            self._intermediate = max(self._intermediate, layer.experts[0].down.shape[1])
+        self._arena = WeightArena(num_bytes)
         self._kept: list[object] = []
+
+    def _packed_bytes(self, linear: Linear) -> int:
+        return packed_bytes(*linear.shape, linear.dtype, has_bias=bool(linear.biases), int8=self._int8)
 
     def decoder(self) -> NativeDecoder:
         weights = self._weights
-        layers = (DecoderLayer * len(weights.layers))(*map(self._layer, weights.layers))
+        layers = (DecoderLayer * weights.num_layers)(*map(self._take_layer, range(weights.num_layers)))
         head = self._matrix(weights.head)
         has_own_rows = self._packs_embeddings and not self._shares_head
         decoder = Decoder(
             num_layers=len(layers),
             hidden=weights.embeddings.shape[1],
-            intermediate=weights.layers[0].down.weight.shape[1],
+            intermediate=self._intermediate,
             num_heads=weights.num_heads,
             num_kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
@@ -182,24 +186,46 @@ class _Packing:
             layers=ctypes.cast(layers, ctypes.POINTER(DecoderLayer)),
             final_norm=self._norm(weights.final_norm),
             lm_head=head,
-            token_rows=self._matrix(Linear(weights.embeddings, None)) if has_own_rows else head,
+            token_rows=self._matrix(Linear((weights.embeddings,))) if has_own_rows else head,
         )
         return NativeDecoder(self._library, decoder, self._kept, self._arena, layers, weights)
 
+    def _take_layer(self, number: int) -> DecoderLayer:
+        layer = self._weights.layer(number)
+        packed = self._layer(layer)
+        release_weights(layer.module, embeddings=False)
+        return packed
+
     def _layer(self, layer: LayerWeights) -> DecoderLayer:
+        experts = (Mlp * len(layer.experts))(
+            *(Mlp(self._matrix(expert.up), self._matrix(expert.down)) for expert in layer.experts)
+        )
+        self._kept.append(experts)
         return DecoderLayer(
-            **{name: self._matrix(linear) for name, linear in layer.linears.items()},
             **{name: self._norm(norm) for name, norm in layer.norms.items()},
+            qkv=self._matrix(layer.qkv),
+            output=self._matrix(layer.output),
+            router=Matrix() if layer.router is None else self._router(layer.router),
+            experts=ctypes.cast(experts, ctypes.POINTER(Mlp)),
+            num_experts=len(experts),
+            experts_per_token=layer.experts_per_token,
+            shares_of_chosen=layer.shares_of_chosen,
             up_mode=self._weights.up_mode,
             window=layer.window,
             rope=layer.rope,
+            sinks=self._keep(layer.sinks),
             attention_scale=layer.attention_scale,
         )
 
     def _matrix(self, linear: Linear) -> Matrix:
         packed = pack_matrix(
-            linear.weight, linear.bias, self._arena, self._library, int8=self._int8, plain_rows=self._plain_rows
+            linear.weight(), linear.bias(), self._arena, self._library, int8=self._int8, plain_rows=self._plain_rows
         )
+        self._kept.append(packed)
+        return packed.matrix
+
+    def _router(self, linear: Linear) -> Matrix:  # float32: a choice is all or nothing
+        packed = pack_matrix(linear.weight().float(), linear.bias(), self._arena, self._library, int8=False)
         self._kept.append(packed)
         return packed.matrix
 
@@ -220,3 +246,6 @@ def release_weights(module: Any, *, embeddings: bool) -> None:
     for part in module.modules():
         if isinstance(part, (nn.Linear, CONV1D)) or (embeddings and isinstance(part, nn.Embedding)):
             part.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        elif is_experts(part):
+            for name, weight in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(weight.new_empty(0), requires_grad=False))

@@ -29,12 +29,17 @@ class PackedLinear(nn.Module):
 def pack_linears(module: Any, library: NativeLibrary, *, int8: bool, plain_rows: bool = False) -> int:
     """Replaces all linear layers; returns the packed bytes."""
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
-    arena = WeightArena(sum(packed_bytes(_weight(part), int8=int8) for part in linears.values()))
+    arena = WeightArena(sum(_packed_bytes(part, int8=int8) for part in linears.values()))
     for name, part in linears.items():
         bias = None if part.bias is None else part.bias.detach()
         packed = pack_matrix(_weight(part), bias, arena, library, int8=int8, plain_rows=plain_rows)
         module.set_submodule(name, PackedLinear(library, packed))
     return arena.total_bytes
+
+
+def _packed_bytes(part: Any, *, int8: bool) -> int:
+    n, k = _weight(part).shape
+    return packed_bytes(n, k, part.weight.dtype, has_bias=part.bias is not None, int8=int8)
 
 
 def _weight(part: Any) -> Tensor:

@@ -87,7 +87,7 @@ def paged_attention(
         sinks=arguments.get("s_aux"),
         window=window_of(module, arguments),
     )
-    is_plain = scoring.softcap is None and scoring.sinks is None and query.shape[3] % PANEL == 0
+    is_plain = scoring.softcap is None and query.shape[3] % PANEL == 0
     kernels = metadata.kernels if is_plain else None
     _write(metadata, kernels, layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if metadata.on_layer_written is not None:
@@ -151,6 +151,7 @@ def _attend_in_kernels(
     tiles = batch.tiles(num_heads // cache.layout.num_kv_heads)
     queries = query.contiguous()
     output = torch.empty_like(queries)
+    sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
     call = AttentionCall(
         segments=batch.segments.ctypes.data,
         tiles=tiles.ctypes.data,
@@ -160,6 +161,7 @@ def _attend_in_kernels(
         num_heads=num_heads,
         scale=scoring.scale,
         window=scoring.window or 0,
+        sinks=None if sinks is None else sinks.data_ptr(),
         out=output.data_ptr(),
     )
     kernels.attend(call, _kv_layer(cache, layer))

@@ -76,7 +76,7 @@ def test_plain_activations_are_further_from_float32_and_have_another_fingerprint
 
 
 @schemes
-@pytest.mark.parametrize("kind", [FUSED, "mistral", "qwen3"])
+@pytest.mark.parametrize("kind", [FUSED, "mistral", "qwen3", "mixtral", "gpt_oss"])
 def test_rows_are_the_same_bits_in_one_chunk_in_many_and_one_by_one(
     tiny_models: Path, kind: str, plain_rows: bool
 ) -> None:
@@ -104,9 +104,10 @@ def test_greedy_tokens_are_the_same_alone_in_a_batch_and_on_every_variant(
 
 
 @schemes
+@pytest.mark.parametrize("kind", [FUSED, "gpt_oss"])
 @pytest.mark.parametrize("variant", available_variants())
 def test_logits_of_a_batch_have_the_same_bits_on_every_variant(
-    tiny_models: Path, variant: str, plain_rows: bool
+    tiny_models: Path, variant: str, kind: str, plain_rows: bool
 ) -> None:
     batch = [
         SequenceInput(tokens(50 + number, 3 + 5 * number), 0, list(range(10 * number, 10 * number + 10)), num_logits=2)
@@ -114,7 +115,7 @@ def test_logits_of_a_batch_have_the_same_bits_on_every_variant(
     ]
 
     def logits(variant: str) -> Tensor:
-        model = bfloat16(tiny_models, FUSED, plain_rows=plain_rows, variant=variant)
+        model = bfloat16(tiny_models, kind, plain_rows=plain_rows, variant=variant)
         return ModelRunner(model, PagedKVCache(model.spec.kv_layout, 60, BLOCK_SIZE)).run(batch)
 
     assert torch.equal(logits(variant).view(torch.int32), logits("portable").view(torch.int32))

@@ -296,6 +296,8 @@ def test_attention_of_a_token_does_not_depend_on_how_many_come_with_it(
         ("gpt2", "float32"),
         ("olmo2", "float32"),
         ("gemma3_text", "bfloat16"),
+        ("qwen3_moe", "float32"),
+        ("gpt_oss", "int8"),
     ],
 )
 def test_logits_of_a_model_have_the_same_bits(

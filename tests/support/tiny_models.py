@@ -54,6 +54,7 @@ _SLIDING: dict[str, Any] = {
     "sliding_window": SLIDING_WINDOW_TOKENS,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _GPT2: dict[str, Any] = {
     **{
         name: value
@@ -87,6 +88,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": _GQA,
     "olmo2": _GQA,
     "mixtral": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_GQA, **_EXPERTS},
+    "olmoe": {**_GQA, "num_experts": 4, "num_experts_per_tok": 2},
     "cohere": {**_GQA, "logit_scale": 0.5},
     "starcoder2": {**_GQA, "sliding_window": SLIDING_WINDOW_TOKENS, "use_sliding_window": True},
     "granite": {**_GQA, "logits_scaling": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7},

@@ -218,9 +218,10 @@ static void attend_heads(
     }
     memset(w->out, 0, num_heads * num_rows * kv->head_dim * sizeof(float));
     for (int64_t r = 0; r < num_heads * num_rows; r++) {
+        const int64_t head = (head_begin + r / num_rows) * group + r % group;
         w->positions[r] = first + r % num_rows / group;
-        w->highest[r] = -INFINITY;
-        w->total[r] = 0;
+        w->highest[r] = c->sinks == NULL ? -INFINITY : c->sinks[head];
+        w->total[r] = c->sinks == NULL ? 0 : 1;
     }
     for (int64_t key = first_key; key <= last; key += TILE_KEYS) {
         keys = next_keys;

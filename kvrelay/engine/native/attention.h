@@ -39,7 +39,8 @@ typedef struct {
     const float *queries;  // [num_tokens][query_stride], the first num_heads * head_dim of each row
     int64_t query_stride, num_heads;
     float scale;
-    int64_t window;  // tokens that a token sees, itself included; 0: all
+    int64_t window;      // tokens that a token sees, itself included; 0: all
+    const float *sinks;  // [num_heads], scores in the softmax that have no value; or NULL
     float *out;      // [num_tokens][num_heads * head_dim]
 } attention_call;
 

@@ -3,54 +3,13 @@
 // A layer:  h += attention(norm(h)) Wo;  h += mlp(norm(h)) Wd
 // Its description says which norms there are, also behind a product, and what the MLP does.
 // decoder_weights.py makes it; kernel_backend.py compares results with transformers'.
-#include "attention.h"
+#include "decoder.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <time.h>
 
-// Of each `width` numbers of a row: x / rms(x) * weight; with a bias, x is less its mean first.
-typedef struct {
-    const float *weight, *bias;  // [width]; no weight: no norm
-    int64_t width;
-    float epsilon;
-} row_norm;
-
-typedef struct {
-    row_norm attention_norm, attention_out_norm, mlp_norm, mlp_out_norm, query_norm, key_norm;
-    matrix qkv, output, up, down;
-    int64_t up_mode;  // an OUTPUT_...
-    int64_t window;
-    int64_t rope;  // which angles; -1: none
-    float attention_scale;
-} decoder_layer;
-
-enum { MAX_ROPES = 2 };
-
-typedef struct {
-    int64_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, rotary_dim;
-    const float *cosines[MAX_ROPES], *sines[MAX_ROPES];  // [max_positions][rotary_dim / 2]
-    const float *embeddings;                             // [vocab_size][hidden], or NULL: token_rows
-    const float *position_embeddings;                    // [max_positions][hidden] or NULL
-    float embedding_scale;
-    const decoder_layer *layers;
-    row_norm final_norm;
-    matrix lm_head;
-    matrix token_rows;  // bf16; may be lm_head
-} decoder;
-
-typedef struct {
-    int64_t num_tokens, num_segments, num_tiles, num_logits;
-    const int64_t *token_ids, *positions, *slots;  // [num_tokens]
-    const segment *segments;
-    const attention_tile *tiles;
-    const int64_t *logit_rows;  // [num_logits]
-    void *pool;                 // [num_layers][2][num_blocks][block_size][num_kv_heads][a head's row]
-    int64_t kv_dtype, num_blocks, block_size;
-    float *logits;  // [num_logits][vocab_size]
-} decoder_step;
-
-// Rows of a step between the operations. One per process; grows with the largest step.
+// Memory of a step's rows. One per process; grows with the largest step.
 static struct {
     int64_t num_bytes;
     char *memory;
@@ -62,23 +21,13 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-typedef struct {
-    float *hidden, *normed, *qkv, *attended, *activated;
-    quantized_rows quantized;
-} rows;
-
-static char *reserve(char **at, int64_t num_bytes) {
-    char *begin = *at;
-    *at += (num_bytes + 63) / 64 * 64;
-    return begin;
-}
-
 static int64_t most_prepared_bytes(const decoder *d, int64_t num_tokens) {
-    const decoder_layer *layer = d->layers;
-    const matrix *products[] = {&layer->qkv, &layer->output, &layer->up, &layer->down, &d->lm_head};
-    int64_t most = 0;
-    for (int i = 0; i < 5; i++)
-        if (prepared_bytes(products[i], num_tokens) > most) most = prepared_bytes(products[i], num_tokens);
+    int64_t most = prepared_bytes(&d->lm_head, num_tokens);
+    for (const decoder_layer *layer = d->layers; layer < d->layers + d->num_layers; layer++) {
+        const matrix *products[] = {&layer->qkv, &layer->output, &layer->experts->up, &layer->experts->down};
+        for (int i = 0; i < 4; i++)
+            if (prepared_bytes(products[i], num_tokens) > most) most = prepared_bytes(products[i], num_tokens);
+    }
     return most;
 }
 
@@ -95,6 +44,7 @@ static int64_t place_rows(const decoder *d, int64_t num_tokens, char *memory, ro
     r->activated = (float *)reserve(&at, num_tokens * d->intermediate * 4);
     r->quantized.values = (uint8_t *)reserve(&at, most_prepared_bytes(d, num_tokens));
     r->quantized.scales = (float *)reserve(&at, padded_rows(num_tokens) * (widest / GROUP + 1) * 4);
+    place_experts(d, num_tokens, &at, r);
     return at - memory;
 }
 
@@ -141,18 +91,6 @@ static void apply_norm(const float *x, int64_t n, const row_norm *norm, float *o
 }
 
 // ---------------------------------------------------------------- row-wise operations
-
-typedef struct {
-    const decoder *d;
-    const decoder_layer *layer;
-    const decoder_step *step;
-    const rows *r;
-    const float *from;     // of norms and quantization
-    const row_norm *norm;
-    int64_t num_rows, width;
-    const matrix *next;    // input for this product
-    kv_layer kv;
-} row_args;
 
 static void for_rows(row_args *args, task_function function) {
     int64_t num_tasks = (args->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
@@ -264,8 +202,6 @@ static kv_layer kv_of(const decoder *d, const decoder_step *s, int64_t layer) {
     return (kv_layer){pool + 2 * layer * side, pool + (2 * layer + 1) * side, s->kv_dtype, s->block_size, d->num_kv_heads, d->head_dim};
 }
 
-// Makes rows ready for a product: through the norm, if there is one, and as its kind wants them. Returns
-// where they are.
 static const float *input_of(row_args args, const float *from, int64_t width, const row_norm *norm, const matrix *next) {
     args.from = from;
     args.width = width;
@@ -291,22 +227,38 @@ static void add_product(row_args args, const matrix *w, const float *x, const ro
     for_rows(&args, add_normed_task);
 }
 
-static void run_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
-    const decoder_layer *layer = &d->layers[number];
-    row_args args = {.d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .kv = kv_of(d, s, number)};
+static void run_attention(row_args args, const matrix *following) {
+    const decoder *d = args.d;
+    const decoder_layer *layer = args.layer;
+    const decoder_step *s = args.step;
+    const rows *r = args.r;
     const float *x = input_of(args, r->hidden, d->hidden, &layer->attention_norm, &layer->qkv);
     multiply(&layer->qkv, s->num_tokens, x, &r->quantized, r->qkv, layer->qkv.n, OUTPUT_STORE, &layer->output);
     for_rows(&args, write_kv_task);
     attention_call call = {
         .segments = s->segments, .tiles = s->tiles, .num_tiles = s->num_tiles, .queries = r->qkv, .query_stride = layer->qkv.n,
-        .num_heads = d->num_heads, .scale = layer->attention_scale, .window = layer->window, .out = r->attended};
+        .num_heads = d->num_heads, .scale = layer->attention_scale, .window = layer->window, .sinks = layer->sinks,
+        .out = r->attended};
     attend(&call, &args.kv);
     x = input_of(args, r->attended, d->num_heads * d->head_dim, NULL, &layer->output);
-    add_product(args, &layer->output, x, &layer->attention_out_norm, &layer->up);
-    x = input_of(args, r->hidden, d->hidden, &layer->mlp_norm, &layer->up);
-    multiply(&layer->up, s->num_tokens, x, &r->quantized, r->activated, d->intermediate, (int)layer->up_mode, &layer->down);
-    x = input_of(args, r->activated, d->intermediate, NULL, &layer->down);
-    add_product(args, &layer->down, x, &layer->mlp_out_norm, number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head);
+    add_product(args, &layer->output, x, &layer->attention_out_norm, following);
+}
+
+static void run_layer(const decoder *d, const decoder_step *s, const rows *r, int64_t number) {
+    const decoder_layer *layer = &d->layers[number];
+    const matrix *following = number + 1 < d->num_layers ? &layer[1].qkv : &d->lm_head;
+    row_args args = {.d = d, .layer = layer, .step = s, .r = r, .num_rows = s->num_tokens, .kv = kv_of(d, s, number)};
+    if (layer->num_experts > 1) {
+        run_attention(args, &layer->router);
+        add_experts(args, input_of(args, r->hidden, d->hidden, &layer->mlp_norm, &layer->router), following);
+        return;
+    }
+    const matrix *up = &layer->experts->up, *down = &layer->experts->down;
+    run_attention(args, up);
+    const float *x = input_of(args, r->hidden, d->hidden, &layer->mlp_norm, up);
+    multiply(up, s->num_tokens, x, &r->quantized, r->activated, down->k, (int)layer->up_mode, down);
+    x = input_of(args, r->activated, down->k, NULL, down);
+    add_product(args, down, x, &layer->mlp_out_norm, following);
 }
 
 static void compute_logits(const decoder *d, const decoder_step *s, const rows *r) {

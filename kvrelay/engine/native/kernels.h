@@ -155,6 +155,14 @@ ALWAYS_INLINE f32w gelu_wide(f32w x) {
     return x / (splat_wide(1.0f) + exp_wide(splat_wide(-1.59576912f) * cubic));
 }
 
+// x sigmoid(1.702 x) (y + 1), with x at most 7 and y within 7 of 0, as gpt-oss has it.
+ALWAYS_INLINE f32w clamped_gated_wide(f32w x, f32w y) {
+    const f32w limit = splat_wide(7.0f);
+    x = -max_wide(-x, -limit);
+    y = max_wide(-max_wide(-y, -limit), -limit);
+    return x / (splat_wide(1.0f) + exp_wide(splat_wide(-1.702f) * x)) * (y + splat_wide(1.0f));
+}
+
 // ---------------------------------------------------------------- products
 
 // c[rows][16 * panels] (+)= a[rows][k] * b for 1 to MAX_ROWS rows and 1 to MAX_PANELS panels; the
@@ -165,7 +173,7 @@ static void tile_rows_f32(
 
 // What becomes of a product: stored, added to `out`, or activated. With a gate it is activated and
 // multiplied, and W has panels of gates and of their factors in turns.
-enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_SILU_GATED = 2, OUTPUT_GELU_GATED = 3, OUTPUT_GELU = 4 };
+enum { OUTPUT_STORE = 0, OUTPUT_ADD = 1, OUTPUT_SILU_GATED = 2, OUTPUT_GELU_GATED = 3, OUTPUT_GELU = 4, OUTPUT_CLAMPED_GATED = 5 };
 
 // out = x W^T + bias, or out += that, or what the mode makes of it.
 //   x: [num_rows][k]; q: the same rows, quantized for int8

@@ -53,16 +53,23 @@ class OutputMode(IntEnum):
     SILU_GATED = 2
     GELU_GATED = 3
     GELU = 4
+    CLAMPED_GATED = 5
 
 
 class RowNorm(ctypes.Structure):
-    """`row_norm` of decoder.c."""
+    """`row_norm` of decoder.h."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("width", c_int64), ("epsilon", c_float)]
 
 
+class Mlp(ctypes.Structure):
+    """`mlp` of decoder.h."""
+
+    _fields_ = [("up", Matrix), ("down", Matrix)]
+
+
 class DecoderLayer(ctypes.Structure):
-    """`decoder_layer` of decoder.c."""
+    """`decoder_layer` of decoder.h."""
 
     _fields_ = [
         ("attention_norm", RowNorm),
@@ -73,17 +80,21 @@ class DecoderLayer(ctypes.Structure):
         ("key_norm", RowNorm),
         ("qkv", Matrix),
         ("output", Matrix),
-        ("up", Matrix),
-        ("down", Matrix),
+        ("router", Matrix),
+        ("experts", POINTER(Mlp)),
+        ("num_experts", c_int64),
+        ("experts_per_token", c_int64),
+        ("shares_of_chosen", c_int64),
         ("up_mode", c_int64),
         ("window", c_int64),
         ("rope", c_int64),
+        ("sinks", c_void_p),
         ("attention_scale", c_float),
     ]
 
 
 class Decoder(ctypes.Structure):
-    """`decoder` of decoder.c."""
+    """`decoder` of decoder.h."""
 
     _fields_ = [
         ("num_layers", c_int64),
@@ -142,12 +153,13 @@ class AttentionCall(ctypes.Structure):
         ("num_heads", c_int64),
         ("scale", c_float),
         ("window", c_int64),
+        ("sinks", c_void_p),
         ("out", c_void_p),
     ]
 
 
 class DecoderStep(ctypes.Structure):
-    """`decoder_step` of decoder.c."""
+    """`decoder_step` of decoder.h."""
 
     _fields_ = [
         ("num_tokens", c_int64),

@@ -172,7 +172,12 @@ static void add_bias(const product *p, int64_t rows, int64_t column, float *c, i
         for (int64_t i = 0; i < num_columns; i++) c[r * ldc + i] += p->w->bias[column + i];
 }
 
-static int is_gated(int mode) { return mode == OUTPUT_SILU_GATED || mode == OUTPUT_GELU_GATED; }
+static int is_gated(int mode) { return mode == OUTPUT_SILU_GATED || mode == OUTPUT_GELU_GATED || mode == OUTPUT_CLAMPED_GATED; }
+
+ALWAYS_INLINE f32w gated_wide(int mode, f32w x, f32w y) {
+    if (mode == OUTPUT_CLAMPED_GATED) return clamped_gated_wide(x, y);
+    return (mode == OUTPUT_SILU_GATED ? silu_wide(x) : gelu_wide(x)) * y;
+}
 
 static void activate(const product *p, int64_t rows, float *c, int64_t ldc, int64_t num_columns) {
     if (p->mode != OUTPUT_GELU) return;
@@ -188,10 +193,7 @@ static void multiply_gated(const product *p, tile_place at) {
     for (int64_t r = 0; r < at.rows; r++) {
         const float *gate = both + r * WIDTH, *up = gate + PANEL;
         float *out = p->out + (at.row + r) * p->ldo + at.panel / 2 * PANEL;
-        for (int64_t i = 0; i < PANEL; i += WIDE) {
-            f32w x = load_wide(gate + i), factor = p->mode == OUTPUT_SILU_GATED ? silu_wide(x) : gelu_wide(x);
-            store_wide(out + i, factor * load_wide(up + i));
-        }
+        for (int64_t i = 0; i < PANEL; i += WIDE) store_wide(out + i, gated_wide(p->mode, load_wide(gate + i), load_wide(up + i)));
     }
 }
 

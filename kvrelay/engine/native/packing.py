@@ -84,7 +84,7 @@ def pack_matrix(
     if int8 and k % GROUP == 0:
         kind = MATRIX_INT8
         data, scales, sums = _pack_int8(weight, arena, library)
-    elif _stays_bfloat16(weight):
+    elif _stays_bfloat16(weight.dtype, k):
         kind = MATRIX_BF16_PLAIN if plain_rows else MATRIX_BF16
         # [panels, k / 2, PANEL, 2]
         data = arena.copy(_pad_rows(weight).view(-1, PANEL, k // 2, 2).transpose(1, 2))
@@ -98,16 +98,17 @@ def pack_matrix(
     return PackedMatrix(Matrix(n, k, kind, *addresses), tuple(tensors))
 
 
-def packed_bytes(weight: Tensor, *, int8: bool) -> int:
-    """An upper bound, without the bias."""
-    n, k = -(-weight.shape[0] // PANEL) * PANEL, weight.shape[1]
+def packed_bytes(n: int, k: int, dtype: torch.dtype, *, has_bias: bool, int8: bool) -> int:
+    """An upper bound."""
+    num_columns = -(-n // PANEL) * PANEL
+    bias_bytes = 4 * num_columns + _ALIGNMENT if has_bias else 0
     if int8 and k % GROUP == 0:
-        return n * k + n * (k // GROUP) * (4 + 2) + 3 * _ALIGNMENT
-    return (2 if _stays_bfloat16(weight) else 4) * n * k + 2 * _ALIGNMENT
+        return num_columns * k + num_columns * (k // GROUP) * (4 + 2) + 3 * _ALIGNMENT + bias_bytes
+    return (2 if _stays_bfloat16(dtype, k) else 4) * num_columns * k + 2 * _ALIGNMENT + bias_bytes
 
 
-def _stays_bfloat16(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.shape[1] % BF16_STEP == 0
+def _stays_bfloat16(dtype: torch.dtype, k: int) -> bool:
+    return dtype == torch.bfloat16 and k % BF16_STEP == 0
 
 
 def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:

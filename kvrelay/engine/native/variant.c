@@ -15,5 +15,6 @@
 #include "attention.c"
 
 #include "decoder.c"
+#include "experts.c"
 #include "kv_copy.c"
 #include "linear.c"
