@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from kvrelay.cluster.local_cluster import LocalCluster
 from kvrelay.config.settings import ClusterSettings, DecodeSettings, EngineSettings, GatewaySettings, PrefillSettings
 from kvrelay.config.sources import SettingsSources
+from kvrelay.core.prompt_pace import FIRST_CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,8 @@ def colocated_plans(plan: ClusterPlan, chunks: list[int]) -> list[ClusterPlan]:
 def with_chunk(settings: DecodeSettings, chunk: int) -> DecodeSettings:
     """Prompts in chunks of so many tokens, whether sequences decode or not."""
     decoding = settings.decoding.model_copy(update={"local_prefill_chunk_tokens": chunk})
-    engine = settings.engine.model_copy(
-        update={"prefill_chunk_tokens": max(chunk, settings.engine.prefill_chunk_tokens)}
-    )
+    full_chunk = max(chunk, settings.engine.prefill_chunk_tokens or FIRST_CHUNK_TOKENS)
+    engine = settings.engine.model_copy(update={"prefill_chunk_tokens": full_chunk})
     return settings.model_copy(update={"decoding": decoding, "engine": engine})
 
 

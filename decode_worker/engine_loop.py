@@ -38,6 +38,7 @@ class DecodeEngineLoop:
         self._grants = grants
         self._publish = publish
         self._observer = StepObserver(
+            scheduler.pace,
             begins=lambda step: fault_point("decode.step_begins", step),
             computed=lambda step, tokens: fault_point("decode.step_computed", tokens),
             now=now,

@@ -16,6 +16,7 @@ from decode_worker.service import DecodeService
 from kvrelay import vllm_engine
 from kvrelay.config.settings import DecodeSettings
 from kvrelay.core.member import MemberRole
+from kvrelay.core.prompt_pace import ChunkRange, PromptPace
 from kvrelay.kv_transfer.malloc_tuning import keep_message_memory
 from kvrelay.kv_transfer.shm_fd_passing import RegionServer
 from kvrelay.kv_transfer.transports import NUM_TRANSFER_THREADS
@@ -27,15 +28,17 @@ from kvrelay.structured_output.format_checks import FormatChecks
 from kvrelay.structured_output.grammar_compiler import GrammarCompiler
 from kvrelay.v1 import decode_pb2_grpc
 from kvrelay.worker.commands import MasksMade
-from kvrelay.worker.engine_setup import WorkerEngine
+from kvrelay.worker.engine_setup import WorkerEngine, prompt_chunk
 from kvrelay.worker.engine_thread import EngineThread
 from kvrelay.worker.job_traces import JobTraces
 from kvrelay.worker.mask_desk import MaskDesk
 from kvrelay.worker.process import WorkerKind, WorkerPlace, WorkerServices, run_worker, serve_worker
 
 SERVICE_NAMES = ("kvrelay.v1.DecodeService", "kvrelay.v1.KVTransferService", *vllm_engine.service_names())
-LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU = 16
+SHARED_CHUNK_TOKENS_ON_CPU = 16
 """A core computes about ten rows while it reads the weights once. More rows delay all sequences."""
+SHARED_STEP_S = 0.025
+"""About what a step with that chunk takes on two cores with AVX2."""
 
 
 def run(settings: DecodeSettings) -> None:
@@ -63,7 +66,10 @@ def build_services(
     keep_message_memory()
     loop = asyncio.get_running_loop()
     grants = WriteGrants()
-    scheduler = DecodeScheduler(engine.blocks, _limits(settings, engine), grants, _speculation(settings, engine))
+    chunk = prompt_chunk(settings.engine, engine)
+    pace = PromptPace(chunk, _shared_chunk(settings, engine, chunk))
+    limits = _limits(settings, chunk)
+    scheduler = DecodeScheduler(engine.blocks, limits, grants, _speculation(settings, engine), pace)
     masks = MaskDesk(engine.model, wake=lambda: thread.submit(MasksMade()))
 
     def publish(report: StepReport) -> None:
@@ -100,16 +106,23 @@ def build_services(
     )
 
 
-def _limits(settings: DecodeSettings, engine: WorkerEngine) -> DecodeLimits:
-    shared_chunk_tokens = settings.decoding.local_prefill_chunk_tokens
-    if shared_chunk_tokens is None and engine.cache.device.type == "cpu":
-        shared_chunk_tokens = LOCAL_PREFILL_CHUNK_TOKENS_ON_CPU
+def _limits(settings: DecodeSettings, chunk: ChunkRange) -> DecodeLimits:
     return DecodeLimits(
-        prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
+        prefill_chunk_tokens=chunk.most,
         max_running_sequences=settings.engine.max_running_sequences,
         max_waiting_works=settings.engine.max_waiting_works,
-        shared_prefill_chunk_tokens=shared_chunk_tokens,
     )
+
+
+def _shared_chunk(settings: DecodeSettings, engine: WorkerEngine, chunk: ChunkRange) -> ChunkRange:
+    num_tokens = settings.decoding.local_prefill_chunk_tokens
+    if num_tokens is not None:
+        return ChunkRange.fixed(num_tokens)
+    if engine.cache.device.type != "cpu":
+        return chunk
+    if not engine.adapts_chunks:
+        return ChunkRange.fixed(SHARED_CHUNK_TOKENS_ON_CPU)
+    return ChunkRange(SHARED_CHUNK_TOKENS_ON_CPU, SHARED_CHUNK_TOKENS_ON_CPU, chunk.most, SHARED_STEP_S)
 
 
 def _speculation(settings: DecodeSettings, engine: WorkerEngine) -> SpeculationLimits | None:

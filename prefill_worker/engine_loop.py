@@ -42,6 +42,7 @@ class PrefillEngineLoop:
         self._publish = publish
         self._announce = announce
         self._observer = StepObserver(
+            scheduler.pace,
             begins=lambda step: fault_point("prefill.step_begins", step),
             computed=lambda step, tokens: fault_point("prefill.step_computed", step),
             now=now,

@@ -8,6 +8,7 @@ import grpc
 from kvrelay import vllm_engine
 from kvrelay.config.settings import BYTES_PER_MIB, PrefillSettings
 from kvrelay.core.member import MemberRole
+from kvrelay.core.prompt_pace import PromptPace
 from kvrelay.kv_transfer.malloc_tuning import keep_message_memory
 from kvrelay.kv_transfer.registered_receivers import RegisteredReceivers
 from kvrelay.kv_transfer.shared_memory_transport import create_transport
@@ -19,7 +20,7 @@ from kvrelay.structured_output.format_checks import FormatChecks
 from kvrelay.structured_output.grammar_compiler import GrammarCompiler
 from kvrelay.v1 import prefill_pb2_grpc
 from kvrelay.worker.commands import MasksMade
-from kvrelay.worker.engine_setup import WorkerEngine
+from kvrelay.worker.engine_setup import WorkerEngine, prompt_chunk
 from kvrelay.worker.engine_thread import EngineThread
 from kvrelay.worker.job_traces import JobTraces
 from kvrelay.worker.mask_desk import MaskDesk
@@ -58,8 +59,9 @@ def build_services(
 ) -> WorkerServices:
     keep_message_memory()
     loop = asyncio.get_running_loop()
-    limits = PrefillLimits(settings.engine.prefill_chunk_tokens, settings.engine.max_waiting_works)
-    scheduler = PrefillScheduler(engine.blocks, engine.model, limits)
+    chunk = prompt_chunk(settings.engine, engine)
+    limits = PrefillLimits(chunk.most, settings.engine.max_waiting_works)
+    scheduler = PrefillScheduler(engine.blocks, engine.model, limits, PromptPace(chunk))
     masks = MaskDesk(engine.model, wake=lambda: thread.submit(MasksMade()))
 
     def publish(report: Report) -> None:

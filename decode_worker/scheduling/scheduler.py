@@ -23,6 +23,7 @@ from decode_worker.scheduling.running_sequence import DecodeJob, Phase, RunningS
 from decode_worker.scheduling.speculation import Speculation, SpeculationLimits
 from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
+from kvrelay.core.prompt_pace import PromptPace
 from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager
 from kvrelay.worker.commands import JobEnded, JobFailed
 from kvrelay.worker.sequence import PreparedJob, TokenSequence
@@ -48,7 +49,9 @@ class DecodeScheduler:
         limits: DecodeLimits,
         writers: WriteRevoker,
         speculation: SpeculationLimits | None = None,
+        pace: PromptPace | None = None,
     ) -> None:
+        self.pace = pace or PromptPace()
         self._blocks = blocks
         self._limits = limits
         self._jobs: dict[JobId, DecodeJob] = {}
@@ -200,6 +203,11 @@ class DecodeScheduler:
             num_computed_prompt_tokens=self._num_computed_prompt_tokens,
             num_drafted_tokens=self._speculation.num_drafted_tokens if self._speculation else 0,
             num_accepted_tokens=self._speculation.num_accepted_tokens if self._speculation else 0,
+            prefill_tokens_per_s=self.pace.tokens_per_s(self._limits.prefill_chunk_tokens),
+            prefill_step_ms=self.pace.step_ms,
+            shared_prefill_tokens_per_s=self.pace.shared_tokens_per_s(self._most_shared_tokens),
+            prefill_chunk_tokens=self._full_chunk_tokens,
+            shared_prefill_chunk_tokens=self._shared_chunk_tokens,
         )
 
     # --- Admission
@@ -280,11 +288,23 @@ class DecodeScheduler:
 
     def _prompt_budget(self) -> int:
         """Few if decoding or awaited sequences wait for the step's end."""
-        full, shared = self._limits.prefill_chunk_tokens, self._limits.shared_prefill_chunk_tokens
-        if shared is None or shared >= full or self._isolated_job is not None:
+        full, shared = self._full_chunk_tokens, self._shared_chunk_tokens
+        if shared >= full or self._isolated_job is not None:
             return full
         is_decoding = any(sequence.num_uncomputed_tokens == 1 for sequence in self._batch.running)
         return shared if is_decoding or any(job.awaits_push for job in self._jobs.values()) else full
+
+    @property
+    def _full_chunk_tokens(self) -> int:
+        return self.pace.chunk_tokens(self._limits.prefill_chunk_tokens)
+
+    @property
+    def _shared_chunk_tokens(self) -> int:
+        return self.pace.shared_chunk_tokens(self._most_shared_tokens)
+
+    @property
+    def _most_shared_tokens(self) -> int:
+        return self._limits.shared_prefill_chunk_tokens or self._limits.prefill_chunk_tokens
 
     def _is_due(self, sequence: RunningSequence) -> bool:
         if sequence.block_table is None:

@@ -1,20 +1,27 @@
 """Decides whether the prefill or the decode worker computes a prompt. Pure.
 
-It compares the prompt tokens computed before the first token comes:
+It predicts when the sequence can be decoded, its first token sent and its KV in place:
 
-    prefill worker   queue + prompt + handoff
+    prefill worker   (queue + prompt) / rate + step + handoff
+    decode worker    (queue + prompt) / rate + step
+
+A worker that decodes gives prompts only a part of its steps, and has another rate for them. What is
+not measured counts as before the first measurement, in prompt tokens of the prefill worker:
+
+    prefill worker   queue + prompt + HANDOFF_TOKENS
     decode worker    (queue + prompt) x slowdown
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from gateway.routing.handoff_costs import HandoffCost
 from kvrelay.core.job import JobId, WorkerLoad
 
 HANDOFF_TOKENS = 128
-"""Cost of moving the KV, in prompt tokens."""
+"""Cost of moving the KV, in prompt tokens, until it is measured."""
 SLOWDOWN = 2
-"""Prefilling on the decode worker delays its running sequences."""
+"""How much slower a decode worker counts, until it is measured."""
 LONG_PROMPT_SLOWDOWN = 8
 """For a long prompt among decoding sequences: a step takes few of its tokens."""
 SHORT_PROMPT_TOKENS = 256
@@ -52,17 +59,53 @@ class InFlightPrompts:
         )
 
 
-def should_prefill_locally(num_uncached_tokens: int, decode: WorkerLoad, prefill: WorkerLoad) -> bool:
+def without_rates(load: WorkerLoad) -> WorkerLoad:
+    return replace(load, prefill_tokens_per_s=0.0, prefill_step_ms=0.0, shared_prefill_tokens_per_s=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds until the sequence can be decoded, or a multiple of them while nothing is measured."""
+
+    on_decode_worker: float
+    on_prefill_worker: float
+
+    @property
+    def is_local(self) -> bool:
+        return self.on_decode_worker < self.on_prefill_worker
+
+
+def predict(
+    num_uncached_tokens: int, decode: WorkerLoad, prefill: WorkerLoad, handoff: HandoffCost | None = None
+) -> Prediction:
     """`num_uncached_tokens` have no KV on the decode worker.
 
     `decode` counts this prompt already, as its reservation; `prefill` does not.
     """
+    prefill_rate = prefill.prefill_tokens_per_s or decode.prefill_tokens_per_s * SLOWDOWN or 1.0
+    prefill_s = (_tokens_before(num_uncached_tokens, prefill) + num_uncached_tokens) / prefill_rate
+    if handoff is None:
+        handoff_s = HANDOFF_TOKENS / prefill_rate
+    else:
+        handoff_s = handoff.seconds(num_uncached_tokens, num_uncached_tokens / prefill_rate)
+    num_queued = decode.num_queued_prompt_tokens + num_uncached_tokens
+    decode_s = num_queued / _decode_rate(num_uncached_tokens, decode, prefill_rate)
+    return Prediction(
+        on_decode_worker=decode_s + decode.prefill_step_ms / 1000,
+        on_prefill_worker=prefill_s + prefill.prefill_step_ms / 1000 + handoff_s,
+    )
+
+
+def _decode_rate(num_tokens: int, decode: WorkerLoad, prefill_rate: float) -> float:
+    alone, shared = decode.prefill_tokens_per_s, decode.shared_prefill_tokens_per_s
     # this prompt's own blocks wait too
     has_others = decode.num_running > 0 or decode.num_waiting > 1
-    slowdown = LONG_PROMPT_SLOWDOWN if has_others and num_uncached_tokens > SHORT_PROMPT_TOKENS else SLOWDOWN
-    on_decode_worker = (decode.num_queued_prompt_tokens + num_uncached_tokens) * slowdown
-    on_prefill_worker = _tokens_before(num_uncached_tokens, prefill) + num_uncached_tokens + HANDOFF_TOKENS
-    return on_decode_worker < on_prefill_worker
+    if has_others and shared:
+        return min(shared, alone or shared)
+    alone = alone or prefill_rate / SLOWDOWN
+    if not has_others:
+        return alone
+    return alone * SLOWDOWN / LONG_PROMPT_SLOWDOWN if num_tokens > SHORT_PROMPT_TOKENS else alone
 
 
 def _tokens_before(num_tokens: int, load: WorkerLoad) -> int:

@@ -61,7 +61,8 @@ def choose_workers(workers: Iterable[WorkerView], query: RouteQuery) -> Assignme
     peers = [
         worker for worker in prefill_workers if (decode_worker.worker_id, worker.worker_id) not in query.avoided_pairs
     ]
-    prefill_worker = min(peers, key=_prefill_cost, default=None)
+    best_rate = max((worker.load.prefill_tokens_per_s for worker in peers), default=0.0) or 1.0
+    prefill_worker = min(peers, key=lambda worker: _prefill_cost(worker, query, best_rate), default=None)
     return Assignment(decode_worker.worker_id, prefill_worker.worker_id if prefill_worker else None)
 
 
@@ -91,6 +92,13 @@ def _decode_cost(worker: WorkerView, query: RouteQuery, *, has_peer: bool) -> tu
     )
 
 
-def _prefill_cost(worker: WorkerView) -> tuple[object, ...]:
-    num_queued_tokens = worker.load.num_queued_prompt_tokens + worker.num_assigned_tokens
-    return (num_queued_tokens, worker.load.num_waiting + worker.num_assigned, worker.worker_id)
+def _prefill_cost(worker: WorkerView, query: RouteQuery, best_rate: float) -> tuple[object, ...]:
+    """A worker without a rate counts as the best, so that it gets one."""
+    num_tokens = worker.load.num_queued_prompt_tokens + worker.num_assigned_tokens + query.num_tokens
+    rate = worker.load.prefill_tokens_per_s
+    return (
+        num_tokens / (rate or best_rate),
+        rate > 0.0,
+        worker.load.num_waiting + worker.num_assigned,
+        worker.worker_id,
+    )

@@ -113,6 +113,12 @@ LOSSES = Family(
     "Sessions with workers that ended; cause: broken, as when a process dies, or other: silence, or an orderly end.",
     ("role", "cause"),
 )
+PLACEMENTS = Family(
+    "kvrelay_prompts_placed_total",
+    "counter",
+    "Prompts that were given to the worker with the sooner predicted first token, where there was a choice, by its role.",
+    ("role",),
+)
 FORMATS = Family(
     "kvrelay_response_formats_total",
     "counter",

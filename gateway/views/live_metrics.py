@@ -24,6 +24,7 @@ def samples(gateway: Gateway) -> Iterator[Sample]:
     for role in (MemberRole.PREFILL, MemberRole.DECODE):
         for cause, died in (("broken", True), ("other", False)):
             yield Sample(metrics.LOSSES, gateway.sessions.num_lost[role, died], (role.value, cause))
+        yield Sample(metrics.PLACEMENTS, gateway.sessions.num_placed[role], (role.value,))
     for outcome, number in gateway.format_checks.outcomes.items():
         yield Sample(metrics.FORMATS, number, (outcome,))
     for outcome, number in gateway.chat_renderer.outcomes.items():

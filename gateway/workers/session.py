@@ -12,7 +12,8 @@ import grpc
 import structlog
 
 from gateway.routing.circuit_breaker import WorkerCircuitBreaker
-from gateway.routing.conditional_disaggregation import InFlightPrompts
+from gateway.routing.conditional_disaggregation import InFlightPrompts, without_rates
+from gateway.routing.handoff_costs import LIFETIME_S, HandoffCosts
 from gateway.routing.router import WorkerView
 from gateway.workers import session_messages
 from gateway.workers.session_messages import SessionRequest, SessionResponse, WorkerIdentity
@@ -56,6 +57,9 @@ class WorkerSession:
         self.address = address
         self.channel = channel
         self.in_flight_prompts = InFlightPrompts()
+        self.handoff_costs = HandoffCosts()
+        self._rates_at = _now()
+        """When a step last changed what the worker has computed."""
         self.circuit_breaker = WorkerCircuitBreaker(random.random)
         self._load: WorkerLoad | session_pb2.WorkerLoad = WorkerLoad()
         self._identity: WorkerIdentity | None = None
@@ -85,7 +89,9 @@ class WorkerSession:
         return self._load
 
     def expected_load(self) -> WorkerLoad:
-        return self.in_flight_prompts.expected_load(self.load)
+        """Without rates that are too old."""
+        load = self.in_flight_prompts.expected_load(self.load)
+        return load if _now() - self._rates_at <= LIFETIME_S else without_rates(load)
 
     @property
     def worker_id(self) -> str:
@@ -210,6 +216,8 @@ class WorkerSession:
     def _on_received(self, response: SessionResponse) -> None:
         self._liveness.received(_now())
         if response.HasField("load"):
+            if response.load.num_computed_prompt_tokens != self._load.num_computed_prompt_tokens:
+                self._rates_at = _now()
             self._load = response.load
             self._num_assigned = self._num_assigned_tokens = 0
 

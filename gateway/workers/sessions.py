@@ -15,7 +15,7 @@ import structlog
 
 from gateway.lifecycle import events
 from gateway.routing.circuit_breaker import PairCircuitBreaker
-from gateway.routing.conditional_disaggregation import should_prefill_locally
+from gateway.routing.conditional_disaggregation import predict
 from gateway.routing.retry_budget import RetryBudget
 from gateway.routing.router import Assignment, RouteQuery, WorkerView, choose_workers
 from gateway.workers import session_messages
@@ -86,6 +86,8 @@ class WorkerSessions:
         self._sessions: dict[str, WorkerSession] = {}
         self.num_lost: Counter[tuple[MemberRole, bool]] = Counter()
         """By role and whether the stream broke."""
+        self.num_placed: Counter[MemberRole] = Counter()
+        """Prompts with a choice, by the chosen worker's role."""
         self._reached: set[_Endpoint] = set()
         self._problems: dict[_Endpoint, str] = {}
         self._unnamed: dict[_Endpoint, str] = {}
@@ -165,10 +167,14 @@ class WorkerSessions:
         decode, prefill = self._sessions.get(decode_worker_id), self._sessions.get(prefill_worker_id)
         if decode is None or prefill is None:
             return False
-        is_local = should_prefill_locally(num_uncached_tokens, decode.expected_load(), prefill.expected_load())
-        session = decode if is_local else prefill
+        handoff = prefill.handoff_costs.to(decode_worker_id, asyncio.get_running_loop().time())
+        prediction = predict(num_uncached_tokens, decode.expected_load(), prefill.expected_load(), handoff)
+        session = decode if prediction.is_local else prefill
+        self.num_placed[session.role] += 1
         session.in_flight_prompts.add(job_id, num_uncached_tokens, session.load)
-        return is_local
+        if not prediction.is_local:
+            prefill.handoff_costs.begin(job_id, decode_worker_id, num_uncached_tokens)
+        return prediction.is_local
 
     def avoid_pair(self, pair: tuple[str, str]) -> None:
         """A transfer over (decode, prefill) failed."""
@@ -186,6 +192,7 @@ class WorkerSessions:
             return False
         if isinstance(action, events.SendCancel):
             session.in_flight_prompts.remove(action.job_id)
+            session.handoff_costs.discard(action.job_id)
         session.send(session_messages.command(session.role, action, fingerprint))
         return True
 
@@ -350,8 +357,13 @@ class WorkerSessions:
     def _on_report(self, session: WorkerSession, event: events.Event) -> None:
         if isinstance(event, events.JobFailed) and event.kind is FailureKind.DRAINING:
             session.mark_draining()
+        if isinstance(event, events.TransferDone):
+            now = asyncio.get_running_loop().time()
+            session.handoff_costs.record(event.job_id, event.transfer_ms, event.exposed_ms, event.wire_ms, now)
         if isinstance(event, events.PrefillDone | events.DecodeStarted | events.JobFailed):
             session.in_flight_prompts.remove(event.job_id)
+            if isinstance(event, events.JobFailed):
+                session.handoff_costs.discard(event.job_id)
             self._on_outcome(session, event)
 
     def _on_outcome(

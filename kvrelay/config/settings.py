@@ -129,7 +129,12 @@ class EngineSettings(ModelSettings):
         description="File through which workers with --cores lend each other idle cores; made when missing.",
     )
     max_context_tokens: int | None = Field(default=None, ge=2, description="Longest sequence. Default: the model's.")
-    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens computed in one step.")
+    prefill_chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most prompt tokens computed in one step. Default: what takes 0.1 s, 128 to 1024; without compiled "
+        "kernels, 256.",
+    )
     max_running_sequences: int = Field(default=64, ge=1, description="Most sequences in one step.")
     max_waiting_works: int = Field(
         default=256,

@@ -119,3 +119,9 @@ class WorkerLoad:
     num_computed_prompt_tokens: int = 0
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    """0, as in the next two: not measured."""
+    prefill_step_ms: float = 0.0
+    shared_prefill_tokens_per_s: float = 0.0
+    prefill_chunk_tokens: int = 0
+    shared_prefill_chunk_tokens: int = 0

@@ -593,6 +593,11 @@ class WorkerLoad(_message.Message):
     NUM_COMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    PREFILL_STEP_MS_FIELD_NUMBER: _builtins.int
+    SHARED_PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    SHARED_PREFILL_CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Sequences in the running batch."""
     num_waiting: _builtins.int
@@ -621,6 +626,20 @@ class WorkerLoad(_message.Message):
     """Tokens guessed by speculation since the worker started (decode)."""
     num_accepted_tokens: _builtins.int
     """Guessed tokens that were right since the worker started (decode). Each saved a step."""
+    prefill_tokens_per_s: _builtins.float
+    """Prompt tokens per second of the last steps that computed prompts only, for long prompts. Default
+    0: not measured.
+    """
+    prefill_step_ms: _builtins.float
+    """The part of such a step's time that does not grow with its tokens, in milliseconds. Default 0."""
+    shared_prefill_tokens_per_s: _builtins.float
+    """Prompt tokens per second of the last steps in which sequences decoded too, or what other steps
+    make likely (decode). Default 0: not measured.
+    """
+    prefill_chunk_tokens: _builtins.int
+    """Most prompt tokens of the next step that computes prompts only."""
+    shared_prefill_chunk_tokens: _builtins.int
+    """Most prompt tokens of the next step in which sequences decode too (decode)."""
     def __init__(
         self,
         *,
@@ -638,10 +657,15 @@ class WorkerLoad(_message.Message):
         num_computed_prompt_tokens: _builtins.int = ...,
         num_drafted_tokens: _builtins.int = ...,
         num_accepted_tokens: _builtins.int = ...,
+        prefill_tokens_per_s: _builtins.float = ...,
+        prefill_step_ms: _builtins.float = ...,
+        shared_prefill_tokens_per_s: _builtins.float = ...,
+        prefill_chunk_tokens: _builtins.int = ...,
+        shared_prefill_chunk_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "kv_transfer_bytes", b"kv_transfer_bytes", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_computed_prompt_tokens", b"num_computed_prompt_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running", b"num_running", "num_used_blocks", b"num_used_blocks", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "kv_transfer_bytes", b"kv_transfer_bytes", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_computed_prompt_tokens", b"num_computed_prompt_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_queued_prompt_tokens", b"num_queued_prompt_tokens", "num_running", b"num_running", "num_used_blocks", b"num_used_blocks", "num_waiting", b"num_waiting", "prefill_chunk_tokens", b"prefill_chunk_tokens", "prefill_step_ms", b"prefill_step_ms", "prefill_tokens_per_s", b"prefill_tokens_per_s", "shared_prefill_chunk_tokens", b"shared_prefill_chunk_tokens", "shared_prefill_tokens_per_s", b"shared_prefill_tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

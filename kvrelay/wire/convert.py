@@ -1,5 +1,6 @@
 """Converts between values of `kvrelay.core.job` and protocol messages. Checks only enums."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -288,4 +289,9 @@ def load_to_pb(load: WorkerLoad) -> session_pb2.WorkerLoad:
 
 
 def load_from_pb(message: session_pb2.WorkerLoad) -> WorkerLoad:
-    return WorkerLoad(**{name: getattr(message, name) for name in WorkerLoad.__slots__})
+    """Rates that no worker can have measured count as not measured."""
+    return WorkerLoad(**{name: _possible(getattr(message, name)) for name in WorkerLoad.__slots__})
+
+
+def _possible(value: Any) -> Any:
+    return 0.0 if isinstance(value, float) and not 0.0 <= value < math.inf else value

@@ -8,6 +8,7 @@ import structlog
 
 from kvrelay.config.settings import BYTES_PER_MIB, EngineSettings
 from kvrelay.core.model_spec import KVLayout, ModelSpec
+from kvrelay.core.prompt_pace import CHUNK_S, FIRST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS, MAX_CHUNK_TOKENS, ChunkRange
 from kvrelay.engine.kernel_backend import plain_rows_error, use_native_kernels, with_kv_dtype
 from kvrelay.engine.mapped_weights import release_weight_pages
 from kvrelay.engine.model_loader import choose_device, choose_dtype, load_model
@@ -58,6 +59,11 @@ class WorkerEngine:
         model = self.model_runner.model
         described = "torch" if model.kernels is None else model.kernels.description
         return f"{model.scheme}, {described}" if model.scheme else described
+
+    @property
+    def adapts_chunks(self) -> bool:
+        """Only where a row has the same bits in any chunk, so that a prompt has the same tokens."""
+        return self.model_runner.model.kernels is not None
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -120,6 +126,14 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         # pinned one by one.
         thread_cores=cores[:1] if model.kernels is not None else cores,
     )
+
+
+def prompt_chunk(settings: EngineSettings, engine: WorkerEngine) -> ChunkRange:
+    if settings.prefill_chunk_tokens is not None:
+        return ChunkRange.fixed(settings.prefill_chunk_tokens)
+    if not engine.adapts_chunks:
+        return ChunkRange.fixed(FIRST_CHUNK_TOKENS)
+    return ChunkRange(FIRST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS, MAX_CHUNK_TOKENS, CHUNK_S)
 
 
 def default_num_threads(share: ProcessorShare) -> int:

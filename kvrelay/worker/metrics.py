@@ -28,6 +28,18 @@ FAILURES = Family(
 BUSY = Family(
     "kvrelay_worker_engine_busy_seconds_total", "counter", "Time in which the engine thread had something to do."
 )
+RATE = Family(
+    "kvrelay_worker_prompt_tokens_per_second",
+    "gauge",
+    "How fast the last steps computed prompts: alone, or shared with decoding sequences; 0 until measured.",
+    ("steps",),
+)
+CHUNK = Family(
+    "kvrelay_worker_prompt_chunk_tokens",
+    "gauge",
+    "Most prompt tokens of the next step: alone, or shared with decoding sequences.",
+    ("steps",),
+)
 
 FAMILIES = (
     RUNNING,
@@ -45,6 +57,8 @@ FAMILIES = (
     JOBS,
     FAILURES,
     BUSY,
+    RATE,
+    CHUNK,
 )
 
 
@@ -77,6 +91,10 @@ class WorkerMetrics:
         yield Sample(JOBS, self.sessions.num_jobs)
         yield from (Sample(FAILURES, number, (kind.value,)) for kind, number in self.sessions.failures.items())
         yield Sample(BUSY, self.busy_s())
+        yield Sample(RATE, load.prefill_tokens_per_s, ("alone",))
+        yield Sample(RATE, load.shared_prefill_tokens_per_s, ("shared",))
+        yield Sample(CHUNK, load.prefill_chunk_tokens, ("alone",))
+        yield Sample(CHUNK, load.shared_prefill_chunk_tokens, ("shared",))
         yield from self.own()
 
     def vllm_samples(self) -> Iterator[Sample]:

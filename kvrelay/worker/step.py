@@ -33,6 +33,10 @@ class StepEntry:
         return self.sequence.num_computed_tokens + self.num_tokens
 
     @property
+    def is_of_prompt(self) -> bool:
+        return self.num_tokens > 1 or self.token_begin < len(self.sequence.job.token_ids)
+
+    @property
     def num_logits(self) -> int:
         return 1 + len(self.drafts) if self.continued else 0
 

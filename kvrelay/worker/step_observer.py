@@ -1,4 +1,4 @@
-"""Times a worker's prompts, and reaches the fault points of its steps."""
+"""Times a worker's steps and prompts, and reaches the fault points of its steps."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kvrelay.core.chunk_times import ChunkLog, ChunkTime
 from kvrelay.core.job import JobId, SequenceToken
+from kvrelay.core.prompt_pace import PromptPace
 from kvrelay.worker.step import Step
 
 
@@ -29,10 +30,14 @@ class StepObserver:
 
     def __init__(
         self,
+        pace: PromptPace,
         begins: Callable[[Step], None],
         computed: Callable[[Step, tuple[SequenceToken, ...]], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._pace = pace
+        self._step: tuple[float, int, int] = (0.0, 0, 0)
+        """Begin, prompt tokens and decoding sequences of the current step."""
         self._begins = begins
         self._computed = computed
         self._now = now
@@ -49,8 +54,10 @@ class StepObserver:
 
     def on_step_begins(self, step: Step) -> None:
         self._chunks = []
+        now = self._now()
+        prompts = [entry.num_tokens for entry in step.entries if entry.is_of_prompt]
+        self._step = (now, sum(prompts), len(step.entries) - len(prompts))
         if self._prompts:  # rarely on a decode worker
-            now = self._now()
             for entry in step.entries:
                 prompt = self._prompts.get(entry.job_id)
                 if prompt is not None:
@@ -59,6 +66,8 @@ class StepObserver:
         self._begins(step)
 
     def on_step_computed(self, step: Step, tokens: tuple[SequenceToken, ...]) -> None:
+        step_began_at, num_prompt_tokens, num_decoding = self._step
+        self._pace.record_step(num_prompt_tokens, num_decoding, self._now() - step_began_at)
         for prompt, began_at, token_begin, token_end in self._chunks:
             origin = began_at if prompt.began_at is None else prompt.began_at
             begin_ms, end_ms = (began_at - origin) * 1000, (self._now() - origin) * 1000

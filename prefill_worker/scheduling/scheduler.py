@@ -17,6 +17,7 @@ from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.core.job_validation import ends_with_first_token
 from kvrelay.core.model_spec import ModelSpec
+from kvrelay.core.prompt_pace import PromptPace
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.block_manager import BlockManager, BlockTable
 from kvrelay.worker.commands import JobEnded, JobFailed
@@ -83,7 +84,10 @@ class _WaitsForRoom:
 class PrefillScheduler:
     """Owns the block manager. Used by one thread."""
 
-    def __init__(self, blocks: BlockManager, model: ModelSpec, limits: PrefillLimits) -> None:
+    def __init__(
+        self, blocks: BlockManager, model: ModelSpec, limits: PrefillLimits, pace: PromptPace | None = None
+    ) -> None:
+        self.pace = pace or PromptPace()
         self._blocks = blocks
         self._model = model
         self._limits = limits
@@ -101,7 +105,7 @@ class PrefillScheduler:
         only up to a quarter of the budget, to give the first token early.
         """
         entries: list[StepEntry] = []
-        full_tokens = self._limits.prefill_chunk_tokens
+        full_tokens = self._chunk_tokens
         num_left, waits = full_tokens, _WaitsForRoom()
         for job in self._queue.in_order():
             if job.sequence.awaits_mask:
@@ -196,9 +200,16 @@ class PrefillScheduler:
             num_blocks=self._blocks.num_blocks,
             num_prefix_hit_tokens=self._blocks.num_prefix_hit_tokens,
             num_computed_prompt_tokens=self._num_computed_prompt_tokens,
+            prefill_tokens_per_s=self.pace.tokens_per_s(self._limits.prefill_chunk_tokens),
+            prefill_step_ms=self.pace.step_ms,
+            prefill_chunk_tokens=self._chunk_tokens,
         )
 
     # --- Below: parts of the above
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return self.pace.chunk_tokens(self._limits.prefill_chunk_tokens)
 
     def _why_refused(self, job: Job) -> str | None:
         num_tokens = len(job.token_ids)

@@ -37,6 +37,13 @@ def test_the_share_of_right_guesses_is_shown_where_workers_guess() -> None:
     assert "guesses right" not in shown(WorkerLoad())
 
 
+def test_rates_of_prompts_are_shown_once_they_are_measured() -> None:
+    text = shown(WorkerLoad(prefill_tokens_per_s=12345.6), WorkerLoad())
+    assert "prompt tokens/s" in text
+    assert "12,346" in text
+    assert "prompt tokens/s" not in shown(WorkerLoad())
+
+
 def test_what_workers_compute_with_is_said_once_for_all_with_the_same() -> None:
     engines = ["amx kernels", "avx2 kernels; not amx: the processor lacks amx_tile", "amx kernels", ""]
     workers = [

@@ -226,6 +226,8 @@ class FakePrefillWorker(FakeWorker):
     """Steps: prefill_done, push, transfer_done."""
 
     role = MemberRole.PREFILL
+    wire_ms = 2.0
+    """What each transfer takes; all but 2 ms after the first token."""
 
     def _add_service(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(_PrefillService(self), server)
@@ -264,9 +266,8 @@ class FakePrefillWorker(FakeWorker):
         if not await self._step("transfer_done", held_job):
             return
         self._forget(job.job_id)
-        self._send(
-            transfer_done=prefill_pb2.TransferDone(job_id=job_id, kv_bytes=kv_bytes, transfer_ms=3, exposed_ms=1)
-        )
+        times = {"transfer_ms": self.wire_ms + 1, "exposed_ms": self.wire_ms - 1, "wire_ms": self.wire_ms}
+        self._send(transfer_done=prefill_pb2.TransferDone(job_id=job_id, kv_bytes=kv_bytes, **times))
 
 
 class FakeDecodeWorker(FakeWorker):

@@ -1,5 +1,6 @@
 """What goes through the wire's messages comes out equal."""
 
+import math
 import struct
 from dataclasses import replace
 
@@ -105,3 +106,10 @@ def test_model_and_load_survive() -> None:
     )
     load = WorkerLoad(1, 2, 3, 4, 5, 6, 7, True, 8, 9, 10, 11)
     assert convert.load_from_pb(convert.load_to_pb(load)) == load
+    measured = replace(load, prefill_tokens_per_s=800.5, prefill_step_ms=2.25, shared_prefill_tokens_per_s=64.0)
+    assert convert.load_from_pb(convert.load_to_pb(measured)) == measured
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -1.0])
+def test_a_rate_that_cannot_be_counts_as_not_measured(rate: float) -> None:
+    assert convert.load_from_pb(session_pb2.WorkerLoad(prefill_tokens_per_s=rate)) == WorkerLoad()

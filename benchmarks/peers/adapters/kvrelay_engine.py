@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvrelay.engine.kernel_batch import SequenceInput
 
 KV_CACHE_MIB = 1024
+DEFAULT_CHUNK_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class EngineAdapter:
         settings = engine_settings(options, cores=format_cores(options.cores), kv_cache_mib=KV_CACHE_MIB)
         self._engine = build_engine(settings)
         self._engine.pin_thread()
-        self._chunk_tokens = settings.prefill_chunk_tokens
+        self._chunk_tokens = settings.prefill_chunk_tokens or DEFAULT_CHUNK_TOKENS
         self._free = list(range(self._engine.blocks.num_blocks))
         self._sequences: dict[int, _Sequence] = {}
         self._sampling = SamplingInput(SamplingParams(temperature=0.0), sequence=0, index=0)

@@ -80,6 +80,9 @@ def _worker_table(workers: Sequence[WorkerInfo]) -> FittedTable:
         ">cached",
         ">free",
     )
+    is_measured = any(worker.load.prefill_tokens_per_s for worker in workers)
+    if is_measured:
+        table.add_text_column("prompt tokens/s", right=True)
     speculates = any(worker.load.num_drafted_tokens for worker in workers)
     if speculates:
         table.add_text_column("guesses right", right=True)
@@ -96,6 +99,7 @@ def _worker_table(workers: Sequence[WorkerInfo]) -> FittedTable:
             f"{load.num_used_blocks} of {load.num_blocks}",
             str(load.num_cached_blocks),
             str(load.num_free_blocks),
+            *([f"{load.prefill_tokens_per_s:,.0f}" if load.prefill_tokens_per_s else "-"] if is_measured else []),
             *([_guesses(load)] if speculates else []),
         )
     return table

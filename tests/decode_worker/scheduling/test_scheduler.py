@@ -8,6 +8,7 @@ from decode_worker.receiving.write_grants import WriteGrants
 from decode_worker.scheduling.events import BlocksReserved, SequencesStarted
 from decode_worker.scheduling.scheduler import DecodeLimits, DecodeScheduler
 from kvrelay.core.job import FailureKind, Job
+from kvrelay.core.prompt_pace import ChunkRange, PromptPace
 from kvrelay.kv_cache.block_manager import BlockManager
 from kvrelay.worker.commands import JobEnded, JobFailed
 from kvrelay.worker.sequence import PreparedJob
@@ -328,3 +329,32 @@ def test_a_job_that_runs_alone_never_waits_for_blocks_of_those_that_wait_for_it(
     failed = [event for event in bench.scheduler.drain_events() if isinstance(event, JobFailed)]
     assert [(event.job_id, event.kind) for event in failed] == [(alone.job_id, FailureKind.OUT_OF_CAPACITY)]
     assert bench.blocks.num_used_blocks == 0
+
+
+def test_chunks_follow_the_measured_pace_and_the_load_says_so() -> None:
+    pace = PromptPace(ChunkRange(4, 4, 64, step_s=0.1), ChunkRange(2, 2, 64, step_s=0.025))
+    scheduler = DecodeScheduler(BlockManager(64, 4), DecodeLimits(64, 8, 8), WriteGrants(), pace=pace)
+    pool = SimulatedPool(64, 4)
+
+    def next_chunk(num_decoding: int) -> int:
+        step = scheduler.schedule()
+        assert step is not None
+        scheduler.complete(step, pool.run(step))
+        num_tokens = sum(entry.num_tokens for entry in step.entries if entry.is_of_prompt)
+        pace.record_step(num_tokens, num_decoding, 0.0125 if num_decoding else num_tokens / 400)
+        return num_tokens
+
+    alone = make_job(prompt(44), 15)
+    scheduler.reserve(PreparedJob(alone))
+    scheduler.run_prompt(alone.job_id)
+    assert [next_chunk(0) for _ in range(4)] == [4, 4, 4, 32]
+    assert scheduler.load().prefill_tokens_per_s == pytest.approx(400)
+    beside = make_job(prompt(20, first=9), 2, request_id="b" * 32)
+    scheduler.reserve(PreparedJob(beside))
+    scheduler.run_prompt(beside.job_id)
+    for _ in range(3):
+        pace.record_step(0, 1, 0.01)
+    assert [next_chunk(1) for _ in range(4)] == [2, 2, 2, 4]
+    load = scheduler.load()
+    assert (load.prefill_chunk_tokens, load.shared_prefill_chunk_tokens) == (32, 4)
+    assert load.shared_prefill_tokens_per_s == pytest.approx(160)

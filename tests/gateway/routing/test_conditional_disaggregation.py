@@ -7,11 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.conditional_disaggregation import InFlightPrompts, should_prefill_locally
+from gateway.routing.conditional_disaggregation import InFlightPrompts, predict, without_rates
+from gateway.routing.handoff_costs import HandoffCost
 from kvrelay.core.job import JobId, WorkerLoad
 
 IDLE = WorkerLoad()
 DECODING = WorkerLoad(num_running=4)
+
+
+def should_prefill_locally(
+    num_tokens: int, decode: WorkerLoad, prefill: WorkerLoad, handoff: HandoffCost | None = None
+) -> bool:
+    return predict(num_tokens, decode, prefill, handoff).is_local
+
+
+def at_rate(tokens_per_s: float, shared: float = 0.0, **load: int) -> WorkerLoad:
+    return WorkerLoad(prefill_tokens_per_s=tokens_per_s, shared_prefill_tokens_per_s=shared, **load)
 
 
 def busy(*prompts: int) -> WorkerLoad:
@@ -107,3 +118,73 @@ def test_no_prompt_waits_behind_many_of_its_length_while_a_decode_worker_is_idle
     num_tokens: int, num_prompts: int
 ) -> None:
     assert num_prompts < 2 or should_prefill_locally(num_tokens, IDLE, busy(*[num_tokens] * num_prompts))
+
+
+# --- Measured rates
+
+
+@pytest.mark.parametrize(
+    ("decode_rate", "prefill_rate", "is_local"),
+    [(1000, 10_000, False), (10_000, 1000, True), (1000, 1249, True), (1000, 1251, False)],
+)
+def test_between_idle_workers_the_sooner_one_computes_a_prompt(
+    decode_rate: float, prefill_rate: float, is_local: bool
+) -> None:
+    """1,000 tokens take a second here; there, 0.8 s at the border, and 0.2 s for the handoff."""
+    handoff = HandoffCost(tokens_per_s=1e9, tail_s=0.2)
+    prediction = predict(1000, at_rate(decode_rate), at_rate(prefill_rate), handoff)
+    assert prediction.is_local is is_local
+    assert prediction.on_decode_worker == pytest.approx(1000 / decode_rate)
+    assert prediction.on_prefill_worker == pytest.approx(1000 / prefill_rate + 0.2)
+
+
+@given(
+    num_tokens=st.integers(1, 8192),
+    decode_rate=st.floats(10, 1e6),
+    prefill_rate=st.floats(10, 1e6),
+    link_rate=st.floats(1, 1e8),
+    tail_s=st.floats(0, 10),
+)
+def test_nobody_waits_for_a_handoff_that_costs_more_than_it_saves(
+    num_tokens: int, decode_rate: float, prefill_rate: float, link_rate: float, tail_s: float
+) -> None:
+    handoff = HandoffCost(link_rate, tail_s)
+    there_s = max(num_tokens / prefill_rate, num_tokens / link_rate) + tail_s
+    here_s = num_tokens / decode_rate
+    is_local = should_prefill_locally(num_tokens, at_rate(decode_rate), at_rate(prefill_rate), handoff)
+    if abs(here_s - there_s) > 1e-9 * here_s:
+        assert is_local is (here_s < there_s)
+
+
+def test_a_transfer_counts_only_as_far_as_the_prompt_does_not_hide_it() -> None:
+    assert HandoffCost(tokens_per_s=1000, tail_s=0.01).seconds(500, prefill_s=0.4) == pytest.approx(0.11)
+    assert HandoffCost(tokens_per_s=1000, tail_s=0.01).seconds(500, prefill_s=0.6) == pytest.approx(0.01)
+
+
+def test_beside_sequences_the_rate_of_shared_steps_counts() -> None:
+    decode, handoff = at_rate(5000, shared=200, num_running=4), HandoffCost(1e9, 0.0)
+    assert not should_prefill_locally(1000, decode, at_rate(1000), handoff)
+    assert should_prefill_locally(1000, replace(decode, num_running=0), at_rate(1000), handoff)
+
+
+def test_a_queue_counts_at_the_rate_of_its_worker() -> None:
+    handoff = HandoffCost(1e9, 0.0)
+    fast_but_busy = replace(busy(*[1000] * 9), prefill_tokens_per_s=10_000)
+    assert should_prefill_locally(2000, at_rate(2500), fast_but_busy, handoff)
+    assert not should_prefill_locally(2000, at_rate(1500), fast_but_busy, handoff)
+
+
+@given(num_tokens=st.integers(1, 8192), num_running=st.integers(0, 4), queue=st.integers(0, 20_000))
+def test_one_measured_rate_alone_changes_no_decision(num_tokens: int, num_running: int, queue: int) -> None:
+    decode = WorkerLoad(num_running=num_running)
+    unmeasured = predict(num_tokens, decode, busy(queue))
+    for measured in (
+        predict(num_tokens, replace(decode, prefill_tokens_per_s=512.0), busy(queue)),
+        predict(num_tokens, decode, replace(busy(queue), prefill_tokens_per_s=1024.0)),
+    ):
+        assert measured.is_local is unmeasured.is_local
+
+
+def test_old_rates_count_as_not_measured() -> None:
+    load = at_rate(100, shared=10, num_running=3, num_blocks=7)
+    assert without_rates(load) == WorkerLoad(num_running=3, num_blocks=7)

@@ -28,6 +28,20 @@ def test_the_least_busy_workers_are_chosen() -> None:
     assert choose_workers(workers, QUERY) == Assignment("d2", "p2")
 
 
+def test_a_fast_prefill_worker_is_chosen_until_its_queue_takes_longer() -> None:
+    def at_rate(worker_id: str, tokens_per_s: float, num_queued: int) -> WorkerView:
+        load = WorkerLoad(num_queued_prompt_tokens=num_queued, prefill_tokens_per_s=tokens_per_s)
+        return worker(worker_id, MemberRole.PREFILL, load)
+
+    slow = at_rate("p1", 1000, 0)
+    num_tokens = QUERY.num_tokens
+    for num_queued, chosen in ((0, "p2"), (9 * num_tokens - 1, "p2"), (9 * num_tokens + 1, "p1")):
+        workers = [worker("d1"), slow, at_rate("p2", 10_000, num_queued)]
+        assert choose_workers(workers, QUERY) == Assignment("d1", chosen)
+    unmeasured = at_rate("p3", 0.0, 0)
+    assert choose_workers([worker("d1"), slow, unmeasured], QUERY) == Assignment("d1", "p3")
+
+
 def test_without_a_prefill_worker_the_decode_worker_is_alone() -> None:
     assert choose_workers([worker("d1")], QUERY) == Assignment("d1", None)
 
