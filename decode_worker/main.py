@@ -67,7 +67,7 @@ def build_services(
     loop = asyncio.get_running_loop()
     grants = WriteGrants()
     chunk = prompt_chunk(settings.engine, engine)
-    pace = PromptPace(chunk, _shared_chunk(settings, engine, chunk))
+    pace = PromptPace(chunk, shared_chunk(settings, engine, chunk))
     limits = _limits(settings, chunk)
     scheduler = DecodeScheduler(engine.blocks, limits, grants, _speculation(settings, engine), pace)
     masks = MaskDesk(engine.model, wake=lambda: thread.submit(MasksMade()))
@@ -114,7 +114,7 @@ def _limits(settings: DecodeSettings, chunk: ChunkRange) -> DecodeLimits:
     )
 
 
-def _shared_chunk(settings: DecodeSettings, engine: WorkerEngine, chunk: ChunkRange) -> ChunkRange:
+def shared_chunk(settings: DecodeSettings, engine: WorkerEngine, chunk: ChunkRange) -> ChunkRange:
     num_tokens = settings.decoding.local_prefill_chunk_tokens
     if num_tokens is not None:
         return ChunkRange.fixed(num_tokens)

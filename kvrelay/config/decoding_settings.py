@@ -10,7 +10,7 @@ class DecodingSettings(Settings):
         default=None,
         ge=1,
         description="Most prompt tokens in a step that also decodes. Default: what keeps such a step within 25 ms, or "
-        "one and a half times a step without them, at least 16; without compiled kernels 16 on cpu, "
+        "one and a half times a step without them, at least 16; where kernels do not compute the whole model, 16 on cpu, "
         "prefill-chunk-tokens on cuda.",
     )
     speculative_tokens: int = Field(

@@ -132,8 +132,8 @@ class EngineSettings(ModelSettings):
     prefill_chunk_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most prompt tokens computed in one step. Default: what takes 0.1 s, 128 to 1024; without compiled "
-        "kernels, 256.",
+        description="Most prompt tokens computed in one step. Default: what takes 0.1 s, 128 to 1024; where kernels do "
+        "not compute the whole model, 256.",
     )
     max_running_sequences: int = Field(default=64, ge=1, description="Most sequences in one step.")
     max_waiting_works: int = Field(

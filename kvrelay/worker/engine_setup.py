@@ -63,7 +63,7 @@ class WorkerEngine:
     @property
     def adapts_chunks(self) -> bool:
         """Only where a row has the same bits in any chunk, so that a prompt has the same tokens."""
-        return self.model_runner.model.kernels is not None
+        return self.model_runner.model.decoder is not None
 
     @property
     def max_sequence_tokens(self) -> int:
