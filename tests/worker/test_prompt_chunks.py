@@ -1,4 +1,4 @@
-"""How much of a prompt a step takes, by flags and by what computes; and that no token depends on it."""
+"""How much of a prompt a step takes, and that no token depends on it."""
 
 import pytest
 
