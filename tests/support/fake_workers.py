@@ -266,8 +266,9 @@ class FakePrefillWorker(FakeWorker):
         if not await self._step("transfer_done", held_job):
             return
         self._forget(job.job_id)
-        times = {"transfer_ms": self.wire_ms + 1, "exposed_ms": self.wire_ms - 1, "wire_ms": self.wire_ms}
-        self._send(transfer_done=prefill_pb2.TransferDone(job_id=job_id, kv_bytes=kv_bytes, **times))
+        sent = prefill_pb2.TransferDone(job_id=job_id, kv_bytes=kv_bytes, wire_ms=self.wire_ms)
+        sent.transfer_ms, sent.exposed_ms = self.wire_ms + 1, self.wire_ms - 1
+        self._send(transfer_done=sent)
 
 
 class FakeDecodeWorker(FakeWorker):

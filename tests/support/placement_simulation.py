@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from random import Random
 
@@ -116,7 +117,7 @@ class PlacementSimulation:
             job = make_job(tokens, request.num_output_tokens, request_id=f"{number:032x}")
             self._num_tokens[job.job_id] = request.num_tokens
             self._arrived_at[job.job_id] = request.at
-            self._at(request.at, lambda job=job: self._arrive(job))
+            self._at(request.at, partial(self._arrive, job))
         while self._queue:
             self._now, _, action = heapq.heappop(self._queue)
             action()

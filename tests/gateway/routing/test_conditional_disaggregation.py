@@ -21,8 +21,8 @@ def should_prefill_locally(
     return predict(num_tokens, decode, prefill, handoff).is_local
 
 
-def at_rate(tokens_per_s: float, shared: float = 0.0, **load: int) -> WorkerLoad:
-    return WorkerLoad(prefill_tokens_per_s=tokens_per_s, shared_prefill_tokens_per_s=shared, **load)
+def at_rate(tokens_per_s: float, shared: float = 0.0, num_running: int = 0) -> WorkerLoad:
+    return WorkerLoad(num_running, prefill_tokens_per_s=tokens_per_s, shared_prefill_tokens_per_s=shared)
 
 
 def busy(*prompts: int) -> WorkerLoad:
@@ -186,5 +186,5 @@ def test_one_measured_rate_alone_changes_no_decision(num_tokens: int, num_runnin
 
 
 def test_old_rates_count_as_not_measured() -> None:
-    load = at_rate(100, shared=10, num_running=3, num_blocks=7)
+    load = replace(at_rate(100, shared=10, num_running=3), num_blocks=7)
     assert without_rates(load) == WorkerLoad(num_running=3, num_blocks=7)
