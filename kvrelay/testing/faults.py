@@ -34,7 +34,7 @@ class ArmedFault:
 
     def reached(self) -> list[ReachedPoint]:
         """Every time the point was reached."""
-        return [each for each in self.control.reached() if each.number == self.point.number]
+        return self.control.reached(self.point.number)
 
     @property
     def num_fired(self) -> int:
@@ -65,6 +65,8 @@ class FaultControl:
         self.folder = folder
         self._points: dict[int, ArmedPoint] = {}
         self._next_number = 1
+        self._num_read_bytes = 0
+        self._reached: dict[int, list[ReachedPoint]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER_NAME).touch()
 
@@ -93,9 +95,18 @@ class FaultControl:
         self._points.clear()
         self._write()
 
-    def reached(self) -> list[ReachedPoint]:
+    def reached(self, number: int) -> list[ReachedPoint]:
+        """Reads what is new: the file grows with every step while a point is armed."""
         path = self.folder / REACHED_NAME
-        return decode_reached(path.read_text("utf-8")) if path.exists() else []
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(self._num_read_bytes)
+                lines = file.read().rpartition(b"\n")[0]
+            if lines:
+                self._num_read_bytes += len(lines) + 1
+                for each in decode_reached(lines.decode() + "\n"):
+                    self._reached.setdefault(each.number, []).append(each)
+        return list(self._reached.get(number, ()))
 
     async def snapshot(self, pid: int) -> Mapping[str, Any]:
         """`tasks`, numbers of live `objects` by class, `threads`; AssertionError without an

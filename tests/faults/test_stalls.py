@@ -32,6 +32,7 @@ async def run_with_stop(rig: Rig, until: Callable[[FaultProcess], Awaitable[None
     running = asyncio.create_task(rig.run(request))
     victim = await fault.wait_until_fired()
     await wait_until(lambda: victim.state == "T", f"{victim.name} has stopped itself")
+    fault.disarm()
     await until(victim)
     assert victim.state == "T", "nobody else has continued it"
     await victim.resume()
