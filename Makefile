@@ -30,7 +30,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTATION_ARGS ?=
 
-.PHONY: help install model demo test lint format protos sync-client lock pin-images reference benchmark-tables docs newcomer soak mutations bench clean
+.PHONY: help install model demo test lint format protos sync-client lock pin-images reference benchmark-tables docs newcomer soak k8s mutations bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -106,6 +106,13 @@ newcomer: ## what README and docs say, in new environments, as a newcomer does i
 
 soak: install model ## the tests that run for minutes
 	@$(BIN)/python -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
+
+k8s: install build/k8s/.fetched ## the tests of the Helm chart, with helm and the schemas of Kubernetes
+	@$(BIN)/python -m pytest -m k8s --timeout 600 tests/project/test_helm_chart.py $(PYTEST_ARGS)
+
+build/k8s/.fetched: tools/fetch_k8s_tools.sh
+	@tools/fetch_k8s_tools.sh build/k8s
+	@touch $@
 
 mutations: install model ## take each guard out in turn and expect a test to fail, such as MUTATION_ARGS='-O -k key'; takes an hour
 	@$(BIN)/python -m tests.all_mutations $(MUTATION_ARGS)

@@ -1,0 +1,1 @@
+../../../compose/make_credentials.py
