@@ -28,7 +28,7 @@ USERS = {"gateway": ("gateway",), "worker": ("prefill", "decode")}
 """Redis's users, and the roles that have the password of each."""
 
 _COMMANDS = "+@read +@write +@scripting +@connection -@dangerous +info +time"
-_KEYS = {"gateway": "~kvrelay:*", "worker": "~kvrelay:{registry}:* ~kvrelay:{probe}:* %R~kvrelay:*:owner"}
+_KEYS = {"gateway": "~kvrelay:*", "worker": "~kvrelay:{registry}:* ~kvrelay:{probe*}:* %R~kvrelay:*:owner"}
 
 
 def make_credentials(folder: Path, trust_domain: str = TRUST_DOMAIN, hosts: tuple[str, ...] = ()) -> None:

@@ -4,16 +4,23 @@ from pydantic import Field
 
 from kvrelay.config.base import Settings
 from kvrelay.errors import ConfigError
-from kvrelay.state.redis_url import TLS_SETTINGS, with_password_of, with_tls_of
+from kvrelay.state.redis_url import TLS_SETTINGS, with_password_of, with_sentinel_password_of, with_tls_of
 
 
 class RedisSettings(Settings):
     redis_url: str | None = Field(
-        default=None, description="Redis or Valkey, such as redis://HOST:6379/0. Every process needs it."
+        default=None,
+        description="Redis or Valkey, such as redis://HOST:6379/0; redis+cluster://HOST:6379,HOST:6379 for a cluster, "
+        "redis+sentinel://HOST:26379,HOST:26379/SERVICE behind Sentinels. "
+        "Every process needs it.",
     )
     redis_password_file: str | None = Field(
         default=None,
         description="File with the password of --redis-url, which then needs none: flags are seen by other users.",
+    )
+    redis_sentinel_password_file: str | None = Field(
+        default=None,
+        description="File with the password of the Sentinels of a redis+sentinel:// url, if they have one.",
     )
     redis_tls_ca: str | None = Field(
         default=None,
@@ -33,8 +40,12 @@ class RedisSettings(Settings):
                 "redis_url is missing: give --redis-url, or use `kvrelay serve all`, which starts a Valkey of its own"
             )
         url = with_tls_of(self.redis_url, {name: getattr(self, name) for name in TLS_SETTINGS})
-        return url if self.redis_password_file is None else with_password_of(url, self.redis_password_file)
+        if self.redis_password_file is not None:
+            url = with_password_of(url, self.redis_password_file)
+        if self.redis_sentinel_password_file is not None:
+            url = with_sentinel_password_of(url, self.redis_sentinel_password_file)
+        return url
 
 
-IN_THE_URL = ("redis_password_file", *TLS_SETTINGS)
+IN_THE_URL = ("redis_password_file", "redis_sentinel_password_file", *TLS_SETTINGS)
 """What `required_redis_url` has in it."""

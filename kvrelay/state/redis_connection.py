@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,36 +13,30 @@ from typing import Any, Self, TypeVar
 import redis.asyncio
 import redis.exceptions
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from kvrelay.core.backoff import Backoff
 from kvrelay.errors import ConfigError, StoreFullError, UnavailableError, UnreadableStateError
 from kvrelay.runtime.own_time import own_time_limit
-from kvrelay.state.redis_examination import examine, execute, look_for_tls
+from kvrelay.state.redis_clients import RedisClient, make_client
+from kvrelay.state.redis_examination import examine, examine_sentinels, execute, look_for_tls
 from kvrelay.state.redis_faults import BROKEN_SENTENCE, NO_ANSWER_SENTENCE, RedisFault, fault_of
-from kvrelay.state.redis_tls import RedisTLS, TLSConnection
-from kvrelay.state.redis_url import TLS_OPTIONS, RedisTarget, parse_redis_url
+from kvrelay.state.redis_tls import RedisTLS
+from kvrelay.state.redis_url import RedisKind, parse_redis_url
 from kvrelay.state.store_health import NO_ANSWER_MESSAGE, RETRY_AFTER_MS, StoreHealth
 
 MAX_CONNECTIONS = 16
 MAX_FOLLOWERS = 256
 FIRST_LOOK_DELAY_S = 0.02
 MAX_LOOK_DELAY_S = 0.5
-CHECK_TIMEOUT_S = 2.0  # at a process's start
+CHECK_TIMEOUT_S = 2.0  # at a process's start, and to find the nodes of a cluster again
+CONNECT_TIMEOUT_S = 0.5
+"""Least time for a connection to one of several hosts."""
 REFUSED_MESSAGE = "The state store refuses to write or read now; `kvrelay health` says why. Try again in a moment."
 
 _Answer = TypeVar("_Answer")
 _log = structlog.get_logger(__name__)
 
-_PROBE_KEYS = ("kvrelay:{probe}:hash", "kvrelay:{probe}:log", "kvrelay:{probe}:list")
-_CONNECTION_CLASSES: dict[str, type[redis.asyncio.connection.AbstractConnection]] = {
-    "redis": redis.asyncio.Connection,
-    "rediss": TLSConnection,
-    "unix": redis.asyncio.UnixDomainSocketConnection,
-}
-
-_ERRORS = (OSError, TimeoutError, redis.exceptions.RedisError)
+_ERRORS = (OSError, TimeoutError, redis.exceptions.RedisError, redis.exceptions.RedisClusterException)
 """Errors of commands, besides uvloop's RuntimeError."""
 
 _CLOSED = "the handler is closed"
@@ -71,8 +65,9 @@ class RedisConnection:
         self._timeout_s = timeout_ms / 1000
         self._target = parse_redis_url(url)
         self._tls = RedisTLS(self._target.options) if self._target.uses_tls else None
-        self._client = _client(self._target, self._tls, MAX_CONNECTIONS + 1)
-        self._follower_client = _client(self._target, self._tls, MAX_FOLLOWERS)
+        connect_timeout_s = max(CONNECT_TIMEOUT_S, self._timeout_s / 2)
+        self._client = make_client(self._target, self._tls, MAX_CONNECTIONS + 1, connect_timeout_s)
+        self._follower_client = make_client(self._target, self._tls, MAX_FOLLOWERS, connect_timeout_s)
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._follower_slots = asyncio.Semaphore(MAX_FOLLOWERS)
         self._health = StoreHealth(address=self._target.address)
@@ -114,11 +109,15 @@ class RedisConnection:
         """Works while the breaker is open too; UnavailableError says why Redis does not answer."""
         try:
             async with own_time_limit(self._timeout_s):
-                await _attempt(lambda client: execute(client, "PING"), self._client)
+                await _attempt(self._ping_primaries, self._client)
         except _ERRORS as error:
             fault = fault_of(error)
             reason = fault.sentence if fault is not None else str(error)
             raise UnavailableError(f"Redis does not answer: {reason}. Check --redis-url.") from error
+
+    async def _ping_primaries(self, client: "redis.asyncio.Redis") -> None:
+        for place in self._client.primaries():
+            await execute(client, "PING", **place)
 
     async def check(self) -> None:
         """Raises ConfigError for settings that forbid any use of this Redis. Passes when Redis is
@@ -134,8 +133,8 @@ class RedisConnection:
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.wait([self._recovery])
-        await self._client.aclose()
-        await self._follower_client.aclose()
+        await self._client.close()
+        await self._follower_client.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -148,7 +147,7 @@ class RedisConnection:
     async def _run(
         self,
         operation: Callable[["redis.asyncio.Redis"], Awaitable[_Answer]],
-        client: "redis.asyncio.Redis",
+        client: RedisClient,
         slots: asyncio.Semaphore,
         limit_s: float,
     ) -> _Answer:
@@ -187,17 +186,15 @@ class RedisConnection:
             self._recovery = asyncio.create_task(self._recover(), name="redis recovery")
 
     async def _recover(self) -> None:
-        # Idle connections may lead to a server that is no longer the primary.
-        # A failure to close one must not end the recovery.
         for client in (self._client, self._follower_client):
-            with contextlib.suppress(*_ERRORS):
-                async with asyncio.timeout(self._timeout_s):
-                    await client.connection_pool.disconnect(inuse_connections=False)
+            await self._forget(client)
         backoff = Backoff(FIRST_LOOK_DELAY_S, MAX_LOOK_DELAY_S, random.random)
+        has_several = self._target.kind is not RedisKind.SINGLE
+        limit_s = max(self._timeout_s, CHECK_TIMEOUT_S) if has_several else self._timeout_s
         while not self._health.healthy:
             await asyncio.sleep(backoff.next_delay_s())
             try:
-                fault = await self._look(self._timeout_s)
+                fault = await self._look(limit_s)
             except Exception:
                 _log.exception("redis cannot be examined")
                 fault = RedisFault("the look at Redis failed; the log says how")
@@ -208,24 +205,43 @@ class RedisConnection:
 
     async def _look(self, limit_s: float) -> RedisFault | None:
         """Tries all that kvrelay does in Redis. PING is not enough: replicas answer it too."""
+        fault = await self._try_all(limit_s)
+        if fault is None or fault.is_refusal or fault.needs_a_person:
+            return fault
+        signs = (BROKEN_SENTENCE,) if self._tls is None else (BROKEN_SENTENCE, NO_ANSWER_SENTENCE)
+        return (await look_for_tls(self._target, self._tls) if fault.sentence in signs else None) or fault
+
+    async def _try_all(self, limit_s: float) -> RedisFault | None:
         try:
+            if self._target.kind is not RedisKind.SINGLE:
+                await self._forget(self._client)  # which node is the primary
             if not self._is_examined:
                 async with own_time_limit(limit_s):
-                    fault = await _attempt(examine, self._client)
+                    fault = await self._examine()
                 if fault is not None:
                     return fault
                 self._is_examined = True
             async with own_time_limit(limit_s):
-                await _attempt(_probe, self._client)
+                await _attempt(lambda client: _probe(client, self._client.probe_tags()), self._client)
         except _ERRORS as error:
             fault = fault_of(error)
             if fault is None:
                 return RedisFault(f"Redis refuses what kvrelay does there ({type(error).__name__})", is_refusal=True)
-            is_unclear = not fault.is_refusal and not fault.needs_a_person
-            signs = (BROKEN_SENTENCE,) if self._tls is None else (BROKEN_SENTENCE, NO_ANSWER_SENTENCE)
-            could_be_tls = is_unclear and fault.sentence in signs
-            return (await look_for_tls(self._target, self._tls) if could_be_tls else None) or fault
+            return fault
         return None
+
+    async def _examine(self) -> RedisFault | None:
+        if self._client.sentinels:
+            fault = await examine_sentinels(self._client.sentinels, self._target.service)
+            if fault is not None:
+                return fault
+        return await _attempt(partial(examine, places=self._client.primaries), self._client)
+
+    async def _forget(self, client: RedisClient) -> None:
+        """A failure to close a connection must not end the recovery."""
+        with contextlib.suppress(*_ERRORS):
+            async with asyncio.timeout(self._timeout_s):
+                await client.forget_connections()
 
 
 async def check_redis_at(url: str) -> None:
@@ -234,8 +250,9 @@ async def check_redis_at(url: str) -> None:
         await connection.check()
 
 
-async def _probe(client: "redis.asyncio.Redis") -> None:
-    await _evaluate(client, "probe", _PROBE_KEYS, ())
+async def _probe(client: "redis.asyncio.Redis", tags: Sequence[str]) -> None:
+    for tag in tags:
+        await _evaluate(client, "probe", [f"kvrelay:{{{tag}}}:{kind}" for kind in ("hash", "log", "list")], ())
 
 
 async def _evaluate(
@@ -248,15 +265,15 @@ async def _evaluate(
         return await execute(client, "EVAL", text, len(keys), *keys, *arguments)
 
 
-async def _attempt(
-    operation: Callable[["redis.asyncio.Redis"], Awaitable[_Answer]], client: "redis.asyncio.Redis"
-) -> _Answer:
+async def _attempt(operation: Callable[["redis.asyncio.Redis"], Awaitable[_Answer]], client: RedisClient) -> _Answer:
     try:
-        return await operation(client)
+        await client.prepare()
+        return await operation(client.commands)
     except RuntimeError as error:
         _check_closed(error)
     try:
-        return await operation(client)
+        await client.prepare()
+        return await operation(client.commands)
     except RuntimeError as error:
         _check_closed(error)
         raise redis.exceptions.ConnectionError(str(error)) from error
@@ -265,29 +282,6 @@ async def _attempt(
 def _check_closed(error: RuntimeError) -> None:
     if _CLOSED not in str(error):
         raise error
-
-
-def _client(target: RedisTarget, tls: RedisTLS | None, max_connections: int) -> "redis.asyncio.Redis":
-    # No time limits in redis-py: ours covers the whole operation. redis-py uses asyncio.wait_for,
-    # which can lose a cancellation on Python 3.11 (python/cpython#86296).
-    options = {**target.location, **{name: value for name, value in target.options.items() if name not in TLS_OPTIONS}}
-    if tls is not None:
-        options["tls"] = tls
-    if target.scheme != "unix":
-        options["socket_keepalive"] = True
-    pool = redis.asyncio.ConnectionPool(
-        connection_class=_CONNECTION_CLASSES[target.scheme],
-        max_connections=max_connections,
-        **options,
-        db=target.database,
-        username=target.username,
-        password=target.password,
-        protocol=2,
-        socket_timeout=None,
-        socket_connect_timeout=None,
-        retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
-    )
-    return redis.asyncio.Redis.from_pool(pool)
 
 
 @cache

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import ssl
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -13,8 +14,11 @@ import structlog
 from kvrelay.state.redis_faults import (
     CLUSTER_SENTENCE,
     NEEDS_TLS_SENTENCE,
+    NO_SENTINEL_SENTENCE,
     NO_TLS_SENTENCE,
     OLD_SENTENCE,
+    OTHER_SERVICE_SENTENCE,
+    SENTINEL_PASSWORD_SENTENCE,
     SENTINEL_SENTENCE,
     RedisFault,
     fault_of,
@@ -28,29 +32,70 @@ TLS_LOOK_TIMEOUT_S = 1.0
 _log = structlog.get_logger(__name__)
 
 
-async def execute(client: "redis.asyncio.Redis", *command: str | int | bytes) -> Any:
-    return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+async def execute(client: "redis.asyncio.Redis", *command: str | int | bytes, **place: Any) -> Any:
+    """`place`: of a `RedisClient`."""
+    return await client.execute_command(*command, **place)  # type: ignore[no-untyped-call]
 
 
-async def examine(client: "redis.asyncio.Redis") -> RedisFault | None:
+async def examine(
+    client: "redis.asyncio.Redis", places: Callable[[], Sequence[Mapping[str, Any]]]
+) -> RedisFault | None:
     """A fault, or None; None also when this user may not ask."""
-    information = await _ask(client, "INFO")
-    mode = str(information.get("redis_mode", "standalone"))
+    for place in places():
+        if (fault := await _examine_server(client, place)) is not None:
+            return fault
+    return None
+
+
+async def _examine_server(client: "redis.asyncio.Redis", place: Mapping[str, Any]) -> RedisFault | None:
+    information = await _ask(client, "INFO", place=place)
+    mode = str(information.get("redis_mode") or information.get("server_mode"))  # the latter is Valkey's
     if mode == "sentinel":
         return RedisFault(SENTINEL_SENTENCE, needs_a_person=True, is_refusal=True)
     version = re.match(r"\d+", str(information.get("redis_version", "")))
     if version is not None and int(version[0]) < OLDEST_MAJOR_VERSION:
         return RedisFault(OLD_SENTENCE, needs_a_person=True, is_refusal=True)
     is_cluster = mode == "cluster" or str(information.get("cluster_enabled", 0)) == "1"
-    if is_cluster and await _num_shards(client) != 1:  # the node of a single shard has every key
+    # The node of a single shard has every key.
+    if is_cluster and not place and await _num_shards(client) != 1:
         return RedisFault(CLUSTER_SENTENCE, needs_a_person=True, is_refusal=True)
     _warn_of_eviction(information)
     return None
 
 
+async def examine_sentinels(sentinels: Sequence["redis.asyncio.Redis"], service: str) -> RedisFault | None:
+    """Passes when one of them watches the service."""
+    watched: set[str] = set()
+    faults: list[RedisFault] = []
+    for sentinel in sentinels:
+        try:
+            watched.update(await _services_of(sentinel))
+        except (OSError, TimeoutError, redis.exceptions.RedisError) as error:
+            faults.append(_fault_of_sentinel(error))
+    if service in watched:
+        return None
+    if watched or not faults:
+        names = ", ".join(sorted(watched)) or "none"
+        return RedisFault(f"{OTHER_SERVICE_SENTENCE}: they watch {names}", needs_a_person=True, is_refusal=True)
+    return next((fault for fault in faults if fault.needs_a_person), faults[0])
+
+
+async def _services_of(sentinel: "redis.asyncio.Redis") -> list[str]:
+    services: dict[str, Any] = await execute(sentinel, "SENTINEL MASTERS")
+    return list(services)
+
+
+def _fault_of_sentinel(error: Exception) -> RedisFault:
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return RedisFault(SENTINEL_PASSWORD_SENTENCE, needs_a_person=True, is_refusal=True)
+    if isinstance(error, redis.exceptions.ResponseError) and "unknown command" in str(error).lower():
+        return RedisFault(NO_SENTINEL_SENTENCE, needs_a_person=True, is_refusal=True)
+    return fault_of(error) or RedisFault(f"a Sentinel refuses what kvrelay asks ({type(error).__name__})")
+
+
 async def _num_shards(client: "redis.asyncio.Redis") -> int:
     """0 when no node has keys, or this user may not ask."""
-    return int((await _ask(client, "CLUSTER", "INFO")).get("cluster_size", 0))
+    return int((await _ask(client, "CLUSTER", "INFO", place={})).get("cluster_size", 0))
 
 
 def _warn_of_eviction(information: dict[str, Any]) -> None:
@@ -62,10 +107,10 @@ def _warn_of_eviction(information: dict[str, Any]) -> None:
         )
 
 
-async def _ask(client: "redis.asyncio.Redis", *command: str) -> dict[str, Any]:
+async def _ask(client: "redis.asyncio.Redis", *command: str, place: Mapping[str, Any]) -> dict[str, Any]:
     """Empty when this user may not ask."""
     try:
-        answer = await execute(client, *command)
+        answer = await execute(client, *command, **place)
     except redis.exceptions.ResponseError as error:
         fault = fault_of(error)
         if fault is not None and not fault.needs_a_person:

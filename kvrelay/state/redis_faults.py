@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import redis.exceptions
+from redis.asyncio.sentinel import MasterNotFoundError
 
 MAX_QUOTED_CHARACTERS = 200
 
@@ -24,10 +25,29 @@ class RedisFault:
 
 
 CLUSTER_SENTENCE = (
-    "Redis at --redis-url is a node of a Redis Cluster, whose keys are spread over several nodes, and kvrelay does "
-    "not follow them: give the url of a Redis or Valkey without cluster mode, or of a cluster with one shard"
+    "Redis at --redis-url is a node of a Redis Cluster, whose keys are spread over several nodes: write "
+    "redis+cluster://HOST:PORT, with several HOST:PORT by commas, so that kvrelay follows them"
 )
-SENTINEL_SENTENCE = "what listens at --redis-url is a Redis Sentinel: give the address of the primary that it watches"
+NO_CLUSTER_SENTENCE = (
+    "Redis at --redis-url is no Redis Cluster: write redis:// instead of redis+cluster://, and one host"
+)
+NOT_COVERED_SENTENCE = (
+    "the Redis Cluster of --redis-url has slots that no node serves: CLUSTER INFO there says how many"
+)
+SENTINEL_SENTENCE = (
+    "what listens at --redis-url is a Redis Sentinel: write redis+sentinel://HOST:26379/SERVICE with the name under "
+    "which it watches the primary"
+)
+NO_SENTINEL_SENTENCE = (
+    "what listens at the hosts of --redis-url is no Sentinel: write redis:// for a Redis itself, or give the port of "
+    "the Sentinels, such as redis+sentinel://HOST:26379/SERVICE"
+)
+OTHER_SERVICE_SENTENCE = "no Sentinel of --redis-url watches a primary by the name in it"
+NO_PRIMARY_SENTENCE = "no Sentinel of --redis-url knows a primary that is up"
+SENTINEL_PASSWORD_SENTENCE = (
+    "the Sentinels refuse the user or the password for them: give theirs in --redis-sentinel-password-file, or leave "
+    "it out if they have none"
+)
 OLD_SENTENCE = "Redis at --redis-url is too old: kvrelay needs Redis 7.0 or newer, or Valkey"
 NEEDS_TLS_SENTENCE = "the port of --redis-url speaks TLS: write rediss:// instead of redis://"
 NO_TLS_SENTENCE = (
@@ -41,7 +61,9 @@ _REFUSED_CERTIFICATES = tuple(
     f"ALERT_{what}"
     for what in ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED", "CERTIFICATE_UNKNOWN")
 )
-_PERMISSIONS = "~kvrelay:* +@read +@write +@scripting +@connection +info +time"
+_PERMISSIONS = "~kvrelay:* +@read +@write +@scripting +@connection +info +time, and in a Redis Cluster +cluster|slots"
+
+NO_CLUSTER = RedisFault(NO_CLUSTER_SENTENCE, needs_a_person=True, is_refusal=True)
 
 # By the first word of an answer.
 _BY_CODE: dict[str, RedisFault] = {
@@ -126,6 +148,10 @@ def fault_of(error: BaseException) -> RedisFault | None:
     """The meaning of an error; None for a defect of the command itself."""
     if isinstance(error, redis.exceptions.ConnectionError) and isinstance(error.__cause__, redis.exceptions.RedisError):
         error = error.__cause__  # through a Unix socket, redis-py wraps the server's refusal
+    if isinstance(error, MasterNotFoundError):
+        return RedisFault(NO_PRIMARY_SENTENCE)
+    if isinstance(error, redis.exceptions.RedisClusterException):
+        return _fault_of_cluster(error)
     answer = _answer_of(error)
     if answer is not None:
         return _fault_of_answer(*answer)
@@ -135,6 +161,20 @@ def fault_of(error: BaseException) -> RedisFault | None:
         )
     if isinstance(error, OSError | redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
         return _fault_on_the_way(error)
+    return None
+
+
+def _fault_of_cluster(error: redis.exceptions.RedisClusterException) -> RedisFault | None:
+    """redis-py's own errors about a cluster; those about a command are defects."""
+    text = str(error)
+    if isinstance(error, redis.exceptions.SlotNotCoveredError) or "not covered" in text:
+        return RedisFault(NOT_COVERED_SENTENCE)
+    causes = [cause for cause in _causes(error) if not isinstance(cause, redis.exceptions.RedisClusterException)]
+    faults = [fault for cause in causes if (fault := fault_of(cause)) is not None]
+    if "Cluster mode is not enabled" in text:
+        return next((fault for fault in faults if fault.needs_a_person), NO_CLUSTER)
+    if "cannot be connected" in text:
+        return next(iter(faults), RedisFault(BROKEN_SENTENCE))
     return None
 
 

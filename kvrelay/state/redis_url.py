@@ -1,8 +1,11 @@
 """Parses Redis urls, and shows them without secrets. Connects to nothing.
 
-    redis://USER:PASSWORD@HOST:PORT/DATABASE     over TCP; [::1] for an IPv6 address
-    rediss://...?ssl_ca_certs=FILE               over TLS
-    unix:///PATH?db=DATABASE                     through a Unix socket
+    redis://USER:PASSWORD@HOST:PORT/DATABASE             over TCP; [::1] for an IPv6 address
+    rediss://...?ssl_ca_certs=FILE                       over TLS
+    unix:///PATH?db=DATABASE                             through a Unix socket
+    redis+cluster://USER:PASSWORD@HOST:PORT,HOST:PORT    some nodes of a cluster; rediss+cluster:// over TLS
+    redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DATABASE?sentinel_password=PASSWORD
+                                                         Sentinels; rediss+sentinel:// over TLS
 
 Errors quote only parts of a url that cannot belong to a mistyped password.
 """
@@ -10,15 +13,20 @@ Errors quote only parts of a url that cannot belong to a mistyped password.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from kvrelay.errors import ConfigError
 
-DEFAULT_PORT = 6379
+DEFAULT_PORT, DEFAULT_SENTINEL_PORT = 6379, 26379
 MAX_DATABASE = 2**31 - 1
-SCHEMES = ("redis", "rediss", "unix")
+MAX_HOSTS = 64
+SCHEMES = (
+    *("redis", "rediss", "redis+cluster", "rediss+cluster"),
+    *("redis+sentinel", "rediss+sentinel", "unix"),
+)
 
 CERTIFICATE_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 TLS_OPTIONS = (
@@ -34,7 +42,8 @@ TLS_SETTINGS = dict(zip(("redis_tls_ca", "redis_tls_cert", "redis_tls_key"), CER
 """The option of a url that each setting stands for."""
 
 _CREDENTIALS = ("username", "password")
-_OPTIONS = ("db", *_CREDENTIALS, "client_name", *TLS_OPTIONS)
+_SENTINEL_CREDENTIALS = ("sentinel_username", "sentinel_password")
+_OPTIONS = ("db", *_CREDENTIALS, *_SENTINEL_CREDENTIALS, "client_name", *TLS_OPTIONS)
 _OWN_OPTIONS = {
     **dict.fromkeys(
         ("socket_timeout", "socket_connect_timeout", "timeout"), "--redis-timeout-ms bounds every operation"
@@ -48,24 +57,38 @@ _SWITCHES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.\-]+)?\]|[\w.\-]*)(?::(\d{1,5}))?")
+_SERVICE = re.compile(r"[\w.\-]{1,128}")
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _ENCODE = (
     "characters of a user or password such as / ? # @ : [ ] must be percent-encoded (/ is %2F, # is %23, @ is %40)"
 )
 
 
+class RedisKind(StrEnum):
+    SINGLE = ""
+    CLUSTER = "cluster"
+    SENTINEL = "sentinel"
+
+
 @dataclass(frozen=True, slots=True)
 class RedisTarget:
     address: str
-    """host:port, or the socket's path: for logs."""
+    """host:port, several with commas, or the socket's path: for logs."""
     scheme: str
+    """redis, rediss or unix."""
     location: Mapping[str, Any]
-    """`host` and `port`, or `path`."""
+    """`host` and `port`, the first of several, or `path`."""
     database: int
     username: str | None
     password: str | None = field(repr=False)
     options: Mapping[str, Any] = field(repr=False)
     """Further arguments of redis-py's connection."""
+    kind: RedisKind = RedisKind.SINGLE
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    """What the Sentinels call the primary and its replicas."""
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
 
     @property
     def uses_tls(self) -> bool:
@@ -74,36 +97,68 @@ class RedisTarget:
 
 def parse_redis_url(url: str) -> RedisTarget:
     """Raises ConfigError, without secrets, for a wrong url or an unknown option."""
-    scheme, authority, path, query = _split(url)
-    options = _parse_query(url, scheme, query)
+    full_scheme, authority, path, query = _split(url)
+    scheme, _, kind_name = full_scheme.partition("+")
+    kind = RedisKind(kind_name)
+    options = _parse_query(url, scheme, kind, query)
     userinfo, _, host = authority.rpartition("@")
     user, _, secret = userinfo.partition(":")
-    username = unquote(user) or options.pop("username", None)
-    password = unquote(secret) or options.pop("password", None)
-    options.pop("username", None)
-    options.pop("password", None)
+    given = {name: options.pop(name, None) for name in (*_CREDENTIALS, *_SENTINEL_CREDENTIALS)}
+    hosts: tuple[tuple[str, int], ...] = ()
+    service, database = "", options.pop("db", None)
     if scheme == "unix":
         location, address = _socket(url, host, path)
-        database = options.pop("db", "0")
     else:
-        location, address = _host_and_port(url, host)
-        database = options.pop("db", None) or unquote(path).strip("/") or "0"
-    return RedisTarget(address, scheme, location, _database(url, database), username, password, options)
+        hosts, address = _hosts(url, kind, host)
+        location = dict(zip(("host", "port"), hosts[0], strict=True))
+        if kind is RedisKind.SENTINEL:
+            service, path = _service(url, path)
+        database = database or unquote(path).strip("/")
+    number = _database(url, database or "0")
+    if kind is RedisKind.CLUSTER and number:
+        raise _error(url, "a Redis Cluster has database 0 only: leave the number out")
+    return RedisTarget(
+        address,
+        scheme,
+        location,
+        number,
+        unquote(user) or given["username"],
+        unquote(secret) or given["password"],
+        options,
+        kind,
+        hosts,
+        service,
+        given["sentinel_username"],
+        given["sentinel_password"],
+    )
 
 
 def with_password_of(url: str, file: str) -> str:
     """Raises ConfigError if the file has no password, or the url has one already."""
-    target = parse_redis_url(url)
-    if target.password is not None:
+    if parse_redis_url(url).password is not None:
         raise _error(url, "it has a password, and so has --redis-password-file: leave one of them out")
+    return _with_options(url, {"password": _read_password("redis_password_file", file)})
+
+
+def with_sentinel_password_of(url: str, file: str) -> str:
+    """Raises ConfigError as `with_password_of`, and where the url names no Sentinels."""
+    target = parse_redis_url(url)
+    if target.kind is not RedisKind.SENTINEL:
+        raise _error(url, "it names no Sentinels: write redis+sentinel://, or leave redis_sentinel_password_file out")
+    if target.sentinel_password is not None:
+        raise _error(url, "it has sentinel_password, and there is --redis-sentinel-password-file: leave one out")
+    return _with_options(url, {"sentinel_password": _read_password("redis_sentinel_password_file", file)})
+
+
+def _read_password(setting: str, file: str) -> str:
     try:
         password = Path(file).read_text("utf-8").strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"redis_password_file is {file!r}, which cannot be read: {reason}") from None
+        raise ConfigError(f"{setting} is {file!r}, which cannot be read: {reason}") from None
     if not password:
-        raise ConfigError(f"redis_password_file is {file!r}, which is empty: write the password into it")
-    return _with_options(url, {"password": password})
+        raise ConfigError(f"{setting} is {file!r}, which is empty: write the password into it")
+    return password
 
 
 def with_tls_of(url: str, files: Mapping[str, str | None]) -> str:
@@ -113,7 +168,9 @@ def with_tls_of(url: str, files: Mapping[str, str | None]) -> str:
         return url
     target = parse_redis_url(url)
     if not target.uses_tls:
-        raise _error(url, f"write rediss:// for TLS, or leave {' and '.join(given)} out")
+        raise _error(
+            url, f"write rediss{target.kind and f'+{target.kind}'}:// for TLS, or leave {' and '.join(given)} out"
+        )
     if ("redis_tls_cert" in given) != ("redis_tls_key" in given):
         raise ConfigError("redis_tls_cert and redis_tls_key go together: give both or none")
     for name, file in given.items():
@@ -132,9 +189,9 @@ def shown(url: str) -> str:
     hidden = "***@" if at else ""
     place, question_mark, query = rest.partition("?")
     authority, slash, path = place.partition("/")
-    if _HOST.fullmatch(authority) is None or (at and "?" in secret):
+    if not all(_HOST.fullmatch(each) for each in authority.split(",")) or (at and "?" in secret):
         return f"{scheme}{hidden}***"
-    path = path if scheme == "unix://" or re.fullmatch(r"[\w\-/]{0,32}", path) else "***"
+    path = path if scheme == "unix://" or re.fullmatch(r"[\w.\-/]{0,32}", path) else "***"
     names = [name if _OPTION_NAME.fullmatch(name) else "***" for name, _ in parse_qsl(query, keep_blank_values=True)]
     return f"{scheme}{hidden}{authority}{slash}{path}" + question_mark + "&".join(f"{name}=***" for name in names)
 
@@ -142,10 +199,6 @@ def shown(url: str) -> str:
 def _split(url: str) -> tuple[str, str, str, str]:
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else ""
-    if "sentinel" in scheme:
-        raise _error(url, "Sentinel is not supported; give the address of the primary itself")
-    if "cluster" in scheme:
-        raise _error(url, "a Redis Cluster is not supported; give the address of a Redis that is none")
     if match is None or scheme not in SCHEMES:
         raise _error(url, f"it must begin with {', '.join(f'{name}://' for name in SCHEMES[:-1])} or {SCHEMES[-1]}://")
     place, _, query = url[match.end() :].partition("?")
@@ -155,13 +208,15 @@ def _split(url: str) -> tuple[str, str, str, str]:
     return scheme, authority, slash + path, query
 
 
-def _parse_query(url: str, scheme: str, query: str) -> dict[str, Any]:
+def _parse_query(url: str, scheme: str, kind: RedisKind, query: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
             raise _error(url, _unknown_option(name))
         if name in TLS_OPTIONS and scheme != "rediss":
-            raise _error(url, f"the option {name} is for TLS: write rediss://")
+            raise _error(url, f"the option {name} is for TLS: write rediss{kind and f'+{kind}'}://")
+        if name in _SENTINEL_CREDENTIALS and kind is not RedisKind.SENTINEL:
+            raise _error(url, f"the option {name} is for Sentinels: write redis+sentinel://")
         if name in options:
             raise _error(url, f"the option {name} is given twice")
         options[name] = value
@@ -197,7 +252,37 @@ def _socket(url: str, host: str, path: str) -> tuple[dict[str, Any], str]:
     return {"path": unquote(path)}, unquote(path)
 
 
-def _host_and_port(url: str, authority: str) -> tuple[dict[str, Any], str]:
+def _hosts(url: str, kind: RedisKind, authority: str) -> tuple[tuple[tuple[str, int], ...], str]:
+    places = authority.split(",")
+    if kind is RedisKind.SINGLE and len(places) > 1:
+        raise _error(
+            url,
+            "it names several hosts: write redis+cluster:// for nodes of a Redis Cluster, or "
+            "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE for Sentinels",
+        )
+    if len(places) > MAX_HOSTS:
+        raise _error(url, f"it names more than {MAX_HOSTS} hosts: a few are enough, the others are found through them")
+    if len(places) > 1 and not all(places):
+        raise _error(url, "a host is missing before or after a comma")
+    default = DEFAULT_SENTINEL_PORT if kind is RedisKind.SENTINEL else DEFAULT_PORT
+    hosts, addresses = zip(*(_host_and_port(url, place, default) for place in places), strict=True)
+    return hosts, ",".join(addresses)
+
+
+def _service(url: str, path: str) -> tuple[str, str]:
+    """The service's name, and the rest of the path."""
+    service, _, rest = path.strip("/").partition("/")
+    service = unquote(service)
+    if _SERVICE.fullmatch(service) is None:
+        raise _error(
+            url,
+            "after the Sentinels comes the name under which they watch the primary, such as the mymaster of "
+            "redis+sentinel://127.0.0.1:26379/mymaster/0",
+        )
+    return service, rest
+
+
+def _host_and_port(url: str, authority: str, default_port: int) -> tuple[tuple[str, int], str]:
     match = _HOST.fullmatch(authority)
     if match is None and authority.count(":") > 1 and re.fullmatch(r"[0-9A-Fa-f:.]+", authority):
         raise _error(url, "an IPv6 address is written in brackets, such as redis://[::1]:6379")
@@ -205,8 +290,8 @@ def _host_and_port(url: str, authority: str) -> tuple[dict[str, Any], str]:
         raise _error(
             url, f"after the host comes a port between 1 and 65535, such as redis://127.0.0.1:6379/0; {_ENCODE}"
         )
-    host, port = match[1].strip("[]") or "localhost", int(match[2] or DEFAULT_PORT)
-    return {"host": host, "port": port}, f"{match[1] or host}:{port}"
+    host, port = match[1].strip("[]") or "localhost", int(match[2] or default_port)
+    return (host, port), f"{match[1] or host}:{port}"
 
 
 def _database(url: str, text: str) -> int:

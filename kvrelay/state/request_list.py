@@ -98,10 +98,13 @@ class RequestList:
         entries = await self._connection.run(lambda client: _read_entries(client, key, position, count))
         if not entries:
             return [], []
+        now_ms = await self._connection.run_script("clock", [key], ())
         summaries: list[RequestSummary | None] = []
         for begin in range(0, len(entries), READ_AT_ONCE):
             request_ids = [entry.request_id for entry in entries[begin : begin + READ_AT_ONCE]]
-            summaries += await self._connection.run(partial(_read_summaries, key=key, request_ids=request_ids))
+            summaries += await self._connection.run(
+                partial(_read_summaries, key=key, request_ids=request_ids, now_ms=now_ms)
+            )
         return entries, summaries
 
 
@@ -127,18 +130,17 @@ async def _read_entries(client: Redis, key: str, position: _Position | None, cou
     return entries[:count]
 
 
-async def _read_summaries(client: Redis, key: str, request_ids: Sequence[str]) -> list[RequestSummary | None]:
+async def _read_summaries(
+    client: Redis, key: str, request_ids: Sequence[str], now_ms: int
+) -> list[RequestSummary | None]:
     pipeline = client.pipeline(transaction=False)
-    pipeline.time()
     for request_id in request_ids:
         pipeline.hmget(f"kvrelay:{{{request_id}}}:request", SUMMARY_FIELDS)
     # Errors of single keys are answers: a foreign value must not hide the other requests.
-    time, *answers = await pipeline.execute(raise_on_error=False)
-    for answer in (time, *answers):
+    answers = await pipeline.execute(raise_on_error=False)
+    for answer in answers:
         if isinstance(answer, Exception) and not (isinstance(answer, ResponseError) and fault_of(answer) is None):
             raise answer  # no matter what the key holds
-    seconds, microseconds = time
-    now_ms = seconds * 1000 + microseconds // 1000
     summaries: list[RequestSummary | None] = []
     expired: list[str] = []
     for request_id, values in zip(request_ids, answers, strict=True):
@@ -160,7 +162,7 @@ async def _read_summaries(client: Redis, key: str, request_ids: Sequence[str]) -
 
 async def _clean(client: Redis, key: str) -> None:
     oldest = await execute(client, "ZRANGE", key, 0, MAX_CLEANED - 1)
-    await _read_summaries(client, key, [_text(request_id) for request_id in oldest])
+    await _read_summaries(client, key, [_text(request_id) for request_id in oldest], now_ms=0)
 
 
 def _pairs(answer: Sequence[object]) -> list[tuple[object, str]]:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import chain
 
 import structlog
-from redis.asyncio import Redis
 
 from kvrelay.core.quoting import shortened
 from kvrelay.core.request_state import (
@@ -213,8 +212,8 @@ class StateStore:
         return answer[1:], decode_state(answer[0])
 
     async def get(self, request_id: str) -> RequestRecord | None:
-        stored, now_ms = await self._connection.run(lambda client: _read_record(client, request_id))
-        return decode_record(stored, now_ms) if stored else None
+        now_ms, answer = await self._connection.run_script("record", [request_key(request_id)], ())
+        return decode_record(dict(zip(answer[::2], answer[1::2], strict=True)), now_ms) if answer else None
 
     async def tenant_of(self, request_id: str) -> str | None:
         """None if the request is unknown."""
@@ -337,11 +336,3 @@ def _accepted(request_id: str, result: bytes) -> bool:
             f"The state store has lost the last writes about request {shortened(request_id)}; restore it."
         )
     return result == b"DONE"
-
-
-async def _read_record(client: Redis, request_id: str) -> tuple[dict[bytes, bytes], int]:
-    pipeline = client.pipeline(transaction=False)
-    pipeline.hgetall(request_key(request_id))
-    pipeline.time()
-    stored, (seconds, microseconds) = await pipeline.execute()
-    return stored, seconds * 1000 + microseconds // 1000

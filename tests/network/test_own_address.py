@@ -82,7 +82,10 @@ def test_a_name_that_leads_here_is_advertised_where_redis_is_on_loopback(redis_u
     assert own_address(redis_url) == NAME
 
 
-@pytest.mark.parametrize("redis_url", [f"redis://{REDIS}:6379/0", "rediss://user:secret@redis.example:6380/2"])
+@pytest.mark.parametrize(
+    "redis_url",
+    [f"redis://{REDIS}:6379/0", "rediss://user:secret@redis.example:6380/2", f"redis+cluster://{REDIS}:1,other:2"],
+)
 def test_with_redis_elsewhere_the_address_towards_it_is_advertised(
     redis_url: str, name: Name, ways: Callable[[dict[str, str]], None]
 ) -> None:

@@ -561,7 +561,7 @@ COMPOSE = (
     Mutation(
         "workers read requests",
         USERS,
-        "~kvrelay:{registry}:* ~kvrelay:{probe}:* %R~kvrelay:*:owner",
+        "~kvrelay:{registry}:* ~kvrelay:{probe*}:* %R~kvrelay:*:owner",
         "~kvrelay:*",
         f"{DEPLOY_TESTS}::test_a_worker_registers_with_its_user_and_reads_no_requests",
     ),

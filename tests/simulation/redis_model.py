@@ -187,6 +187,10 @@ class RedisModel:
         ended = _has(terminal, stored["state"].decode())
         return [b"DECODING" if ended and last < len(log) else stored["state"], *log[position:last]]
 
+    def _record(self, keys: Sequence[str], arguments: Sequence[Argument]) -> tuple[int, list[bytes]]:
+        stored = self.data.hashes.get(keys[0], {})
+        return self.now_ms(), [part for name, value in stored.items() for part in (name.encode(), value)]
+
     def _take_over(self, keys: Sequence[str], arguments: Sequence[Argument]) -> int:
         expected_owner, expected_attempt, new_owner, token, terminal = arguments
         stored = self.data.hashes.get(keys[0])
@@ -290,7 +294,7 @@ class SimulatedRedisConnection:
         return answer
 
     async def run(self, operation: Callable[[Any], Awaitable[Any]]) -> Any:
-        """As `RedisConnection.run`, for the one operation that gateways need: to read a record."""
+        """As `RedisConnection.run`, for the one operation that gateways need: to read a field."""
         self.health.check()
         await self._travel()
         return await operation(_Client(self._model))
@@ -322,29 +326,14 @@ class SimulatedRedisConnection:
 
 
 class _Client:
-    """As much of a Redis client as reading a record takes."""
+    """As much of a Redis client as reading a field takes."""
 
     def __init__(self, model: RedisModel) -> None:
         self._model = model
-        self._key = ""
-
-    def pipeline(self, transaction: bool) -> "_Client":
-        return self
-
-    def hgetall(self, key: str) -> None:
-        self._key = key
-
-    def time(self) -> None:
-        """Comes with the answer."""
 
     async def execute_command(self, name: str, key: str, *arguments: Argument) -> list[bytes] | bytes | None:
         """HGET; else it lists nothing: there is no list of requests here."""
         return self._model.data.hashes.get(key, {}).get(str(arguments[0])) if name == "HGET" else []
-
-    async def execute(self) -> tuple[dict[bytes, bytes], tuple[int, int]]:
-        stored = {name.encode(): value for name, value in self._model.data.hashes.get(self._key, {}).items()}
-        now_ms = self._model.now_ms()
-        return stored, (now_ms // 1000, now_ms % 1000 * 1000)
 
 
 def _has(table: Argument, item: str) -> bool:

@@ -12,10 +12,12 @@ from kvrelay.errors import UnavailableError, UnreadableStateError
 from kvrelay.state.embedded_valkey import EmbeddedValkey
 from kvrelay.state.member_registry import MemberRegistry, MemberView
 from kvrelay.state.redis_connection import RedisConnection
-from tests.support import redis_fixtures
+from tests.support import redis_fixtures, state_contract
+from tests.support.redis_deployments import Deployment
 from tests.support.redis_fixtures import eventually, stopped
 
-server, connection = redis_fixtures.server, redis_fixtures.connection
+server = redis_fixtures.server
+deployment, connection = state_contract.deployment, state_contract.connection
 
 LEASE_MS = 1500
 """Where a test waits until a lease has run out."""
@@ -277,11 +279,13 @@ async def test_what_another_version_wrote_is_skipped(registry: MemberRegistry, c
         assert await registry.read_members() == (PREFILL,)
 
 
-async def test_every_key_has_a_time_to_live(registry: MemberRegistry, connection: RedisConnection) -> None:
+async def test_every_key_has_a_time_to_live(
+    registry: MemberRegistry, connection: RedisConnection, deployment: Deployment
+) -> None:
     async with registry.lease(PREFILL), registry.lease(DECODE):
         pass
     await die(registry, PREFILL)
-    keys = await connection.run(lambda client: client.keys("*"))
+    keys = await deployment.keys()
     assert len(keys) == 3
     for key in keys:
         assert await connection.run(lambda client, key=key: client.pttl(key)) > 0  # type: ignore[misc]

@@ -241,7 +241,7 @@ async def test_a_command_cancelled_at_any_await_leaves_no_answer_behind(server: 
     async with HoldingProxy(server) as proxy, RedisConnection(proxy.url, 20_000) as connection:
         for num_steps in range(400):
             if not warm:
-                await connection._client.connection_pool.disconnect()
+                await connection._client.commands.connection_pool.disconnect()
             task = asyncio.create_task(ask(connection, f"cancelled {num_steps}"))
             for _ in range(num_steps):
                 await asyncio.sleep(0)

@@ -43,36 +43,12 @@ class ModelConnection:
     async def run_script(self, name: str, keys: list[str], arguments: tuple[Any, ...]) -> Any:
         return self._model.run(name, keys, arguments)
 
-    async def run(self, operation: Any) -> Any:
-        return await operation(_RecordReader(self._model))
-
 
 class NoList:
     """The list of requests has tests of its own."""
 
     async def add(self, request_id: str, tenant: str, create_time_ms: int, time_to_live_ms: int) -> None:
         """Lists nothing."""
-
-
-class _RecordReader:
-    def __init__(self, model: RedisModel) -> None:
-        self._model = model
-        self._key = ""
-
-    def pipeline(self, transaction: bool) -> "_RecordReader":
-        return self
-
-    def hgetall(self, key: str) -> None:
-        self._key = key
-
-    def time(self) -> None:
-        """Comes with the answer."""
-
-    async def execute(self) -> Any:
-        return {name.encode(): value for name, value in self._model.data.hashes.get(self._key, {}).items()}, (
-            1_700_000_000,
-            0,
-        )
 
 
 class RequestMachine(RuleBasedStateMachine):

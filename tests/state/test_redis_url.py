@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.errors import ConfigError
-from kvrelay.state.redis_url import parse_redis_url, shown, with_password_of, with_tls_of
+from kvrelay.state.redis_url import (
+    RedisKind,
+    parse_redis_url,
+    shown,
+    with_password_of,
+    with_sentinel_password_of,
+    with_tls_of,
+)
 
 SECRET = "S3cretPw"
 
@@ -36,6 +43,67 @@ def test_a_url_names_where_redis_is_and_how_to_get_in(
     assert (target.location, target.database, target.username, target.password) == (location, database, user, password)
 
 
+@pytest.mark.parametrize(
+    ("url", "kind", "hosts", "service", "database"),
+    [
+        ("redis+cluster://h:7000", RedisKind.CLUSTER, (("h", 7000),), "", 0),
+        (
+            "redis+cluster://h:7000,[::1]:7001,h3/0",
+            RedisKind.CLUSTER,
+            (("h", 7000), ("::1", 7001), ("h3", 6379)),
+            "",
+            0,
+        ),
+        ("rediss+cluster://u:p@h1,h2/", RedisKind.CLUSTER, (("h1", 6379), ("h2", 6379)), "", 0),
+        ("redis+sentinel://h/mymaster", RedisKind.SENTINEL, (("h", 26379),), "mymaster", 0),
+        (
+            "rediss+sentinel://u:p@h1:1,h2/my.master-2/3",
+            RedisKind.SENTINEL,
+            (("h1", 1), ("h2", 26379)),
+            "my.master-2",
+            3,
+        ),
+        ("redis+sentinel://h/m?db=4&sentinel_password=s", RedisKind.SENTINEL, (("h", 26379),), "m", 4),
+    ],
+)
+def test_a_url_names_a_cluster_or_sentinels(
+    url: str, kind: RedisKind, hosts: tuple[tuple[str, int], ...], service: str, database: int
+) -> None:
+    target = parse_redis_url(url)
+    assert (target.kind, target.hosts, target.service, target.database) == (kind, hosts, service, database)
+    assert target.uses_tls == url.startswith("rediss")
+    assert (target.username, target.password) == (("u", "p") if "u:p@" in url else (None, None))
+    assert target.sentinel_password == ("s" if "sentinel_password" in url else None)
+
+
+def test_sentinels_have_a_user_and_a_password_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text(f"{SECRET}&=\n", "utf-8")
+    url = with_sentinel_password_of("redis+sentinel://u:p@h1,h2/m/2?sentinel_username=watcher", f"{tmp_path}/password")
+    target = parse_redis_url(url)
+    assert (target.sentinel_username, target.sentinel_password) == ("watcher", f"{SECRET}&=")
+    assert (target.username, target.password, target.service, target.database) == ("u", "p", "m", 2)
+    assert SECRET not in shown(url)
+    assert SECRET not in repr(target)
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "problem"),
+    [
+        ("redis://h", "x", "names no Sentinels"),
+        ("redis+cluster://h", "x", "names no Sentinels"),
+        (f"redis+sentinel://h/m?sentinel_password={SECRET}", "x", "leave one out"),
+        ("redis+sentinel://h/m", "", "is empty"),
+    ],
+)
+def test_a_password_file_of_sentinels_that_does_not_fit_is_refused(
+    url: str, content: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text(content, "utf-8")
+    with pytest.raises(ConfigError, match=problem) as refusal:
+        with_sentinel_password_of(url, f"{tmp_path}/password")
+    assert SECRET not in refusal.value.message
+
+
 def test_options_of_tls_are_taken_over(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("")
     target = parse_redis_url(f"rediss://h?ssl_cert_reqs=none&ssl_check_hostname=False&ssl_ca_certs={tmp_path}/ca.pem")
@@ -53,9 +121,21 @@ def test_options_of_tls_are_taken_over(tmp_path: Path) -> None:
         ("127.0.0.1:6379", "must begin with redis://"),
         ("http://h", "must begin with redis://"),
         ("", "must begin with redis://"),
-        ("redis+sentinel://h:26379/mymaster", "Sentinel is not supported"),
-        ("sentinel://h:26379", "Sentinel is not supported"),
-        ("redis+cluster://h:7000", "Redis Cluster is not supported"),
+        ("sentinel://h:26379", "redis+sentinel://"),
+        ("redis+bogus://h:26379", "redis+cluster://"),
+        ("unix+cluster:///s.sock", "must begin with redis://"),
+        ("redis+cluster://h:7000/1", "database 0 only"),
+        ("redis+cluster://h:7000?db=1", "database 0 only"),
+        ("redis+cluster://h1,,h2", "a host is missing"),
+        ("redis+cluster://" + ",".join(["h"] * 65), "more than 64 hosts"),
+        ("redis+cluster://h1:1,h2:x", "a port between 1 and 65535"),
+        ("redis+cluster://h?sentinel_password=x", "is for Sentinels"),
+        ("redis://h?sentinel_username=x", "is for Sentinels"),
+        ("redis+sentinel://h:26379", "the name under which they watch the primary"),
+        ("redis+sentinel://h:26379/", "the name under which they watch the primary"),
+        ("redis+sentinel://h/my%20master", "the name under which they watch the primary"),
+        ("redis+sentinel://h/mymaster/x", "the database is a number"),
+        ("redis+cluster://h?ssl_ca_certs=/x", "rediss+cluster://"),
         ("redis://h/abc", "the database is a number"),
         ("redis://h/-1", "the database is a number"),
         ("redis://h/0/1", "the database is a number"),
@@ -63,7 +143,7 @@ def test_options_of_tls_are_taken_over(tmp_path: Path) -> None:
         ("redis://h:99999", "a port between 1 and 65535"),
         ("redis://h:0", "a port between 1 and 65535"),
         ("redis://h:63x9", "a port between 1 and 65535"),
-        ("redis://h1:6379,h2:6379", "a port between 1 and 65535"),
+        ("redis://h1:6379,h2:6379", "redis+cluster:// for nodes"),
         ("redis://::1:6379", "in brackets"),
         ("redis://h?nonsense=1", "nonsense is no option"),
         ("redis://h?ssl_ca_certs=/x", "rediss://"),
@@ -110,7 +190,12 @@ def test_a_url_that_is_none_is_refused_and_says_why(url: str, problem: str) -> N
         f"redis://u:a#{SECRET}@h",
         f"redis://u:{SECRET}@a@h/x",
         f"unix://u:{SECRET}@x/s.sock",
-        f"redis+sentinel://u:{SECRET}@h/m",
+        f"redis+sentinel://u:{SECRET}@h/",
+        f"redis+sentinel://u:{SECRET}@h1,h2/m/x",
+        f"redis+sentinel://h/m?sentinel_password={SECRET}&nonsense=1",
+        f"redis+cluster://u:{SECRET}@h1,h2/1",
+        f"redis://u:{SECRET}@h1,h2",
+        f"redis+cluster://:{SECRET},h2",
     ],
 )
 def test_an_error_about_a_url_quotes_no_secret(url: str) -> None:

@@ -25,10 +25,11 @@ from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.state.request_list import ADDS_PER_CLEANING, LIST_KEY, list_key_of
 from kvrelay.state.request_record import RequestRecord
 from kvrelay.state.state_store import FOLLOW_MS, StateStore
-from tests.support import redis_fixtures
+from tests.support import state_contract
+from tests.support.redis_deployments import Deployment
 from tests.support.redis_fixtures import make_record
 
-server, connection, store = redis_fixtures.server, redis_fixtures.connection, redis_fixtures.store
+deployment, connection, store = state_contract.deployment, state_contract.connection, state_contract.store
 
 S = RequestState
 
@@ -155,12 +156,14 @@ async def test_of_many_moves_at_once_one_wins(store: StateStore) -> None:
     assert [end for end, won in zip(ends, results, strict=True) if won] == [read.state] * 5
 
 
-async def test_every_key_has_a_time_to_live(store: StateStore, connection: RedisConnection) -> None:
+async def test_every_key_has_a_time_to_live(
+    store: StateStore, connection: RedisConnection, deployment: Deployment
+) -> None:
     await store.create(make_record())
     await store.append_frames("r1", 1, 0, [b"a"])
     await store.claim_idempotency_key("t", "k", "d", "r1", 60_000)
     await store.share_cache_secret(b"secret")
-    keys = await connection.run(lambda client: client.keys("*"))
+    keys = await deployment.keys()
     assert len(keys) == 7
     for key in keys:
         left_ms = await connection.run(lambda client, key=key: client.pttl(key))  # type: ignore[misc]
@@ -177,7 +180,7 @@ async def test_every_key_has_a_time_to_live(store: StateStore, connection: Redis
 @pytest.mark.parametrize("by_restoring", [False, True])
 @pytest.mark.parametrize("keeps_output", [False, True])
 async def test_an_ended_request_leaves_no_prompt_and_its_output_only_where_it_is_kept(
-    store: StateStore, connection: RedisConnection, keeps_output: bool, by_restoring: bool
+    store: StateStore, connection: RedisConnection, deployment: Deployment, keeps_output: bool, by_restoring: bool
 ) -> None:
     record = make_record(
         keeps_output=keeps_output,
@@ -186,7 +189,7 @@ async def test_an_ended_request_leaves_no_prompt_and_its_output_only_where_it_is
     )
     await store.create(record)
     await store.append_frames("r1", 1, 0, [b"a secret answer"])
-    assert b"secret" in await everything(connection)
+    assert b"secret" in await everything(connection, deployment)
     if by_restoring:
         assert await store.restore(replace(record, state=S.SUCCEEDED), [b"a secret answer"])
     else:
@@ -194,7 +197,7 @@ async def test_an_ended_request_leaves_no_prompt_and_its_output_only_where_it_is
     log_ms = await connection.run(lambda client: client.pttl("kvrelay:{r1}:log"))
     assert (590_000 if keeps_output else 0) < log_ms <= (600_000 if keeps_output else FOLLOW_MS)
     await connection.run(lambda client: client.delete("kvrelay:{r1}:log"))
-    left = await everything(connection)
+    left = await everything(connection, deployment)
     assert b"secret" not in left
     assert not any(number.to_bytes(4, "little") in left for number in record.prompt_token_ids)
     read = await store.get("r1")
@@ -230,9 +233,9 @@ async def test_a_long_log_that_is_restored_in_parts_never_runs_without_its_promp
     assert (ended.state, ended.prompt_token_ids) == (S.SUCCEEDED, (0,))
 
 
-async def everything(connection: RedisConnection) -> bytes:
+async def everything(connection: RedisConnection, deployment: Deployment) -> bytes:
     """All keys, and the values of hashes and streams."""
-    keys: list[bytes] = await connection.run(lambda client: client.keys("*"))  # type: ignore[arg-type,return-value]
+    keys = await deployment.keys()
     values: list[bytes] = []
     for key in keys:
         kind = await connection.run(lambda client, key=key: client.type(key))  # type: ignore[misc]
@@ -478,14 +481,14 @@ async def test_a_page_token_that_is_none_is_the_clients_mistake(store: StateStor
 # --- what gateways and tenants may know
 
 
-async def test_the_tenant_of_a_request_is_one_small_read(store: StateStore, connection: RedisConnection) -> None:
+async def test_the_tenant_of_a_request_is_one_small_read(store: StateStore, deployment: Deployment) -> None:
     await store.create(make_record(tenant="bank"))
-    await connection.run(lambda client: client.config_resetstat())
+    await deployment.num_calls("hget")
     assert await store.tenant_of("r1") == "bank"
     assert await store.tenant_of("unknown") is None
-    statistics = await connection.run(lambda client: client.info("commandstats"))
-    assert statistics["cmdstat_hget"]["calls"] == 2
-    assert "cmdstat_hgetall" not in statistics
+    assert await deployment.num_calls("hget") == 2
+    await store.tenant_of("r1")
+    assert await deployment.num_calls("hgetall") == 0
 
 
 async def test_gateways_agree_on_the_first_ones_secret(store: StateStore, connection: RedisConnection) -> None:

@@ -6,9 +6,12 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis.asyncio
 
 from kvrelay.core.request_state import RequestState
 from kvrelay.core.sampling_params import SamplingParams
@@ -85,6 +88,12 @@ async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float 
             if await condition():
                 return
             await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def admin_of(server: EmbeddedValkey) -> AsyncIterator[Any]:
+    async with redis.asyncio.Redis.from_url(server.url, protocol=2) as client:
+        yield client
 
 
 @contextlib.contextmanager
