@@ -3,9 +3,9 @@
     redis://USER:PASSWORD@HOST:PORT/DATABASE             over TCP; [::1] for an IPv6 address
     rediss://...?ssl_ca_certs=FILE                       over TLS
     unix:///PATH?db=DATABASE                             through a Unix socket
-    redis+cluster://USER:PASSWORD@HOST:PORT,HOST:PORT    some nodes of a cluster; rediss+cluster:// over TLS
-    redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DATABASE?sentinel_password=PASSWORD
-                                                         Sentinels; rediss+sentinel:// over TLS
+    redis+cluster://USER:PASSWORD@HOST:PORT,HOST:PORT    nodes of a cluster; rediss+cluster://
+    redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DATABASE
+                                                         Sentinels; rediss+sentinel://
 
 Errors quote only parts of a url that cannot belong to a mistyped password.
 """

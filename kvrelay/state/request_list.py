@@ -1,15 +1,18 @@
 """The lists of requests, newest first, by pages: one of all, and one of each tenant.
 
-A sorted set has the ids by creation time. Requests expire by themselves; readers and writers remove
-their ids.
+A list is spread over NUM_BUCKETS sorted sets, by the ids, so that the nodes of a cluster share it.
+Each has ids by creation time. Requests expire by themselves; readers and writers remove their ids.
 """
 
 import hashlib
 import re
-from collections import Counter
+from binascii import crc_hqx
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import count
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
@@ -22,7 +25,14 @@ from kvrelay.state.redis_examination import execute
 from kvrelay.state.redis_faults import fault_of
 from kvrelay.state.request_record import SUMMARY_FIELDS, RequestSummary, decode_summary
 
-LIST_KEY = "kvrelay:{requests}:by_create_time"
+NUM_SLOTS = 16_384
+"""Of a Redis Cluster."""
+NUM_BUCKETS = 16
+"""Part of the keys: versions with another number list nothing of each other's."""
+OLD_LIST_KEY = "kvrelay:{requests}:by_create_time"
+"""One sorted set, of gateways before there were buckets. It is read until it has expired."""
+READ_BEYOND_SHARE = 8
+"""Buckets are uneven: more than its part of a page is read of each, by this."""
 MAX_COUNTED_LISTS = 4096
 ADDS_PER_CLEANING = 32
 MAX_CLEANED = 2 * ADDS_PER_CLEANING
@@ -51,6 +61,8 @@ class _Position:
 
     create_time_ms: int
     request_id: str
+    key: str = field(default="", compare=False)
+    """Of the sorted set that has it."""
 
     def precedes(self, other: "_Position") -> bool:
         return (self.create_time_ms, self.request_id) > (other.create_time_ms, other.request_id)
@@ -65,8 +77,10 @@ class RequestList:
 
     async def add(self, request_id: str, tenant: str, create_time_ms: int, time_to_live_ms: int) -> None:
         """Idempotent."""
-        for key in (LIST_KEY, list_key_of(tenant)):
-            await self._connection.run_script("index", [key], (create_time_ms, request_id, time_to_live_ms))
+        bucket = bucket_of(request_id)
+        keys = (list_key(bucket), list_key(bucket, tenant))
+        await self._connection.run_script("index", keys, (create_time_ms, request_id, time_to_live_ms))
+        for key in keys:
             if key not in self._num_added and len(self._num_added) >= MAX_COUNTED_LISTS:
                 self._num_added.clear()
             self._num_added[key] += 1
@@ -77,11 +91,11 @@ class RequestList:
         self, page_size: int, page_token: str, active_only: bool, tenant: str | None = None
     ) -> RequestPage:
         """See `StateStore.list_requests`."""
-        key = LIST_KEY if tenant is None else list_key_of(tenant)
         position = _decode_token(page_token) if page_token else None
         found: list[RequestSummary] = []
         for _ in range(MAX_LOOKS_PER_PAGE):
-            entries, summaries = await self._read_after(key, position, page_size)
+            entries = await self._read_after(tenant, position, page_size)
+            summaries = await self._read_summaries(entries)
             for entry, summary in zip(entries, summaries, strict=True):
                 position = entry
                 if summary is not None and not (active_only and is_terminal(summary.state)):
@@ -92,77 +106,146 @@ class RequestList:
                 return RequestPage(found, "")
         return RequestPage(found, _encode_token(position) if position else "")
 
-    async def _read_after(
-        self, key: str, position: _Position | None, count: int
-    ) -> tuple[list[_Position], list[RequestSummary | None]]:
-        entries = await self._connection.run(lambda client: _read_entries(client, key, position, count))
+    async def _read_after(self, tenant: str | None, position: _Position | None, count: int) -> list[_Position]:
+        """The newest `count` of all buckets."""
+        keys = [list_key(bucket, tenant) for bucket in range(NUM_BUCKETS)]
+        keys.append(OLD_LIST_KEY if tenant is None else old_list_key_of(tenant))
+        buckets = [_Bucket(key, position) for key in keys]
+        share = count // NUM_BUCKETS + READ_BEYOND_SHARE
+        found: list[_Position] = []
+        while len(found) < count:
+            # What is unread of an empty bucket may be newer than all that is read of the others.
+            while empty := [bucket for bucket in buckets if bucket.has_more and not bucket.entries]:
+                await self._connection.run(partial(_read_entries, buckets=empty, count=share))
+            with_entries = [bucket for bucket in buckets if bucket.entries]
+            if not with_entries:
+                break
+            entry = max(with_entries, key=_Bucket.newest_entry).entries.popleft()
+            if not found or found[-1] != entry:  # an older gateway may have listed it too
+                found.append(entry)
+        return found
+
+    async def _read_summaries(self, entries: Sequence[_Position]) -> list[RequestSummary | None]:
         if not entries:
-            return [], []
-        now_ms = await self._connection.run_script("clock", [key], ())
+            return []
+        now_ms = await self._connection.run_script("clock", [entries[0].key], ())
         summaries: list[RequestSummary | None] = []
         for begin in range(0, len(entries), READ_AT_ONCE):
-            request_ids = [entry.request_id for entry in entries[begin : begin + READ_AT_ONCE]]
-            summaries += await self._connection.run(
-                partial(_read_summaries, key=key, request_ids=request_ids, now_ms=now_ms)
-            )
-        return entries, summaries
+            part = entries[begin : begin + READ_AT_ONCE]
+            summaries += await self._connection.run(partial(_read_summaries, entries=part, now_ms=now_ms))
+        return summaries
 
 
-def list_key_of(tenant: str) -> str:
-    # Hashed, because clients may choose it.
-    digest = hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest()
-    return f"kvrelay:{{requests:{digest}}}:by_create_time"
+def bucket_of(request_id: str) -> int:
+    return hashlib.blake2b(request_id.encode(), digest_size=1).digest()[0] % NUM_BUCKETS
 
 
-async def _read_entries(client: Redis, key: str, position: _Position | None, count: int) -> list[_Position]:
-    newest = "+inf" if position is None else position.create_time_ms
-    entries: list[_Position] = []
-    offset = 0
-    while len(entries) < count:
-        # Start with the position's whole millisecond: the page before may have ended within it.
-        arguments = (key, newest, "-inf", "BYSCORE", "REV", "LIMIT", offset, count, "WITHSCORES")
-        answer = await execute(client, "ZRANGE", *arguments)
-        listed = [_Position(_milliseconds(score), _text(request_id)) for request_id, score in _pairs(answer)]
-        entries += [entry for entry in listed if position is None or position.precedes(entry)]
-        if len(listed) < count:
+def list_key(bucket: int, tenant: str | None = None) -> str:
+    """Of all requests or of one tenant's; both in one slot of a cluster."""
+    of_tenant = "" if tenant is None else f":{_digest(tenant)}"
+    return f"kvrelay:{{{_hash_tags()[bucket]}}}:by_create_time{of_tenant}"
+
+
+@cache
+def _hash_tags() -> tuple[str, ...]:
+    """The first one for each equal part of a cluster's slots, so that primaries share them evenly."""
+    tags: dict[int, str] = {}
+    for number in count():
+        tag = f"requests.{number}"
+        slot = crc_hqx(tag.encode(), 0) % NUM_SLOTS
+        tags.setdefault(slot * NUM_BUCKETS // NUM_SLOTS, tag)
+        if len(tags) == NUM_BUCKETS:
             break
-        offset += count
-    return entries[:count]
+    return tuple(tags[bucket] for bucket in range(NUM_BUCKETS))
 
 
-async def _read_summaries(
-    client: Redis, key: str, request_ids: Sequence[str], now_ms: int
-) -> list[RequestSummary | None]:
+def old_list_key_of(tenant: str) -> str:
+    return f"kvrelay:{{requests:{_digest(tenant)}}}:by_create_time"
+
+
+def _digest(tenant: str) -> str:
+    # Clients may choose it.
+    return hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest()
+
+
+class _Bucket:
+    """One sorted set while a page is read."""
+
+    def __init__(self, key: str, position: _Position | None) -> None:
+        self.key = key
+        self.entries: deque[_Position] = deque()
+        self.has_more = True
+        self._position = position
+        self._newest: int | str = "+inf" if position is None else position.create_time_ms
+        self._offset = 0
+
+    def newest_entry(self) -> tuple[int, str]:
+        return self.entries[0].create_time_ms, self.entries[0].request_id
+
+    def command(self, count: int) -> tuple[str | int, ...]:
+        # Starts with the position's whole millisecond: what came before may have ended within it.
+        limits = ("BYSCORE", "REV", "LIMIT", self._offset, count, "WITHSCORES")
+        return "ZRANGE", self.key, self._newest, "-inf", *limits
+
+    def take(self, answer: Sequence[object], count: int) -> None:
+        listed = [_Position(_milliseconds(score), _text(name), self.key) for name, score in _pairs(answer)]
+        self.entries += [entry for entry in listed if self._position is None or self._position.precedes(entry)]
+        self.has_more = len(listed) == count
+        if not listed:
+            return
+        if self._position is None or self._position.precedes(listed[-1]):
+            self._position = listed[-1]
+        is_within = listed[-1].create_time_ms == self._newest
+        self._offset = self._offset + len(listed) if is_within else 0
+        self._newest = listed[-1].create_time_ms
+
+
+async def _read_entries(client: Redis, buckets: Sequence[_Bucket], count: int) -> None:
+    pipeline: Any = client.pipeline(transaction=False)
+    for bucket in buckets:
+        pipeline.execute_command(*bucket.command(count))
+    answers = await pipeline.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    for bucket, answer in zip(buckets, answers, strict=True):
+        bucket.take(answer, count)
+
+
+async def _read_summaries(client: Redis, entries: Sequence[_Position], now_ms: int) -> list[RequestSummary | None]:
     pipeline = client.pipeline(transaction=False)
-    for request_id in request_ids:
-        pipeline.hmget(f"kvrelay:{{{request_id}}}:request", SUMMARY_FIELDS)
+    for entry in entries:
+        pipeline.hmget(f"kvrelay:{{{entry.request_id}}}:request", SUMMARY_FIELDS)
     # Errors of single keys are answers: a foreign value must not hide the other requests.
     answers = await pipeline.execute(raise_on_error=False)
     for answer in answers:
         if isinstance(answer, Exception) and not (isinstance(answer, ResponseError) and fault_of(answer) is None):
             raise answer  # no matter what the key holds
     summaries: list[RequestSummary | None] = []
-    expired: list[str] = []
-    for request_id, values in zip(request_ids, answers, strict=True):
+    expired: defaultdict[str, list[str]] = defaultdict(list)
+    for entry, values in zip(entries, answers, strict=True):
         try:
             if isinstance(values, ResponseError):
                 raise UnreadableStateError(str(values))
             summaries.append(decode_summary(values, now_ms))
         except UnreadableStateError as error:
             _log.warning(
-                "unreadable request in the state store", request_id=request_id, problem=repr(error.__cause__ or error)
+                "unreadable request in the state store",
+                request_id=entry.request_id,
+                problem=repr(error.__cause__ or error),
             )
             summaries.append(None)
         else:
-            expired += [request_id] if summaries[-1] is None else []
-    if expired:
-        await execute(client, "ZREM", key, *expired)
+            if summaries[-1] is None:
+                expired[entry.key].append(entry.request_id)
+    for key, request_ids in expired.items():
+        await execute(client, "ZREM", key, *request_ids)
     return summaries
 
 
 async def _clean(client: Redis, key: str) -> None:
     oldest = await execute(client, "ZRANGE", key, 0, MAX_CLEANED - 1)
-    await _read_summaries(client, key, [_text(request_id) for request_id in oldest], now_ms=0)
+    await _read_summaries(client, [_Position(0, _text(request_id), key) for request_id in oldest], now_ms=0)
 
 
 def _pairs(answer: Sequence[object]) -> list[tuple[object, str]]:

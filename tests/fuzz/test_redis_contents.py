@@ -19,7 +19,7 @@ from gateway.streaming.frames import decode_frame
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.errors import UnreadableStateError
 from kvrelay.state import member_registry
-from kvrelay.state.request_list import LIST_KEY
+from kvrelay.state.request_list import NUM_BUCKETS, OLD_LIST_KEY, list_key
 from kvrelay.state.request_record import SUMMARY_FIELDS, RequestRecord, decode_record, decode_summary
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
@@ -178,12 +178,16 @@ async def odd_request_type(store: Client, request_id: str, generator: random.Ran
     await replace(store, f"kvrelay:{{{request_id}}}:request", generator)
 
 
+LIST_KEYS = (OLD_LIST_KEY, *(list_key(bucket) for bucket in range(NUM_BUCKETS)))
+
+
 async def odd_list(store: Client, request_id: str, generator: random.Random) -> None:
+    key = generator.choice(LIST_KEYS)
     if generator.random() < 0.5:
-        await replace(store, LIST_KEY, generator)
+        await replace(store, key, generator)
     else:
         scores = (float("inf"), float("-inf"), 1e300, -5.0, 2.5, 1e15)
-        await store.zadd(LIST_KEY, {generator.randbytes(8): generator.choice(scores) for _ in range(5)})
+        await store.zadd(key, {generator.randbytes(8): generator.choice(scores) for _ in range(5)})
 
 
 async def odd_registry(store: Client, request_id: str, generator: random.Random) -> None:
@@ -270,7 +274,7 @@ async def test_odd_contents_never_stop_a_gateway(bench: Bench, store: Client, nu
         assert not bad, f"{content.__name__}: {bad}"
         assert answers["GetCluster"] is grpc.StatusCode.OK, content.__name__
         codes |= set(answers.values())
-        for key in (LIST_KEY, *member_registry._KEYS):
+        for key in (*LIST_KEYS, *member_registry._KEYS):
             if await store.type(key) not in (b"zset" if key != member_registry._KEYS[1] else b"hash", b"none"):
                 await store.delete(key)
         await finished_request(gateway)

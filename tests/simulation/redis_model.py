@@ -294,7 +294,7 @@ class SimulatedRedisConnection:
         return answer
 
     async def run(self, operation: Callable[[Any], Awaitable[Any]]) -> Any:
-        """As `RedisConnection.run`, for the one operation that gateways need: to read a field."""
+        """As `RedisConnection.run`, for the one operation that gateways need: to read a field or a list."""
         self.health.check()
         await self._travel()
         return await operation(_Client(self._model))
@@ -331,9 +331,25 @@ class _Client:
     def __init__(self, model: RedisModel) -> None:
         self._model = model
 
-    async def execute_command(self, name: str, key: str, *arguments: Argument) -> list[bytes] | bytes | None:
-        """HGET; else it lists nothing: there is no list of requests here."""
-        return self._model.data.hashes.get(key, {}).get(str(arguments[0])) if name == "HGET" else []
+    async def execute_command(self, name: str, key: str, field: str) -> bytes | None:
+        """HGET."""
+        return self._model.data.hashes.get(key, {}).get(field)
+
+    def pipeline(self, transaction: bool) -> "_EmptyLists":
+        return _EmptyLists()
+
+
+class _EmptyLists:
+    """There is no list of requests here."""
+
+    def __init__(self) -> None:
+        self._num_commands = 0
+
+    def execute_command(self, *command: Argument) -> None:
+        self._num_commands += 1
+
+    async def execute(self, raise_on_error: bool) -> list[list[bytes]]:
+        return [[] for _ in range(self._num_commands)]
 
 
 def _has(table: Argument, item: str) -> bool:

@@ -242,11 +242,9 @@ async def test_leaving_without_redis_does_not_fail(server: EmbeddedValkey) -> No
                 pass
 
 
-async def test_leases_are_granted_by_a_redis_without_memory(
-    registry: MemberRegistry, connection: RedisConnection
-) -> None:
+async def test_leases_are_granted_by_a_redis_without_memory(registry: MemberRegistry, deployment: Deployment) -> None:
     async with registry.lease(PREFILL):
-        await connection.run(lambda client: client.config_set("maxmemory", "1"))
+        await deployment.limit_memory("1")
         async with registry.lease(DECODE):
             assert await registry.read_members() == (DECODE, PREFILL)
 

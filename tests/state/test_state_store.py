@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis.crc import key_slot
 
 from kvrelay.core.request_state import TERMINAL_STATES, RequestState, check_edge
 from kvrelay.core.sampling_params import SamplingParams
@@ -22,9 +23,16 @@ from kvrelay.errors import (
 )
 from kvrelay.runtime.loop_delay import LoopDelay
 from kvrelay.state.redis_connection import RedisConnection
-from kvrelay.state.request_list import ADDS_PER_CLEANING, LIST_KEY, list_key_of
-from kvrelay.state.request_record import RequestRecord
-from kvrelay.state.state_store import FOLLOW_MS, StateStore
+from kvrelay.state.request_list import (
+    ADDS_PER_CLEANING,
+    NUM_BUCKETS,
+    OLD_LIST_KEY,
+    bucket_of,
+    list_key,
+    old_list_key_of,
+)
+from kvrelay.state.request_record import RequestRecord, encode_record
+from kvrelay.state.state_store import FOLLOW_MS, StateStore, owner_key, request_key
 from tests.support import state_contract
 from tests.support.redis_deployments import Deployment
 from tests.support.redis_fixtures import make_record
@@ -461,15 +469,95 @@ async def test_forgotten_requests_are_skipped_and_cleaned(store: StateStore, con
         await store.create(make_record(str(number), create_time_ms=1000 + number))
     await connection.run(lambda client: client.delete("kvrelay:{1}:request", "kvrelay:{2}:request"))
     assert [summary.request_id for summary in (await store.list_requests(10)).requests] == ["3", "0"]
-    assert await connection.run(lambda client: client.zcard(LIST_KEY)) == 2
+    assert await num_listed(connection) == 2
+
+
+async def num_listed(connection: RedisConnection, tenant: str | None = None) -> int:
+    keys = [list_key(bucket, tenant) for bucket in range(NUM_BUCKETS)]
+    return sum([await connection.run(lambda client, key=key: client.zcard(key)) for key in keys])  # type: ignore[misc]
 
 
 async def test_the_list_stays_bounded_when_nobody_reads_it(store: StateStore, connection: RedisConnection) -> None:
-    for number in range(5 * ADDS_PER_CLEANING):
-        await store.create(make_record(str(number), create_time_ms=1000 + number))
-        await connection.run(lambda client, number=number: client.delete(f"kvrelay:{{{number}}}:request"))  # type: ignore[misc]
-    for key in (LIST_KEY, list_key_of("tenant")):
-        assert await connection.run(lambda client, key=key: client.zcard(key)) <= ADDS_PER_CLEANING  # type: ignore[misc]
+    ids = [f"r{number}" for number in range(5 * ADDS_PER_CLEANING * NUM_BUCKETS) if bucket_of(f"r{number}") == 3]
+    assert len(ids) > 4 * ADDS_PER_CLEANING
+    for number, request_id in enumerate(ids):
+        await store.create(make_record(request_id, create_time_ms=1000 + number))
+        key = request_key(request_id)
+        await connection.run(lambda client, key=key: client.delete(key))  # type: ignore[misc]
+    assert await num_listed(connection) <= ADDS_PER_CLEANING
+    assert await num_listed(connection, "tenant") <= ADDS_PER_CLEANING
+
+
+async def test_the_list_is_shared_by_all_buckets_and_a_bucket_is_in_one_slot(
+    store: StateStore, connection: RedisConnection
+) -> None:
+    for number in range(100):
+        await store.create(make_record(f"r{number}"))
+    for tenant in (None, "tenant"):
+        keys = [list_key(bucket, tenant) for bucket in range(NUM_BUCKETS)]
+        counts = [await connection.run(lambda client, key=key: client.zcard(key)) for key in keys]  # type: ignore[misc]
+        assert sum(counts) == 100
+        assert min(counts) > 0
+    slots = [{key_slot(list_key(bucket, tenant).encode()) for tenant in (None, "t")} for bucket in range(NUM_BUCKETS)]
+    assert {len(each) for each in slots} == {1}
+    shards = {next(iter(each)) * 3 // 16_384 for each in slots}
+    assert shards == {0, 1, 2}, "three primaries share it"
+
+
+@pytest.mark.parametrize("tenant", [None, "tenant"])
+async def test_what_gateways_before_buckets_listed_is_listed_in_its_place(
+    store: StateStore, connection: RedisConnection, tenant: str | None
+) -> None:
+    """A rolling upgrade: old gateways go on listing while new ones do."""
+    ids = [f"{number:03}" for number in range(60)]
+    for number, request_id in enumerate(ids):
+        record = make_record(request_id, create_time_ms=1000 + number // 3)
+        if number % 2:
+            await store.create(record)
+            if number % 3:
+                continue
+        else:
+            # As an old gateway: the record, without the list of today.
+            await connection.run_script("create", [request_key(request_id), owner_key(request_id)], as_created(record))
+        for key in (OLD_LIST_KEY, old_list_key_of("tenant")):
+            await connection.run_script("index", [key], (record.create_time_ms, request_id, 60_000))
+    for page_size in (1, 7, 100):
+        listed: list[str] = []
+        token = ""
+        while True:
+            page = await store.list_requests(page_size, token, tenant=tenant)
+            listed += [summary.request_id for summary in page.requests]
+            token = page.next_page_token
+            if not token:
+                break
+        assert listed == list(reversed(ids))
+
+
+def as_created(record: RequestRecord) -> tuple[str | int | bytes, ...]:
+    return record.gateway_id, record.create_time_ms, record.remaining_ms, 60_000, *encode_record(record)
+
+
+async def test_an_old_list_is_cleaned_by_readers_and_expires(store: StateStore, connection: RedisConnection) -> None:
+    for number in range(3):
+        await connection.run_script("index", [OLD_LIST_KEY], (1000 + number, f"gone{number}", 60_000))
+    assert 0 < await connection.run(lambda client: client.pttl(OLD_LIST_KEY)) <= 60_000
+    assert not (await store.list_requests(10)).requests
+    assert not await connection.run(lambda client: client.exists(OLD_LIST_KEY))
+
+
+async def test_many_requests_of_one_millisecond_are_listed_once_each(store: StateStore) -> None:
+    ids = sorted(f"r{number}" for number in range(400))
+    for request_id in ids:
+        await store.create(make_record(request_id, create_time_ms=1000))
+    listed: list[str] = []
+    token = ""
+    while True:
+        page = await store.list_requests(50, token)
+        listed += [summary.request_id for summary in page.requests]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == ids[::-1]
 
 
 @pytest.mark.parametrize("token", ["x", "-", "1-", "99999999999999999999-a"])
@@ -584,12 +672,12 @@ async def test_a_released_key_is_free_and_only_its_owner_releases_it(store: Stat
 
 
 async def test_a_full_redis_refuses_new_jobs_and_lets_running_job_end(
-    store: StateStore, connection: RedisConnection
+    store: StateStore, deployment: Deployment
 ) -> None:
     await store.create(make_record())
     await store.append_frames("r1", 1, 0, [b"a"])
     await walk(store, S.RESERVING, S.PREFILLING)
-    await connection.run(lambda client: client.config_set("maxmemory", "1mb"))
+    await deployment.limit_memory("1mb")
     with pytest.raises(StoreFullError, match="out of memory"):
         await fill(store)
     with pytest.raises(StoreFullError):
@@ -601,7 +689,7 @@ async def test_a_full_redis_refuses_new_jobs_and_lets_running_job_end(
     assert store.healthy
     assert await store.transition("r1", 1, S.SUCCEEDED)
     assert await store.read_frames("r1", 0, 10) == ([b"a"], S.SUCCEEDED)
-    await connection.run(lambda client: client.config_set("maxmemory", "64mb"))
+    await deployment.limit_memory("64mb")
     assert await store.create(make_record("new"))
 
 
