@@ -124,10 +124,12 @@ class AttentionMetadata:
         batch: Sequence[SequenceInput],
         on_layer_written: Callable[[int], None] | None = None,
         kernels: NativeLibrary | None = None,
+        num_parts: int = 0,
     ) -> None:
         self.cache = cache
         self.on_layer_written = on_layer_written
         self.kernels = kernels
+        self.num_parts = num_parts
         self.kernel_batch = KernelBatch(batch, cache.block_size)
         # [num_tokens]
         self.slot_mapping = torch.from_numpy(self.kernel_batch.slots).to(cache.device)

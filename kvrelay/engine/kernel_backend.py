@@ -32,6 +32,7 @@ class Scheme:
     min_cosine: float  # between the logits of kernels and of float32 arithmetic in torch
     numerics: str = ""  # for the fingerprint, if they are not float32's
     name: str = ""  # for people
+    num_parts: int = 0  # in bfloat16, of activations, queries and attention's weights
 
 
 FLOAT32 = Scheme(0.99999)
@@ -39,10 +40,16 @@ INT8 = Scheme(
     0.95, "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64", "int8 weights"
 )
 BFLOAT16 = Scheme(
-    0.99999, "bfloat16: sums of 32 in two halves, with activations in two parts of 8 bits", "bfloat16 weights"
+    0.99999,
+    "bfloat16: sums of 32 in two halves, in attention too, with activations in two parts of 8 bits",
+    "bfloat16 weights",
+    num_parts=2,
 )
 BFLOAT16_PLAIN = Scheme(
-    0.99, "bfloat16: sums of 32 in two halves, with activations of 8 bits", "bfloat16 weights and activations"
+    0.99,
+    "bfloat16: sums of 32 in two halves, in attention too, with activations of 8 bits",
+    "bfloat16 weights and activations",
+    num_parts=1,
 )
 
 _PROBED_KV_DTYPE = "float32"  # so that its rounding hides nothing
@@ -83,7 +90,7 @@ def use_native_kernels(
         packed_bytes = decoder.weight_bytes
     else:
         packed_bytes = pack_linears(model.module, library, int8=int8, plain_rows=plain_rows)
-        native = replace(model, kernels=library)
+        native = replace(model, kernels=library, num_parts=scheme.num_parts)
     with _comparable(native, every_expert=decoder is not None):
         computed = _probe(native, _PROBED_KV_DTYPE)
     cosine = least_cosine(computed, expected)

@@ -29,6 +29,7 @@ class LoadedModel:
     decoder: NativeDecoder | None = None
     kernels: NativeLibrary | None = None  # for decoder, linear layers and attention
     scheme: str = ""  # of the kernels' weights, if it is not float32
+    num_parts: int = 0  # in bfloat16, of what the kernels multiply by such weights and KV
 
 
 class ModelRunner:
@@ -60,7 +61,7 @@ class ModelRunner:
         if self.model.decoder is not None:
             return self.model.decoder.run(KernelBatch(batch, self.cache.block_size), self.cache, on_layer_written)
         with torch.inference_mode():
-            metadata = AttentionMetadata(self.cache, batch, on_layer_written, self.model.kernels)
+            metadata = AttentionMetadata(self.cache, batch, on_layer_written, self.model.kernels, self.model.num_parts)
             return forward_flat(
                 self.model.module, metadata.kernel_batch, metadata, self.model.device, self._keeps_logits
             )

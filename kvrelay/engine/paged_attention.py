@@ -160,6 +160,7 @@ def _attend_in_kernels(
         query_stride=num_heads * head_dim,
         num_heads=num_heads,
         scale=scoring.scale,
+        num_parts=metadata.num_parts,
         window=scoring.window or 0,
         sinks=None if sinks is None else sinks.data_ptr(),
         out=output.data_ptr(),

@@ -29,8 +29,9 @@ from tests.support.tiny_models import make_tiny_model
 REFERENCE = "portable"
 MAX_ROWS = 70
 BLOCK_SIZE = 16
-NUM_BLOCKS = 40
-MAX_QUERIES = 300
+NUM_BLOCKS = 44
+MAX_QUERIES = 700
+SCALE = 0.3  # of scores
 GROUP_HEADS = 3  # query heads that share a KV head
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
@@ -200,7 +201,12 @@ def pool_of(library: NativeLibrary, kv_dtype: str, head_dim: int, content: Calla
 
 
 def attended(
-    library: NativeLibrary, pool: Pool, lengths: Sequence[tuple[int, int]], window: int = 0, first_query: int = 0
+    library: NativeLibrary,
+    pool: Pool,
+    lengths: Sequence[tuple[int, int]],
+    window: int = 0,
+    first_query: int = 0,
+    num_parts: int = 0,
 ) -> Tensor:
     """lengths: position and new tokens of each sequence."""
     tables = [list(range(number, NUM_BLOCKS, len(lengths))) for number in range(len(lengths))]
@@ -218,7 +224,8 @@ def attended(
             queries=queries.data_ptr(),
             query_stride=num_heads * pool.kv.head_dim,
             num_heads=num_heads,
-            scale=0.3,
+            scale=SCALE,
+            num_parts=num_parts,
             window=window,
             out=out.data_ptr(),
         ),

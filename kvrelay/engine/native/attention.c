@@ -13,14 +13,17 @@ static workspace *get_workspace(int64_t head_dim) {
     static _Thread_local workspace space;
     if (space.head_dim < head_dim) {
         free(space.queries);
-        int64_t num_floats = 3 * TILE_ROWS * head_dim + TILE_ROWS * TILE_KEYS + 2 * TILE_KEYS * head_dim;
+        int64_t num_parts = (2 * TILE_ROWS + BF16_ROWS) * in_bf16_steps(head_dim) + BF16_ROWS * TILE_KEYS;
+        int64_t num_floats = 3 * TILE_ROWS * head_dim + TILE_ROWS * TILE_KEYS + 2 * TILE_KEYS * in_bf16_steps(head_dim) + num_parts;
         space.queries = aligned_alloc(64, num_floats * sizeof(float));
         if (space.queries == NULL) abort();
         space.out = space.queries + TILE_ROWS * head_dim;
         space.scores = space.out + TILE_ROWS * head_dim;
         space.keys = space.scores + TILE_ROWS * TILE_KEYS;
-        space.values = space.keys + TILE_KEYS * head_dim;
-        space.integers = (int16_t *)(space.values + TILE_KEYS * head_dim);
+        space.values = space.keys + TILE_KEYS * in_bf16_steps(head_dim);
+        space.integers = (int16_t *)(space.values + TILE_KEYS * in_bf16_steps(head_dim));
+        space.weight_parts = (bf16_part *)((float *)space.integers + TILE_ROWS * head_dim);
+        space.query_parts = space.weight_parts + BF16_ROWS * TILE_KEYS;
         space.head_dim = head_dim;
     }
     return &space;
@@ -120,9 +123,10 @@ typedef struct {
 
 // Cuts the rows into blocks, by what they see of a tile.
 static void find_blocks(const workspace *w, const tile_view *view, head_rows *h) {
+    const int64_t most_rows = w->num_parts > 0 ? BF16_ROWS / w->num_parts : BLOCK_ROWS;
     h->num_blocks = 0;
-    for (int64_t row = 0; row < h->num_rows; row += BLOCK_ROWS) {
-        row_block b = {h->row_begin + row, h->num_rows - row < BLOCK_ROWS ? h->num_rows - row : BLOCK_ROWS, {0, 0}};
+    for (int64_t row = 0; row < h->num_rows; row += most_rows) {
+        row_block b = {h->row_begin + row, h->num_rows - row < most_rows ? h->num_rows - row : most_rows, {0, 0}};
         b.seen.begin = keys_seen_from(view, w->positions[b.row_begin]).begin;
         b.seen.end = keys_seen_from(view, w->positions[b.row_begin + b.num_rows - 1]).end;
         h->blocks[h->num_blocks++] = b;
@@ -136,6 +140,10 @@ static void score_keys(workspace *w, const head_rows *h, const key_tile *tile, r
         score_keys_int8(w, h->blocks, h->num_blocks, kv, tile, ahead);
         return;
     }
+    if (w->num_parts > 0) {
+        score_keys_bf16(w, h->blocks, h->num_blocks, kv, tile, ahead);
+        return;
+    }
     const float *queries = w->queries + h->row_begin * kv->head_dim;
     if (score_few_rows(kv, tile, h->num_rows, queries, w->scores + h->row_begin * TILE_KEYS, ahead)) return;
     fetch_lines(ahead, ALL_LINES);
@@ -144,6 +152,10 @@ static void score_keys(workspace *w, const head_rows *h, const key_tile *tile, r
 
 static void add_weighted_values(workspace *w, const head_rows *h, const key_tile *tile, row_fetch *ahead) {
     const kv_layer *kv = &h->kv;
+    if (w->num_parts > 0) {
+        add_values_bf16(w, h->blocks, h->num_blocks, kv, tile, ahead);
+        return;
+    }
     float *weights = w->scores + h->row_begin * TILE_KEYS, *out = w->out + h->row_begin * kv->head_dim;
     if (kv->dtype == KV_INT8) scale_weights_int8(kv, tile, h->num_rows, weights);
     if (add_few_rows(kv, tile, h->num_rows, weights, out, ahead)) return;
@@ -170,6 +182,8 @@ static void load_queries(
     }
     if (h->kv.dtype == KV_INT8)
         quantize_queries(h->num_rows, head_dim, queries, w->integers + h->row_begin * head_dim, w->integer_scales + h->row_begin);
+    bf16_part *parts = w->query_parts + h->row_begin * w->num_parts * in_bf16_steps(head_dim);
+    if (w->num_parts > 0) split_queries(h->num_rows, head_dim, w->num_parts, queries, parts);
 }
 
 static void store_out(
@@ -204,6 +218,9 @@ static void attend_heads(
     int64_t group = c->num_heads / kv->num_kv_heads, num_rows = tile->num_tokens * group, num_heads = head_end - head_begin;
     workspace *w = get_workspace(kv->head_dim);
     w->head_dim = kv->head_dim;
+    w->num_parts = kv->dtype == KV_BF16 ? c->num_parts : 0;
+    int64_t height = w->num_parts * num_rows < ROW_BLOCK ? w->num_parts * num_rows : ROW_BLOCK;
+    begin_tiles(height);
     int64_t first = s->position + tile->token_begin, last = last_key_of(c, tile);
     int64_t first_key = first_key_of(c, tile);
     key_tile keys, next_keys;
@@ -240,6 +257,7 @@ static void attend_heads(
             update_softmax(w, &view, r, num_heads * num_rows - r < WIDE ? num_heads * num_rows - r : WIDE);
         for (int64_t h = 0; h < num_heads; h++) add_weighted_values(w, &heads[h], &keys, &keys_ahead);
     }
+    end_tiles(height);
     for (int64_t h = 0; h < num_heads; h++) store_out(c, tile, head_begin + h, group, w, &heads[h]);
 }
 

@@ -39,9 +39,10 @@ typedef struct {
     const float *queries;  // [num_tokens][query_stride], the first num_heads * head_dim of each row
     int64_t query_stride, num_heads;
     float scale;
+    int64_t num_parts;   // of queries and weights for KV in bf16; 0: computed in float32, as other KV is
     int64_t window;      // tokens that a token sees, itself included; 0: all
     const float *sinks;  // [num_heads], scores in the softmax that have no value; or NULL
-    float *out;      // [num_tokens][num_heads * head_dim]
+    float *out;          // [num_tokens][num_heads * head_dim]
 } attention_call;
 
 // Most rows of a tile: tokens times the query heads that share a key.
@@ -100,6 +101,9 @@ ALWAYS_INLINE f32w load_kv_wide(const void *side, int64_t dtype, int64_t offset)
     return dtype == KV_INT8 ? widen_int8_wide(from) : widen_bf16_wide(from);
 }
 
+// Inputs of a score in bf16, of which the last may be zeros.
+ALWAYS_INLINE int64_t in_bf16_steps(int64_t head_dim) { return (head_dim + BF16_STEP - 1) / BF16_STEP * BF16_STEP; }
+
 // Buffers for one tile of rows; one workspace per thread, reused.
 typedef struct {
     int64_t head_dim;
@@ -109,6 +113,9 @@ typedef struct {
     float *keys;           // [head_dim][TILE_KEYS]
     float *values;         // [TILE_KEYS][head_dim]
     int16_t *integers;     // [TILE_ROWS][head_dim], queries for keys in int8
+    int64_t num_parts;     // 0: not computed in bf16
+    bf16_part *query_parts;   // [TILE_ROWS][num_parts][in_bf16_steps(head_dim)], and room for a tile
+    bf16_part *weight_parts;  // [BF16_ROWS][TILE_KEYS]
     float integer_scales[TILE_ROWS];
     float highest[TILE_ROWS], total[TILE_ROWS];
     int64_t positions[TILE_ROWS];  // of the rows' tokens
@@ -165,6 +172,16 @@ static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *qu
 // Scores of int8 keys for any number of rows, as of score_many_rows.
 static void score_keys_int8(
     workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead);
+
+// The same in bf16, and out += weights * values.
+static void score_keys_bf16(
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead);
+
+static void add_values_bf16(
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead);
+
+// to: [num_rows][num_parts][in_bf16_steps(head_dim)].
+static void split_queries(int64_t num_rows, int64_t head_dim, int64_t num_parts, const float *queries, bf16_part *to);
 
 // Multiplies weights by the values' scales, so that integers remain to sum. weights:
 // [num_rows][TILE_KEYS].

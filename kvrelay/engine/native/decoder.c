@@ -237,7 +237,8 @@ static void run_attention(row_args args, const matrix *following) {
     for_rows(&args, write_kv_task);
     attention_call call = {
         .segments = s->segments, .tiles = s->tiles, .num_tiles = s->num_tiles, .queries = r->qkv, .query_stride = layer->qkv.n,
-        .num_heads = d->num_heads, .scale = layer->attention_scale, .window = layer->window, .sinks = layer->sinks,
+        .num_heads = d->num_heads, .scale = layer->attention_scale,
+        .num_parts = is_bf16(&layer->qkv) ? parts_of(&layer->qkv) : 0, .window = layer->window, .sinks = layer->sinks,
         .out = r->attended};
     attend(&call, &args.kv);
     x = input_of(args, r->attended, d->num_heads * d->head_dim, NULL, &layer->output);

@@ -57,13 +57,22 @@ typedef struct {
     const float *bias;  // [n] or NULL
 } matrix;
 
+ALWAYS_INLINE int is_bf16(const matrix *w) { return w->kind == MATRIX_BF16 || w->kind == MATRIX_BF16_PLAIN; }
+
 // Rows of numbers x ~ scale * (value - 128), 1 <= value <= 255, with a scale for each GROUP of
 // them. If ROW_BLOCK is not 1, rows lie in blocks, and are filled up to whole ones. For bf16 the
-// values are bf16_part, and there are no scales.
+// values are bf16_part in the same blocks, with BF16_STEP in place of GROUP, and there are no scales.
 typedef struct {
     uint8_t *values;  // [num_rows][k], or [num_rows / ROW_BLOCK][k / GROUP][ROW_BLOCK][GROUP]
     float *scales;    // [num_rows][k / GROUP], or [num_rows / ROW_BLOCK][k / GROUP][ROW_BLOCK]
 } quantized_rows;
+
+// Parts of rows for products with bf16. Of 16 parts, part r has its inputs [i, i + BF16_STEP) at
+// parts + r * row + i / BF16_STEP * step. The next 16 are 16 * k further on.
+typedef struct {
+    const void *parts;  // bf16_part
+    int64_t row, step;
+} bf16_rows;
 
 // Memory to bring into the cache: `step` bytes of each panel for each step of a loop.
 typedef struct {
@@ -88,12 +97,19 @@ typedef struct {
 //   tile_rows_int8             c[rows][16 * panels] (+)= x * columns; 1 to MAX_ROWS_INT8 rows,
 //                              1 or 2 panels; x begins with the first row
 //   quantize_group             values of GROUP numbers: x * inverse + 128, rounded
-// With tiles for bf16 (HAVE_AMX) it has bf16_part, store_part and tile_rows_bf16, else what
-// matrices_bf16.c makes them of: MAX_PARTS, PARTS_PANELS, and sums that flush.
+// With tiles (HAVE_AMX) it has begin_tiles and end_tiles, bf16_part, store_parts and tile_rows_bf16,
+// else what matrices_bf16.c makes them of: MAX_PARTS, PARTS_PANELS, and sums that flush.
 #include VARIANT_HEADER
 
 #ifndef HAVE_AMX
-typedef float bf16_part;  // [num_rows][parts][k]
+typedef float bf16_part;
+
+ALWAYS_INLINE int64_t tile_height_of(const matrix *w, int64_t num_rows) {
+    (void)w, (void)num_rows;
+    return 0;
+}
+ALWAYS_INLINE void begin_tiles(int64_t height) { (void)height; }
+ALWAYS_INLINE void end_tiles(int64_t height) { (void)height; }
 #endif
 
 ALWAYS_INLINE f32x8 abs8(f32x8 v) { return (f32x8)((i32x8)v & INT32_MAX); }
@@ -188,9 +204,10 @@ static void quantize_rows(int64_t num_rows, int64_t k, const float *x, quantized
 // Parts of a row for products with W.
 ALWAYS_INLINE int64_t parts_of(const matrix *w) { return w->kind == MATRIX_BF16 ? 2 : 1; }
 
-// c[num_parts][BF16_WIDTH] = x * columns, for 1 to BF16_ROWS parts, and 1 or 2 panels. x begins with
-// the first part, which has a multiple of BF16_ROWS before it.
-static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead);
+// c[num_parts][BF16_WIDTH] = x * columns, for 1 to BF16_ROWS parts, and 1 or 2 panels. Up to
+// BF16_ROWS parts are read.
+static void tile_rows_bf16(
+    int64_t num_parts, int64_t panels, const bf16_rows *x, const matrix *w, int64_t panel, float *c, fetch ahead);
 
 // Row `row` of W.
 static void unpack_row_bf16(const matrix *w, int64_t row, float *out);

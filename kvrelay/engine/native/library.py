@@ -152,6 +152,7 @@ class AttentionCall(ctypes.Structure):
         ("query_stride", c_int64),
         ("num_heads", c_int64),
         ("scale", c_float),
+        ("num_parts", c_int64),
         ("window", c_int64),
         ("sinks", c_void_p),
         ("out", c_void_p),

@@ -135,17 +135,25 @@ typedef struct {
     const char *ahead;
 } tile_place;
 
-static void multiply_tile_bf16(const product *p, tile_place at, float *c, int64_t ldc, int add, fetch ahead) {
-    float sums[BF16_ROWS * BF16_WIDTH] __attribute__((aligned(64)));
-    int64_t num_parts = parts_of(p->w);
-    tile_rows_bf16(at.rows * num_parts, at.panels, prepared_row(p->w, p->q, at.row), p->w, at.panel, sums, ahead);
-    for (int64_t r = 0; r < at.rows; r++)
-        for (int64_t i = 0; i < at.panels * PANEL; i += WIDE) {
+// c[rows][width] (+)= the sum of a row's parts.
+ALWAYS_INLINE void add_parts(const float *sums, int64_t num_parts, int64_t rows, int64_t width, float *c, int64_t ldc, int add) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < width; i += WIDE) {
             const float *from = sums + r * num_parts * BF16_WIDTH + i;
             f32w sum = load_wide(from);
             if (num_parts == 2) sum += load_wide(from + BF16_WIDTH);
             store_wide(c + r * ldc + i, add ? load_wide(c + r * ldc + i) + sum : sum);
         }
+}
+
+static void multiply_tile_bf16(const product *p, tile_place at, float *c, int64_t ldc, int add, fetch ahead) {
+    float sums[BF16_ROWS * BF16_WIDTH] __attribute__((aligned(64)));
+    int64_t num_parts = parts_of(p->w);
+    bf16_rows x = {
+        .parts = prepared_row(p->w, p->q, at.row), .row = ROW_BLOCK == 1 ? p->w->k : BF16_STEP,
+        .step = ROW_BLOCK * BF16_STEP};
+    tile_rows_bf16(at.rows * num_parts, at.panels, &x, p->w, at.panel, sums, ahead);
+    add_parts(sums, num_parts, at.rows, at.panels * PANEL, c, ldc, add);
 }
 
 static void multiply_tile(const product *p, tile_place at, float *c, int64_t ldc, int add) {
@@ -258,14 +266,15 @@ static void run_product_task(void *argument, int64_t task) {
     if (row_end > p->num_rows) row_end = p->num_rows;
     int64_t panel_begin = part * p->panels_per_task, panel_end = panel_begin + p->panels_per_task;
     if (panel_end > p->num_panels) panel_end = p->num_panels;
-    configure_tiles(p->w, row_end - row_begin);
+    int64_t height = tile_height_of(p->w, row_end - row_begin);
+    begin_tiles(height);
     for (int64_t panel = panel_begin; panel < panel_end; panel += p->panels_per_group) {
         int64_t end = panel + p->panels_per_group < panel_end ? panel + p->panels_per_group : panel_end;
         const char *data = p->w->data;
         const char *ahead = end < panel_end ? data + end * panel_bytes(p->w) : needed_after(p, task, data + panel * panel_bytes(p->w));
         multiply_group(p, row_begin, row_end, panel, end, ahead);
     }
-    release_tiles(p->w, row_end - row_begin);
+    end_tiles(height);
 }
 
 static int64_t round_up_to_even(int64_t n) { return (n + 1) / 2 * 2; }

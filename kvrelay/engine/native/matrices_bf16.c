@@ -24,20 +24,32 @@ ALWAYS_INLINE i32w second_part(f32w x, i32w first) {
 }
 
 #ifndef HAVE_AMX
-ALWAYS_INLINE void store_part(bf16_part *parts, int64_t k, int64_t part, int64_t i, i32w numbers) {
-    store_wide(parts + part * k + i, flushed_input((f32w)numbers));
+// Their upper halves, as neighbours.
+ALWAYS_INLINE void store_parts(bf16_part *to, i32w first, i32w second) {
+    store_wide(to, flushed_input((f32w)first));
+    store_wide(to + WIDE, flushed_input((f32w)second));
 }
 #endif
 
+// Where a product's rows have inputs [i, i + 2 * WIDE) of a part.
+ALWAYS_INLINE bf16_part *place_of_part(bf16_part *parts, int64_t k, int64_t part, int64_t i) {
+    if (ROW_BLOCK == 1) return parts + part * k + i;
+    return parts + part / ROW_BLOCK * ROW_BLOCK * k + (i / BF16_STEP * ROW_BLOCK + part % ROW_BLOCK) * BF16_STEP + i % BF16_STEP;
+}
+
+// 2 * WIDE numbers into one part, or two.
+ALWAYS_INLINE void take_apart(const float *x, int64_t num_parts, bf16_part *first_part, bf16_part *next_part) {
+    f32w x0 = load_wide(x), x1 = load_wide(x + WIDE);
+    i32w first0 = round_to_bf16(x0), first1 = round_to_bf16(x1);
+    store_parts(first_part, first0, first1);
+    if (num_parts == 2) store_parts(next_part, second_part(x0, first0), second_part(x1, first1));
+}
+
 static void take_rows_apart(const matrix *w, int64_t num_rows, const float *x, void *out) {
     const int64_t k = w->k, num_parts = parts_of(w);
-    for (int64_t row = 0; row < num_rows; row++)
-        for (int64_t i = 0; i < k; i += WIDE) {
-            f32w numbers = load_wide(x + row * k + i);
-            i32w first = round_to_bf16(numbers);
-            store_part(out, k, row * num_parts, i, first);
-            if (num_parts == 2) store_part(out, k, row * 2 + 1, i, second_part(numbers, first));
-        }
+    for (int64_t part = 0; part < num_rows * num_parts; part += num_parts, x += k)
+        for (int64_t i = 0; i < k; i += 2 * WIDE)
+            take_apart(x + i, num_parts, place_of_part(out, k, part, i), place_of_part(out, k, part + 1, i));
 }
 
 static void unpack_row_bf16(const matrix *w, int64_t row, float *out) {
@@ -117,7 +129,7 @@ static void multiply_rows_bf16(
 
 // Not inlined: what it computes must stay within the region that flushes.
 static __attribute__((noinline)) void sum_tile_bf16(
-    int64_t num_parts, int64_t panels, const bf16_part *x, int64_t k, const uint16_t *b, float *c, fetch ahead) {
+    int64_t num_parts, int64_t panels, const bf16_rows *x, int64_t k, const uint16_t *b, float *c, fetch ahead) {
     for (int64_t p = 0; p < panels; p += PARTS_PANELS, ahead.begin += PARTS_PANELS * ahead.panel_bytes) {
         const uint16_t *weights = b + p * k * PANEL;
         fetch part = ahead;
@@ -125,14 +137,15 @@ static __attribute__((noinline)) void sum_tile_bf16(
             fetch rows_ahead = part;
             for (int64_t r = 0; r < num_parts; r += MAX_PARTS) {
                 int64_t rows = num_parts - r < MAX_PARTS ? num_parts - r : MAX_PARTS;
-                multiply_rows_bf16(rows, panels - p, x + r * k + i, k, weights, c + r * BF16_WIDTH + p * PANEL, rows_ahead);
+                multiply_rows_bf16(rows, panels - p, (const bf16_part *)x->parts + r * k + i, k, weights, c + r * BF16_WIDTH + p * PANEL, rows_ahead);
                 rows_ahead.step = 0;  // only the first rows fetch
             }
         }
     }
 }
 
-static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
+static void tile_rows_bf16(
+    int64_t num_parts, int64_t panels, const bf16_rows *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
     flush_state before = begin_flushing();
     memset(c, 0, num_parts * BF16_WIDTH * sizeof(float));
     sum_tile_bf16(num_parts, panels, x, w->k, (const uint16_t *)w->data + panel * w->k * PANEL, c, ahead);

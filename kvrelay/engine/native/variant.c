@@ -11,6 +11,7 @@
 #include "attention_few_rows.c"
 #include "attention_many_rows.c"
 #include "attention_int8.c"
+#include "attention_bf16.c"
 
 #include "attention.c"
 

@@ -17,28 +17,30 @@ enum { FEW_ROWS = 6 };  // up to as many rows of a tile are computed without AMX
 
 enum { TILE_BYTES = 1024 };
 
-ALWAYS_INLINE int is_bf16(const matrix *w) { return w->kind == MATRIX_BF16 || w->kind == MATRIX_BF16_PLAIN; }
-
-ALWAYS_INLINE int uses_tiles(const matrix *w, int64_t num_rows) {
-    return is_bf16(w) || (w->kind == MATRIX_INT8 && num_rows > FEW_ROWS);
+// Rows of the tiles for a product's rows, of bf16 as few as there are: they take as few cycles.
+// 0: without tiles.
+ALWAYS_INLINE int64_t tile_height_of(const matrix *w, int64_t num_rows) {
+    if (!is_bf16(w)) return w->kind == MATRIX_INT8 && num_rows > FEW_ROWS ? ROW_BLOCK : 0;
+    int64_t num_parts = num_rows * (w->kind == MATRIX_BF16 ? 2 : 1);
+    return num_parts < ROW_BLOCK ? num_parts : ROW_BLOCK;
 }
 
-// For a task: no thread keeps tiles while it waits, or while another process uses its core.
-static void configure_tiles(const matrix *w, int64_t num_rows) {
+// For a task: no thread keeps tiles while it waits, or while another process uses its core. Tiles 0
+// to 5 have `height` rows.
+static void begin_tiles(int64_t height) {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
     } configuration = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    if (!uses_tiles(w, num_rows)) return;
-    int64_t num_parts = num_rows * (w->kind == MATRIX_BF16 ? 2 : 1);
-    // Few rows of bf16 take as few cycles.
-    for (int tile = 0; is_bf16(w) && num_parts < 16 && tile < 6; tile++) configuration.rows[tile] = (uint8_t)num_parts;
+    if (height == 0) return;
+    for (int tile = 0; tile < 6; tile++) configuration.rows[tile] = (uint8_t)height;
+    __asm__("" : : "r"(&configuration) : "memory");  // GCC 12 believes that only eight bytes are read
     _tile_loadconfig(&configuration);
 }
 
-static void release_tiles(const matrix *w, int64_t num_rows) {
-    if (uses_tiles(w, num_rows)) _tile_release();
+static void end_tiles(int64_t height) {
+    if (height > 0) _tile_release();
 }
 
 // A group's products into memory. Takes three tiles, so that two groups overlap.
@@ -105,23 +107,25 @@ static void tile_rows_int8(
 
 // ---------------------------------------------------------------- bf16
 
-typedef uint16_t bf16_part;  // [num_parts / 16][k / BF16_STEP][16][BF16_STEP]: tiles
+typedef uint16_t bf16_part;
 
-ALWAYS_INLINE void store_part(bf16_part *parts, int64_t k, int64_t part, int64_t i, i32w numbers) {
-    bf16_part *tile = parts + part / 16 * 16 * k + i / BF16_STEP * 16 * BF16_STEP;
-    __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)numbers, 16));
-    _mm256_storeu_si256((__m256i *)(tile + part % 16 * BF16_STEP + i % BF16_STEP), upper);
+// Their upper halves, as neighbours.
+ALWAYS_INLINE void store_parts(bf16_part *to, i32w first, i32w second) {
+    const __m512i ascending = _mm512_set_epi16(
+        63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)first, ascending, (__m512i)second));
 }
 
 // Tiles 0 to 3: two by two sums; 4 and 5: rows; 6 and 7: panels.
 ALWAYS_INLINE void sum_tiles_bf16(
-    const int is_tall, const int is_wide, const bf16_part *x, int64_t k, const uint16_t *weights, float *c, fetch ahead) {
-    const int64_t row_bytes = BF16_STEP * sizeof(bf16_part), to_bytes = BF16_WIDTH * sizeof(float);
+    const int is_tall, const int is_wide, const bf16_rows *rows, int64_t k, const uint16_t *weights, float *c, fetch ahead) {
+    const bf16_part *x = rows->parts;
+    const int64_t row_bytes = rows->row * sizeof(bf16_part), to_bytes = BF16_WIDTH * sizeof(float);
     _tile_zero(0);
     if (is_wide) _tile_zero(1);
     if (is_tall) _tile_zero(2);
     if (is_tall && is_wide) _tile_zero(3);
-    for (int64_t i = 0; i < k; i += BF16_STEP, x += 16 * BF16_STEP, weights += BF16_STEP * PANEL) {
+    for (int64_t i = 0; i < k; i += BF16_STEP, x += rows->step, weights += BF16_STEP * PANEL) {
         _tile_loadd(4, x, row_bytes);
         _tile_loadd(6, weights, 4 * PANEL);
         _tile_dpbf16ps(0, 4, 6);
@@ -146,7 +150,8 @@ ALWAYS_INLINE void sum_tiles_bf16(
     if (is_tall && is_wide) _tile_stored(3, c + 16 * BF16_WIDTH + PANEL, to_bytes);
 }
 
-static void tile_rows_bf16(int64_t num_parts, int64_t panels, const void *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
+static void tile_rows_bf16(
+    int64_t num_parts, int64_t panels, const bf16_rows *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
     const uint16_t *weights = (const uint16_t *)w->data + panel * w->k * PANEL;
     if (num_parts > 16 && panels > 1)
         sum_tiles_bf16(1, 1, x, w->k, weights, c, ahead);

@@ -168,9 +168,6 @@ static void tile_rows_vnni(
 
 #ifndef HAVE_AMX
 #define tile_rows_int8 tile_rows_vnni
-
-ALWAYS_INLINE void configure_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
-ALWAYS_INLINE void release_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
 #endif
 
 ALWAYS_INLINE void quantize_group(const float *x, float inverse, uint8_t *out) {

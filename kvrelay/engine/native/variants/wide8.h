@@ -39,6 +39,3 @@ ALWAYS_INLINE void transpose_bf16(const void *const *from, f32w to[8]) {
     for (int i = 0; i < 8; i++) to[i] = widen_bf16(from[i]);
     transpose8(to);
 }
-
-ALWAYS_INLINE void configure_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
-ALWAYS_INLINE void release_tiles(const matrix *w, int64_t num_rows) { (void)w, (void)num_rows; }
