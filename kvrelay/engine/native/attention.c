@@ -24,6 +24,7 @@ static workspace *get_workspace(int64_t head_dim) {
         space.integers = (int16_t *)(space.values + TILE_KEYS * in_bf16_steps(head_dim));
         space.weight_parts = (bf16_part *)((float *)space.integers + TILE_ROWS * head_dim);
         space.query_parts = space.weight_parts + BF16_ROWS * TILE_KEYS;
+        space.split_integers = (int8_t *)space.query_parts;
         space.head_dim = head_dim;
     }
     return &space;
@@ -181,7 +182,7 @@ static void load_queries(
         for (int64_t i = 0; i < group * head_dim; i += WIDE) store_wide(to + i, load_wide(from + i) * scale);
     }
     if (h->kv.dtype == KV_INT8)
-        quantize_queries(h->num_rows, head_dim, queries, w->integers + h->row_begin * head_dim, w->integer_scales + h->row_begin);
+        quantize_queries(w, h->row_begin, h->num_rows, queries);
     bf16_part *parts = w->query_parts + h->row_begin * w->num_parts * in_bf16_steps(head_dim);
     if (w->num_parts > 0) split_queries(h->num_rows, head_dim, w->num_parts, queries, parts);
 }
@@ -219,7 +220,8 @@ static void attend_heads(
     workspace *w = get_workspace(kv->head_dim);
     w->head_dim = kv->head_dim;
     w->num_parts = kv->dtype == KV_BF16 ? c->num_parts : 0;
-    int64_t height = w->num_parts * num_rows < ROW_BLOCK ? w->num_parts * num_rows : ROW_BLOCK;
+    int64_t height = num_rows * (kv->dtype == KV_INT8 ? 2 : w->num_parts);  // of tiles, 0: without
+    if (height > ROW_BLOCK) height = ROW_BLOCK;
     begin_tiles(height);
     int64_t first = s->position + tile->token_begin, last = last_key_of(c, tile);
     int64_t first_key = first_key_of(c, tile);

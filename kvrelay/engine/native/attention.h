@@ -117,6 +117,7 @@ typedef struct {
     bf16_part *query_parts;   // [TILE_ROWS][num_parts][in_bf16_steps(head_dim)], and room for a tile
     bf16_part *weight_parts;  // [BF16_ROWS][TILE_KEYS]
     float integer_scales[TILE_ROWS];
+    int8_t *split_integers;  // what tiles take of them: [TILE_ROWS][2][head_dim in steps]; with query_parts
     float highest[TILE_ROWS], total[TILE_ROWS];
     int64_t positions[TILE_ROWS];  // of the rows' tokens
 } workspace;
@@ -166,8 +167,8 @@ static void add_many_rows(workspace *w, const row_block *blocks, int64_t num_blo
 static void write_kv_int8(
     const kv_layer *kv, int64_t num_tokens, const int64_t *slots, const float *keys, const float *values, int64_t stride);
 
-// queries, to: [num_rows][head_dim]; scales: [num_rows].
-static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales);
+// queries: [num_rows][head_dim].
+static void quantize_queries(workspace *w, int64_t row_begin, int64_t num_rows, const float *queries);
 
 // Scores of int8 keys for any number of rows, as of score_many_rows.
 static void score_keys_int8(

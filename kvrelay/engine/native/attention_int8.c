@@ -48,7 +48,7 @@ static void write_kv_int8(
         }
 }
 
-static void quantize_queries(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales) {
+static void quantize_query_rows(int64_t num_rows, int64_t head_dim, const float *queries, int16_t *to, float *scales) {
     for (int64_t row = 0; row < num_rows; row++, queries += head_dim, to += head_dim) {
         scales[row] = scale_of(queries, head_dim, QUERY_LEVELS);
         float inverse = scales[row] > 0 ? 1.0f / scales[row] : 0;
@@ -67,7 +67,73 @@ ALWAYS_INLINE float scale_at(const int8_t *row, int64_t head_dim) {
     return scale;
 }
 
-#if WIDE == 16
+#if defined(HAVE_AMX)
+// A query has two rows in int8, of which the second is less significant: q = 128 * first + second.
+enum { SECOND_BITS = 7, SECOND_LEVELS = 1 << SECOND_BITS };
+
+ALWAYS_INLINE int64_t in_int8_steps(int64_t head_dim) { return (head_dim + GROUP - 1) / GROUP * GROUP; }
+
+static void split_integers(int64_t num_rows, int64_t head_dim, const int16_t *queries, int8_t *to) {
+    const int64_t k = in_int8_steps(head_dim);
+    for (int64_t row = 0; row < num_rows; row++, queries += head_dim, to += 2 * k) {
+        for (int64_t i = 0; i < head_dim; i++) {
+            int16_t first = (int16_t)((queries[i] + SECOND_LEVELS / 2) >> SECOND_BITS);
+            to[i] = (int8_t)first;
+            to[k + i] = (int8_t)(queries[i] - first * SECOND_LEVELS);
+        }
+        memset(to + head_dim, 0, k - head_dim);
+        memset(to + k + head_dim, 0, k - head_dim);
+    }
+}
+
+static void quantize_queries(workspace *w, int64_t row_begin, int64_t num_rows, const float *queries) {
+    int16_t *integers = w->integers + row_begin * w->head_dim;
+    quantize_query_rows(num_rows, w->head_dim, queries, integers, w->integer_scales + row_begin);
+    split_integers(num_rows, w->head_dim, integers, w->split_integers + row_begin * 2 * in_int8_steps(w->head_dim));
+}
+
+// Keys as columns, in fours of their numbers: [keys / PANEL][in_int8_steps(head_dim) / 4][PANEL][4].
+static void load_key_fours(const kv_layer *kv, const key_tile *tile, int8_t *to, row_fetch *ahead) {
+    for (int64_t key = 0; key < tile->num_keys; key += PANEL, to += in_int8_steps(kv->head_dim) * PANEL) {
+        const void *from[WIDE];
+        for (int i = 0; i < WIDE; i++) from[i] = (const int8_t *)kv->keys + tile->offsets[key + i];
+        for (int64_t d = 0; d < kv->head_dim; d += 16) {
+            __m512 fours[4];
+            transpose_dwords(from, d, fours);
+            fetch_lines(ahead, 8);  // a row of 64 numbers and their scale touches two
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) _mm512_store_ps(to + (d + 4 * i) * PANEL, fours[i]);
+        }
+    }
+}
+
+static void score_keys_int8(
+    workspace *w, const row_block *blocks, int64_t num_blocks, const kv_layer *kv, const key_tile *tile, row_fetch *ahead) {
+    const int64_t k = in_int8_steps(kv->head_dim);
+    int8_t *keys = (int8_t *)w->keys;
+    float key_scales[TILE_KEYS];
+    for (int64_t key = 0; key < TILE_KEYS; key++)
+        key_scales[key] = key < tile->num_keys ? scale_at((const int8_t *)kv->keys + tile->offsets[key], kv->head_dim) : 0;
+    load_key_fours(kv, tile, keys, ahead);
+    for (const row_block *b = blocks; b < blocks + num_blocks; b++) {
+        key_range seen = in_wholes_of(PANEL, b->seen);
+        const int8_t *queries = w->split_integers + b->row_begin * 2 * k;
+        for (int64_t key = seen.begin; key < seen.end; key += 2 * PANEL) {
+            int32_t sums[2 * BLOCK_ROWS + 8][2 * PANEL] __attribute__((aligned(64)));
+            int64_t num_panels = (seen.end - key) / PANEL;
+            tile_rows_exact(2 * b->num_rows, num_panels, queries, k, keys + key * k, sums[0]);
+            for (int64_t r = 0; r < b->num_rows; r++)
+                for (int64_t i = 0; i < 2 && i < num_panels; i++) {
+                    __m512i first = _mm512_load_si512(sums[2 * r] + i * PANEL), second = _mm512_load_si512(sums[2 * r + 1] + i * PANEL);
+                    __m512i exact = _mm512_add_epi32(_mm512_slli_epi32(first, SECOND_BITS), second);
+                    f32w scale = splat_wide(w->integer_scales[b->row_begin + r]) * load_wide(key_scales + key + i * PANEL);
+                    float *score = w->scores + (b->row_begin + r) * TILE_KEYS + key + i * PANEL;
+                    store_wide(score, (f32w)_mm512_cvtepi32_ps(exact) * scale);
+                }
+        }
+    }
+}
+#elif WIDE == 16
 // Keys as pairs of neighbouring numbers in int16, [head_dim / 2][TILE_KEYS].
 static void load_key_pairs(const kv_layer *kv, const key_tile *tile, int32_t *to, row_fetch *ahead) {
     const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
@@ -225,6 +291,12 @@ static void score_keys_int8(
         score_rows_int8(
             b->num_rows, in_wholes_of(INT8_KEYS_TOGETHER, b->seen), kv, tile, w->integers + b->row_begin * kv->head_dim,
             w->integer_scales + b->row_begin, w->scores + b->row_begin * TILE_KEYS, ahead);
+}
+#endif
+
+#if !defined(HAVE_AMX)
+static void quantize_queries(workspace *w, int64_t row_begin, int64_t num_rows, const float *queries) {
+    quantize_query_rows(num_rows, w->head_dim, queries, w->integers + row_begin * w->head_dim, w->integer_scales + row_begin);
 }
 #endif
 

@@ -116,49 +116,78 @@ ALWAYS_INLINE void store_parts(bf16_part *to, i32w first, i32w second) {
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)first, ascending, (__m512i)second));
 }
 
-// Tiles 0 to 3: two by two sums; 4 and 5: rows; 6 and 7: panels.
-ALWAYS_INLINE void sum_tiles_bf16(
-    const int is_tall, const int is_wide, const bf16_rows *rows, int64_t k, const uint16_t *weights, float *c, fetch ahead) {
-    const bf16_part *x = rows->parts;
-    const int64_t row_bytes = rows->row * sizeof(bf16_part), to_bytes = BF16_WIDTH * sizeof(float);
+#define ADD_PRODUCTS(sums, x, y) \
+    do { \
+        if (is_int8) \
+            _tile_dpbssd(sums, x, y); \
+        else \
+            _tile_dpbf16ps(sums, x, y); \
+    } while (0)
+
+// What lies as tiles of 16 rows of 64 bytes: row r of step i at bytes + r * row + i * step, the next 16
+// rows `next` further on.
+typedef struct {
+    const char *bytes;
+    int64_t row, step, next;
+} row_tiles;
+
+// Tiles 0 to 3: two by two sums; 4 and 5: rows; 6 and 7: panels, each `panel_bytes` long.
+ALWAYS_INLINE void sum_tiles(
+    const int is_int8, const int is_tall, const int is_wide, row_tiles x, int64_t num_steps, const char *panels, int64_t panel_bytes,
+    void *c, fetch ahead) {
+    const int64_t to_row = BF16_WIDTH * 4, step_bytes = BF16_STEP / 2 * ahead.step;
     _tile_zero(0);
     if (is_wide) _tile_zero(1);
     if (is_tall) _tile_zero(2);
     if (is_tall && is_wide) _tile_zero(3);
-    for (int64_t i = 0; i < k; i += BF16_STEP, x += rows->step, weights += BF16_STEP * PANEL) {
-        _tile_loadd(4, x, row_bytes);
-        _tile_loadd(6, weights, 4 * PANEL);
-        _tile_dpbf16ps(0, 4, 6);
+    for (int64_t i = 0; i < num_steps; i++, x.bytes += x.step, panels += TILE_BYTES, ahead.begin += step_bytes) {
+        _tile_loadd(4, x.bytes, x.row);
+        _tile_loadd(6, panels, 64);
+        ADD_PRODUCTS(0, 4, 6);
         if (is_wide) {
-            _tile_loadd(7, weights + k * PANEL, 4 * PANEL);
-            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(7, panels + panel_bytes, 64);
+            ADD_PRODUCTS(1, 4, 7);
         }
         if (is_tall) {
-            _tile_loadd(5, x + 16 * k, row_bytes);
-            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(5, x.bytes + x.next, x.row);
+            ADD_PRODUCTS(2, 5, 6);
         }
-        if (is_tall && is_wide) _tile_dpbf16ps(3, 5, 7);
-        for (int panel = 0; panel < 1 + is_wide; panel++) {
-            const char *begin = ahead.begin + panel * ahead.panel_bytes;
-            for (int64_t byte = 0; byte < BF16_STEP / 2 * ahead.step; byte += 64) __builtin_prefetch(begin + byte);
-        }
-        ahead.begin += BF16_STEP / 2 * ahead.step;
+        if (is_tall && is_wide) ADD_PRODUCTS(3, 5, 7);
+        for (int panel = 0; panel < 1 + is_wide; panel++)
+            for (int64_t byte = 0; byte < step_bytes; byte += 64) __builtin_prefetch(ahead.begin + panel * ahead.panel_bytes + byte);
     }
-    _tile_stored(0, c, to_bytes);
-    if (is_wide) _tile_stored(1, c + PANEL, to_bytes);
-    if (is_tall) _tile_stored(2, c + 16 * BF16_WIDTH, to_bytes);
-    if (is_tall && is_wide) _tile_stored(3, c + 16 * BF16_WIDTH + PANEL, to_bytes);
+    _tile_stored(0, c, to_row);
+    if (is_wide) _tile_stored(1, (char *)c + 64, to_row);
+    if (is_tall) _tile_stored(2, (char *)c + 16 * to_row, to_row);
+    if (is_tall && is_wide) _tile_stored(3, (char *)c + 16 * to_row + 64, to_row);
+}
+
+#undef ADD_PRODUCTS
+
+ALWAYS_INLINE void sum_rows(
+    const int is_int8, int64_t num_rows, int64_t num_panels, row_tiles x, int64_t num_steps, const char *panels, int64_t panel_bytes,
+    void *c, fetch ahead) {
+    if (num_rows > 16 && num_panels > 1)
+        sum_tiles(is_int8, 1, 1, x, num_steps, panels, panel_bytes, c, ahead);
+    else if (num_rows > 16)
+        sum_tiles(is_int8, 1, 0, x, num_steps, panels, panel_bytes, c, ahead);
+    else if (num_panels > 1)
+        sum_tiles(is_int8, 0, 1, x, num_steps, panels, panel_bytes, c, ahead);
+    else
+        sum_tiles(is_int8, 0, 0, x, num_steps, panels, panel_bytes, c, ahead);
 }
 
 static void tile_rows_bf16(
     int64_t num_parts, int64_t panels, const bf16_rows *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
-    const uint16_t *weights = (const uint16_t *)w->data + panel * w->k * PANEL;
-    if (num_parts > 16 && panels > 1)
-        sum_tiles_bf16(1, 1, x, w->k, weights, c, ahead);
-    else if (num_parts > 16)
-        sum_tiles_bf16(1, 0, x, w->k, weights, c, ahead);
-    else if (panels > 1)
-        sum_tiles_bf16(0, 1, x, w->k, weights, c, ahead);
-    else
-        sum_tiles_bf16(0, 0, x, w->k, weights, c, ahead);
+    const int64_t item = sizeof(bf16_part), panel_bytes = w->k * PANEL * item;
+    row_tiles rows = {.bytes = x->parts, .row = x->row * item, .step = x->step * item, .next = 16 * w->k * item};
+    sum_rows(0, num_parts, panels, rows, w->k / BF16_STEP, (const char *)w->data + panel * panel_bytes, panel_bytes, c, ahead);
+}
+
+// c[num_rows][2 * PANEL] = x * columns in int32, for 1 to 32 rows x[][k] and 1 or 2 panels [k / 4][PANEL][4].
+// Up to 32 rows are read; k is a multiple of 64.
+static void tile_rows_exact(int64_t num_rows, int64_t num_panels, const int8_t *x, int64_t k, const int8_t *panels, int32_t *c) {
+    const fetch nothing = {(const char *)panels, 0, 0};
+    row_tiles rows = {.bytes = (const char *)x, .row = k, .step = 64, .next = 16 * k};
+    sum_rows(1, num_rows, num_panels, rows, k / 64, (const char *)panels, k * PANEL, c, nothing);
 }
