@@ -19,6 +19,7 @@ from kvrelay.state.redis_faults import (
     OLD_SENTENCE,
     OTHER_SERVICE_SENTENCE,
     SENTINEL_PASSWORD_SENTENCE,
+    SENTINEL_RIGHTS_SENTENCE,
     SENTINEL_SENTENCE,
     RedisFault,
     fault_of,
@@ -88,6 +89,8 @@ async def _services_of(sentinel: "redis.asyncio.Redis") -> list[str]:
 def _fault_of_sentinel(error: Exception) -> RedisFault:
     if isinstance(error, redis.exceptions.AuthenticationError):
         return RedisFault(SENTINEL_PASSWORD_SENTENCE, needs_a_person=True, is_refusal=True)
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return RedisFault(SENTINEL_RIGHTS_SENTENCE, needs_a_person=True, is_refusal=True)
     if isinstance(error, redis.exceptions.ResponseError) and "unknown command" in str(error).lower():
         return RedisFault(NO_SENTINEL_SENTENCE, needs_a_person=True, is_refusal=True)
     return fault_of(error) or RedisFault(f"a Sentinel refuses what kvrelay asks ({type(error).__name__})")

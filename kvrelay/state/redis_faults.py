@@ -48,6 +48,9 @@ SENTINEL_PASSWORD_SENTENCE = (
     "the Sentinels refuse the user or the password for them: give theirs in --redis-sentinel-password-file, or leave "
     "it out if they have none"
 )
+SENTINEL_RIGHTS_SENTENCE = (
+    "the user for the Sentinels may not ask them for the primary: ACL SETUSER <user> +@connection +sentinel|masters"
+)
 OLD_SENTENCE = "Redis at --redis-url is too old: kvrelay needs Redis 7.0 or newer, or Valkey"
 NEEDS_TLS_SENTENCE = "the port of --redis-url speaks TLS: write rediss:// instead of redis://"
 NO_TLS_SENTENCE = (

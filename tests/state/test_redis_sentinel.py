@@ -51,6 +51,21 @@ async def test_a_wrong_password_of_the_sentinels_is_said(watched: WatchedDeploym
         await check_redis_at(watched.url.split("?")[0] + password)
 
 
+async def test_a_user_of_the_sentinels_needs_the_right_to_ask_for_the_primary(watched: WatchedDeployment) -> None:
+    url = f"{watched.url.split('?')[0]}?sentinel_username=watcher&sentinel_password=pw"
+    for sentinel in watched.sentinels:
+        async with sentinel.client() as client:
+            await client.execute_command("ACL", "SETUSER", "watcher", "on", ">pw", "+@connection")
+    with pytest.raises(ConfigError, match=r"\+@connection \+sentinel\|masters"):
+        await check_redis_at(url)
+    for sentinel in watched.sentinels:
+        async with sentinel.client() as client:
+            await client.execute_command("ACL", "SETUSER", "watcher", "+sentinel|masters")
+    async with RedisConnection(url, TIMEOUT_MS) as connection:
+        await connection.check()
+        assert await StateStore(connection, "g1").create(make_record())
+
+
 async def test_a_password_of_the_primary_that_is_wrong_is_said(watched: WatchedDeployment) -> None:
     with pytest.raises(ConfigError, match="refuses the user or the password of --redis-url"):
         await check_redis_at(watched.url.replace(f":{watched.servers[0].password}@", ":wrong@"))
