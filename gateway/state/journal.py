@@ -12,6 +12,8 @@ from kvrelay.errors import KvrelayError
 from kvrelay.state.request_record import RequestRecord
 
 MAX_FRAMES_PER_WRITE = 256
+COUNT_INTERVAL_S = 1.0
+"""Between two writes of a count, which only people look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class RequestJournal:
         self.created = created
         self.num_written_frames = len(output.frames) if created else 0
         self._num_written_tokens = output.num_output_tokens if created else 0
+        self._written_at = 0.0
         self.transitions: deque[StateTransition] = deque()
         self.terminal: StateTransition | None = None
         self.released = False
@@ -118,13 +121,16 @@ class RequestJournal:
     def on_written(self, num_frames: int, num_output_tokens: int) -> None:
         self.num_written_frames = num_frames
         self._num_written_tokens = num_output_tokens
+        self._written_at = time.monotonic()
 
     @property
     def lacks_output(self) -> bool:
         if self._record.keeps_output:
             return self.num_written_frames < len(self.output.frames)
         # The terminal has the last count.
-        return self._num_written_tokens < self.output.num_output_tokens and not self.ended
+        if self.ended or time.monotonic() - self._written_at < COUNT_INTERVAL_S:
+            return False
+        return self._num_written_tokens < self.output.num_output_tokens
 
     @property
     def dirty(self) -> bool:

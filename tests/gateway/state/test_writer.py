@@ -1,6 +1,7 @@
 """The state writer when the store fails, or one request's state in it is broken."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,9 +12,10 @@ from gateway.requests import registry
 from gateway.requests.registry import RunningRequests
 from gateway.requests.runner import RequestRunner
 from gateway.state import writer as state_writer
-from gateway.state.journal import RequestJournal
+from gateway.state.journal import COUNT_INTERVAL_S, RequestJournal
 from gateway.state.writer import StateWriter
 from gateway.streaming.output_log import RequestOutput
+from kvrelay.core.job import Token
 from kvrelay.core.request_state import RequestState
 from kvrelay.errors import StateLostError
 from kvrelay.state.request_record import RequestRecord
@@ -102,6 +104,27 @@ async def test_a_sweep_writes_each_request_once_with_all_its_frames() -> None:
     await eventually(all_written)
     assert sorted(store.appended) == [(journal.request_id, 3) for journal in journals]
     running.cancel()
+
+
+def test_a_count_alone_is_written_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    output = RequestOutput()
+    journal = RequestJournal(make_record(keeps_output=False), output, deadline=1e9, created=True)
+
+    def lacks_after(wait_s: float) -> bool:
+        nonlocal now
+        now += wait_s
+        output.append_delta(0, output.num_output_tokens, Token(5), "", None)
+        return journal.lacks_output
+
+    assert lacks_after(0.0)
+    journal.on_written(0, output.num_output_tokens)
+    assert not lacks_after(COUNT_INTERVAL_S / 2)
+    assert lacks_after(COUNT_INTERVAL_S / 2)
+    journal.end(RequestState.SUCCEEDED, None)
+    assert not journal.lacks_output
+    assert journal.dirty
 
 
 class FlappingStore(Store):
