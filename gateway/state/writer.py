@@ -23,7 +23,7 @@ from kvrelay.core.request_state import is_terminal
 from kvrelay.errors import StateLostError, StoreFullError, SupersededError, UnavailableError
 from kvrelay.state.state_store import StateStore
 
-SWEEP_INTERVAL_S = 0.02
+SWEEP_INTERVAL_S = 0.1
 """Least time for a whole sweep."""
 MAX_SWEEP_INTERVAL_S = 1.0
 PAUSE_FACTOR = 19.0
