@@ -7,7 +7,6 @@ It ends a request here only when another gateway took it over.
 """
 
 import asyncio
-import contextlib
 import math
 import random
 from collections import deque
@@ -100,9 +99,11 @@ class StateWriter:
                 next_batch = loop.time() + pause_s
             if self._full:
                 await asyncio.sleep(FULL_INTERVAL_S)
-            with contextlib.suppress(TimeoutError):
+            try:
                 async with asyncio.timeout_at(next_batch):
                     await self._woken.wait()
+            except TimeoutError:
+                next_batch = 0.0  # due, although a timer may come a millisecond early
 
     async def drain(self, timeout_s: float) -> None:
         try:

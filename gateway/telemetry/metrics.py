@@ -116,7 +116,7 @@ LOSSES = Family(
 PLACEMENTS = Family(
     "kvrelay_prompts_placed_total",
     "counter",
-    "Prompts that were given to the worker with the sooner predicted first token, where there was a choice, by its role.",
+    "Prompts that had a choice of workers and were given to the one with the sooner first token, by its role.",
     ("role",),
 )
 FORMATS = Family(
