@@ -48,7 +48,7 @@ class MemberRegistry:
 
     @asynccontextmanager
     async def watch(
-        self, interval_ms: int = 100, on_change: Callable[[tuple[Member, ...]], None] | None = None
+        self, interval_ms: int = 250, on_change: Callable[[tuple[Member, ...]], None] | None = None
     ) -> AsyncIterator["MemberView"]:
         """Keeps a view up to date within the block."""
         view = self.new_view(on_change)

@@ -6,7 +6,6 @@ restart it is another instance under the same address.
 """
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from kvrelay.kv_transfer.registered_receivers import RegisteredReceivers
 from kvrelay.kv_transfer.transports import GrpcTransport
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import POLL_INTERVAL_S
-from kvrelay.state.member_registry import MemberRegistry, MemberView
+from kvrelay.state.member_registry import MemberRegistry
 from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.state.registered_peers import RegisteredPeers
 from kvrelay.state.request_owners import RequestOwners
@@ -347,9 +346,7 @@ class GatewayProcess(SimulatedProcess):
     async def _main(self) -> None:
         connection = self.surroundings.connection()
         store = StateStore(connection, self.instance_id, self._settings.requests.retention_ms)
-        self.gateway = gateway = Gateway(
-            self.instance_id, self._settings, store, LeisurelyRegistry(connection, LEASE_MS)
-        )
+        self.gateway = gateway = Gateway(self.instance_id, self._settings, store, MemberRegistry(connection, LEASE_MS))
         gateway.address = self.address
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway), cast(Any, self.place))
         member = Member(self.instance_id, MemberRole.GATEWAY, self.address)
@@ -382,15 +379,6 @@ class GatewayProcess(SimulatedProcess):
             "requests of keys without a client": sum(usage.num_unattended for usage in usages),
         }
         return [f"{self.loop.name}: {number} {name}" for name, number in held.items() if number]
-
-
-class LeisurelyRegistry(MemberRegistry):
-    """Looks less often: each look is dear where seconds are nothing."""
-
-    def watch(  # type: ignore[override]
-        self, interval_ms: int = 250, on_change: Callable[[tuple[Member, ...]], None] | None = None
-    ) -> contextlib.AbstractAsyncContextManager[MemberView]:
-        return super().watch(interval_ms, on_change)
 
 
 class ToyTokenizers:
