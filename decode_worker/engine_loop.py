@@ -93,10 +93,10 @@ class DecodeEngineLoop:
 
     def _publish_report(self, tokens: tuple[SequenceToken, ...] = ()) -> None:
         completed = tuple(self._complete_event(event) for event in self._scheduler.drain_events())
-        load = self._scheduler.load()
-        if completed or tokens or load != self._published_load:
+        load, changes = self._scheduler.load(), self._scheduler.take_cache_changes()
+        if completed or changes or tokens or load != self._published_load:
             self._published_load = load
-            self._publish(events.StepReport(completed, tokens, load))
+            self._publish(events.StepReport(completed, tokens, load, changes))
 
     def _complete_event(self, event: events.SchedulerEvent) -> events.Event:
         match event:

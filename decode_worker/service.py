@@ -61,6 +61,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         """Called in the order of reports."""
         self.metrics.record_report(report)
         self.sessions.update_load(report.load)
+        self.sessions.update_cache(report.cache_changes)
         for event in report.events:
             self._send_event(event)
         if report.tokens:

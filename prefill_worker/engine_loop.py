@@ -100,10 +100,10 @@ class PrefillEngineLoop:
 
     def _publish_report(self) -> None:
         completed = tuple(self._complete_event(event) for event in self._scheduler.drain_events())
-        load = self._scheduler.load()
-        if completed or load != self._published_load:
+        load, changes = self._scheduler.load(), self._scheduler.take_cache_changes()
+        if completed or changes or load != self._published_load:
             self._published_load = load
-            self._publish(events.Report(completed, load))
+            self._publish(events.Report(completed, load, changes))
 
     def _complete_event(self, event: events.Event) -> events.Event:
         match event:

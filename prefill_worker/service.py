@@ -77,6 +77,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
     def report(self, report: events.Report) -> None:
         """Called in the order of reports."""
         self.sessions.update_load(report.load)
+        self.sessions.update_cache(report.cache_changes)
         for event in report.events:
             self._handle_event(event)
         if not report.events or any(isinstance(event, JobEnd) for event in report.events):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvrelay.core.cache_changes import NO_CHANGES, CacheChanges
 from kvrelay.core.chunk_times import ChunkTime
 from kvrelay.core.job import Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.worker.commands import JobEnded, JobFailed
@@ -46,3 +47,4 @@ class StepReport:
     events: tuple[Event, ...]
     tokens: tuple[SequenceToken, ...]
     load: WorkerLoad
+    cache_changes: CacheChanges = NO_CHANGES

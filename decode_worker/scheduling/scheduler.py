@@ -21,6 +21,7 @@ from decode_worker.scheduling.reservations import Reservations, WriteRevoker
 from decode_worker.scheduling.running_batch import RunningBatch
 from decode_worker.scheduling.running_sequence import DecodeJob, Phase, RunningSequence, running_sequence
 from decode_worker.scheduling.speculation import Speculation, SpeculationLimits
+from kvrelay.core.cache_changes import CacheChanges
 from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.core.prompt_pace import PromptPace
@@ -185,6 +186,9 @@ class DecodeScheduler:
     def drain_events(self) -> list[SchedulerEvent]:
         events, self._events = self._events, []
         return events
+
+    def take_cache_changes(self) -> CacheChanges:
+        return self._blocks.take_changes()
 
     def load(self) -> WorkerLoad:
         num_reserved = sum(job.phase in (Phase.RESERVED, Phase.AWAITING_WRITER) for job in self._jobs.values())

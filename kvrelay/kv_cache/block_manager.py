@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvrelay.core.cache_changes import CacheChanges, PendingChanges
 from kvrelay.errors import OutOfBlocksError
 from kvrelay.kv_cache.prefix_hash import chain_hash, pack_tokens, prefix_chain, root_hash
 
@@ -59,6 +60,7 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._published: list[_Published | None] = [None] * num_blocks
         self._block_by_prefix: dict[bytes, int] = {}
+        self._changes = PendingChanges()
         self._tables: set[BlockTable] = set()
 
     @property
@@ -188,6 +190,14 @@ class BlockManager:
         table.hashes = []
         table.num_tokens = 0
 
+    def take_changes(self) -> CacheChanges:
+        """Of published prefixes, since the last call."""
+        return self._changes.take()
+
+    @property
+    def prefixes(self) -> frozenset[bytes]:
+        return frozenset(self._block_by_prefix)
+
     def check_integrity(self) -> None:
         held = Counter(block for table in self._tables for block in table.blocks)
         used = {block for block, references in enumerate(self._references) if references > 0}
@@ -271,8 +281,10 @@ class BlockManager:
             return
         self._published[block] = content
         self._block_by_prefix[content.prefix] = block
+        self._changes.publish(content.prefix)
 
     def _unpublish(self, block: int) -> None:
         content = self._published_in(block)
         self._published[block] = None
         del self._block_by_prefix[content.prefix]
+        self._changes.evict(content.prefix)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import session_pb2 as kvrelay_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x98\x03\n\x1b\x44\x65\x63odeServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.GatewayHelloH\x00\x12&\n\x07reserve\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.ReserveH\x00\x12+\n\nrun_prompt\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.RunPromptH\x00\x12+\n\ncancel_job\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.CancelJobH\x00\x12\x35\n\x0f\x66inish_sequence\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.FinishSequenceH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12+\n\nset_paused\x18\x08 \x01(\x0b\x32\x15.kvrelay.v1.SetPausedH\x00\x42\t\n\x07message\"\x93\x03\n\x1c\x44\x65\x63odeServiceSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12(\n\x08reserved\x18\x02 \x01(\x0b\x32\x14.kvrelay.v1.ReservedH\x00\x12\x33\n\x0e\x64\x65\x63ode_started\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.DecodeStartedH\x00\x12-\n\x0bstep_output\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.StepOutputH\x00\x12+\n\njob_failed\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.JobFailedH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoadB\t\n\x07message\"\x9c\x02\n\x07Reserve\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x15\n\rnum_sequences\x18\x05 \x01(\r\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\nruns_alone\x18\t \x01(\x08\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x14\n\x0cshare_weight\x18\x0b \x01(\r\"n\n\x08Reserved\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\".\n\tRunPrompt\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\"E\n\x0e\x46inishSequence\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x10\n\x08sequence\x18\x02 \x01(\r\">\n\tSetPaused\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x0e\n\x06paused\x18\x02 \x01(\x08\"\xb1\x01\n\rDecodeStarted\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x1e\n\x16num_transferred_tokens\x18\x03 \x01(\r\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x10\n\x08queue_ms\x18\x05 \x01(\x02\x12%\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime\"7\n\nStepOutput\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken2q\n\rDecodeService\x12`\n\x07Session\x12\'.kvrelay.v1.DecodeServiceSessionRequest\x1a(.kvrelay.v1.DecodeServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x18kvrelay/v1/session.proto\"\x98\x03\n\x1b\x44\x65\x63odeServiceSessionRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.GatewayHelloH\x00\x12&\n\x07reserve\x18\x02 \x01(\x0b\x32\x13.kvrelay.v1.ReserveH\x00\x12+\n\nrun_prompt\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.RunPromptH\x00\x12+\n\ncancel_job\x18\x04 \x01(\x0b\x32\x15.kvrelay.v1.CancelJobH\x00\x12\x35\n\x0f\x66inish_sequence\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.FinishSequenceH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12+\n\nset_paused\x18\x08 \x01(\x0b\x32\x15.kvrelay.v1.SetPausedH\x00\x42\t\n\x07message\"\xc4\x03\n\x1c\x44\x65\x63odeServiceSessionResponse\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.WorkerHelloH\x00\x12(\n\x08reserved\x18\x02 \x01(\x0b\x32\x14.kvrelay.v1.ReservedH\x00\x12\x33\n\x0e\x64\x65\x63ode_started\x18\x03 \x01(\x0b\x32\x19.kvrelay.v1.DecodeStartedH\x00\x12-\n\x0bstep_output\x18\x04 \x01(\x0b\x32\x16.kvrelay.v1.StepOutputH\x00\x12+\n\njob_failed\x18\x05 \x01(\x0b\x32\x15.kvrelay.v1.JobFailedH\x00\x12*\n\theartbeat\x18\x06 \x01(\x0b\x32\x15.kvrelay.v1.HeartbeatH\x00\x12\x31\n\rheartbeat_ack\x18\x07 \x01(\x0b\x32\x18.kvrelay.v1.HeartbeatAckH\x00\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoad\x12/\n\rcache_changes\x18\x10 \x01(\x0b\x32\x18.kvrelay.v1.CacheChangesB\t\n\x07message\"\x9c\x02\n\x07Reserve\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x15\n\rnum_sequences\x18\x05 \x01(\r\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x12\n\nruns_alone\x18\t \x01(\x08\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x14\n\x0cshare_weight\x18\x0b \x01(\r\"n\n\x08Reserved\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\".\n\tRunPrompt\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\"E\n\x0e\x46inishSequence\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x10\n\x08sequence\x18\x02 \x01(\r\">\n\tSetPaused\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x0e\n\x06paused\x18\x02 \x01(\x08\"\xb1\x01\n\rDecodeStarted\x12!\n\x06job_id\x18\x01 \x01(\x0b\x32\x11.kvrelay.v1.JobId\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x1e\n\x16num_transferred_tokens\x18\x03 \x01(\r\x12\x12\n\nprefill_ms\x18\x04 \x01(\x02\x12\x10\n\x08queue_ms\x18\x05 \x01(\x02\x12%\n\x06\x63hunks\x18\x06 \x03(\x0b\x32\x15.kvrelay.v1.ChunkTime\"7\n\nStepOutput\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.kvrelay.v1.SequenceToken2q\n\rDecodeService\x12`\n\x07Session\x12\'.kvrelay.v1.DecodeServiceSessionRequest\x1a(.kvrelay.v1.DecodeServiceSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODESERVICESESSIONREQUEST']._serialized_start=66
   _globals['_DECODESERVICESESSIONREQUEST']._serialized_end=474
   _globals['_DECODESERVICESESSIONRESPONSE']._serialized_start=477
-  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_end=880
-  _globals['_RESERVE']._serialized_start=883
-  _globals['_RESERVE']._serialized_end=1167
-  _globals['_RESERVED']._serialized_start=1169
-  _globals['_RESERVED']._serialized_end=1279
-  _globals['_RUNPROMPT']._serialized_start=1281
-  _globals['_RUNPROMPT']._serialized_end=1327
-  _globals['_FINISHSEQUENCE']._serialized_start=1329
-  _globals['_FINISHSEQUENCE']._serialized_end=1398
-  _globals['_SETPAUSED']._serialized_start=1400
-  _globals['_SETPAUSED']._serialized_end=1462
-  _globals['_DECODESTARTED']._serialized_start=1465
-  _globals['_DECODESTARTED']._serialized_end=1642
-  _globals['_STEPOUTPUT']._serialized_start=1644
-  _globals['_STEPOUTPUT']._serialized_end=1699
-  _globals['_DECODESERVICE']._serialized_start=1701
-  _globals['_DECODESERVICE']._serialized_end=1814
+  _globals['_DECODESERVICESESSIONRESPONSE']._serialized_end=929
+  _globals['_RESERVE']._serialized_start=932
+  _globals['_RESERVE']._serialized_end=1216
+  _globals['_RESERVED']._serialized_start=1218
+  _globals['_RESERVED']._serialized_end=1328
+  _globals['_RUNPROMPT']._serialized_start=1330
+  _globals['_RUNPROMPT']._serialized_end=1376
+  _globals['_FINISHSEQUENCE']._serialized_start=1378
+  _globals['_FINISHSEQUENCE']._serialized_end=1447
+  _globals['_SETPAUSED']._serialized_start=1449
+  _globals['_SETPAUSED']._serialized_end=1511
+  _globals['_DECODESTARTED']._serialized_start=1514
+  _globals['_DECODESTARTED']._serialized_end=1691
+  _globals['_STEPOUTPUT']._serialized_start=1693
+  _globals['_STEPOUTPUT']._serialized_end=1748
+  _globals['_DECODESERVICE']._serialized_start=1750
+  _globals['_DECODESERVICE']._serialized_end=1863
 # @@protoc_insertion_point(module_scope)

@@ -101,6 +101,7 @@ class DecodeServiceSessionResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CACHE_CHANGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> _session_pb2.WorkerHello:
         """First message."""
@@ -133,6 +134,10 @@ class DecodeServiceSessionResponse(_message.Message):
     def load(self) -> _session_pb2.WorkerLoad:
         """The worker's load when the event was made."""
 
+    @_builtins.property
+    def cache_changes(self) -> _session_pb2.CacheChanges:
+        """What the worker's prefix cache gained and lost. Only for gateways that asked for it."""
+
     def __init__(
         self,
         *,
@@ -144,10 +149,11 @@ class DecodeServiceSessionResponse(_message.Message):
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
         load: _session_pb2.WorkerLoad | None = ...,
+        cache_changes: _session_pb2.CacheChanges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_changes", b"cache_changes", "decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_changes", b"cache_changes", "decode_started", b"decode_started", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "reserved", b"reserved", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserved", "decode_started", "step_output", "job_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

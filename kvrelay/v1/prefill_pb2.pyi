@@ -82,6 +82,7 @@ class PrefillServiceSessionResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_ACK_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    CACHE_CHANGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> _session_pb2.WorkerHello:
         """First message."""
@@ -110,6 +111,10 @@ class PrefillServiceSessionResponse(_message.Message):
     def load(self) -> _session_pb2.WorkerLoad:
         """The worker's load when the event was made."""
 
+    @_builtins.property
+    def cache_changes(self) -> _session_pb2.CacheChanges:
+        """What the worker's prefix cache gained and lost. Only for gateways that asked for it."""
+
     def __init__(
         self,
         *,
@@ -120,10 +125,11 @@ class PrefillServiceSessionResponse(_message.Message):
         heartbeat: _session_pb2.Heartbeat | None = ...,
         heartbeat_ack: _session_pb2.HeartbeatAck | None = ...,
         load: _session_pb2.WorkerLoad | None = ...,
+        cache_changes: _session_pb2.CacheChanges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_changes", b"cache_changes", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_changes", b"cache_changes", "heartbeat", b"heartbeat", "heartbeat_ack", b"heartbeat_ack", "hello", b"hello", "job_failed", b"job_failed", "load", b"load", "message", b"message", "prefill_done", b"prefill_done", "transfer_done", b"transfer_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prefill_done", "transfer_done", "job_failed", "heartbeat", "heartbeat_ack"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

@@ -672,6 +672,41 @@ class WorkerLoad(_message.Message):
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
 
 @_typing.final
+class CacheChanges(_message.Message):
+    """What a worker's prefix cache gained and lost. Travels with events, in order. The first one on a
+    session, and one after too many unsent changes, begins a list of all that is cached. Hashes are
+    chained from a salt of the tenant, so they say nothing without the secret of the gateways.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORGETS_ALL_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    forgets_all: _builtins.bool
+    """Whether nothing told before holds. Default false."""
+    published: _builtins.bytes
+    """Hashes of prefixes that are cached now, of 16 bytes each, one after the other. At most 1,024
+    hashes in both fields together.
+    """
+    evicted: _builtins.bytes
+    """Hashes of prefixes that are no longer cached, as above."""
+    def __init__(
+        self,
+        *,
+        forgets_all: _builtins.bool = ...,
+        published: _builtins.bytes = ...,
+        evicted: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted", "forgets_all", b"forgets_all", "published", b"published"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheChanges: _TypeAlias = CacheChanges  # noqa: Y015
+
+@_typing.final
 class GatewayHello(_message.Message):
     """First message of a gateway on a session."""
 
@@ -680,6 +715,7 @@ class GatewayHello(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     LIVENESS_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    WANTS_CACHE_CHANGES_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """The gateway's instance id, new with every start of the process."""
     protocol_version: _builtins.int
@@ -688,16 +724,19 @@ class GatewayHello(_message.Message):
     """Longest silence of either side before the other considers it gone, in milliseconds. Range 100
     to 60,000; other values are moved into it.
     """
+    wants_cache_changes: _builtins.bool
+    """Whether the worker shall tell what its prefix cache holds, for routing. Default false."""
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         protocol_version: _builtins.int = ...,
         liveness_window_ms: _builtins.int = ...,
+        wants_cache_changes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "liveness_window_ms", b"liveness_window_ms", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "liveness_window_ms", b"liveness_window_ms", "protocol_version", b"protocol_version", "wants_cache_changes", b"wants_cache_changes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from kvrelay.core.cache_changes import HASH_BYTES, CacheChanges
 from kvrelay.core.chunk_times import ChunkTime
 from kvrelay.core.job import (
     MAX_SHARE_WEIGHT,
@@ -295,3 +296,22 @@ def load_from_pb(message: session_pb2.WorkerLoad) -> WorkerLoad:
 
 def _possible(value: Any) -> Any:
     return 0.0 if isinstance(value, float) and not 0.0 <= value < math.inf else value
+
+
+def cache_changes_to_pb(changes: CacheChanges) -> session_pb2.CacheChanges:
+    return session_pb2.CacheChanges(
+        forgets_all=changes.forgets_all, published=b"".join(changes.published), evicted=b"".join(changes.evicted)
+    )
+
+
+def cache_changes_from_pb(message: session_pb2.CacheChanges) -> CacheChanges:
+    """Raises InvalidRequestError for what is no list of hashes."""
+    return CacheChanges(
+        _hashes("published", message.published), _hashes("evicted", message.evicted), message.forgets_all
+    )
+
+
+def _hashes(name: str, joined: bytes) -> tuple[bytes, ...]:
+    if len(joined) % HASH_BYTES:
+        raise InvalidRequestError(f"cache_changes.{name}", f"must be hashes of {HASH_BYTES} bytes each")
+    return tuple(joined[begin : begin + HASH_BYTES] for begin in range(0, len(joined), HASH_BYTES))

@@ -12,7 +12,9 @@ import structlog
 from kvrelay.core.bounds import MAX_ADDRESS_BYTES, check_length
 from kvrelay.core.liveness import HELLO_TIMEOUT_S, PROTOCOL_VERSION, Liveness
 from kvrelay.errors import DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
+from kvrelay.kv_cache.cache_feed import CacheFeed
 from kvrelay.v1 import session_pb2
+from kvrelay.wire.convert import cache_changes_to_pb
 
 MAX_QUEUED_MESSAGES = 4096
 MIN_WINDOW_MS = 100
@@ -53,6 +55,9 @@ class GatewaySession:
         self._liveness = Liveness(MIN_WINDOW_MS, _now())
         self._window_s = 0.0
         self.gateway_id = ""
+        self.wants_cache_changes = False
+        self.cache_feed: CacheFeed | None = None
+        """For gateways that want it."""
 
     def send(self, **message: Any) -> None:
         """A full queue ends the session."""
@@ -82,6 +87,7 @@ class GatewaySession:
                 " run the same version of kvrelay on both"
             )
         self.gateway_id = _checked_gateway_id(request.hello.gateway_id)
+        self.wants_cache_changes = request.hello.wants_cache_changes
         window_ms = min(max(request.hello.liveness_window_ms, MIN_WINDOW_MS), MAX_WINDOW_MS)
         self._window_s = window_ms / 1000
         self._liveness = Liveness(window_ms, _now())
@@ -126,10 +132,15 @@ class GatewaySession:
 
     async def _write_all(self) -> None:
         while True:
-            await self._write(await self._outbox.get())
-            self._outbox.task_done()
+            if self._outbox.empty() and self.cache_feed is not None and self.cache_feed.has_news:
+                await self._write(self._make_response())
+            else:  # later changes travel with the next message
+                await self._write(await self._outbox.get())
+                self._outbox.task_done()
 
     async def _write(self, response: Any) -> None:
+        if self.cache_feed is not None and self.cache_feed.has_news:
+            response.cache_changes.CopyFrom(cache_changes_to_pb(self.cache_feed.take()))
         try:
             async with asyncio.timeout(self._window_s):
                 await self._context.write(response)

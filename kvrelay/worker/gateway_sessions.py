@@ -12,10 +12,12 @@ from typing import Any
 import grpc
 import structlog
 
+from kvrelay.core.cache_changes import CacheChanges
 from kvrelay.core.job import FailureKind, Job, JobId, WorkerLoad
 from kvrelay.core.job_validation import check_num_tokens, validate_job
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.errors import InvalidRequestError, OverloadedError, UnavailableError
+from kvrelay.kv_cache.cache_feed import CacheFeed
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.wire.convert import failure_kind_to_pb, job_from_pb, job_id_from_pb, job_id_to_pb, load_to_pb
 from kvrelay.worker.gateway_session import EventSink, GatewaySession
@@ -68,6 +70,8 @@ class GatewaySessions:
         self._load = WorkerLoad()
         self._informed: set[EventSink] = set()
         """Sessions that already got the current load."""
+        self._cached: dict[bytes, None] = {}
+        """Hashes of prefixes in the cache."""
         self._draining = False
         self._drained = asyncio.Event()
         self._kv_transfer_bytes = 0
@@ -108,6 +112,8 @@ class GatewaySessions:
     async def _serve(self, session: GatewaySession) -> None:
         await session.handshake()
         self._sessions[session] = None
+        if session.wants_cache_changes:
+            session.cache_feed = CacheFeed(self._cached)
         _log.info("session begins", gateway=session.gateway_id)
         try:
             await session.serve(self._drained)
@@ -218,6 +224,15 @@ class GatewaySessions:
         """Every later event carries the load."""
         self._load = load
         self._informed.clear()
+
+    def update_cache(self, changes: CacheChanges) -> None:
+        """They travel with later events."""
+        for prefix in changes.evicted:
+            self._cached.pop(prefix, None)
+        self._cached.update(dict.fromkeys(changes.published))
+        for session in self._sessions:
+            if session.cache_feed is not None:
+                session.cache_feed.add(changes)
 
     def broadcast_load(self) -> None:
         for session in self._sessions:

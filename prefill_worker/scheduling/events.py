@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kvrelay.core.cache_changes import NO_CHANGES, CacheChanges
 from kvrelay.core.chunk_times import ChunkTime
 from kvrelay.core.job import Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.worker.commands import JobEnded, JobFailed
@@ -44,6 +45,7 @@ Event = PromptStarted | PromptComputed | SendingStopped | JobFailed | JobEnded
 class Report:
     events: tuple[Event, ...]
     load: WorkerLoad
+    cache_changes: CacheChanges = NO_CHANGES
 
 
 @dataclass(frozen=True, slots=True)

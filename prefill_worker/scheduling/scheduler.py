@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from kvrelay.core.cache_changes import CacheChanges
 from kvrelay.core.fair_turns import KEPT_FOR_OTHERS, SeenShares
 from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
@@ -186,6 +187,9 @@ class PrefillScheduler:
     def drain_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def take_cache_changes(self) -> CacheChanges:
+        return self._blocks.take_changes()
 
     def load(self) -> WorkerLoad:
         queued = self._queue.in_order()

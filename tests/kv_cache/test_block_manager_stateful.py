@@ -39,6 +39,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         # all.
         self.slots: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.live: list[Life] = []
+        self.told: set[bytes] = set()
 
     def write(self, life: Life, end: int) -> None:
         """Computes tokens up to `end`, as a step would."""
@@ -190,6 +191,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
             for token in range(life.num_computed):
                 slot = life.table.blocks[token // SIZE] * SIZE + token % SIZE
                 assert self.slots[slot] == (life.salt, tuple(life.token_ids[: token + 1]))
+
+    @rule()
+    def tell(self) -> None:
+        """What the changes add up to is what is published."""
+        changes = self.manager.take_changes()
+        assert self.told.isdisjoint(changes.published)
+        assert self.told.issuperset(changes.evicted)
+        self.told = (self.told | set(changes.published)) - set(changes.evicted)
+        assert self.told == self.manager.prefixes
+        event("evictions told" if changes.evicted else "no eviction told")
 
     def teardown(self) -> None:
         for life in self.live:

@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
+from kvrelay.core.cache_changes import CacheChanges
+from kvrelay.core.job import WorkerLoad
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.errors import DeadlineError, OverloadedError, UnavailableError
@@ -157,3 +159,54 @@ async def test_a_gateway_that_ends_its_call_is_not_lost() -> None:
     call._unread.append(grpc.aio.EOF)
     async with asyncio.timeout(60):  # bounds a hang only
         await session.serve(asyncio.Event())
+
+
+def caching_sessions() -> GatewaySessions:
+    model = ModelSpec("m", "llama", KVLayout(1, 1, 1, "float32"), 10, 64, (0,), "f")
+    return GatewaySessions(
+        session_pb2.WorkerHello(), decode_pb2.DecodeServiceSessionResponse, model, lambda _: None, lambda *_: None
+    )
+
+
+class ReadingCall(Call):
+    """Sets an event with each message that it gets."""
+
+    def __init__(self, greeting: Any) -> None:
+        super().__init__(greeting)
+        self.has_message = asyncio.Event()
+
+    async def write(self, response: Any) -> None:
+        await super().write(response)
+        self.has_message.set()
+
+    async def next_message(self) -> Any:
+        async with asyncio.timeout(60):  # bounds a hang only
+            await self.has_message.wait()
+        self.has_message.clear()
+        return self.written[-1]
+
+
+@pytest.mark.parametrize("wants", [True, False])
+async def test_who_asks_for_it_is_told_what_the_cache_holds(wants: bool) -> None:
+    sessions = caching_sessions()
+    sessions.update_cache(CacheChanges(published=(b"a" * 16, b"b" * 16)))
+    call: Any = ReadingCall(greeting(MAX_WINDOW_MS))
+    call._unread[0].hello.wants_cache_changes = wants
+    serving = asyncio.create_task(sessions.serve(call, lambda session, name, command: None))
+    hello = await call.next_message()
+    assert hello.WhichOneof("message") == "hello"
+    assert not hello.HasField("cache_changes")
+    if wants:
+        told = (await call.next_message()).cache_changes
+        assert (told.forgets_all, told.published, told.evicted) == (True, b"a" * 16 + b"b" * 16, b"")
+    sessions.update_cache(CacheChanges(published=(b"c" * 16,), evicted=(b"a" * 16,)))
+    sessions.update_load(WorkerLoad(num_running=1))
+    sessions.broadcast_load()
+    changed = await call.next_message()
+    assert changed.load.num_running == 1
+    assert changed.HasField("cache_changes") == wants
+    assert (changed.cache_changes.published, changed.cache_changes.evicted) == (
+        (b"c" * 16, b"a" * 16) if wants else (b"", b"")
+    )
+    serving.cancel()
+    await asyncio.wait([serving])
