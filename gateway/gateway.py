@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,6 +23,7 @@ from gateway.resume.cancellation import Cancellation
 from gateway.resume.stored_output import RequestOutputs
 from gateway.resume.takeover import Takeovers
 from gateway.resume.timeline_view import TimelineView
+from gateway.routing.routing import Routing
 from gateway.state.failure_detector import GatewayFailureDetector
 from gateway.state.orphan_sweeper import OrphanSweeper
 from gateway.state.other_gateways import OtherGateways
@@ -67,8 +69,7 @@ class Gateway:
         self.address = ""
         """host:port for other processes, once it listens."""
         self.settings = settings.requests
-        self.store = store
-        self.registry = registry
+        self.store, self.registry = store, registry
         self._lease_ms = settings.server.lease_ms
         self._has_keys = settings.security.has_client_credentials
         self._members: MemberView | None = None
@@ -82,6 +83,7 @@ class Gateway:
             on_room=self.requests.on_room,
             towards=towards,
             trust=WorkerTrust(settings.peers.fingerprints),
+            routing=Routing(settings.requests.routing, random.random),
         )
         self.models = ServedModels(self.sessions.views, self.members)
         self.chat_renderer = ChatRenderer()

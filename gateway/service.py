@@ -12,6 +12,7 @@ from gateway.api.conversation_stream import ConversationStream
 from gateway.gateway import Gateway
 from gateway.requests.known_requests import request_info, state_to_pb
 from gateway.requests.request_validation import check_token_ids, deadline_of, parse_messages
+from gateway.requests.tenants import take_session_key
 from gateway.requests.turns import Turns
 from gateway.resume.stored_output import FrameReader
 from gateway.state.other_gateways import FORWARDED_METADATA
@@ -50,6 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     # by every reader.
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        take_session_key(context.invocation_metadata())
         coalesce_s = self._coalesce_s(request)
         reader = await self._gateway.generation.open(request, self._deadline(context))
         await _stream(reader, context, coalesce_s)
@@ -57,6 +59,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Converse(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ConverseRequest], context: Context
     ) -> None:
+        take_session_key(context.invocation_metadata())
         stream = ConversationStream(self._preparation, self._gateway.starter)
         async for turn in request_iterator:
             coalesce_s = self._coalesce_s(turn)

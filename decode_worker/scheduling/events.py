@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvrelay.core.cache_changes import NO_CHANGES, CacheChanges
 from kvrelay.core.chunk_times import ChunkTime
-from kvrelay.core.job import Job, JobId, SequenceToken, WorkerLoad
+from kvrelay.core.job import NO_CHANGES, CacheChanges, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.worker.commands import JobEnded, JobFailed
 
 

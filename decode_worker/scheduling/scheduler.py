@@ -21,9 +21,8 @@ from decode_worker.scheduling.reservations import Reservations, WriteRevoker
 from decode_worker.scheduling.running_batch import RunningBatch
 from decode_worker.scheduling.running_sequence import DecodeJob, Phase, RunningSequence, running_sequence
 from decode_worker.scheduling.speculation import Speculation, SpeculationLimits
-from kvrelay.core.cache_changes import CacheChanges
 from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
-from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
+from kvrelay.core.job import CacheChanges, FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.core.prompt_pace import PromptPace
 from kvrelay.kv_cache.block_manager import BlockCopy, BlockManager
 from kvrelay.worker.commands import JobEnded, JobFailed

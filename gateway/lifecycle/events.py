@@ -60,6 +60,7 @@ class PrefillDone:
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     chunks: tuple[ChunkTime, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class GenerationRequest:
     emitted: tuple[tuple[int, ...], ...] = ()
     """Token ids that the client has, by sequence."""
     finished_sequences: frozenset[int] = frozenset()
+    session_key: str = ""
+    """The client's, for requests that shall meet the same workers."""
     cache_salt: str = ""
     """Set when the request is started."""
     keeps_output: bool = False

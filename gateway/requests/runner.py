@@ -256,6 +256,9 @@ class RequestRunner:
             action.avoided_pairs | self._sessions.avoided_pairs(),
             self.request.preferred_decode_worker_id,
             on_one_worker=action.job.isolated,
+            token_ids=action.job.token_ids,
+            cache_salt=action.job.cache_salt,
+            session_key=self.request.session_key,
         )
         assignment = self._sessions.choose(query, self.request_id)
         if assignment is None:

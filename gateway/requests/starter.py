@@ -13,6 +13,7 @@ from gateway.requests.caller import caller_of
 from gateway.requests.key_limits import Caller
 from gateway.requests.registry import RunningRequests
 from gateway.requests.runner import RequestRunner, RunnerContext
+from gateway.requests.tenants import current_session_key
 from gateway.state.journal import RequestJournal, new_record
 from gateway.state.writer import StateWriter
 from gateway.streaming.output_log import RequestOutput
@@ -121,6 +122,7 @@ class RequestStarter:
         self._context.metrics.of_model(request.model).record_admitted(len(request.prompt_token_ids))
         request = replace(
             request,
+            session_key=current_session_key(),
             cache_salt=self._context.salts.of(request.tenant),
             keeps_output=request.keeps_output or self._context.settings.keep_outputs,
         )

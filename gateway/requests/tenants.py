@@ -1,8 +1,17 @@
-"""Whose a call's requests are: the caller's tenant, by the credential."""
+"""What a call's requests belong to: a tenant, by its credential, and a session, by its metadata."""
 
+from collections.abc import Iterable
+from contextvars import ContextVar
+
+from kvrelay.core.bounds import check_length
 from kvrelay.core.quoting import quoted
-from kvrelay.errors import AccessDeniedError
+from kvrelay.errors import AccessDeniedError, InvalidRequestError
 from kvrelay.security.principal import current_principal
+
+SESSION = "kvrelay-session"
+"""Metadata with a session key."""
+
+_session_key: ContextVar[str] = ContextVar("session key", default="")
 
 
 def tenant_of_call(named: str) -> str:
@@ -23,3 +32,17 @@ def tenant_of_call(named: str) -> str:
     raise AccessDeniedError(
         f"tenant {quoted(named)} is not that of the caller's credential; leave the tenant away, or use its own key"
     )
+
+
+def take_session_key(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+    """Raises InvalidRequestError for a key that is too long, or given twice."""
+    keys = [value for name, value in metadata or () if name == SESSION]
+    if len(keys) > 1:
+        raise InvalidRequestError(SESSION, "is given more than once; send one key")
+    for key in keys:
+        check_length(SESSION, str(key))
+        _session_key.set(str(key))
+
+
+def current_session_key() -> str:
+    return _session_key.get()

@@ -104,6 +104,29 @@ PROMPT_SIZE = Family("kvrelay_request_prompt_tokens", "histogram", "Prompt token
 OUTPUT_SIZE = Family(
     "kvrelay_request_output_tokens", "histogram", "Tokens of all sequences of a succeeded request.", ("model",)
 )
+ROUTED_TOKENS = Family(
+    "kvrelay_routed_prompt_tokens_total",
+    "counter",
+    "Tokens of prompts whose worker said what it had cached; role: prefill or decode.",
+    ("role",),
+)
+EXPECTED_TOKENS = Family(
+    "kvrelay_routing_expected_cached_tokens_total",
+    "counter",
+    "Leading tokens of these prompts that the gateway expected in the worker's prefix cache.",
+    ("role",),
+)
+FOUND_TOKENS = Family(
+    "kvrelay_routing_found_cached_tokens_total",
+    "counter",
+    "Leading tokens of these prompts that were in the worker's prefix cache.",
+    ("role",),
+)
+INDEX_ENTRIES = Family(
+    "kvrelay_routing_index_entries",
+    "gauge",
+    "Pairs of a cached block and a worker that the gateway knows; 0 unless --routing is prefix.",
+)
 WORKERS = Family(
     "kvrelay_workers", "gauge", "Workers with which there is a session; role: prefill or decode.", ("role",)
 )

@@ -3,6 +3,7 @@
 from gateway.gateway import Gateway
 from gateway.requests.known_requests import request_info
 from gateway.routing.router import WorkerView
+from gateway.routing.routing import Routing
 from gateway.telemetry.timelines import TransferSum
 from gateway.workers.session import WorkerSession
 from kvrelay.core.member import Member, MemberRole
@@ -59,6 +60,24 @@ async def cluster(gateway: Gateway) -> inference_pb2.GetClusterResponse:
         transfers=[_transfer_total(*entry) for entry in gateway.timelines.transfers()],
         num_output_tokens=gateway.timelines.total_output_tokens,
         state_store_problem=gateway.store.health.problem or "",
+        routing=_routing(gateway.sessions.routing),
+    )
+
+
+def _routing(routing: Routing) -> inference_pb2.RoutingInfo:
+    hits = routing.hits
+    return inference_pb2.RoutingInfo(
+        strategy=routing.strategy,
+        cache_hits=[
+            inference_pb2.CacheHits(
+                role=number,
+                num_prompt_tokens=hits.num_prompt_tokens[role],
+                num_expected_tokens=hits.num_expected[role],
+                num_found_tokens=hits.num_found[role],
+            )
+            for role, number in _ROLES.items()
+        ],
+        num_index_entries=routing.num_index_entries,
     )
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from gateway.gateway import Gateway
+from gateway.routing.routing import Routing
 from gateway.telemetry import metrics
 from kvrelay.core.member import MemberRole
 from kvrelay.observability.metrics import vllm_names
@@ -21,6 +22,7 @@ def samples(gateway: Gateway) -> Iterator[Sample]:
     yield Sample(metrics.QUEUED_TOKENS, gateway.admission.num_queued_prompt_tokens)
     roles = Counter(session.role for session in gateway.sessions.sessions())
     yield from (Sample(metrics.WORKERS, roles[role], (role.value,)) for role in (MemberRole.PREFILL, MemberRole.DECODE))
+    yield from _routing_samples(gateway.sessions.routing)
     for role in (MemberRole.PREFILL, MemberRole.DECODE):
         for cause, died in (("broken", True), ("other", False)):
             yield Sample(metrics.LOSSES, gateway.sessions.num_lost[role, died], (role.value, cause))
@@ -32,6 +34,14 @@ def samples(gateway: Gateway) -> Iterator[Sample]:
     yield Sample(metrics.CONFINED_CHILDREN, gateway.format_checks.num_children_started, ("format",))
     yield Sample(metrics.CONFINED_CHILDREN, gateway.chat_renderer.pool.num_started, ("chat",))
     yield Sample(metrics.STORE_HEALTHY, float(gateway.store.healthy))
+
+
+def _routing_samples(routing: Routing) -> Iterator[Sample]:
+    for role in (MemberRole.PREFILL, MemberRole.DECODE):
+        yield Sample(metrics.ROUTED_TOKENS, routing.hits.num_prompt_tokens[role], (role.value,))
+        yield Sample(metrics.EXPECTED_TOKENS, routing.hits.num_expected[role], (role.value,))
+        yield Sample(metrics.FOUND_TOKENS, routing.hits.num_found[role], (role.value,))
+    yield Sample(metrics.INDEX_ENTRIES, routing.num_index_entries)
 
 
 def vllm_samples(gateway: Gateway) -> Iterator[Sample]:

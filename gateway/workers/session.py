@@ -37,6 +37,7 @@ class SessionSettings:
     liveness_window_ms: int
     move_ms: int = 300_000
     """How long a busy session may keep changed certificates."""
+    wants_cache_changes: bool = False
 
 
 class WorkerSession:
@@ -159,7 +160,10 @@ class WorkerSession:
         return prefill_pb2_grpc.PrefillServiceStub(self.channel).Session()
 
     async def _handshake(self, call: Any, responses: AsyncIterator[Any], status: FirstStatus) -> WorkerIdentity:
-        greeting = session_messages.hello(self.role, self._settings.gateway_id, self._settings.liveness_window_ms)
+        asked = self._settings
+        greeting = session_messages.hello(
+            self.role, asked.gateway_id, asked.liveness_window_ms, wants_cache_changes=asked.wants_cache_changes
+        )
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 await call.write(greeting)

@@ -47,9 +47,14 @@ class WorkerIdentity:
     engine: str = ""  # for people
 
 
-def hello(role: MemberRole, gateway_id: str, liveness_window_ms: int) -> SessionRequest:
+def hello(
+    role: MemberRole, gateway_id: str, liveness_window_ms: int, *, wants_cache_changes: bool = False
+) -> SessionRequest:
     greeting = session_pb2.GatewayHello(
-        gateway_id=gateway_id, protocol_version=PROTOCOL_VERSION, liveness_window_ms=liveness_window_ms
+        gateway_id=gateway_id,
+        protocol_version=PROTOCOL_VERSION,
+        liveness_window_ms=liveness_window_ms,
+        wants_cache_changes=wants_cache_changes,
     )
     return _REQUEST_TYPES[role](hello=greeting)
 
@@ -124,7 +129,9 @@ def _decode_tokens(worker_id: str, output: decode_pb2.StepOutput) -> list[tuple[
 
 def _prefill_done(worker_id: str, job_id: JobId, done: prefill_pb2.PrefillDone) -> events.Event:
     tokens = tuple(map(convert.sequence_token_from_pb, done.tokens))
-    return events.PrefillDone(worker_id, job_id, tokens, done.queue_ms, done.prefill_ms, _chunks(done))
+    return events.PrefillDone(
+        worker_id, job_id, tokens, done.queue_ms, done.prefill_ms, _chunks(done), done.num_cached_tokens
+    )
 
 
 def _transfer_done(worker_id: str, job_id: JobId, done: prefill_pb2.TransferDone) -> events.Event:

@@ -17,7 +17,8 @@ from gateway.lifecycle import events
 from gateway.routing.circuit_breaker import PairCircuitBreaker
 from gateway.routing.conditional_disaggregation import predict
 from gateway.routing.retry_budget import RetryBudget
-from gateway.routing.router import Assignment, RouteQuery, WorkerView, choose_workers
+from gateway.routing.router import Assignment, RouteQuery, WorkerView
+from gateway.routing.routing import Routing
 from gateway.workers import session_messages
 from gateway.workers.session import SessionSettings, WorkerSession
 from gateway.workers.session_messages import Command, SessionResponse
@@ -25,10 +26,11 @@ from gateway.workers.worker_trust import WorkerTrust
 from kvrelay.core.backoff import Backoff
 from kvrelay.core.job import FailureKind, JobId
 from kvrelay.core.member import Member, MemberRole
-from kvrelay.errors import UnavailableError
+from kvrelay.errors import InvalidRequestError, UnavailableError
 from kvrelay.network.rpc import create_channel
 from kvrelay.security.credentials import ChannelCredentials, Towards, in_plain_text
 from kvrelay.security.principal import Role
+from kvrelay.wire.convert import cache_changes_from_pb
 
 FIRST_RECONNECT_S = 0.05
 LONGEST_RECONNECT_S = 1.0
@@ -57,6 +59,7 @@ class WorkerSessions:
         on_room: gets how many more requests workers may get.
         towards: a session moves to a new channel when these credentials change.
         trust: says which workers get sessions.
+        routing: chooses workers; by load without it.
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class WorkerSessions:
         on_room: Callable[[int], None] = lambda num_requests: None,
         towards: Towards = in_plain_text,
         trust: WorkerTrust | None = None,
+        routing: Routing | None = None,
     ) -> None:
+        self.routing = routing or Routing("load", random.random)
         self._towards = towards
         self._trust = trust or WorkerTrust()
         # Replaced at every change: each reader waits for the one after what it saw.
         self._members_changed = asyncio.Event()
-        self._settings = settings
+        self._settings = replace(settings, wants_cache_changes=self.routing.wants_cache_changes)
         self._on_event = on_event
         self._on_lost = on_lost
         self._on_death_confirmed = on_death_confirmed
@@ -145,7 +150,7 @@ class WorkerSessions:
         unready = {session.worker_id for session in self._sessions.values() if not session.circuit_breaker.allows(now)}
         if unready:
             query = replace(query, excluded_worker_ids=query.excluded_worker_ids | unready)
-        assignment = choose_workers(self.views(), query)
+        assignment = self.routing.choose(self.views(), query, request_id)
         if assignment is None:
             return None
         chosen = (assignment.decode_worker_id, assignment.prefill_worker_id)
@@ -157,6 +162,7 @@ class WorkerSessions:
         return assignment
 
     def forget(self, request_id: str) -> None:
+        self.routing.hits.forget(request_id)
         for session in self._sessions.values():
             session.circuit_breaker.release(request_id)
 
@@ -329,6 +335,7 @@ class WorkerSessions:
         if self._sessions.get(session.worker_id) is session:
             del self._sessions[session.worker_id]
             self.num_lost[session.role, session.died] += 1
+            self.routing.on_worker_lost(session.worker_id)
             self._on_lost(session.worker_id, session.died)
             if session.died:
                 self._suspect_death((session.role, session.address), session.worker_id)
@@ -348,11 +355,21 @@ class WorkerSessions:
     def _dispatch(self, session: WorkerSession, response: SessionResponse) -> None:
         if self._sessions.get(session.worker_id) is not session:
             return
+        if response.HasField("cache_changes"):
+            self._learn_of_cache(session, response)
         for request_id, event in session_messages.to_events(session.worker_id, response):
             # the most frequent; says nothing of the worker
             if not isinstance(event, events.DecodeTokens):
                 self._on_report(session, event)
             self._on_event(request_id, event)
+
+    def _learn_of_cache(self, session: WorkerSession, response: SessionResponse) -> None:
+        try:
+            changes = cache_changes_from_pb(response.cache_changes)
+        except InvalidRequestError as failure:
+            session.end(f"it tells of its cache what cannot be read: {failure.message}")
+        else:
+            self.routing.on_cache_changes(session.worker_id, changes)
 
     def _on_report(self, session: WorkerSession, event: events.Event) -> None:
         if isinstance(event, events.JobFailed) and event.kind is FailureKind.DRAINING:
@@ -360,6 +377,9 @@ class WorkerSessions:
         if isinstance(event, events.TransferDone):
             now = asyncio.get_running_loop().time()
             session.handoff_costs.record(event.job_id, event.transfer_ms, event.exposed_ms, event.wire_ms, now)
+        if isinstance(event, events.Reserved | events.PrefillDone):
+            request_id = event.job_id.request_id
+            self.routing.on_cached(request_id, session.role, session.worker_id, event.num_cached_tokens)
         if isinstance(event, events.PrefillDone | events.DecodeStarted | events.JobFailed):
             session.in_flight_prompts.remove(event.job_id)
             if isinstance(event, events.JobFailed):

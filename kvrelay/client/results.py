@@ -184,6 +184,16 @@ class TransferTotal:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheHits:
+    """Tokens of prompts in the prefix caches of the workers chosen: expected, and found."""
+
+    role: WorkerRole
+    num_prompt_tokens: int
+    num_expected_tokens: int
+    num_found_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """The cluster as the gateway `gateway_id` sees it. `degraded`: it cannot keep state."""
 
@@ -197,6 +207,11 @@ class Cluster:
     """Emitted since the gateway started."""
     problem: str = ""
     """Why the cluster is degraded; empty if unknown."""
+    routing: str = ""
+    """The gateway's strategy; empty if unknown."""
+    cache_hits: tuple[CacheHits, ...] = ()
+    num_index_entries: int = 0
+    """Pairs of a cached block and a worker that the gateway knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,11 +316,13 @@ def served_model_from_pb(message: inference_pb2.ServedModel) -> ServedModel:
     )
 
 
+_ROLES = {inference_pb2.WORKER_ROLE_PREFILL: WorkerRole.PREFILL, inference_pb2.WORKER_ROLE_DECODE: WorkerRole.DECODE}
+
+
 def worker_info_from_pb(message: inference_pb2.WorkerInfo) -> WorkerInfo:
-    roles = {inference_pb2.WORKER_ROLE_PREFILL: WorkerRole.PREFILL, inference_pb2.WORKER_ROLE_DECODE: WorkerRole.DECODE}
     return WorkerInfo(
         worker_id=message.worker_id,
-        role=roles.get(message.role, WorkerRole.UNKNOWN),
+        role=_ROLES.get(message.role, WorkerRole.UNKNOWN),
         address=message.address,
         model=convert.model_from_pb(message.model),
         load=convert.load_from_pb(message.load),
@@ -334,6 +351,17 @@ def cluster_from_pb(message: inference_pb2.GetClusterResponse) -> Cluster:
         ),
         num_output_tokens=message.num_output_tokens,
         problem=message.state_store_problem,
+        routing=message.routing.strategy,
+        cache_hits=tuple(
+            CacheHits(
+                _ROLES.get(hits.role, WorkerRole.UNKNOWN),
+                hits.num_prompt_tokens,
+                hits.num_expected_tokens,
+                hits.num_found_tokens,
+            )
+            for hits in message.routing.cache_hits
+        ),
+        num_index_entries=message.routing.num_index_entries,
     )
 
 

@@ -181,6 +181,11 @@ class RequestSettings(Settings):
         description="The decode worker computes prompts with fewer uncached tokens itself. Default: depends on the "
         "load.",
     )
+    routing: Literal["prefix", "load", "two-choices", "round-robin", "session"] = Field(
+        default="prefix",
+        description="How workers are chosen: prefix prefers those that have the prompt's beginning cached, and goes "
+        "by load without any; session sends equal keys in the metadata kvrelay-session to the same workers.",
+    )
     max_attempts: int = Field(
         default=8,
         ge=1,

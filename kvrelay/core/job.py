@@ -125,3 +125,22 @@ class WorkerLoad:
     shared_prefill_tokens_per_s: float = 0.0
     prefill_chunk_tokens: int = 0
     shared_prefill_chunk_tokens: int = 0
+
+
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """By hashes of prefixes. No hash is in both."""
+
+    published: tuple[bytes, ...] = ()
+    evicted: tuple[bytes, ...] = ()
+    forgets_all: bool = False
+    """Nothing told before holds."""
+
+    def __bool__(self) -> bool:
+        return bool(self.published or self.evicted or self.forgets_all)
+
+
+NO_CHANGES = CacheChanges()

@@ -14,8 +14,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvrelay.core.cache_changes import CacheChanges, PendingChanges
+from kvrelay.core.job import CacheChanges
 from kvrelay.errors import OutOfBlocksError
+from kvrelay.kv_cache.pending_changes import PendingChanges
 from kvrelay.kv_cache.prefix_hash import chain_hash, pack_tokens, prefix_chain, root_hash
 
 

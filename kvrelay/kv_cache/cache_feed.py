@@ -7,7 +7,8 @@ changes  ->  pending  ->  take, with each message
 
 from collections.abc import Iterable
 
-from kvrelay.core.cache_changes import CacheChanges, PendingChanges
+from kvrelay.core.job import CacheChanges
+from kvrelay.kv_cache.pending_changes import PendingChanges
 
 MAX_CHANGES_IN_MESSAGE = 1024
 MAX_PENDING_CHANGES = 8192
@@ -18,7 +19,9 @@ class CacheFeed:
 
     def __init__(self, cached: Iterable[bytes]) -> None:
         self._cached = cached
-        self._start_over()
+        self._forgets_all = True
+        self._listed = list(cached)
+        self._pending = PendingChanges()
 
     @property
     def has_news(self) -> bool:
@@ -31,7 +34,9 @@ class CacheFeed:
         for prefix in changes.evicted:
             self._pending.evict(prefix)
         if len(self._pending) > MAX_PENDING_CHANGES:
-            self._start_over()
+            self._forgets_all = True
+            self._listed = list(self._cached)
+            self._pending = PendingChanges()
 
     def take(self) -> CacheChanges:
         forgets_all, self._forgets_all = self._forgets_all, False
@@ -40,8 +45,3 @@ class CacheFeed:
             del self._listed[-MAX_CHANGES_IN_MESSAGE:]
             return CacheChanges(tuple(listed), forgets_all=forgets_all)
         return self._pending.take(MAX_CHANGES_IN_MESSAGE)
-
-    def _start_over(self) -> None:
-        self._forgets_all = True
-        self._listed = list(self._cached)
-        self._pending = PendingChanges()

@@ -1295,6 +1295,7 @@ class GetClusterResponse(_message.Message):
     TRANSFERS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     STATE_STORE_PROBLEM_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     state_store: Global___StateStoreHealth.ValueType
     """Whether the gateway can store request state."""
     gateway_id: _builtins.str
@@ -1319,6 +1320,10 @@ class GetClusterResponse(_message.Message):
     def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferTotal]:
         """KV transferred for requests of this gateway, by pair of workers. The 256 pairs used last."""
 
+    @_builtins.property
+    def routing(self) -> Global___RoutingInfo:
+        """How the gateway chooses workers."""
+
     def __init__(
         self,
         *,
@@ -1330,14 +1335,81 @@ class GetClusterResponse(_message.Message):
         transfers: _abc.Iterable[Global___TransferTotal] | None = ...,
         num_output_tokens: _builtins.int = ...,
         state_store_problem: _builtins.str = ...,
+        routing: Global___RoutingInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["routing", b"routing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "gateways", b"gateways", "num_output_tokens", b"num_output_tokens", "running_requests", b"running_requests", "state_store", b"state_store", "state_store_problem", b"state_store_problem", "transfers", b"transfers", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "gateways", b"gateways", "num_output_tokens", b"num_output_tokens", "routing", b"routing", "running_requests", b"running_requests", "state_store", b"state_store", "state_store_problem", b"state_store_problem", "transfers", b"transfers", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class RoutingInfo(_message.Message):
+    """A gateway's choice of workers, since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    CACHE_HITS_FIELD_NUMBER: _builtins.int
+    NUM_INDEX_ENTRIES_FIELD_NUMBER: _builtins.int
+    strategy: _builtins.str
+    """The strategy, as in the setting routing."""
+    num_index_entries: _builtins.int
+    """Pairs of block and worker that the gateway knows."""
+    @_builtins.property
+    def cache_hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheHits]:
+        """What workers had cached, for each role."""
+
+    def __init__(
+        self,
+        *,
+        strategy: _builtins.str = ...,
+        cache_hits: _abc.Iterable[Global___CacheHits] | None = ...,
+        num_index_entries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hits", b"cache_hits", "num_index_entries", b"num_index_entries", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutingInfo: _TypeAlias = RoutingInfo  # noqa: Y015
+
+@_typing.final
+class CacheHits(_message.Message):
+    """Tokens in the prefix caches of the workers that prompts went to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_FOUND_TOKENS_FIELD_NUMBER: _builtins.int
+    role: Global___WorkerRole.ValueType
+    """Of the workers. A prompt counts for each worker that reported on it."""
+    num_prompt_tokens: _builtins.int
+    """Tokens of the prompts."""
+    num_expected_tokens: _builtins.int
+    """Leading ones that the gateway expected to be cached."""
+    num_found_tokens: _builtins.int
+    """Leading ones that were cached."""
+    def __init__(
+        self,
+        *,
+        role: Global___WorkerRole.ValueType = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_expected_tokens: _builtins.int = ...,
+        num_found_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_expected_tokens", b"num_expected_tokens", "num_found_tokens", b"num_found_tokens", "num_prompt_tokens", b"num_prompt_tokens", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheHits: _TypeAlias = CacheHits  # noqa: Y015
 
 @_typing.final
 class TransferTotal(_message.Message):

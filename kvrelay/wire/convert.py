@@ -7,10 +7,11 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from kvrelay.core.cache_changes import HASH_BYTES, CacheChanges
 from kvrelay.core.chunk_times import ChunkTime
 from kvrelay.core.job import (
+    HASH_BYTES,
     MAX_SHARE_WEIGHT,
+    CacheChanges,
     FailureKind,
     FinishReason,
     Job,

@@ -12,8 +12,7 @@ from typing import Any
 import grpc
 import structlog
 
-from kvrelay.core.cache_changes import CacheChanges
-from kvrelay.core.job import FailureKind, Job, JobId, WorkerLoad
+from kvrelay.core.job import CacheChanges, FailureKind, Job, JobId, WorkerLoad
 from kvrelay.core.job_validation import check_num_tokens, validate_job
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.errors import InvalidRequestError, OverloadedError, UnavailableError

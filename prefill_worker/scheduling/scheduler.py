@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from kvrelay.core.cache_changes import CacheChanges
 from kvrelay.core.fair_turns import KEPT_FOR_OTHERS, SeenShares
 from kvrelay.core.fair_waiting import GIVES_WAY_MESSAGE, who_gives_way
-from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken, WorkerLoad
+from kvrelay.core.job import CacheChanges, FailureKind, Job, JobId, SequenceToken, WorkerLoad
 from kvrelay.core.job_validation import ends_with_first_token
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.core.prompt_pace import PromptPace

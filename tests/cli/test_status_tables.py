@@ -44,6 +44,19 @@ def test_rates_of_prompts_are_shown_once_they_are_measured() -> None:
     assert "prompt tokens/s" not in shown(WorkerLoad())
 
 
+def test_the_share_of_prompts_that_was_cached_is_shown_once_there_were_prompts() -> None:
+    hits = [
+        inference_pb2.CacheHits(
+            role=inference_pb2.WORKER_ROLE_DECODE, num_prompt_tokens=200, num_expected_tokens=150, num_found_tokens=100
+        ),
+        inference_pb2.CacheHits(role=inference_pb2.WORKER_ROLE_PREFILL),
+    ]
+    routing = inference_pb2.RoutingInfo(strategy="prefix", cache_hits=hits)
+    text = printed(cluster_view(cluster_from_pb(inference_pb2.GetClusterResponse(gateway_id="g", routing=routing))))
+    assert "routing by prefix: decode workers had 50 % of prompt tokens cached (75 % expected)\n" in text
+    assert "routing by" not in shown(WorkerLoad())
+
+
 def test_what_workers_compute_with_is_said_once_for_all_with_the_same() -> None:
     engines = ["amx kernels", "avx2 kernels; not amx: the processor lacks amx_tile", "amx kernels", ""]
     workers = [

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.core.cache_changes import CacheChanges, PendingChanges
+from kvrelay.core.job import CacheChanges
 from kvrelay.kv_cache import cache_feed
 from kvrelay.kv_cache.cache_feed import MAX_CHANGES_IN_MESSAGE, MAX_PENDING_CHANGES, CacheFeed
+from kvrelay.kv_cache.pending_changes import PendingChanges
 
 
 def prefix(number: int) -> bytes:

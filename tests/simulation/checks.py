@@ -11,7 +11,7 @@ from kvrelay import errors
 from kvrelay.core.request_state import RequestState, check_edge, is_terminal
 from tests.simulation.client import SimulatedClient, ViolationError
 from tests.simulation.plan import Fault, Plan
-from tests.simulation.processes import SimulatedProcess
+from tests.simulation.processes import GatewayProcess, SimulatedProcess, WorkerProcess
 from tests.simulation.redis_model import RedisModel
 
 _GATEWAY_FAULTS = frozenset({Fault.GATEWAY_KILLED, Fault.GATEWAY_DRAINED, Fault.ZOMBIE, Fault.STALL})
@@ -206,6 +206,21 @@ def check_store(
             and not loses_writes
         ):
             raise ViolationError(f"I7: {client.request_id} succeeded and is {states[client.request_id].name}")
+
+
+def wrong_caches_of(processes: Iterable[SimulatedProcess]) -> list[str]:
+    """Where a gateway believes that a worker caches other blocks than it does."""
+    alive = [process for process in processes if process.is_alive]
+    workers = {process.instance_id: process for process in alive if isinstance(process, WorkerProcess)}
+    gateways = [process.gateway for process in alive if isinstance(process, GatewayProcess) and process.gateway]
+    return [
+        f"{gateway.address} is wrong about the cache of {worker.loop.name}"
+        for gateway in gateways
+        for session in gateway.sessions.sessions()
+        if (worker := workers.get(session.worker_id)) is not None
+        and (index := gateway.sessions.routing.index) is not None
+        and index.hashes_of(session.worker_id) != worker.blocks.prefixes
+    ]
 
 
 def leftovers_of(processes: Iterable[SimulatedProcess]) -> list[str]:

@@ -18,13 +18,14 @@ from tests.simulation.checks import (
     leftovers_of,
     may_be_late,
     may_lose_writes,
+    wrong_caches_of,
 )
 from tests.simulation.client import SimulatedClient, ViolationError
 from tests.simulation.environment import START_OF_WALL_CLOCK, simulated_environment
 from tests.simulation.faults import Faults
 from tests.simulation.network import Network
 from tests.simulation.plan import Fault, Plan, make_plan
-from tests.simulation.processes import DecodeProcess, SimulatedProcess, Slot, Surroundings, slots_of
+from tests.simulation.processes import DecodeProcess, GatewayProcess, SimulatedProcess, Slot, Surroundings, slots_of
 from tests.simulation.redis_model import RedisModel
 from tests.simulation.security import SimulatedSecurity
 from tests.simulation.spies import Spy
@@ -76,6 +77,8 @@ class Outcome:
     num_attempts: int = 0
     """Attempts beyond the first."""
     num_callbacks: int = 0
+    num_expected_tokens: int = 0
+    """In prefix caches, by gateways."""
     virtual_s: float = 0.0
     digest: tuple[object, ...] = ()
     """Equal for equal runs."""
@@ -181,6 +184,10 @@ class _Run:
         outcome.num_succeeded = sum(client.succeeded for client in self._clients)
         outcome.num_attempts = CheckedLifecycle.num_attempts
         outcome.num_callbacks = self._world.num_callbacks
+        for slot in self._slots.values():
+            for process in (*slot.past, slot.process):
+                if isinstance(process, GatewayProcess) and process.gateway is not None:
+                    outcome.num_expected_tokens += process.gateway.sessions.routing.hits.num_expected.total()
         outcome.virtual_s = self._world.now
         received = [(client.request_id, [each.token_ids for each in client.received]) for client in self._clients]
         outcome.digest = (self._world.num_callbacks, self._world.now, repr(received))
@@ -216,7 +223,7 @@ class _Run:
         give_up = max(self._world.now, self._faults.last_end) + REST_S
         while True:
             self._look_after(LOOK_S)
-            leftovers = leftovers_of(self._processes())
+            leftovers = leftovers_of(self._processes()) + wrong_caches_of(self._processes())
             unwritten = self._unwritten()
             if not leftovers and not unwritten and self._world.now > self._faults.last_end:
                 break

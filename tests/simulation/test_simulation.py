@@ -56,6 +56,7 @@ def test_no_seed_breaks_a_promise(outcomes: list[Outcome]) -> None:
     num_seeds = check(outcomes)
     assert set(Fault) - RARE_FAULTS <= set(num_seeds), "a fault that never strikes is not survived"
     assert sum(outcome.num_succeeded for outcome in outcomes) > NUM_SEEDS
+    assert sum(outcome.num_expected_tokens for outcome in outcomes) > 0, "gateways know no cache"
     assert sum(outcome.num_attempts for outcome in outcomes) > NUM_SEEDS / 4, (
         "faults that cost no attempt strike nobody"
     )

@@ -68,6 +68,10 @@ class FakeWorker:
         self.samplings: list[SamplingParams] = []
         """Of all jobs, in order."""
         self.num_cancels = 0
+        self.salt = ""
+        """Of the last job."""
+        self.wants_cache_changes = False
+        """The last gateway that greeted."""
         self.model = model
         self.files = files
         self._silent = False
@@ -140,6 +144,10 @@ class FakeWorker:
             )
             self._send(job_failed=failed)
 
+    def tell_cache(self, published: bytes = b"", evicted: bytes = b"", *, forgets_all: bool = False) -> None:
+        changes = session_pb2.CacheChanges(published=published, evicted=evicted, forgets_all=forgets_all)
+        self._send(cache_changes=changes)
+
     def fall_silent(self) -> None:
         """Keeps its streams open and sends nothing more, like a hanging process."""
         self._silent = True
@@ -151,6 +159,7 @@ class FakeWorker:
         assert 0 < job.deadline_ms <= 3_600_000
         self.num_jobs += 1
         self.samplings.append(job.sampling)
+        self.salt = job.cache_salt
         held_job = HeldJob(job, running=set(job.sequences))
         self.jobs[job.job_id] = held_job
         return held_job
@@ -184,6 +193,7 @@ class FakeWorker:
         outbox: asyncio.Queue[Any] = asyncio.Queue()
         hello = await anext(aiter(requests))
         assert hello.hello.protocol_version == PROTOCOL_VERSION
+        self.wants_cache_changes = hello.hello.wants_cache_changes
         self._outboxes.append(outbox)
         yield response_type(hello=self._hello(), load=self._load())
         reading = asyncio.create_task(self._read(requests))

@@ -8,8 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kvrelay.core.cache_changes import CacheChanges
-from kvrelay.core.job import WorkerLoad
+from kvrelay.core.job import CacheChanges, WorkerLoad
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.errors import DeadlineError, OverloadedError, UnavailableError

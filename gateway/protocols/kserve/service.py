@@ -14,6 +14,7 @@ from gateway.protocols.kserve import model_description
 from gateway.protocols.kserve.requests import InferenceRequest, check_version, naming_inputs, parse
 from gateway.protocols.kserve.responses import Responses, error_response
 from gateway.requests.request_validation import deadline_of
+from gateway.requests.tenants import take_session_key
 from gateway.resume.stored_output import FrameReader
 from kvrelay import __version__
 from kvrelay.core.bounds import MAX_NAME_BYTES
@@ -125,6 +126,7 @@ class KServeService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _run(self, request: InferenceRequest, context: Context, send: Send, readers: _Readers) -> None:
         settings = self._gateway.settings
+        take_session_key(context.invocation_metadata())
         deadline = deadline_of(settings, context.time_remaining(), request.timeout_s)
         responses = Responses(request)
         with naming_inputs():

@@ -12,7 +12,7 @@ from gateway.protocols.vllm_engine import cluster_answers
 from gateway.protocols.vllm_engine.requests import ANY_MODEL, NO_TENANT, prepare
 from gateway.requests.request_validation import deadline_of
 from gateway.requests.runner import RequestRunner
-from gateway.requests.tenants import tenant_of_call
+from gateway.requests.tenants import take_session_key, tenant_of_call
 from gateway.streaming.frames import DeltaFrame, Frame
 from gateway.streaming.readers import OutputReader
 from kvrelay.core.bounds import check_count
@@ -42,6 +42,7 @@ class VllmEngineService(PartialVllmEngine):
         self._tokenizer = TokenizerDownloads(gateway.tokenizers.files)
 
     async def Generate(self, request: Message, context: Context) -> AsyncIterator[Message]:
+        take_session_key(context.invocation_metadata())
         deadline = deadline_of(self._gateway.settings, context.time_remaining())  # smg sets none
         async with self._gateway.starter.place(tenant_of_call(NO_TENANT), deadline) as place:
             prepared = await prepare(request, self._gateway.preparation, deadline)

@@ -19,6 +19,7 @@ def cluster_view(cluster: Cluster) -> RenderableType:
     if cluster.degraded:
         parts.append(Text(degraded_line(cluster), style="yellow"))
     parts += [_worker_table(cluster.workers), *problem_lines(cluster), *engine_lines(cluster), _gateway_table(cluster)]
+    parts += routing_lines(cluster)
     if cluster.running_requests:
         parts.append(request_table("Running requests", cluster.running_requests))
     return Group(*parts)
@@ -44,6 +45,17 @@ def engine_lines(cluster: Cluster) -> list[Text]:
         if worker.engine:
             ids.setdefault(worker.engine, []).append(_short(worker.worker_id))
     return [Text(f"{engine} ({', '.join(workers)})", style="dim") for engine, workers in ids.items()]
+
+
+def routing_lines(cluster: Cluster) -> list[Text]:
+    """What routing found in prefix caches, and what it expected."""
+    shares = [
+        f"{hits.role.value} workers had {_percent(hits.num_found_tokens, hits.num_prompt_tokens)} of prompt tokens cached"
+        f" ({_percent(hits.num_expected_tokens, hits.num_prompt_tokens)} expected)"
+        for hits in cluster.cache_hits
+        if hits.num_prompt_tokens
+    ]
+    return [Text(f"routing by {cluster.routing}: {', '.join(shares)}", style="dim")] if shares else []
 
 
 def request_table(title: str, requests: Sequence[RequestInfo]) -> FittedTable:
@@ -103,6 +115,10 @@ def _worker_table(workers: Sequence[WorkerInfo]) -> FittedTable:
             *([_guesses(load)] if speculates else []),
         )
     return table
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %"
 
 
 def _guesses(load: WorkerLoad) -> str:

@@ -1,24 +1,6 @@
-"""What a prefix cache gained and lost since somebody was told. Pure."""
+"""What a prefix cache gained and lost since the last look. Pure."""
 
-from dataclasses import dataclass
-
-HASH_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class CacheChanges:
-    """By hashes of prefixes. No hash is in both."""
-
-    published: tuple[bytes, ...] = ()
-    evicted: tuple[bytes, ...] = ()
-    forgets_all: bool = False
-    """Nothing told before holds."""
-
-    def __bool__(self) -> bool:
-        return bool(self.published or self.evicted or self.forgets_all)
-
-
-NO_CHANGES = CacheChanges()
+from kvrelay.core.job import CacheChanges
 
 
 class PendingChanges:

@@ -1,0 +1,1 @@
+"""Ways to choose workers, one a module. Pure."""
