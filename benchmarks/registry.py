@@ -41,6 +41,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "perplexity": Benchmark("benchmarks.perplexity", "Perplexity of a text in float32 and quantized."),
     "serve": Benchmark("benchmarks.serve", "Load on a cluster: TTFT, ITL, throughput, goodput."),
     "relay": Benchmark("benchmarks.relay", "Tokens per second through one gateway, with a simulated engine."),
+    "routing": Benchmark(
+        "benchmarks.routing", "Strategies of --routing in virtual time: cached tokens and time to first token."
+    ),
     "transfer": Benchmark(
         "benchmarks.transfer", "KV transfer: GB/s, CPU time and exposed share, by transport and size."
     ),
