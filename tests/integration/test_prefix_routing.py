@@ -55,16 +55,16 @@ async def test_a_conversation_stays_with_its_cache_as_long_as_that_is_there(tmp_
         await fault.wait_until_fired()
         first = await greedy(client, PROMPT, NUM_TOKENS)
         fault.disarm()
-        preferred = (await other).phases.decode_worker_id
-        assert first.phases.decode_worker_id != preferred
+        preferred = (await other).finished.phases.decode_worker_id
+        assert first.finished.phases.decode_worker_id != preferred
         before = await until_all_caches_are_known(client)
 
         longer = [*PROMPT, *token_ids(first), *random_prompt(3, 20)]
         second = await greedy(client, longer, NUM_TOKENS)
         num_computed = len(PROMPT) + NUM_TOKENS - 1  # the last token is only sampled
         num_cached = num_computed // BLOCK_SIZE * BLOCK_SIZE
-        assert second.phases.decode_worker_id == first.phases.decode_worker_id
-        assert second.usage.num_cached_tokens == num_cached
+        assert second.finished.phases.decode_worker_id == first.finished.phases.decode_worker_id
+        assert second.finished.usage.num_cached_tokens == num_cached
         after = await until_all_caches_are_known(client)
         assert tokens_in_decode_caches(before) == (0, 0)
         assert tokens_in_decode_caches(after) == (num_cached, num_cached)
@@ -82,7 +82,7 @@ async def test_a_conversation_stays_with_its_cache_as_long_as_that_is_there(tmp_
         evicted = await until_all_caches_are_known(client)
         assert evicted.num_index_entries <= 2 * NUM_BLOCKS
         third = await greedy(client, longer, NUM_TOKENS)
-        assert third.usage.num_cached_tokens == 0
+        assert third.finished.usage.num_cached_tokens == 0
         assert tokens_in_decode_caches(await client.cluster()) == (num_cached, num_cached)
         assert token_ids(third) == token_ids(second)
 
