@@ -49,6 +49,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "tls": Benchmark("benchmarks.tls", "What TLS between all services costs, and keys."),
     "startup": Benchmark("benchmarks.startup", "From `serve all` to its first token, and its workers' memory."),
+    "load-memory": Benchmark(
+        "benchmarks.load_memory", "What a worker holds while it loads a model, beside its weights."
+    ),
     "speculation": Benchmark("benchmarks.speculation", "Decoding with and without guesses by prompt lookup."),
     "peers": Benchmark("benchmarks.peers.comparison", "Other engines beside ours, interleaved in one run."),
 }

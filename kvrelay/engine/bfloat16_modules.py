@@ -1,48 +1,54 @@
 """Modules with bfloat16 weights that compute in float32, without all weights widened at once."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from kvrelay.engine.decoder_weights import CONV1D, is_experts
+from kvrelay.engine.decoder_weights import CONV1D, embedding_scale, is_experts
 
 _LINEAR = (nn.Linear, CONV1D)
-_ROWS_AT_ONCE = 4096  # of a weight
+_ROWS_AT_ONCE = 1024  # of a weight
 
 
-def widen(module: Any, *, keeps_experts: bool) -> None:
-    """Makes everything float32 but linear layers and embeddings, whose outputs become float32."""
+def compute_in_float32(module: Any, dtype: torch.dtype) -> None:
+    """Widens all but linear layers, embeddings and experts, which from now on widen what they use.
+
+    Args:
+        dtype: of embeddings before they are widened.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            part.register_forward_hook(_widen_output)
-        elif not isinstance(part, _LINEAR) and not (keeps_experts and is_experts(part)):
-            for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.float()
+        if isinstance(part, _LINEAR):
+            vars(part)["forward"] = partial(_multiply, part)
+        elif isinstance(part, nn.Embedding):
+            vars(part)["forward"] = partial(_embed if dtype == torch.float32 else _embed_and_widen, part)
+        elif is_experts(part):
+            # transformers' plain forward, which takes one expert's weights after another
+            vars(part)["forward"] = partial(inspect.unwrap(type(part).forward), _WideExperts(part))
+        else:
+            _widen(part)
 
 
-@contextmanager
-def linears_in_float32(module: Any) -> Iterator[None]:
-    changed: list[Any] = []
-    parts: list[Any] = list(module.modules())
-    try:
-        for part in parts:
-            if isinstance(part, _LINEAR):
-                vars(part)["forward"] = partial(_multiply, part)
-                changed.append(part)
-            elif is_experts(part):
-                # transformers' plain forward, which takes one expert's weights after another
-                vars(part)["forward"] = partial(inspect.unwrap(type(part).forward), _WideExperts(part))
-                changed.append(part)
-        yield
-    finally:
-        for part in changed:
-            del part.forward
+def widen(module: Any) -> None:
+    """Ends that: all weights become float32, part by part."""
+    for part in module.modules():
+        vars(part).pop("forward", None)
+        _widen(part)
+
+
+def widen_experts(module: Any) -> None:
+    for part in module.modules():
+        if is_experts(part):
+            widen(part)
+
+
+def _widen(part: Any) -> None:
+    for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
 
 
 class _WideExperts:
@@ -64,8 +70,13 @@ class _WideRows:
         return self._weights[index].float()
 
 
-def _widen_output(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-    return output.float()
+def _embed(part: Any, token_ids: Tensor) -> Tensor:
+    return functional.embedding(token_ids, part.weight).float() * embedding_scale(part, torch.float32)
+
+
+def _embed_and_widen(part: Any, *arguments: Any, **options: Any) -> Tensor:
+    embedded: Tensor = type(part).forward(part, *arguments, **options)
+    return embedded.float()
 
 
 def _multiply(part: Any, inputs: Tensor) -> Tensor:

@@ -179,8 +179,15 @@ class DecoderWeights:
     head_dim: int
 
 
-def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) -> DecoderWeights | None:
-    """None: the kernels cannot compute it as a whole. windows: of each layer, not the config's."""
+def read_decoder(
+    module: Any, architecture: str, windows: Sequence[int | None], dtype: torch.dtype
+) -> DecoderWeights | None:
+    """None: the kernels cannot compute it as a whole.
+
+    Args:
+        windows: of each layer, not the config's.
+        dtype: that is computed in; weights may be narrower.
+    """
     layout = LAYOUTS.get(architecture)
     if layout is None or any(getattr(module.config, name) is not None for name in layout.not_with):
         return None
@@ -204,7 +211,7 @@ def read_decoder(module: Any, architecture: str, windows: Sequence[int | None]) 
         num_layers=len(layers),
         layer=read,
         embeddings=embeddings.weight.detach(),
-        embedding_scale=_embedding_scale(embeddings),
+        embedding_scale=embedding_scale(embeddings, dtype),
         position_embeddings=None if positions is None else module.get_submodule(positions).weight.detach(),
         final_norm=_norm(module.get_submodule(layout.final_norm), layout),
         head=_linear(module.lm_head),
@@ -223,9 +230,9 @@ def _up_mode(layout: Layout, config: Any) -> OutputMode | None:
     return _UP_MODES.get((layout.has_gate, getattr(config, layout.activation)))
 
 
-def _embedding_scale(embeddings: Any) -> float:
-    scale = getattr(embeddings, "embed_scale", None)
-    return 1.0 if scale is None else float(scale.to(embeddings.weight.dtype))
+def embedding_scale(embeddings: Any, dtype: torch.dtype) -> float:
+    scale: float = getattr(embeddings, "scalar_embed_scale", 1.0)
+    return float(torch.tensor(scale).to(dtype))
 
 
 def _read_layer(layer: Any, layout: Layout, window: int, rope_kinds: list[str | None]) -> LayerWeights:

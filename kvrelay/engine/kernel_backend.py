@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from kvrelay.core.model_spec import derive_fingerprint
-from kvrelay.engine.bfloat16_modules import linears_in_float32, widen
+from kvrelay.engine.bfloat16_modules import compute_in_float32, widen, widen_experts
 from kvrelay.engine.decoder_weights import read_decoder
 from kvrelay.engine.kernel_batch import SequenceInput
+from kvrelay.engine.mapped_weights import few_pages_in_use, release_weight_pages
 from kvrelay.engine.model_probe import least_cosine, short_windows
 from kvrelay.engine.model_runner import LoadedModel, ModelRunner
 from kvrelay.engine.native import load_library
-from kvrelay.engine.native.library import KV_DTYPES
+from kvrelay.engine.native.library import KV_DTYPES, MatrixKind
 from kvrelay.engine.native_decoder import pack, release_weights
 from kvrelay.engine.packed_linear import pack_linears
 from kvrelay.engine.paged_attention import NotInKernelsError
@@ -29,23 +30,29 @@ from kvrelay.errors import ConfigError, ModelLoadError
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
+    kind: MatrixKind  # of most weights
     min_cosine: float  # between the logits of kernels and of float32 arithmetic in torch
     numerics: str = ""  # for the fingerprint, if they are not float32's
     name: str = ""  # for people
     num_parts: int = 0  # in bfloat16, of activations, queries and attention's weights
 
 
-FLOAT32 = Scheme(0.99999)
+FLOAT32 = Scheme(MatrixKind.F32, 0.99999)
 INT8 = Scheme(
-    0.95, "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64", "int8 weights"
+    MatrixKind.INT8,
+    0.95,
+    "int8: weights whose sums of four have 16 bits with activations of 8, in groups of 64",
+    "int8 weights",
 )
 BFLOAT16 = Scheme(
+    MatrixKind.BF16,
     0.99999,
     "bfloat16: sums of 32 in two halves, in attention too, with activations in two parts of 8 bits",
     "bfloat16 weights",
     num_parts=2,
 )
 BFLOAT16_PLAIN = Scheme(
+    MatrixKind.BF16_PLAIN,
     0.99,
     "bfloat16: sums of 32 in two halves, in attention too, with activations of 8 bits",
     "bfloat16 weights and activations",
@@ -61,7 +68,7 @@ _log = structlog.get_logger(__name__)
 def use_native_kernels(
     model: LoadedModel, *, int8: bool = False, plain_rows: bool = False, variant: str = "auto"
 ) -> LoadedModel:
-    """Returns the model on compiled kernels, or unchanged without kernels.
+    """Returns the model on compiled kernels, or for torch without them. Takes its weights.
 
     Args:
         plain_rows: round activations to bfloat16, beside weights in bfloat16.
@@ -80,17 +87,19 @@ def use_native_kernels(
         if int8:
             raise ModelLoadError(f"{model.spec.name} cannot be served in int8: {why}. Serve it with --quantize none")
         _log.info("the model runs in torch", model=model.spec.name, why=why)
-        return model
+        return _widened(model) if model.is_narrow else model
     scheme = _scheme(model, int8=int8, plain_rows=plain_rows)
-    weights = read_decoder(model.module, model.spec.architecture, model.windows)
+    weights = read_decoder(model.module, model.spec.architecture, model.windows, model.dtype)
     expected = _expected_logits(model, in_kernels=weights is not None)
-    decoder = None if weights is None else pack(weights, library, int8=int8, plain_rows=plain_rows)
+    release_weight_pages()
+    decoder = None if weights is None else pack(weights, library, scheme.kind)
+    del weights
     if decoder is not None:
-        native = replace(model, decoder=decoder, kernels=library)
         packed_bytes = decoder.weight_bytes
     else:
-        packed_bytes = pack_linears(model.module, library, int8=int8, plain_rows=plain_rows)
-        native = replace(model, kernels=library, num_parts=scheme.num_parts)
+        packed_bytes = pack_linears(model.module, library, scheme.kind)
+        widen_experts(model.module)
+    native = replace(model, decoder=decoder, kernels=library, num_parts=scheme.num_parts, is_narrow=False)
     with _comparable(native, every_expert=decoder is not None):
         computed = _probe(native, _PROBED_KV_DTYPE)
     cosine = least_cosine(computed, expected)
@@ -102,8 +111,16 @@ def use_native_kernels(
     spec = model.spec
     if scheme.numerics:
         spec = replace(spec, fingerprint=derive_fingerprint(spec.fingerprint, scheme.numerics))
-    kept_bytes = sum(tensor.nbytes for tensor in model.module.state_dict().values())
-    return replace(native, spec=spec, weight_bytes=packed_bytes + kept_bytes, scheme=scheme.name)
+    return replace(native, spec=spec, weight_bytes=packed_bytes + _weight_bytes(model), scheme=scheme.name)
+
+
+def _widened(model: LoadedModel) -> LoadedModel:
+    widen(model.module)
+    return replace(model, weight_bytes=_weight_bytes(model), is_narrow=False)
+
+
+def _weight_bytes(model: LoadedModel) -> int:
+    return sum(tensor.nbytes for tensor in model.module.state_dict().values())
 
 
 def plain_rows_error() -> ConfigError:
@@ -120,12 +137,10 @@ def _scheme(model: LoadedModel, *, int8: bool, plain_rows: bool) -> Scheme:
 
 
 def _expected_logits(model: LoadedModel, *, in_kernels: bool) -> Tensor:
-    """In float32. Widens what is left to torch of a bfloat16 model, for good."""
-    with ExitStack() as stack:
-        stack.enter_context(_comparable(model, every_expert=in_kernels))
-        if model.dtype == torch.bfloat16:
-            widen(model.module, keeps_experts=in_kernels)
-            stack.enter_context(linears_in_float32(model.module))
+    """In float32, from now on."""
+    if model.dtype == torch.bfloat16:
+        compute_in_float32(model.module, model.dtype)
+    with few_pages_in_use(model.module), _comparable(model, every_expert=in_kernels):
         return _probe(model, _PROBED_KV_DTYPE)
 
 

@@ -1,14 +1,64 @@
-"""Releases the pages of mapped weight files."""
+"""The weight files that a model maps: the types they hold, and their pages in memory."""
 
 import ctypes
+import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _MADV_DONTNEED = 4
 # begin-end permissions offset device inode path
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)")
 _SUFFIX = ".safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+READ_BYTES = 64 * 1024 * 1024  # after which pages are released while a model is loaded
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """As a folder's safetensors files name them; empty where one is broken."""
+    dtypes: set[str] = set()
+    for path in folder.glob(f"*{_SUFFIX}"):
+        try:
+            with path.open("rb") as file:
+                num_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(num_bytes, _MAX_HEADER_BYTES)))
+            dtypes |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return set()  # loading says what is wrong
+    return dtypes
+
+
+class PagesInUse:
+    """Releases pages each time that READ_BYTES of weights were read."""
+
+    def __init__(self) -> None:
+        self._num_read = 0
+
+    def count(self, num_bytes: int) -> None:
+        self._num_read += num_bytes
+        if self._num_read >= READ_BYTES:
+            release_weight_pages()
+            self._num_read = 0
+
+
+pages_in_use = PagesInUse()  # one, because a release is of all pages
+
+
+@contextmanager
+def few_pages_in_use(module: Any) -> Iterator[None]:
+    """Releases pages during forwards."""
+
+    def count(part: Any, _inputs: Any, _output: Any) -> None:
+        pages_in_use.count(sum(tensor.nbytes for tensor in part.parameters(recurse=False)))
+
+    handles = [part.register_forward_hook(count) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def release_weight_pages() -> int:

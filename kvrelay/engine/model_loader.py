@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from kvrelay.core.model_spec import ModelSpec, fingerprint
-from kvrelay.engine.decoder_weights import LENGTH_DEPENDENT_ROPE
+from kvrelay.engine.bfloat16_modules import compute_in_float32
+from kvrelay.engine.decoder_weights import LAYOUTS, LENGTH_DEPENDENT_ROPE
 from kvrelay.engine.fast_transformers_import import light_imports, transformers
+from kvrelay.engine.mapped_weights import few_pages_in_use, stored_dtypes
 from kvrelay.engine.model_probe import probe_model, unsupported_architecture
 from kvrelay.engine.model_runner import LoadedModel
 from kvrelay.engine.paged_attention import ATTENTION_NAME
@@ -26,12 +28,16 @@ FALLBACK_CONTEXT_TOKENS = 4096  # limit of models that name none
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
-def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    path: Path, name: str, dtype: str = "auto", device: str = "auto", *, for_kernels: bool = False
+) -> LoadedModel:
     """Loads a model and checks that it can be served.
 
     Args:
         path: folder with config.json and safetensors, .gguf file, or name in a reachable hub.
         dtype: auto: the checkpoint's own, float32 for GGUF.
+        for_kernels: of a float32 model, weights that are stored in bfloat16 may stay so, until
+            `use_native_kernels` takes them.
 
     Raises:
         ModelLoadError: missing, broken or unsupported; says what to do.
@@ -46,9 +52,14 @@ def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto")
     torch_dtype = _resolve_dtype(dtype, config, is_gguf)
     architecture = str(config.model_type)
     is_mxfp4 = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4"
-    module = _load_module(source, path, architecture, torch_dtype, is_mxfp4=is_mxfp4).to(torch_device)
+    is_narrow = for_kernels and torch_device.type == "cpu" and _can_stay_narrow(path, architecture, torch_dtype)
+    loaded_dtype = torch.bfloat16 if is_narrow else torch_dtype
+    module = _load_module(source, path, architecture, loaded_dtype, is_mxfp4=is_mxfp4).to(torch_device)
+    if is_narrow:
+        compute_in_float32(module, torch_dtype)
     dtype_name = str(torch_dtype).removeprefix("torch.")
-    probe = probe_model(module, architecture, dtype_name, torch_device)
+    with few_pages_in_use(module):
+        probe = probe_model(module, architecture, dtype_name, torch_device)
     spec = ModelSpec(
         name=name,
         architecture=architecture,
@@ -57,7 +68,7 @@ def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto")
         max_context_tokens=_max_context_tokens(config.get_text_config()),
         eos_token_ids=within_vocabulary(_end_tokens(path, module), probe.vocab_size),
         fingerprint=fingerprint(
-            weights_digest(module),
+            weights_digest(module, torch_dtype if is_narrow else None),
             architecture,
             probe.kv_layout,
             _rope_text(config.get_text_config()),
@@ -66,7 +77,16 @@ def load_model(path: Path, name: str, dtype: str = "auto", device: str = "auto")
     )
     state = module.state_dict().values()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state}
-    return LoadedModel(module, spec, torch_device, torch_dtype, sum(storages.values()), probe.windows)
+    num_bytes = sum(storages.values())
+    return LoadedModel(module, spec, torch_device, torch_dtype, num_bytes, probe.windows, is_narrow=is_narrow)
+
+
+def _can_stay_narrow(path: Path, architecture: str, dtype: torch.dtype) -> bool:
+    """Only bfloat16 is stored, or MXFP4, and the kernels know the architecture."""
+    if dtype != torch.float32 or architecture not in LAYOUTS or not path.is_dir():
+        return False
+    stored = stored_dtypes(path)
+    return "BF16" in stored and stored <= {"BF16", "U8"}
 
 
 def _check_files(path: Path, is_gguf: bool) -> None:

@@ -30,6 +30,7 @@ class LoadedModel:
     kernels: NativeLibrary | None = None  # for decoder, linear layers and attention
     scheme: str = ""  # of the kernels' weights, if it is not float32
     num_parts: int = 0  # in bfloat16, of what the kernels multiply by such weights and KV
+    is_narrow: bool = False  # computes in float32, slowly, on bfloat16 weights: kernels are to take these
 
 
 class ModelRunner:

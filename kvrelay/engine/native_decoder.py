@@ -20,6 +20,7 @@ from kvrelay.engine.native.library import (
     DecoderLayer,
     DecoderStep,
     Matrix,
+    MatrixKind,
     Mlp,
     NativeLibrary,
     RowNorm,
@@ -134,23 +135,19 @@ def _step(batch: KernelBatch, tiles: Numbers, cache: PagedKVCache, logits: Tenso
     )
 
 
-def pack(weights: DecoderWeights, library: NativeLibrary, *, int8: bool, plain_rows: bool = False) -> NativeDecoder:
-    """Takes the weights from their module, layer by layer: no two copies of all exist.
-
-    Args:
-        weights: float32 or bfloat16, on the CPU.
-        int8: quantize weights, and activations as they come.
-    """
-    return _Packing(library, weights, int8=int8, plain_rows=plain_rows).decoder()
+def pack(weights: DecoderWeights, library: NativeLibrary, kind: MatrixKind) -> NativeDecoder:
+    """Takes the weights from their module, layer by layer: no two copies of all exist."""
+    return _Packing(library, weights, kind).decoder()
 
 
 class _Packing:
-    def __init__(self, library: NativeLibrary, weights: DecoderWeights, *, int8: bool, plain_rows: bool) -> None:
+    def __init__(self, library: NativeLibrary, weights: DecoderWeights, kind: MatrixKind) -> None:
         self._library = library
         self._weights = weights
-        self._int8, self._plain_rows = int8, plain_rows
+        self._kind = kind
         embeddings = weights.embeddings
-        self._packs_embeddings = embeddings.dtype == torch.bfloat16 and embeddings.shape[1] % BF16_STEP == 0
+        is_bfloat16 = kind in (MatrixKind.BF16, MatrixKind.BF16_PLAIN) and embeddings.dtype == torch.bfloat16
+        self._packs_embeddings = is_bfloat16 and embeddings.shape[1] % BF16_STEP == 0
         self._shares_head = embeddings.data_ptr() == weights.head.parts[0].data_ptr()
         num_bytes = self._packed_bytes(weights.head)
         if self._packs_embeddings and not self._shares_head:
@@ -159,19 +156,22 @@ class _Packing:
         for layer in map(weights.layer, range(weights.num_layers)):
             num_bytes += sum(map(self._packed_bytes, layer.linears))
             if layer.router is not None:
-                num_bytes += packed_bytes(*layer.router.shape, torch.float32, has_bias=True, int8=False)
+                num_bytes += packed_bytes(*layer.router.shape, torch.float32, MatrixKind.F32, has_bias=True)
             self._intermediate = max(self._intermediate, layer.experts[0].down.shape[1])
         self._arena = WeightArena(num_bytes)
         self._kept: list[object] = []
 
     def _packed_bytes(self, linear: Linear) -> int:
-        return packed_bytes(*linear.shape, linear.dtype, has_bias=bool(linear.biases), int8=self._int8)
+        return packed_bytes(*linear.shape, linear.dtype, self._kind, has_bias=bool(linear.biases))
 
     def decoder(self) -> NativeDecoder:
         weights = self._weights
         layers = (DecoderLayer * weights.num_layers)(*map(self._take_layer, range(weights.num_layers)))
         head = self._matrix(weights.head)
         has_own_rows = self._packs_embeddings and not self._shares_head
+        embeddings = None if self._packs_embeddings else weights.embeddings
+        # whose rows become float32 as they are read
+        narrow = embeddings if weights.embeddings.dtype == torch.bfloat16 else None
         decoder = Decoder(
             num_layers=len(layers),
             hidden=weights.embeddings.shape[1],
@@ -180,7 +180,8 @@ class _Packing:
             num_kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
             rotary_dim=max((2 * rope(1)[0].shape[1] for rope in weights.ropes), default=0),
-            embeddings=None if self._packs_embeddings else self._keep(weights.embeddings),
+            embeddings=self._keep(embeddings) if narrow is None else None,
+            narrow_embeddings=None if narrow is None else self._keep_as_it_is(narrow),
             position_embeddings=self._keep(weights.position_embeddings),
             embedding_scale=weights.embedding_scale,
             layers=ctypes.cast(layers, ctypes.POINTER(DecoderLayer)),
@@ -205,7 +206,8 @@ class _Packing:
             **{name: self._norm(norm) for name, norm in layer.norms.items()},
             qkv=self._matrix(layer.qkv),
             output=self._matrix(layer.output),
-            router=Matrix() if layer.router is None else self._router(layer.router),
+            # float32, because a choice is all or nothing
+            router=Matrix() if layer.router is None else self._packed(layer.router, MatrixKind.F32),
             experts=ctypes.cast(experts, ctypes.POINTER(Mlp)),
             num_experts=len(experts),
             experts_per_token=layer.experts_per_token,
@@ -218,14 +220,10 @@ class _Packing:
         )
 
     def _matrix(self, linear: Linear) -> Matrix:
-        packed = pack_matrix(
-            linear.weight(), linear.bias(), self._arena, self._library, int8=self._int8, plain_rows=self._plain_rows
-        )
-        self._kept.append(packed)
-        return packed.matrix
+        return self._packed(linear, self._kind)
 
-    def _router(self, linear: Linear) -> Matrix:  # float32: a choice is all or nothing
-        packed = pack_matrix(linear.weight().float(), linear.bias(), self._arena, self._library, int8=False)
+    def _packed(self, linear: Linear, kind: MatrixKind) -> Matrix:
+        packed = pack_matrix(linear.weight(), linear.bias(), self._arena, self._library, kind)
         self._kept.append(packed)
         return packed.matrix
 
@@ -234,9 +232,10 @@ class _Packing:
         return RowNorm(weight=weight, bias=bias, width=len(norm.weight), epsilon=norm.epsilon)
 
     def _keep(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        contiguous = tensor.float().contiguous()
+        return None if tensor is None else self._keep_as_it_is(tensor.float())
+
+    def _keep_as_it_is(self, tensor: Tensor) -> int:
+        contiguous = tensor.contiguous()
         self._kept.append(contiguous)
         return contiguous.data_ptr()
 

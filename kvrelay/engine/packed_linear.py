@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.native.library import MatrixKind, NativeLibrary
 from kvrelay.engine.native.packing import PackedMatrix, WeightArena, pack_matrix, packed_bytes
 
 
@@ -26,20 +26,21 @@ class PackedLinear(nn.Module):
         return outputs.view(*inputs.shape[:-1], matrix.n)
 
 
-def pack_linears(module: Any, library: NativeLibrary, *, int8: bool, plain_rows: bool = False) -> int:
-    """Replaces all linear layers; returns the packed bytes."""
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
-    arena = WeightArena(sum(_packed_bytes(part, int8=int8) for part in linears.values()))
-    for name, part in linears.items():
+def pack_linears(module: Any, library: NativeLibrary, kind: MatrixKind) -> int:
+    """Replaces all linear layers, one after the other; returns the packed bytes."""
+    linears = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
+    arena = WeightArena(sum(_packed_bytes(part, kind) for _, part in linears))
+    while linears:
+        name, part = linears.pop()
         bias = None if part.bias is None else part.bias.detach()
-        packed = pack_matrix(_weight(part), bias, arena, library, int8=int8, plain_rows=plain_rows)
+        packed = pack_matrix(_weight(part), bias, arena, library, kind)
         module.set_submodule(name, PackedLinear(library, packed))
     return arena.total_bytes
 
 
-def _packed_bytes(part: Any, *, int8: bool) -> int:
+def _packed_bytes(part: Any, kind: MatrixKind) -> int:
     n, k = _weight(part).shape
-    return packed_bytes(n, k, part.weight.dtype, has_bias=part.bias is not None, int8=int8)
+    return packed_bytes(n, k, part.weight.dtype, kind, has_bias=part.bias is not None)
 
 
 def _weight(part: Any) -> Tensor:

@@ -83,7 +83,9 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
     folder = resolve_model(settings)
     device = choose_device(settings.device)
     name = settings.served_model_name or folder.name
-    loaded = load_model(folder, name, choose_dtype(settings.dtype, device), device)
+    loaded = load_model(
+        folder, name, choose_dtype(settings.dtype, device), device, for_kernels=settings.kernels == "auto"
+    )
     model = with_kv_dtype(_put_on_kernels(loaded, settings), settings.kv_dtype)
     model = _limit_context(model, settings.max_context_tokens)
     model = _with_sampling_defaults(model, folder, settings)

@@ -67,7 +67,7 @@ def test_one_expert_may_have_all_rows_and_another_none(tiny_models: Path) -> Non
 
 def to_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """weight: [num_experts, k, n]. Returns blocks, scales and what they stand for."""
-    grouped = weight.transpose(1, 2).reshape(len(weight), weight.shape[2], -1, BLOCK)
+    grouped = weight.float().transpose(1, 2).reshape(len(weight), weight.shape[2], -1, BLOCK)
     exponents = (grouped.abs().amax(dim=-1) / 6).log2().ceil().clamp(-20, 20)
     scaled = grouped / exponents.exp2().unsqueeze(-1)
     codes = (scaled.unsqueeze(-1) - FP4).abs().argmin(dim=-1)

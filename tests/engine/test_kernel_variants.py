@@ -17,7 +17,7 @@ from kvrelay.config.settings import EngineSettings
 from kvrelay.engine.kernel_backend import use_native_kernels, with_kv_dtype
 from kvrelay.engine.kernel_batch import KernelBatch, SequenceInput
 from kvrelay.engine.native import available_variants, load_library
-from kvrelay.engine.native.library import KV_DTYPES, AttentionCall, KVLayer, NativeLibrary
+from kvrelay.engine.native.library import KV_DTYPES, AttentionCall, KVLayer, MatrixKind, NativeLibrary
 from kvrelay.engine.native.packing import PackedMatrix, WeightArena, pack_matrix
 from kvrelay.engine.native.variant_choice import AUTO, FEATURES, VARIANTS, choose_variant
 from kvrelay.errors import ConfigError
@@ -107,11 +107,16 @@ def products(library: NativeLibrary, packed: PackedMatrix, inputs: Tensor) -> Te
 def pack(library: NativeLibrary, weight: Tensor, scheme: str) -> PackedMatrix:
     if scheme.startswith("bfloat16"):
         weight = weight.bfloat16()
-    int8, plain_rows = scheme == "int8", scheme == "bfloat16, plain"
-    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, int8=int8, plain_rows=plain_rows)
+    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, KINDS[scheme])
 
 
-SCHEMES = ["float32", "int8", "bfloat16", "bfloat16, plain"]
+KINDS = {
+    "float32": MatrixKind.F32,
+    "int8": MatrixKind.INT8,
+    "bfloat16": MatrixKind.BF16,
+    "bfloat16, plain": MatrixKind.BF16_PLAIN,
+}
+SCHEMES = list(KINDS)
 SHAPES = [(16, 64), (40, 128), (130, 192), (96, 576)]
 CONTENTS = [random, extreme, tame, greatest_int8]
 

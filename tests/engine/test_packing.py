@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvrelay.engine.native import load_library
-from kvrelay.engine.native.library import NativeLibrary
+from kvrelay.engine.native.library import MatrixKind, NativeLibrary
 from kvrelay.engine.native.packing import PackedMatrix, WeightArena, interleave_panels, pack_matrix
 from tests.support import left_out
 
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason=left_out.C_COMPILER)
 
 def pack(weight: Tensor, bias: Tensor | None = None, *, int8: bool, plain_rows: bool = False) -> PackedMatrix:
     assert isinstance(LIBRARY, NativeLibrary)
-    return pack_matrix(weight, bias, WeightArena(1 << 16), LIBRARY, int8=int8, plain_rows=plain_rows)
+    bfloat16 = MatrixKind.BF16_PLAIN if plain_rows else MatrixKind.BF16
+    kind = MatrixKind.INT8 if int8 else bfloat16 if weight.dtype == torch.bfloat16 else MatrixKind.F32
+    return pack_matrix(weight, bias, WeightArena(1 << 16), LIBRARY, kind)
 
 
 def multiply_packed(packed: PackedMatrix, inputs: Tensor) -> Tensor:

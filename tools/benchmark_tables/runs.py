@@ -74,6 +74,26 @@ def _memory_share(result: dict[str, Any], process: str) -> float:
     return float(full_bytes / result["bound_bytes"])
 
 
+@table("load-memory")
+def load_memory(document: Document) -> Rows:
+    rows = []
+    for each in document.results:
+        load = each["load"]
+        sizes = [each["stored_bytes"], load["weight_bytes"], load["peak_bytes"], load["held_bytes"]]
+        stored, weights, peak, held = (f"{size / 2**20:,.0f}" for size in sizes)
+        rows.append([each["model"], each["served"], stored, weights, peak, f"{sizes[2] / sizes[1]:.2f}", held])
+    titles = [
+        "model",
+        "served in",
+        "files, MiB",
+        "weights, MiB",
+        "peak, MiB",
+        "peak ÷ weights",
+        "held when loaded, MiB",
+    ]
+    return [titles, *rows]
+
+
 @table("relay")
 def gateway(document: Document) -> Rows:
     rows = []

@@ -139,6 +139,11 @@ static void embed_token(const decoder *d, int64_t id, float *out) {
         for (int64_t i = 0; i < d->hidden; i += 8) store8(out + i, load8(from + i) * splat8(d->embedding_scale));
         return;
     }
+    if (d->narrow_embeddings != NULL) {
+        const uint16_t *from = d->narrow_embeddings + id * d->hidden;
+        for (int64_t i = 0; i < d->hidden; i += 8) store8(out + i, widen_bf16(from + i) * splat8(d->embedding_scale));
+        return;
+    }
     unpack_row_bf16(&d->token_rows, id, out);
     const f32w scale = splat_wide(d->embedding_scale);  // the module multiplies in bf16
     for (int64_t i = 0; i < d->hidden; i += WIDE) store_wide(out + i, (f32w)round_to_bf16(load_wide(out + i) * scale));

@@ -35,7 +35,8 @@ enum { MAX_ROPES = 2 };
 typedef struct {
     int64_t num_layers, hidden, intermediate /* the widest */, num_heads, num_kv_heads, head_dim, rotary_dim;
     const float *cosines[MAX_ROPES], *sines[MAX_ROPES];  // [max_positions][rotary_dim / 2]
-    const float *embeddings;                             // [vocab_size][hidden], or NULL: token_rows
+    const float *embeddings;                             // [vocab_size][hidden], or NULL
+    const uint16_t *narrow_embeddings;                   // the same in bf16, or NULL; with neither, token_rows
     const float *position_embeddings;                    // [max_positions][hidden] or NULL
     float embedding_scale;
     const decoder_layer *layers;

@@ -27,10 +27,18 @@ GROUP = 64  # int8: inputs that share a scale
 TILE_ROWS = 96  # most rows of an attention tile: tokens times query heads that share a key
 MAX_ROPES = 2  # of a decoder: layers may have one or the other
 BF16_STEP = 32  # bfloat16: inputs that an instruction of AMX sums
-MATRIX_F32, MATRIX_INT8, MATRIX_BF16, MATRIX_BF16_PLAIN = range(4)
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _log = structlog.get_logger(__name__)
+
+
+class MatrixKind(IntEnum):
+    """`MATRIX_...` of kernels.h."""
+
+    F32 = 0
+    INT8 = 1
+    BF16 = 2
+    BF16_PLAIN = 3
 
 
 class Matrix(ctypes.Structure):
@@ -107,6 +115,7 @@ class Decoder(ctypes.Structure):
         ("cosines", c_void_p * MAX_ROPES),
         ("sines", c_void_p * MAX_ROPES),
         ("embeddings", c_void_p),
+        ("narrow_embeddings", c_void_p),
         ("position_embeddings", c_void_p),
         ("embedding_scale", c_float),
         ("layers", POINTER(DecoderLayer)),

@@ -11,19 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kvrelay.engine.native.library import (
-    BF16_STEP,
-    GROUP,
-    MATRIX_BF16,
-    MATRIX_BF16_PLAIN,
-    MATRIX_F32,
-    MATRIX_INT8,
-    PANEL,
-    Matrix,
-    NativeLibrary,
-)
+from kvrelay.engine.mapped_weights import pages_in_use
+from kvrelay.engine.native.library import BF16_STEP, GROUP, PANEL, Matrix, MatrixKind, NativeLibrary
 
 _ALIGNMENT = 64
+_ROWS_AT_ONCE = 1024  # of a weight, a multiple of PANEL
 
 
 @dataclass(slots=True)
@@ -33,9 +25,6 @@ class WeightArena:
     num_bytes: int
     _regions: list[tuple[mmap.mmap, Tensor]] = field(default_factory=list)
     _used_bytes: int = 0
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         num_bytes = prod(shape) * dtype.itemsize
@@ -66,49 +55,64 @@ class PackedMatrix:
 
 
 def pack_matrix(
-    weight: Tensor,
-    bias: Tensor | None,
-    arena: WeightArena,
-    library: NativeLibrary,
-    *,
-    int8: bool,
-    plain_rows: bool = False,
+    weight: Tensor, bias: Tensor | None, arena: WeightArena, library: NativeLibrary, kind: MatrixKind
 ) -> PackedMatrix:
     """weight: float32 or bfloat16 [n, k]; bias: [n].
 
-    Becomes float32 where k is no multiple of 64 for int8, or of 32 for bfloat16. plain_rows: inputs
-    are rounded to bfloat16, too.
+    Becomes float32 where k is no multiple of 64 for int8, or of 32 for bfloat16. No copy is made
+    beside the packed one.
     """
     n, k = weight.shape
+    kind = _kind_for(kind, weight.dtype, k)
     scales = sums = None
-    if int8 and k % GROUP == 0:
-        kind = MATRIX_INT8
+    if kind is MatrixKind.INT8:
         data, scales, sums = _pack_int8(weight, arena, library)
-    elif _stays_bfloat16(weight.dtype, k):
-        kind = MATRIX_BF16_PLAIN if plain_rows else MATRIX_BF16
-        # [panels, k / 2, PANEL, 2]
-        data = arena.copy(_pad_rows(weight).view(-1, PANEL, k // 2, 2).transpose(1, 2))
+    elif kind is MatrixKind.F32:
+        data = arena.zeros(num_panels(n), k, PANEL, dtype=torch.float32)
+        _fill_panels(data.transpose(1, 2), weight)
     else:
-        kind = MATRIX_F32
-        # [panels, k, PANEL]
-        data = arena.copy(_pad_rows(weight.float()).view(-1, PANEL, k).transpose(1, 2))
-    padded_bias = None if bias is None else arena.copy(_pad_rows(bias.float().unsqueeze(1)).squeeze(1))
+        data = arena.zeros(num_panels(n), k // 2, PANEL, 2, dtype=torch.bfloat16)
+        _fill_panels(data.transpose(1, 2), weight)
+    padded_bias = None
+    if bias is not None:
+        padded_bias = arena.zeros(num_panels(n) * PANEL, dtype=torch.float32)
+        padded_bias[:n] = bias
     tensors = [tensor for tensor in (data, scales, sums, padded_bias) if tensor is not None]
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in (data, scales, sums, padded_bias)]
     return PackedMatrix(Matrix(n, k, kind, *addresses), tuple(tensors))
 
 
-def packed_bytes(n: int, k: int, dtype: torch.dtype, *, has_bias: bool, int8: bool) -> int:
+def packed_bytes(n: int, k: int, dtype: torch.dtype, kind: MatrixKind, *, has_bias: bool) -> int:
     """An upper bound."""
-    num_columns = -(-n // PANEL) * PANEL
+    kind, num_columns = _kind_for(kind, dtype, k), num_panels(n) * PANEL
     bias_bytes = 4 * num_columns + _ALIGNMENT if has_bias else 0
-    if int8 and k % GROUP == 0:
+    if kind is MatrixKind.INT8:
         return num_columns * k + num_columns * (k // GROUP) * (4 + 2) + 3 * _ALIGNMENT + bias_bytes
-    return (2 if _stays_bfloat16(dtype, k) else 4) * num_columns * k + 2 * _ALIGNMENT + bias_bytes
+    return (4 if kind is MatrixKind.F32 else 2) * num_columns * k + _ALIGNMENT + bias_bytes
 
 
-def _stays_bfloat16(dtype: torch.dtype, k: int) -> bool:
-    return dtype == torch.bfloat16 and k % BF16_STEP == 0
+def num_panels(num_columns: int) -> int:
+    return -(-num_columns // PANEL)
+
+
+def _kind_for(kind: MatrixKind, dtype: torch.dtype, k: int) -> MatrixKind:
+    if kind is MatrixKind.F32:
+        return kind
+    if kind is MatrixKind.INT8:
+        return kind if k % GROUP == 0 else MatrixKind.F32
+    return kind if dtype == torch.bfloat16 and k % BF16_STEP == 0 else MatrixKind.F32
+
+
+def _fill_panels(panels: Tensor, weight: Tensor) -> None:
+    """panels: zeros [num_panels, PANEL, ...]; weight: [n, k]."""
+    for begin in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = weight[begin : begin + _ROWS_AT_ONCE]
+        num_whole, rest = divmod(len(rows), PANEL)
+        to, whole, shape = panels[begin // PANEL :], num_whole * PANEL, panels.shape[1:]
+        to[:num_whole].copy_(rows[:whole].view(num_whole, *shape))
+        if rest > 0:
+            to[num_whole, :rest].copy_(rows[whole:].view(rest, *shape[1:]))
+        pages_in_use.count(rows.nbytes)
 
 
 def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
@@ -119,15 +123,12 @@ def interleave_panels(gate: Tensor, up: Tensor) -> Tensor:
 
 def _pack_int8(weight: Tensor, arena: WeightArena, library: NativeLibrary) -> tuple[Tensor, Tensor, Tensor]:
     n, k = weight.shape
-    num_panels = -(-n // PANEL)
-    data = arena.zeros(num_panels, k // 4, PANEL, 4, dtype=torch.int8)
-    scales = arena.zeros(num_panels, k // GROUP, PANEL, dtype=torch.float32)
-    sums = arena.zeros(num_panels, k // GROUP, PANEL, dtype=torch.int16)
-    weight = weight.contiguous()
-    library.quantize_weights(n, k, weight.data_ptr(), data.data_ptr(), scales.data_ptr(), sums.data_ptr())
+    data = arena.zeros(num_panels(n), k // 4, PANEL, 4, dtype=torch.int8)
+    scales = arena.zeros(num_panels(n), k // GROUP, PANEL, dtype=torch.float32)
+    sums = arena.zeros(num_panels(n), k // GROUP, PANEL, dtype=torch.int16)
+    for begin in range(0, n, _ROWS_AT_ONCE):
+        rows = weight[begin : begin + _ROWS_AT_ONCE].float().contiguous()
+        parts = (part[begin // PANEL :].data_ptr() for part in (data, scales, sums))
+        library.quantize_weights(len(rows), k, rows.data_ptr(), *parts)
+        pages_in_use.count(rows.nbytes)
     return data, scales, sums
-
-
-def _pad_rows(weight: Tensor) -> Tensor:
-    missing = -weight.shape[0] % PANEL
-    return weight if missing == 0 else torch.nn.functional.pad(weight, (0, 0, 0, missing))
