@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -57,6 +59,15 @@ async def test_a_node_by_a_url_without_a_cluster_is_refused_with_the_url_to_writ
     with pytest.raises(ConfigError, match=r"write redis\+cluster://HOST:PORT") as refusal:
         await check_redis_at(plain)
     assert cluster.servers[0].password not in refusal.value.message
+
+
+async def test_a_gateway_does_not_start_with_the_url_of_a_node(cluster: Deployment) -> None:
+    plain = first_host(cluster).replace("redis+cluster://", "redis://")
+    command = [sys.executable, "-m", "kvrelay.cli", "serve", "gateway", "--port", "0", "--redis-url", plain]
+    run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "write redis+cluster://HOST:PORT" in run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
 
 
 async def test_a_server_that_is_no_cluster_is_refused_with_the_url_to_write() -> None:
