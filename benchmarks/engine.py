@@ -3,7 +3,7 @@ measured in the same run.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -23,7 +23,7 @@ from benchmarks.engine_cases import (
     summarize,
     time_case,
 )
-from benchmarks.engine_steps import load_engine, usable_cores
+from benchmarks.engine_steps import EngineSteps, load_engine, usable_cores
 from benchmarks.report import Json, Plots, Report
 from benchmarks.roofline import LimitMeter
 from benchmarks.statistics import spread
@@ -80,18 +80,11 @@ def command(
     """Prefill by length and chunk size, decode by batch and context, with the machine's limits
     measured in the same run.
     """
-    num_threads = threads or usable_cores()
-    cases = [
-        *prefill_cases(
-            _numbers("--prompt-lengths", prompt_lengths, QUICK_PROMPT_LENGTHS if quick else PROMPT_LENGTHS),
-            _numbers("--chunk-sizes", chunk_sizes, QUICK_CHUNK_SIZES if quick else CHUNK_SIZES),
-        ),
-        *decode_cases(
-            _numbers("--batch-sizes", batch_sizes, QUICK_BATCH_SIZES if quick else BATCH_SIZES),
-            _numbers("--context-lengths", context_lengths, QUICK_CONTEXT_LENGTHS if quick else CONTEXT_LENGTHS),
-        ),
-    ]
-    report = Report("engine", json, plots)
+    prefill = _numbers("--prompt-lengths", prompt_lengths, QUICK_PROMPT_LENGTHS if quick else PROMPT_LENGTHS)
+    chunks = _numbers("--chunk-sizes", chunk_sizes, QUICK_CHUNK_SIZES if quick else CHUNK_SIZES)
+    batches = _numbers("--batch-sizes", batch_sizes, QUICK_BATCH_SIZES if quick else BATCH_SIZES)
+    contexts = _numbers("--context-lengths", context_lengths, QUICK_CONTEXT_LENGTHS if quick else CONTEXT_LENGTHS)
+    cases = [*prefill_cases(prefill, chunks), *decode_cases(batches, contexts)]
     settings = {
         "quantize": quantize,
         "dtype": dtype,
@@ -100,9 +93,38 @@ def command(
         "kernels": kernels,
         "kernel_variant": kernel_variant,
     }
+    num_threads, report = threads or usable_cores(), Report("engine", json, plots)
     ours = load_engine(model, num_threads, pool_tokens(cases, steps), **settings)
+    _measure_and_show(
+        report, ours, cases, settings, LimitMeter(num_threads, product_type(ours, quantize)), rounds, steps
+    )
+
+
+def _measure_and_show(
+    report: Report,
+    ours: EngineSteps,
+    cases: Sequence[Case],
+    settings: Mapping[str, str | None],
+    meter: LimitMeter,
+    rounds: int,
+    steps: int,
+) -> None:
     fill_pool(ours)
-    meter = LimitMeter(num_threads, product_type(ours, quantize))
+    samples = _measure(report, ours, cases, meter, rounds, steps)
+    quantize, kv_dtype = settings["quantize"], settings["kv_dtype"]
+    cost = model_cost(ours, quantize)
+    is_compiled = ours.engine.model_runner.model.decoder is not None
+    results = [summarize(case, samples[case], case_cost(cost, case), is_compiled=is_compiled) for case in cases]
+    kv_text = f", KV in {kv_dtype}" if kv_dtype else ""
+    title = f"{ours.engine.model.name}, {quantize or dtype_name(ours)}{kv_text}, {meter.num_threads} threads"
+    _show(report, title, results, meter, is_compiled)
+    report.add({"num_threads": meter.num_threads, "is_compiled": is_compiled, **settings})
+    report.finish()
+
+
+def _measure(
+    report: Report, ours: EngineSteps, cases: Sequence[Case], meter: LimitMeter, rounds: int, steps: int
+) -> dict[Case, list[Sample]]:
     samples: dict[Case, list[Sample]] = defaultdict(list)
     before = meter.measure()
     for number in range(rounds):
@@ -112,14 +134,7 @@ def command(
             after = meter.measure()
             samples[case].append(Sample(*measured, before.mean(after)))
             before = after
-    cost = model_cost(ours, quantize)
-    is_compiled = ours.engine.model_runner.model.decoder is not None
-    results = [summarize(case, samples[case], case_cost(cost, case), is_compiled=is_compiled) for case in cases]
-    kv_text = f", KV in {kv_dtype}" if kv_dtype else ""
-    title = f"{ours.engine.model.name}, {quantize or dtype_name(ours)}{kv_text}, {num_threads} threads"
-    _show(report, title, results, meter, is_compiled)
-    report.add({"num_threads": num_threads, "is_compiled": is_compiled} | settings)
-    report.finish()
+    return samples
 
 
 def _numbers(option: str, given: str | None, default: str) -> list[int]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from benchmarks.float32_model import load_in_float32
 from benchmarks.kv_differences import KV
 from benchmarks.torch_threads import torch_threads
 
@@ -40,11 +40,7 @@ class MaskedModel:
 
     def __init__(self, folder: Path, num_threads: int) -> None:
         self._num_threads = num_threads
-        logging: Any = transformers.utils.logging
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        auto_model: Any = AutoModelForCausalLM
-        self._model = auto_model.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self._model = load_in_float32(folder, attn_implementation="sdpa")
 
     def keys_and_values(self, token_ids: Sequence[int], num_tokens: int, *, two_way: bool) -> KV:
         """K and V of the first tokens."""

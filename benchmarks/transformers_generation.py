@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
+from benchmarks.float32_model import load_in_float32
 from benchmarks.torch_threads import torch_threads
 
 
@@ -42,11 +41,7 @@ class TransformersGeneration:
 
     def __init__(self, folder: Path, num_threads: int) -> None:
         self._num_threads = num_threads
-        logging: Any = transformers.utils.logging
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        auto_model: Any = AutoModelForCausalLM
-        self._model = auto_model.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = load_in_float32(folder)
 
     def generate(self, prompt: Sequence[int], num_tokens: int, *, use_cache: bool) -> tuple[list[int], list[float]]:
         """Generates past any end of sequence.

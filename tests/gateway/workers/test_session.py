@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +17,7 @@ from kvrelay.core.member import MemberRole
 from kvrelay.network.rpc import create_channel
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
 from kvrelay.wire.convert import model_to_pb
+from tests.support.arrival import EndWatch, watching_ends
 from tests.support.fake_workers import MODEL
 from tests.support.redis_fixtures import eventually
 
@@ -29,7 +29,6 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self) -> None:
         self.may_end = threading.Event()
-        self.has_ended = threading.Event()
         self.dies = False
 
     def Session(self, request_iterator: Any, context: Any) -> Iterator[decode_pb2.DecodeServiceSessionResponse]:
@@ -44,21 +43,20 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer):
         yield decode_pb2.DecodeServiceSessionResponse(hello=hello)
         assert self.may_end.wait(60)
         if self.dies:
-            self.has_ended.set()
             context.abort(grpc.StatusCode.UNAVAILABLE, "its last words")
         for number in range(NUM_MESSAGES):
             yield decode_pb2.DecodeServiceSessionResponse(heartbeat=session_pb2.Heartbeat(number=number))
-        self.has_ended.set()
 
 
 @pytest.fixture
-def worker() -> Iterator[tuple[Worker, str]]:
+def worker() -> Iterator[tuple[Worker, EndWatch]]:
     """In its own threads, so that it runs while the test's loop is blocked."""
     server, servicer = grpc.server(ThreadPoolExecutor(2)), Worker()
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield servicer, f"127.0.0.1:{port}"
+    with watching_ends(port) as ends:
+        yield servicer, ends
     servicer.may_end.set()
     server.stop(None).wait(5)
 
@@ -70,12 +68,12 @@ def num_calls_under_way() -> int:
 
 
 async def test_a_session_that_ends_while_the_event_loop_is_blocked_ends_its_call(
-    worker: tuple[Worker, str],
+    worker: tuple[Worker, EndWatch],
 ) -> None:
-    servicer, address = worker
-    async with create_channel(address) as channel:
+    servicer, ends = worker
+    async with create_channel(ends.address) as channel:
         settings = SessionSettings("gateway-1", liveness_window_ms=10000)
-        session = WorkerSession(MemberRole.DECODE, address, channel, settings, lambda *_: None)
+        session = WorkerSession(MemberRole.DECODE, ends.address, channel, settings, lambda *_: None)
         greeted = asyncio.Event()
         running = asyncio.create_task(session.run(lambda _: greeted.set()))
         await asyncio.wait_for(greeted.wait(), 30)
@@ -83,8 +81,7 @@ async def test_a_session_that_ends_while_the_event_loop_is_blocked_ends_its_call
         for number in range(NUM_MESSAGES):
             session.send(session_messages.heartbeat(MemberRole.DECODE, number))
         servicer.may_end.set()
-        assert servicer.has_ended.wait(30), "the loop stands still meanwhile"
-        time.sleep(0.2)  # noqa: ASYNC251 - and until the end of the session has arrived
+        assert ends.has_arrived.wait(30), "the loop stands still meanwhile"
         assert await asyncio.wait_for(running, 30)
 
         async def has_ended() -> bool:
@@ -105,19 +102,20 @@ async def test_a_worker_that_does_not_read_its_commands_loses_its_session(monkey
 
 
 @pytest.mark.parametrize("number", range(5))  # once in three times nothing is written in between
-async def test_a_worker_that_dies_while_commands_go_to_it_has_died(worker: tuple[Worker, str], number: int) -> None:
-    servicer, address = worker
+async def test_a_worker_that_dies_while_commands_go_to_it_has_died(
+    worker: tuple[Worker, EndWatch], number: int
+) -> None:
+    servicer, ends = worker
     servicer.dies = True
-    async with create_channel(address) as channel:
+    async with create_channel(ends.address) as channel:
         settings = SessionSettings("gateway-1", liveness_window_ms=10000)
-        session = WorkerSession(MemberRole.DECODE, address, channel, settings, lambda *_: None)
+        session = WorkerSession(MemberRole.DECODE, ends.address, channel, settings, lambda *_: None)
         greeted = asyncio.Event()
         running = asyncio.create_task(session.run(lambda _: greeted.set()))
         await asyncio.wait_for(greeted.wait(), 30)
         for heartbeat in range(NUM_MESSAGES):
             session.send(session_messages.heartbeat(MemberRole.DECODE, heartbeat))
         servicer.may_end.set()
-        assert servicer.has_ended.wait(30), "the loop stands still meanwhile"
-        time.sleep(0.2)  # noqa: ASYNC251 - and until the end of the session has arrived
+        assert ends.has_arrived.wait(30), "the loop stands still meanwhile"
         assert await asyncio.wait_for(running, 30) == "UNAVAILABLE: its last words"
         assert session.died
