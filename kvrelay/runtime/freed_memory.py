@@ -17,8 +17,12 @@ KEPT_BYTES = 1024 * 1024
 """At the end of a heap."""
 NUM_ARENAS = 2
 LOOK_INTERVAL_S = 1.0
-GROWN_BYTES = 16 * 1024 * 1024
-"""Since the last trim; a trim takes milliseconds."""
+GROWN_BYTES = 8 * 1024 * 1024
+"""Since it was smallest; a trim takes milliseconds."""
+FREED_BYTES = 1024 * 1024
+"""By a trim that is worth another."""
+LONGEST_PAUSE = 63
+"""Looks without a trim."""
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -52,17 +56,19 @@ async def trimming_memory() -> AsyncIterator[None]:
 async def trim_when_grown(
     resident: Callable[[], int], trim: Callable[[], object], interval_s: float = LOOK_INTERVAL_S
 ) -> None:
-    least, trims_again = resident(), False
+    """Ever more rarely where that frees little: what has grown may still be in use."""
+    least = last = resident()
+    num_looks = pause = 0
     while True:
         await asyncio.sleep(interval_s)
-        least = min(least, resident())
-        has_grown = resident() - least >= GROWN_BYTES
-        if has_grown or trims_again:
+        size, num_looks = resident(), num_looks + 1
+        least, has_burst, last = min(least, size), size - last >= GROWN_BYTES, size
+        if size - least < GROWN_BYTES:
+            pause = 0
+        elif has_burst or num_looks > pause:
             await asyncio.to_thread(trim)  # without the GIL
-        if trims_again:
-            least = resident()
-        # Once more: what has grown may still have been in use.
-        trims_again = has_grown and not trims_again
+            last, num_looks = resident(), 0
+            pause = 0 if size - last >= FREED_BYTES else min(2 * pause + 1, LONGEST_PAUSE)
 
 
 def resident_bytes() -> int:

@@ -4,10 +4,11 @@ import asyncio
 import subprocess
 import sys
 import textwrap
+from collections.abc import AsyncIterator
 
-import pytest
+import pytest_asyncio
 
-from kvrelay.runtime.freed_memory import GROWN_BYTES, trim_when_grown
+from kvrelay.runtime.freed_memory import GROWN_BYTES, LONGEST_PAUSE, trim_when_grown
 
 MIB = 2**20
 NUM_BLOCKS = 64
@@ -42,35 +43,70 @@ def test_freed_messages_leave_the_process() -> None:
     assert kept_bytes("as the library does") > NUM_BLOCKS * MIB // 2, "else there is nothing to give back"
 
 
-@pytest.mark.asyncio
-async def test_memory_is_trimmed_each_time_that_it_has_grown() -> None:
-    size, num_looks, num_trims = 100 * MIB, 0, 0
+class Memory:
+    """A trim leaves what is in use."""
 
-    def resident() -> int:
-        nonlocal num_looks
-        num_looks += 1
-        return size
+    def __init__(self) -> None:
+        self.size = self.in_use = 100 * MIB
+        self.num_looks = self.num_trims = 0
 
-    def trim() -> None:
-        nonlocal size, num_trims
-        size -= GROWN_BYTES // 4
-        num_trims += 1
+    def resident(self) -> int:
+        self.num_looks += 1
+        return self.size
 
-    async def looked_again() -> None:
-        """Often enough for two trims."""
-        seen = num_looks
-        while num_looks < seen + 10:  # noqa: ASYNC110
+    def trim(self) -> None:
+        self.num_trims += 1
+        self.size = self.in_use
+
+    async def looks(self, number: int) -> None:
+        seen = self.num_looks
+        while self.num_looks < seen + number:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
-    trimming = asyncio.create_task(trim_when_grown(resident, trim, 0.0))
-    for expected in (1, 2, 3):
-        await looked_again()
-        assert num_trims == 2 * (expected - 1), "not before it has grown"
-        size += GROWN_BYTES
-        await looked_again()
-        assert num_trims == 2 * expected, "and once more, for what was still in use"
-    size -= MIB
-    await looked_again()
-    assert num_trims == 6
+
+@pytest_asyncio.fixture
+async def memory() -> AsyncIterator[Memory]:
+    memory = Memory()
+    trimming = asyncio.create_task(trim_when_grown(memory.resident, memory.trim, 0.0))
+    yield memory
     trimming.cancel()
     await asyncio.wait([trimming])
+
+
+async def test_memory_is_trimmed_each_time_that_it_has_grown_and_no_oftener(memory: Memory) -> None:
+    for number in range(3):
+        await memory.looks(20)
+        assert memory.num_trims == number
+        memory.size += GROWN_BYTES
+    await memory.looks(20)
+    assert (memory.num_trims, memory.size) == (3, memory.in_use)
+    memory.size += GROWN_BYTES - 1
+    await memory.looks(20)
+    assert memory.num_trims == 3
+
+
+async def test_what_a_burst_has_in_use_is_given_back_later_with_few_trims(memory: Memory) -> None:
+    memory.size = memory.in_use = memory.in_use + 4 * GROWN_BYTES
+    await memory.looks(1000)
+    assert 6 < memory.num_trims < 25
+    memory.in_use -= 4 * GROWN_BYTES
+    await memory.looks(3 * LONGEST_PAUSE)
+    assert memory.size == memory.in_use
+
+
+async def test_another_burst_is_trimmed_at_once_however_rare_trims_have_become(memory: Memory) -> None:
+    memory.size = memory.in_use = memory.in_use + 4 * GROWN_BYTES
+    await memory.looks(1000)
+    memory.size += GROWN_BYTES
+    await memory.looks(4)
+    assert memory.size == memory.in_use
+
+
+async def test_memory_is_trimmed_for_as_long_as_that_frees_some(memory: Memory) -> None:
+    memory.size, memory.in_use = memory.size + 20 * GROWN_BYTES, memory.in_use + 19 * GROWN_BYTES
+    for freed in range(19, 0, -1):
+        await memory.looks(4)
+        assert memory.size == memory.in_use
+        memory.in_use = 100 * MIB + (freed - 1) * GROWN_BYTES
+    await memory.looks(4)
+    assert memory.size == 100 * MIB

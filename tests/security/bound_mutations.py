@@ -436,6 +436,21 @@ CONNECTIONS = (
         "::test_calls_that_wait_for_a_handler_are_cancelled_only_far_above_what_a_few_connections_may_have",
     ),
     Mutation(
+        "memory is trimmed only right after it has grown",
+        "kvrelay/runtime/freed_memory.py",
+        "        elif has_burst or num_looks > pause:",
+        "        elif has_burst:",
+        "tests/runtime/test_freed_memory.py::test_what_a_burst_has_in_use_is_given_back_later_with_few_trims",
+    ),
+    Mutation(
+        "memory of large messages is never trimmed",
+        "kvrelay/runtime/freed_memory.py",
+        "lambda: trim(0)",
+        "lambda: None",
+        "tests/security/test_header_bombs.py::test_a_gateway_keeps_little_of_header_lists_that_are_too_large",
+        300,
+    ),
+    Mutation(
         "a gateway takes messages as large as a worker does",
         "gateway/main.py",
         "create_server(guard=security.guard, limits=settings.connection_limits)",

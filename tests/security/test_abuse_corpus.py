@@ -5,7 +5,6 @@ gateway's own processor time, memory and counters, and never the wall clock.
 """
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from kvrelay.kserve import grpc_service_pb2 as kserve_pb
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import session_pb2
 from tests.integration.clusters import assert_at_rest, cluster_of, engine, greedy, random_prompt
+from tests.support.process_memory import MAX_GROWN_BYTES, growth_at_rest, memory_of
 from tests.support.tiny_models import make_tiny_model
 
 MIB = 2**20
@@ -33,8 +33,6 @@ MAX_CPU_S = 0.5
 """Of the gateway for one case; it took up to 6 s before there were bounds."""
 MAX_DELAY_S = 0.1
 """Of the gateway's event loop; a bound of the histogram."""
-MAX_GROWN_BYTES = 32 * MIB
-SETTLE_TIMEOUT_S = 10.0
 INFERENCE = "/kvrelay.v1.InferenceService/"
 NUM_TOKENS = 16
 KSERVE = "/inference.GRPCInferenceService/ModelInfer"
@@ -207,15 +205,6 @@ async def test_a_hostile_message_costs_little_and_no_other_client_notices(cluste
     assert cluster.pid("gateway") == gateway
 
 
-async def growth_at_rest(pid: int, memory: int) -> int:
-    """What the process has more than `memory` bytes, once it has collected what it can."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(SETTLE_TIMEOUT_S):
-            while memory_of(pid) - memory >= MAX_GROWN_BYTES:  # noqa: ASYNC110 - another process collects
-                await asyncio.sleep(0.1)
-    return memory_of(pid) - memory
-
-
 async def connected(client: AsyncClient) -> set[str]:
     """Ids of the workers that are connected."""
     return {worker.worker_id for worker in (await client.cluster()).workers if worker.connected}
@@ -240,7 +229,3 @@ async def status_of(address: str, case: Case, data: bytes) -> grpc.StatusCode:
 def cpu_of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
