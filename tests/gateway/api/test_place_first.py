@@ -58,7 +58,7 @@ async def test_without_a_place_no_request_of_a_front_is_prepared() -> None:
     gateway: Any = SimpleNamespace(
         settings=settings, starter=FULL, preparation=UNTOUCHED, tokenizers=SimpleNamespace(files=None)
     )
-    context: Any = SimpleNamespace(time_remaining=lambda: None)
+    context: Any = SimpleNamespace(time_remaining=lambda: None, invocation_metadata=lambda: ())
     with pytest.raises(OverloadedError):
         await anext(VllmEngineService(gateway).Generate(engine_pb.GenerateRequest(request_id="r", text="x"), context))
 
