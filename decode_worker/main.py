@@ -89,7 +89,9 @@ def build_services(
     )
     format_checks = FormatChecks()
     grammars = GrammarCompiler(engine.grammars.compile, format_checks.check)
-    service = DecodeService(place.hello, engine.model, place.address, thread, traces, grammars.get, place.owners)
+    service = DecodeService(
+        place.hello, engine.model, place.address, thread, traces, grammars.get, place.owners, place.prove
+    )
 
     def add_to(server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(service, server)

@@ -17,6 +17,7 @@ from decode_worker.scheduling import events
 from kvrelay.core.job import FailureKind, Job, JobId, SequenceToken
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.runtime.fault_points import fault_point
+from kvrelay.security.cluster_key import ProveWorker, prove_nothing
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, session_pb2
 from kvrelay.wire.convert import chunk_time_to_pb, job_id_from_pb, job_id_to_pb, sequence_token_to_pb
 from kvrelay.worker.commands import JobEnd, JobEnded, JobFailed
@@ -39,6 +40,7 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         traces: JobTraces | None = None,
         compile_grammar: CompileGrammar = refuse_response_format,
         owners: OwnerLookup | None = None,
+        prove: ProveWorker = prove_nothing,
     ) -> None:
         self._model = model
         self._push_address = push_address
@@ -50,7 +52,9 @@ class DecodeService(decode_pb2_grpc.DecodeServiceServicer):
         )
         cancel, fail = self._preparation.cancel, self._preparation.fail
         self._watch = ReservationWatch(fail, self._offer_idle)
-        self.sessions = GatewaySessions(hello, decode_pb2.DecodeServiceSessionResponse, model, cancel, fail, owners)
+        self.sessions = GatewaySessions(
+            hello, decode_pb2.DecodeServiceSessionResponse, model, cancel, fail, owners, prove
+        )
 
     async def Session(  # type: ignore[override]  # a coroutine that writes to the context
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]

@@ -75,7 +75,7 @@ class Gateway:
         self._members: MemberView | None = None
         self.requests = RunningRequests()
         self.sessions = WorkerSessions(
-            SessionSettings(gateway_id, settings.server.liveness_window_ms, settings.peers.session_move_ms),
+            _sessions_of(gateway_id, settings),
             on_event=self.requests.dispatch,
             on_lost=self.requests.on_worker_lost,
             on_death_confirmed=self.requests.on_death_confirmed,
@@ -180,6 +180,13 @@ class Gateway:
     def _on_workers_changed(self) -> None:
         self.models.on_workers_changed()
         self.requests.on_workers_changed()
+
+
+def _sessions_of(gateway_id: str, settings: GatewaySettings) -> SessionSettings:
+    peers = settings.peers
+    return SessionSettings(
+        gateway_id, settings.server.liveness_window_ms, peers.session_move_ms, takes_unproven=peers.unproven_workers
+    )
 
 
 def _bounds(settings: GatewaySettings) -> Bounds:

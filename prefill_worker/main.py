@@ -84,7 +84,9 @@ def build_services(
     tracing = create_tracing(settings.server.otlp_endpoint, "prefill", place.hello.worker_id)
     format_checks = FormatChecks()
     grammars = GrammarCompiler(engine.grammars.compile, format_checks.check)
-    service = PrefillService(place.hello, engine.model, context, thread, JobTraces(tracing), grammars.get, place.owners)
+    service = PrefillService(
+        place.hello, engine.model, context, thread, JobTraces(tracing), grammars.get, place.owners, place.prove
+    )
 
     def add_to(server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(service, server)

@@ -18,6 +18,7 @@ from kvrelay.kv_transfer.codec import TICKET_BYTES
 from kvrelay.kv_transfer.transports import PushPlan
 from kvrelay.runtime.event_loop import call_soon
 from kvrelay.runtime.fault_points import fault_point
+from kvrelay.security.cluster_key import ProveWorker, prove_nothing
 from kvrelay.v1 import prefill_pb2, prefill_pb2_grpc, session_pb2
 from kvrelay.wire.convert import chunk_time_to_pb, job_id_from_pb, job_id_to_pb, sequence_token_to_pb
 from kvrelay.worker.commands import JobEnd, JobEnded, JobFailed
@@ -54,6 +55,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         traces: JobTraces | None = None,
         compile_grammar: CompileGrammar = refuse_response_format,
         owners: OwnerLookup | None = None,
+        prove: ProveWorker = prove_nothing,
     ) -> None:
         self._model = model
         self._sender_context = sender_context
@@ -63,7 +65,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServiceServicer):
         self.metrics = PrefillMetrics()
         self._traces = traces or JobTraces()
         self.sessions = GatewaySessions(
-            hello, prefill_pb2.PrefillServiceSessionResponse, model, self._cancel, self._fail, owners
+            hello, prefill_pb2.PrefillServiceSessionResponse, model, self._cancel, self._fail, owners, prove
         )
         self._preparation: JobPreparation[commands.Command] = JobPreparation(
             inbox, compile_grammar, self._on_ended, self._on_failed

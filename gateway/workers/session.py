@@ -22,6 +22,9 @@ from kvrelay.core.liveness import HELLO_TIMEOUT_S, PROTOCOL_VERSION, Liveness
 from kvrelay.core.member import MemberRole
 from kvrelay.errors import InvalidRequestError, UnavailableError
 from kvrelay.network.first_status import FirstStatus
+from kvrelay.security.cluster_key import Challenge, WorkerProof
+from kvrelay.security.credentials import ChannelCredentials
+from kvrelay.security.principal import Role
 from kvrelay.v1 import decode_pb2_grpc, prefill_pb2_grpc, session_pb2
 from kvrelay.wire.convert import load_from_pb
 
@@ -38,6 +41,12 @@ class SessionSettings:
     move_ms: int = 300_000
     """How long a busy session may keep changed certificates."""
     wants_cache_changes: bool = False
+    takes_unproven: bool = False
+    """Workers without the cluster's key."""
+
+
+class UntrustedWorkerError(Exception):
+    pass
 
 
 class WorkerSession:
@@ -53,6 +62,7 @@ class WorkerSession:
         channel: grpc.aio.Channel,
         settings: SessionSettings,
         on_event: Callable[[WorkerSession, SessionResponse], None],
+        credentials: ChannelCredentials | None = None,
     ) -> None:
         self.role = role
         self.address = address
@@ -66,6 +76,9 @@ class WorkerSession:
         self._identity: WorkerIdentity | None = None
         self._settings = settings
         self._on_event = on_event
+        self._challenge: Challenge | None = None
+        if credentials is not None and not settings.takes_unproven:
+            self._challenge = credentials.challenge(Role(role.value), address)
         self._outbox: asyncio.Queue[SessionRequest] = asyncio.Queue(MAX_QUEUED_COMMANDS)
         self._liveness = Liveness(settings.liveness_window_ms, _now())
         self._num_assigned = 0
@@ -143,6 +156,7 @@ class WorkerSession:
 
         Raises:
             UnavailableError: the handshake failed.
+            UntrustedWorkerError: the worker has not met the challenge.
         """
         call = self._open_call()
         # `call.read()` stops at a failed write, and a call with unread messages never ends.
@@ -162,7 +176,11 @@ class WorkerSession:
     async def _handshake(self, call: Any, responses: AsyncIterator[Any], status: FirstStatus) -> WorkerIdentity:
         asked = self._settings
         greeting = session_messages.hello(
-            self.role, asked.gateway_id, asked.liveness_window_ms, wants_cache_changes=asked.wants_cache_changes
+            self.role,
+            asked.gateway_id,
+            asked.liveness_window_ms,
+            self._challenge,
+            wants_cache_changes=asked.wants_cache_changes,
         )
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -179,6 +197,12 @@ class WorkerSession:
         if identity.protocol_version != PROTOCOL_VERSION:
             raise UnavailableError(
                 f"{self.address} speaks protocol version {identity.protocol_version}, not {PROTOCOL_VERSION}"
+            )
+        proof = WorkerProof(response.hello.nonce, response.hello.proof)
+        if self._challenge is not None and not self._challenge.is_met_by(proof):
+            raise UntrustedWorkerError(
+                f"{self.address} does not prove that it has the cluster's key, so it gets nothing; see which process "
+                "listens there, and upgrade it if it is a worker of an older version"
             )
         self._on_received(response)
         return identity

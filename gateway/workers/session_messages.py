@@ -12,6 +12,7 @@ from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.member import MemberRole
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.core.quoting import shortened
+from kvrelay.security.cluster_key import Challenge
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.wire import convert
 
@@ -48,7 +49,12 @@ class WorkerIdentity:
 
 
 def hello(
-    role: MemberRole, gateway_id: str, liveness_window_ms: int, *, wants_cache_changes: bool = False
+    role: MemberRole,
+    gateway_id: str,
+    liveness_window_ms: int,
+    challenge: Challenge | None = None,
+    *,
+    wants_cache_changes: bool = False,
 ) -> SessionRequest:
     greeting = session_pb2.GatewayHello(
         gateway_id=gateway_id,
@@ -56,6 +62,8 @@ def hello(
         liveness_window_ms=liveness_window_ms,
         wants_cache_changes=wants_cache_changes,
     )
+    if challenge is not None:
+        greeting.nonce, greeting.dialled_address = challenge.nonce, challenge.address
     return _REQUEST_TYPES[role](hello=greeting)
 
 

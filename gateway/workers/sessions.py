@@ -20,7 +20,7 @@ from gateway.routing.retry_budget import RetryBudget
 from gateway.routing.router import Assignment, RouteQuery, WorkerView
 from gateway.routing.routing import Routing
 from gateway.workers import session_messages
-from gateway.workers.session import SessionSettings, WorkerSession
+from gateway.workers.session import SessionSettings, UntrustedWorkerError, WorkerSession
 from gateway.workers.session_messages import Command, SessionResponse
 from gateway.workers.worker_trust import WorkerTrust
 from kvrelay.core.backoff import Backoff
@@ -43,10 +43,6 @@ _ADVICE = "it registered this address; if it is reached by another from here, gi
 
 _log = structlog.get_logger(__name__)
 _Endpoint = tuple[MemberRole, str]
-
-
-class _UntrustedWorkerError(Exception):
-    pass
 
 
 class WorkerSessions:
@@ -212,7 +208,7 @@ class WorkerSessions:
                 credentials = self._towards(Role(role.value))
                 async with create_channel(address, credentials=credentials) as channel:
                     while endpoint in self._wanted and self._towards(Role(role.value)) == credentials:
-                        session = WorkerSession(role, address, channel, self._settings, self._dispatch)
+                        session = WorkerSession(role, address, channel, self._settings, self._dispatch, credentials)
                         async with self._moving(session, credentials):
                             if await self._run_session(session):
                                 backoff.reset()
@@ -275,10 +271,11 @@ class WorkerSessions:
             reason = await session.run(on_connected)
             self._problems[endpoint] = f"the session with it ended: {reason}"
             _log.info("session with worker ended", worker_id=session.worker_id, address=session.address, reason=reason)
-        except _UntrustedWorkerError as refusal:
+        except UntrustedWorkerError as refusal:
             self._problems[endpoint] = str(refusal)
             if self._may_log(endpoint):
                 _log.warning("worker is refused", role=session.role.value, address=session.address, reason=str(refusal))
+            self._resolve_death(endpoint, None)
         except UnavailableError as failure:
             self._problems[endpoint] = failure.message if endpoint in self._reached else f"{failure.message}; {_ADVICE}"
             if self._may_log(endpoint):
@@ -301,7 +298,7 @@ class WorkerSessions:
         if problem is not None:
             if not self._trust.is_named(*endpoint, worker_id):
                 self._unnamed[endpoint] = worker_id
-            raise _UntrustedWorkerError(problem)
+            raise UntrustedWorkerError(problem)
 
     def _may_log(self, endpoint: _Endpoint) -> bool:
         now = asyncio.get_running_loop().time()

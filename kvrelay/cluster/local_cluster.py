@@ -25,7 +25,7 @@ from kvrelay.cluster.member_settings import (
     with_certificates,
     with_cluster_key,
     with_cores,
-    with_peer_port,
+    with_peers,
     with_server,
 )
 from kvrelay.cluster.readiness import ask_cluster, describe_connections, has_all
@@ -254,6 +254,8 @@ class LocalCluster:
     async def _add_gateway(self, number: int) -> None:
         settings = self.gateway if number == 0 else of_another(self.gateway)
         settings = with_server(settings, port=self._hold_port(settings.server.host, settings.server.port, "--port"))
+        if self.valkey is None and settings.security.cluster_key_file is None:  # then workers have no key
+            settings = with_peers(settings, unproven_workers=True)
         if number == 0:
             self.gateway = settings
             self.gateway_address = address_here(settings.server.host, settings.server.port)
@@ -263,7 +265,7 @@ class LocalCluster:
             peer_port = self._hold_port(
                 settings.server.host, settings.peers.peer_port if number == 0 else 0, "--peer-port"
             )
-            settings = with_peer_port(settings, peer_port)
+            settings = with_peers(settings, peer_port=peer_port)
             address = address_here(settings.server.host, peer_port) if settings.has_peer_port else address
         self._asked_addresses += (address,)
         await self._add(GATEWAY_NAME if number == 0 else f"{GATEWAY_NAME}-{number}", "gateway", settings)

@@ -67,8 +67,8 @@ def operator_prover(gateway: SecuritySettings, key: ClusterKeyFile | None) -> Ca
     return partial(ClusterKey.read(gateway.cluster_key_file or key.path).proof_of, Role.OPERATOR)
 
 
-def with_peer_port(settings: GatewaySettings, port: int) -> GatewaySettings:
-    return settings.model_copy(update={"peers": settings.peers.model_copy(update={"peer_port": port})})
+def with_peers(settings: GatewaySettings, **changes: object) -> GatewaySettings:
+    return settings.model_copy(update={"peers": settings.peers.model_copy(update=changes)})
 
 
 def of_another(settings: SettingsT) -> SettingsT:

@@ -123,6 +123,12 @@ class PeerSettings(Settings):
         "go on as new attempts. Sessions with idle workers change at once.",
     )
 
+    unproven_workers: bool = Field(
+        default=False,
+        description="With --cluster-key-file, take workers that do not prove that they have the key: those of an older "
+        "version, or without one. Whoever can write the registry then gets prompts.",
+    )
+
     @property
     def fingerprints(self) -> frozenset[str]:
         given = (each.strip() for each in (self.allowed_fingerprints or "").split(","))

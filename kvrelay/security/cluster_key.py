@@ -5,6 +5,8 @@
 A server takes such a proof for the address that it listens on, and since it does. So who answers at
 another address, as a forged registry may name it, or did so earlier, can use it nowhere. It travels
 in the clear: the key is for one machine, whose processes share one clock.
+
+A worker's greeting has an HMAC over its role, the address dialled and a random number of each side.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +26,9 @@ from kvrelay.errors import ConfigError, UnauthenticatedError
 from kvrelay.security.principal import Principal, Role
 
 MIN_KEY_BYTES = 32
+NONCE_BYTES = 32
 _PREFIX = "kvrelay-role"
+_WORKER_PREFIX = "kvrelay-worker"
 _MAX_FILE_BYTES = 4096
 
 
@@ -65,6 +70,35 @@ def read_cluster_key(path: str) -> bytes:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerProof:
+    nonce: bytes = b""
+    digest: bytes = b""
+
+
+NO_PROOF = WorkerProof()
+ProveWorker = Callable[[bytes, str], WorkerProof]
+"""Gets a gateway's nonce and the address dialled."""
+
+
+def prove_nothing(nonce: bytes, address: str) -> WorkerProof:
+    return NO_PROOF
+
+
+class Challenge:
+    """For one session with a worker."""
+
+    def __init__(self, key: "ClusterKey", role: Role, address: str) -> None:
+        self._key = key
+        self._role = role
+        self.address = address
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+
+    def is_met_by(self, proof: WorkerProof) -> bool:
+        expected = self._key.worker_digest(self._role, self.address, self.nonce, proof.nonce)
+        return hmac.compare_digest(expected, proof.digest)
+
+
 class ClusterKey:
     """Takes no proof before `listens`."""
 
@@ -86,6 +120,22 @@ class ClusterKey:
         """For one call, to the address that is dialled."""
         said = f"{_PREFIX}.{role}.{self._clock_ns()}.{address.encode().hex()}"
         return f"{said}.{self._digest(said).decode()}"
+
+    def prove_worker(self, role: Role, nonce: bytes, address: str) -> WorkerProof:
+        """Raises UnauthenticatedError for an address of others."""
+        if not nonce:  # a gateway of an older version
+            return NO_PROOF
+        if len(nonce) != NONCE_BYTES or not self._is_own(address):
+            raise UnauthenticatedError(
+                f"the greeting dials {quoted(address)}, and another process than this one may answer there; dial this "
+                f"one by the address at which it listens, with a nonce of {NONCE_BYTES} bytes"
+            )
+        own = secrets.token_bytes(NONCE_BYTES)
+        return WorkerProof(own, self.worker_digest(role, address, nonce, own))
+
+    def worker_digest(self, role: Role, address: str, gateway_nonce: bytes, worker_nonce: bytes) -> bytes:
+        said = f"{_WORKER_PREFIX}.{role}.{address.encode().hex()}.{gateway_nonce.hex()}.{worker_nonce.hex()}"
+        return hmac.digest(self._key, said.encode(), hashlib.sha256)
 
     def identify(self, token: str) -> Principal | None:
         """Returns None for tokens of another kind or key. Raises UnauthenticatedError."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from kvrelay.security.cluster_key import Challenge, ClusterKey
 from kvrelay.security.principal import Role
 from kvrelay.security.role_names import peer_roles, server_name, spiffe_id
 
@@ -28,6 +29,11 @@ class ChannelCredentials:
     digest: bytes
     prover: Callable[[str], str] | None = None
     """Makes the bearer token of a call to an address."""
+    cluster_key: ClusterKey | None = None
+    """None: certificates prove workers."""
+
+    def challenge(self, role: Role, address: str) -> Challenge | None:
+        return None if self.cluster_key is None else Challenge(self.cluster_key, role, address)
 
 
 Towards = Callable[[Role], ChannelCredentials | None]

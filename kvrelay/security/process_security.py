@@ -17,7 +17,7 @@ import structlog
 
 from kvrelay.errors import ConfigError, KvrelayError
 from kvrelay.security.audit import REFUSED, AuditLog, CallAudit, set_current_audit
-from kvrelay.security.cluster_key import ClusterKey
+from kvrelay.security.cluster_key import ClusterKey, ProveWorker, prove_nothing
 from kvrelay.security.credentials import ChannelCredentials, ProcessCertificates
 from kvrelay.security.guard import AuthContext, BearerVerifier, Guard
 from kvrelay.security.method_rules import GRPC_RULES, HTTP_RULES, Rules
@@ -76,6 +76,9 @@ class ProcessSecurity:
         self._certificates = certificates
         self._cluster_key = cluster_key
         self._prover = None if cluster_key is None else partial(cluster_key.proof_of, role)
+        self.prove_worker: ProveWorker = (
+            prove_nothing if cluster_key is None else partial(cluster_key.prove_worker, role)
+        )
         self._takes_keys = takes_keys
         self._local_clients = local_clients
         self.num_refused: Counter[str] = Counter()
@@ -172,7 +175,7 @@ class ProcessSecurity:
         """For a channel to a process of this role, as the files are now. None: plain text."""
         if self._certificates is not None:
             return self._certificates.towards(role)
-        return None if self._prover is None else ChannelCredentials(None, None, b"", self._prover)
+        return None if self._prover is None else ChannelCredentials(None, None, b"", self._prover, self._cluster_key)
 
     def listens(self, is_own: Callable[[str], bool]) -> None:
         """See `ClusterKey.listens`."""

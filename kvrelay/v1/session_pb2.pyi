@@ -716,6 +716,8 @@ class GatewayHello(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     LIVENESS_WINDOW_MS_FIELD_NUMBER: _builtins.int
     WANTS_CACHE_CHANGES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    DIALLED_ADDRESS_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """The gateway's instance id, new with every start of the process."""
     protocol_version: _builtins.int
@@ -726,6 +728,10 @@ class GatewayHello(_message.Message):
     """
     wants_cache_changes: _builtins.bool
     """Whether the worker shall tell what its prefix cache holds, for routing. Default false."""
+    nonce: _builtins.bytes
+    """32 random bytes that the worker's proof is about. Empty without a cluster key."""
+    dialled_address: _builtins.str
+    """The address at which the gateway reached the worker, as host:port. Set with `nonce`."""
     def __init__(
         self,
         *,
@@ -733,10 +739,12 @@ class GatewayHello(_message.Message):
         protocol_version: _builtins.int = ...,
         liveness_window_ms: _builtins.int = ...,
         wants_cache_changes: _builtins.bool = ...,
+        nonce: _builtins.bytes = ...,
+        dialled_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "liveness_window_ms", b"liveness_window_ms", "protocol_version", b"protocol_version", "wants_cache_changes", b"wants_cache_changes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialled_address", b"dialled_address", "gateway_id", b"gateway_id", "liveness_window_ms", b"liveness_window_ms", "nonce", b"nonce", "protocol_version", b"protocol_version", "wants_cache_changes", b"wants_cache_changes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -754,6 +762,8 @@ class WorkerHello(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker's instance id, new with every start of the process."""
     protocol_version: _builtins.int
@@ -764,6 +774,12 @@ class WorkerHello(_message.Message):
     """Most tokens of one sequence that the worker's pool can hold."""
     engine: _builtins.str
     """What computes, for people: a variant of the kernels, and why no better one; or torch."""
+    nonce: _builtins.bytes
+    """32 random bytes of the worker. Set with `proof`."""
+    proof: _builtins.bytes
+    """Proves that the worker has the cluster's key: an HMAC over its role, the address that the
+    gateway dialled, and both nonces. Empty where the gateway sent no nonce.
+    """
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The model that the worker serves."""
@@ -777,10 +793,12 @@ class WorkerHello(_message.Message):
         block_size: _builtins.int = ...,
         max_sequence_tokens: _builtins.int = ...,
         engine: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "engine", b"engine", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "nonce", b"nonce", "proof", b"proof", "protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

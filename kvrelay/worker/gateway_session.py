@@ -13,6 +13,7 @@ from kvrelay.core.bounds import MAX_ADDRESS_BYTES, check_length
 from kvrelay.core.liveness import HELLO_TIMEOUT_S, PROTOCOL_VERSION, Liveness
 from kvrelay.errors import DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
 from kvrelay.kv_cache.cache_feed import CacheFeed
+from kvrelay.security.cluster_key import ProveWorker, prove_nothing
 from kvrelay.v1 import session_pb2
 from kvrelay.wire.convert import cache_changes_to_pb
 
@@ -45,11 +46,13 @@ class GatewaySession:
         hello: session_pb2.WorkerHello,
         make_response: MakeResponse,
         on_command: Callable[[GatewaySession, str, Any], None],
+        prove: ProveWorker = prove_nothing,
     ) -> None:
         self._context = context
         self._hello = hello
         self._make_response = make_response
         self._on_command = on_command
+        self._prove = prove
         self._outbox: asyncio.Queue[Any] = asyncio.Queue(MAX_QUEUED_MESSAGES)
         self._overflown = asyncio.Event()
         self._liveness = Liveness(MIN_WINDOW_MS, _now())
@@ -73,6 +76,7 @@ class GatewaySession:
             DeadlineError: no greeting came in time.
             InvalidRequestError: the first message is no greeting, or names its gateway wrongly.
             PreconditionError: the gateway speaks another protocol version.
+            UnauthenticatedError: it dialled an address of others.
         """
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -91,7 +95,11 @@ class GatewaySession:
         window_ms = min(max(request.hello.liveness_window_ms, MIN_WINDOW_MS), MAX_WINDOW_MS)
         self._window_s = window_ms / 1000
         self._liveness = Liveness(window_ms, _now())
-        await self._write(self._make_response(hello=self._hello))
+        check_length("hello.dialled_address", request.hello.dialled_address, MAX_ADDRESS_BYTES)
+        proof = self._prove(request.hello.nonce, request.hello.dialled_address)
+        hello = session_pb2.WorkerHello(nonce=proof.nonce, proof=proof.digest)
+        hello.MergeFrom(self._hello)
+        await self._write(self._make_response(hello=hello))
 
     async def serve(self, ended: asyncio.Event) -> None:
         """Serves until the gateway ends the session or the worker sets `ended`.

@@ -17,6 +17,7 @@ from kvrelay.core.job_validation import check_num_tokens, validate_job
 from kvrelay.core.model_spec import ModelSpec
 from kvrelay.errors import InvalidRequestError, OverloadedError, UnavailableError
 from kvrelay.kv_cache.cache_feed import CacheFeed
+from kvrelay.security.cluster_key import ProveWorker, prove_nothing
 from kvrelay.v1 import decode_pb2, prefill_pb2, session_pb2
 from kvrelay.wire.convert import failure_kind_to_pb, job_from_pb, job_id_from_pb, job_id_to_pb, load_to_pb
 from kvrelay.worker.gateway_session import EventSink, GatewaySession
@@ -56,10 +57,12 @@ class GatewaySessions:
         cancel: Callable[[JobId], None],
         fail: Callable[[JobId, FailureKind, str], None],
         owners: OwnerLookup | None = None,
+        prove: ProveWorker = prove_nothing,
     ) -> None:
         self._hello = hello
         self._response_type = response_type
         self._model = model
+        self._prove_worker = prove
         self._cancel = cancel
         self._fail = fail
         self._sessions: dict[GatewaySession, None] = {}
@@ -104,7 +107,7 @@ class GatewaySessions:
             raise OverloadedError(f"the worker has {MAX_SESSIONS} sessions already; end others first")
         self._num_calls += 1
         try:
-            await self._serve(GatewaySession(context, self._hello, self._make_response, on_command))
+            await self._serve(GatewaySession(context, self._hello, self._make_response, on_command, self._prove_worker))
         finally:
             self._num_calls -= 1
 

@@ -35,6 +35,7 @@ from kvrelay.runtime import event_loop
 from kvrelay.runtime.garbage_collection import collecting_when_idle, keep_what_is_loaded
 from kvrelay.runtime.own_time import TurnClock
 from kvrelay.runtime.watchdog import send_keepalives
+from kvrelay.security.cluster_key import ProveWorker, prove_nothing
 from kvrelay.security.credentials import Towards, in_plain_text
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import ProcessSecurity
@@ -70,6 +71,7 @@ class WorkerPlace:
     towards: Towards = in_plain_text
     peers: RegisteredPeers | None = None
     """None, as in tests without Redis: every address counts."""
+    prove: ProveWorker = prove_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ async def serve_worker(
         security.listens(OwnPlaces(server_settings.host, bound.port, address).__contains__)
         registry = MemberRegistry(connection, server_settings.lease_ms)
         hello, owners, peers = _hello(worker_id, engine), RequestOwners(connection), RegisteredPeers(registry)
-        place = WorkerPlace(hello, address, owners, security.towards, peers)
+        place = WorkerPlace(hello, address, owners, security.towards, peers, security.prove_worker)
         services = kind.build_services(place)
         services.add_to(server)
         tokenizer_service = TokenizerService(engine.folder, engine.model.fingerprint)

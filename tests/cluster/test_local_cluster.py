@@ -19,10 +19,12 @@ from kvrelay.client import Cluster
 from kvrelay.cluster import local_cluster, member_settings
 from kvrelay.cluster.local_cluster import AnySettings, LocalCluster
 from kvrelay.cluster.readiness import ask_cluster
+from kvrelay.config.security_settings import SecuritySettings
 from kvrelay.config.settings import DecodeSettings, GatewaySettings, PrefillSettings, ServerSettings
 from kvrelay.errors import StartupError, UnavailableError
 from kvrelay.runtime.cpu_cores import ProcessorShare, format_cores
 from kvrelay.runtime.supervision import keep_running
+from kvrelay.state.embedded_valkey import EmbeddedValkey
 from kvrelay.state.redis_connection import RedisConnection
 from tests.support.fake_cluster import fake_command
 from tests.support.fake_worker import FOLDER_VARIABLE, WORKER_VARIABLE
@@ -97,6 +99,37 @@ async def test_a_port_stays_a_process_s_own_while_that_is_away() -> None:
         # connections that have just ended do not count
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(("is_own_redis", "has_key"), [(True, False), (False, False), (False, True)])
+async def test_a_gateway_takes_unproven_workers_only_at_a_redis_of_others(
+    tmp_path: Path, is_own_redis: bool, has_key: bool
+) -> None:
+    """Workers that join it have no key of the cluster, unless a file is named."""
+    cluster, _ = make_cluster()
+    told: dict[str, Any] = {}
+
+    def keep(name: str, settings: AnySettings) -> AnySettings:
+        told[name] = settings
+        return settings
+
+    cluster.adjust = keep
+    if has_key:
+        key_file = tmp_path.with_suffix(".key")  # beside the folder that the stand-ins look into
+        key_file.touch(0o600)
+        key_file.write_text("k" * 64)
+        security = SecuritySettings(cluster_key_file=str(key_file))
+        cluster.gateway = cluster.gateway.model_copy(update={"security": security})
+    redis = EmbeddedValkey()
+    await redis.start()
+    try:
+        if not is_own_redis:
+            cluster.redis_url = redis.url
+        async with cluster:
+            assert told["gateway"].peers.unproven_workers is not (is_own_redis or has_key)
+            assert (told["decode-0"].security.cluster_key_file is None) is not is_own_redis
+    finally:
+        await redis.stop()
 
 
 async def test_workers_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

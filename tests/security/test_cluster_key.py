@@ -1,5 +1,6 @@
 """The key by which processes of one cluster prove their roles."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,7 @@ from kvrelay.config.settings import (
 )
 from kvrelay.errors import ConfigError, UnauthenticatedError
 from kvrelay.network.rpc import create_channel
-from kvrelay.security.cluster_key import ClusterKey, ClusterKeyFile, read_cluster_key
+from kvrelay.security.cluster_key import NO_PROOF, Challenge, ClusterKey, ClusterKeyFile, read_cluster_key
 from kvrelay.security.keys import digest_of, new_key
 from kvrelay.security.principal import Role
 from kvrelay.v1 import session_pb2, session_pb2_grpc
@@ -80,6 +81,37 @@ def test_a_proof_from_before_the_process_listened_is_refused() -> None:
     with pytest.raises(UnauthenticatedError):
         key.identify(earlier)
     assert key.identify(key.proof_of(Role.GATEWAY, ADDRESS)) is not None
+
+
+def test_a_workers_proof_is_of_its_role_address_key_and_session() -> None:
+    worker = key_at(ADDRESS)
+    challenge = Challenge(ClusterKey(b"k" * 32), Role.DECODE, ADDRESS)
+    proof = worker.prove_worker(Role.DECODE, challenge.nonce, ADDRESS)
+    assert challenge.is_met_by(proof)
+    assert proof != worker.prove_worker(Role.DECODE, challenge.nonce, ADDRESS)
+    assert not challenge.is_met_by(worker.prove_worker(Role.PREFILL, challenge.nonce, ADDRESS))
+    assert not challenge.is_met_by(replace(proof, nonce=b"n" * 32))
+    assert not challenge.is_met_by(replace(proof, digest=proof.digest[:-1]))
+    assert not challenge.is_met_by(NO_PROOF)
+    for other in (
+        Challenge(ClusterKey(b"k" * 32), Role.DECODE, ADDRESS),
+        Challenge(ClusterKey(b"x" * 32), Role.DECODE, ADDRESS),
+    ):
+        assert not other.is_met_by(proof)
+    there = key_at("127.0.0.1:50052").prove_worker(Role.DECODE, challenge.nonce, "127.0.0.1:50052")
+    assert not challenge.is_met_by(there)
+
+
+@pytest.mark.parametrize(
+    ("nonce", "dialled"), [(b"n" * 32, "127.0.0.1:50052"), (b"n" * 31, ADDRESS), (b"n" * 33, ADDRESS)]
+)
+def test_a_worker_proves_nothing_for_another_address_or_a_nonce_of_another_length(nonce: bytes, dialled: str) -> None:
+    with pytest.raises(UnauthenticatedError, match="dial this one by the address"):
+        key_at(ADDRESS).prove_worker(Role.DECODE, nonce, dialled)
+
+
+def test_a_gateway_of_an_older_version_gets_no_proof_and_is_served() -> None:
+    assert key_at(ADDRESS).prove_worker(Role.DECODE, b"", "") == NO_PROOF
 
 
 def test_a_written_key_is_for_its_user_alone_and_is_read_again() -> None:

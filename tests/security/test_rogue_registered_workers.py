@@ -3,9 +3,10 @@
 What the registry says, what the process says and what the operator allows have to agree.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvrelay.config.security_settings import PeerSettings, SecuritySettings
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.network.own_places import OwnPlaces
 from kvrelay.network.rpc import create_channel, create_server
+from kvrelay.security.cluster_key import NO_PROOF, ClusterKey, WorkerProof
 from kvrelay.security.principal import Role
 from kvrelay.security.process_security import ProcessSecurity
 from kvrelay.v1 import decode_pb2_grpc, session_pb2, session_pb2_grpc
@@ -133,6 +135,78 @@ def cluster_key(folder: Path) -> SecuritySettings:
     return SecuritySettings(cluster_key_file=str(path))
 
 
+async def proven(bench: Bench, settings: SecuritySettings) -> FakeDecodeWorker:
+    """A worker with the cluster's key."""
+    assert settings.cluster_key_file is not None
+    key, worker = ClusterKey.read(settings.cluster_key_file), await bench.workers.add_decode()
+    key.listens(lambda dialled: dialled == worker.address)
+    worker.prove = partial(key.prove_worker, Role.DECODE)
+    return worker
+
+
+Forge = Callable[[bytes, str, WorkerProof | None], WorkerProof]
+FORGED: dict[str, Forge] = {
+    "nothing": lambda nonce, address, seen: NO_PROOF,
+    "random bytes": lambda nonce, address, seen: WorkerProof(b"n" * 32, b"d" * 32),
+    "the gateway's own nonce": lambda nonce, address, seen: WorkerProof(nonce, nonce),
+    "what a worker answered": lambda nonce, address, seen: seen or NO_PROOF,
+    "another key": lambda nonce, address, seen: other_key().prove_worker(Role.DECODE, nonce, address),
+}
+
+
+def other_key() -> ClusterKey:
+    key = ClusterKey(b"x" * 32)
+    key.listens(lambda dialled: True)
+    return key
+
+
+@pytest.mark.parametrize("name", FORGED)
+async def test_who_has_not_the_clusters_key_gets_no_prompt_even_if_the_registry_names_it(
+    bench: Bench, tmp_path: Path, name: str
+) -> None:
+    settings, seen = cluster_key(tmp_path), []
+    worker, rogue = await proven(bench, settings), await bench.workers.add_decode()
+    prove = worker.prove
+
+    def heard(nonce: bytes, address: str) -> WorkerProof:
+        seen.append(prove(nonce, address))
+        return seen[-1]
+
+    worker.prove = heard
+    rogue.prove = lambda nonce, address: FORGED[name](nonce, address, seen[-1] if seen else None)
+    await bench.announce(worker, rogue)
+    gateway = await bench.gateway(1, sections={"security": settings}, local_prefill_tokens=1000)
+    assert "does not prove that it has the cluster's key" in await problem_of(gateway, rogue)
+    await assert_nothing_goes_to(gateway, rogue)
+    assert seen[-1] != NO_PROOF
+
+
+async def test_a_proof_of_the_same_address_is_of_one_session(bench: Bench, tmp_path: Path) -> None:
+    """Who takes a worker's place may have seen all that it has ever sent."""
+    settings, seen = cluster_key(tmp_path), []
+    worker = await proven(bench, settings)
+    prove = worker.prove
+
+    def said_again(nonce: bytes, address: str) -> WorkerProof:
+        seen.append(prove(nonce, address))
+        return seen[0]
+
+    worker.prove = said_again
+    await bench.announce(worker)
+    await bench.gateway(1, sections={"security": settings})
+    other = await bench.gateway(0, sections={"security": settings})
+    assert "does not prove" in await problem_of(other, worker)
+
+
+async def test_unproven_workers_are_served_where_the_operator_says_so(bench: Bench, tmp_path: Path) -> None:
+    worker = await bench.workers.add_decode()
+    await bench.announce(worker)
+    sections = {"security": cluster_key(tmp_path), "peers": PeerSettings(unproven_workers=True)}
+    gateway = await bench.gateway(1, sections=sections, local_prefill_tokens=1000)
+    await read_all(gateway.stub.Generate(token_request(PROMPT, 4)))
+    assert worker.num_jobs == 1
+
+
 @asynccontextmanager
 async def served(
     servicer: Any, add: Any, port: int = 0, settings: SecuritySettings | None = None
@@ -163,7 +237,7 @@ async def answers(address: str, credentials: Any, metadata: Any = None) -> bool:
 
 async def told_by_a_gateway(bench: Bench, settings: SecuritySettings, rogue: Listening, address: str) -> Any:
     """What a gateway sends to the rogue, which a forged registry names."""
-    worker = await bench.workers.add_decode()
+    worker = await proven(bench, settings)
     member = Member("decode-rogue", MemberRole.DECODE, address, MODEL.name, MODEL.fingerprint)
     await bench.announce(worker)
     async with bench._registry.lease(member):

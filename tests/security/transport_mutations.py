@@ -17,6 +17,8 @@ CLUSTER_KEY = "kvrelay/security/cluster_key.py"
 TOKENS = "kvrelay/security/json_web_tokens.py"
 GUARD = "kvrelay/security/guard.py"
 VALKEY = "kvrelay/state/embedded_valkey.py"
+SESSION = "gateway/workers/session.py"
+ROGUE_TESTS = "tests/security/test_rogue_registered_workers.py"
 TLS_TESTS = "tests/security/test_tls.py"
 CERTIFICATE_TESTS = "tests/security/test_certificates.py"
 RULE_TESTS = "tests/security/test_method_rules.py"
@@ -250,8 +252,8 @@ PROOFS = (
     Mutation(
         "the cluster's key proves every role",
         CLUSTER_KEY,
-        "hmac.digest(self._key, said.encode(), hashlib.sha256)",
-        'hmac.digest(self._key, said.split(".", 2)[-1].encode(), hashlib.sha256)',
+        "hmac.digest(self._key, said.encode(), hashlib.sha256).hex()",
+        'hmac.digest(self._key, said.split(".", 2)[-1].encode(), hashlib.sha256).hex()',
         f"{KEY_TESTS}::test_a_proof_of_another_key_or_for_another_role_proves_nothing",
     ),
     Mutation(
@@ -267,6 +269,76 @@ PROOFS = (
         "        if not self._is_own(address) or int(time_ns) < self._since_ns:",
         "        if not self._is_own(address):",
         "tests/security/test_rogue_registered_workers.py::test_what_a_rogue_was_told_opens_no_later_worker_at_its_address",
+    ),
+    Mutation(
+        "a gateway gives prompts to workers without the cluster's key",
+        SESSION,
+        "        if self._challenge is not None and not self._challenge.is_met_by(proof):",
+        "        if False:",
+        f"{ROGUE_TESTS}::test_who_has_not_the_clusters_key_gets_no_prompt_even_if_the_registry_names_it",
+    ),
+    Mutation(
+        "a gateway asks no worker for the cluster's key",
+        SESSION,
+        "        if credentials is not None and not settings.takes_unproven:",
+        "        if False:",
+        f"{ROGUE_TESTS}::test_who_has_not_the_clusters_key_gets_no_prompt_even_if_the_registry_names_it",
+    ),
+    Mutation(
+        "workers without the cluster's key are taken by default",
+        "kvrelay/config/security_settings.py",
+        "    unproven_workers: bool = Field(\n        default=False,",
+        "    unproven_workers: bool = Field(\n        default=True,",
+        f"{ROGUE_TESTS}::test_who_has_not_the_clusters_key_gets_no_prompt_even_if_the_registry_names_it",
+    ),
+    Mutation(
+        "a worker's proof counts again",
+        CLUSTER_KEY,
+        "        self.nonce = secrets.token_bytes(NONCE_BYTES)",
+        "        self.nonce = bytes(NONCE_BYTES)",
+        f"{ROGUE_TESTS}::test_a_proof_of_the_same_address_is_of_one_session",
+    ),
+    Mutation(
+        "a worker's proof counts for every role",
+        CLUSTER_KEY,
+        'f"{_WORKER_PREFIX}.{role}.{address',
+        'f"{_WORKER_PREFIX}.{address',
+        f"{KEY_TESTS}::test_a_workers_proof_is_of_its_role_address_key_and_session",
+    ),
+    Mutation(
+        "a worker's proof counts at every address",
+        CLUSTER_KEY,
+        "{address.encode().hex()}.{gateway_nonce",
+        "{gateway_nonce",
+        f"{KEY_TESTS}::test_a_workers_proof_is_of_its_role_address_key_and_session",
+    ),
+    Mutation(
+        "a worker's own number is not in its proof",
+        CLUSTER_KEY,
+        ".{worker_nonce.hex()}",
+        "",
+        f"{KEY_TESTS}::test_a_workers_proof_is_of_its_role_address_key_and_session",
+    ),
+    Mutation(
+        "a worker proves itself for an address of others",
+        CLUSTER_KEY,
+        "        if len(nonce) != NONCE_BYTES or not self._is_own(address):",
+        "        if len(nonce) != NONCE_BYTES:",
+        f"{KEY_TESTS}::test_a_worker_proves_nothing_for_another_address_or_a_nonce_of_another_length",
+    ),
+    Mutation(
+        "a worker proves itself for a number of any length",
+        CLUSTER_KEY,
+        "        if len(nonce) != NONCE_BYTES or not self._is_own(address):",
+        "        if not self._is_own(address):",
+        f"{KEY_TESTS}::test_a_worker_proves_nothing_for_another_address_or_a_nonce_of_another_length",
+    ),
+    Mutation(
+        "a gateway whose workers have its key takes others",
+        "kvrelay/cluster/local_cluster.py",
+        "        if self.valkey is None and settings.security.cluster_key_file is None:",
+        "        if True:",
+        "tests/cluster/test_local_cluster.py::test_a_gateway_takes_unproven_workers_only_at_a_redis_of_others",
     ),
     Mutation(
         "a name is an address of the process",

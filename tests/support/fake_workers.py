@@ -23,6 +23,7 @@ from kvrelay.core.member import Member, MemberRole
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.core.sampling_params import SamplingParams
 from kvrelay.network.rpc import create_server
+from kvrelay.security.cluster_key import ProveWorker, WorkerProof, prove_nothing
 from kvrelay.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, session_pb2, session_pb2_grpc
 from kvrelay.wire import convert
 from tests.support.small_tokenizer import make_tokenizer, tokenizer_files
@@ -77,6 +78,7 @@ class FakeWorker:
         self._silent = False
         self.load = WorkerLoad(num_free_blocks=100, num_blocks=100)
         self.max_sequence_tokens = 512
+        self.prove: ProveWorker = prove_nothing
         self._cluster = cluster
         self._server = create_server()
         self._outboxes: list[asyncio.Queue[Any]] = []
@@ -195,7 +197,8 @@ class FakeWorker:
         assert hello.hello.protocol_version == PROTOCOL_VERSION
         self.wants_cache_changes = hello.hello.wants_cache_changes
         self._outboxes.append(outbox)
-        yield response_type(hello=self._hello(), load=self._load())
+        proof = self.prove(hello.hello.nonce, hello.hello.dialled_address)
+        yield response_type(hello=self._hello(proof), load=self._load())
         reading = asyncio.create_task(self._read(requests))
         try:
             while True:
@@ -218,13 +221,15 @@ class FakeWorker:
     def _obey(self, name: str, message: Any) -> None:
         raise NotImplementedError
 
-    def _hello(self) -> session_pb2.WorkerHello:
+    def _hello(self, proof: WorkerProof) -> session_pb2.WorkerHello:
         return session_pb2.WorkerHello(
             worker_id=self.worker_id,
             protocol_version=PROTOCOL_VERSION,
             model=convert.model_to_pb(self.model),
             block_size=16,
             max_sequence_tokens=self.max_sequence_tokens,
+            nonce=proof.nonce,
+            proof=proof.digest,
         )
 
     def _load(self) -> session_pb2.WorkerLoad:

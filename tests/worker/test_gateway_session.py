@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -12,6 +13,8 @@ from kvrelay.core.job import CacheChanges, WorkerLoad
 from kvrelay.core.liveness import PROTOCOL_VERSION
 from kvrelay.core.model_spec import KVLayout, ModelSpec
 from kvrelay.errors import DeadlineError, OverloadedError, UnavailableError
+from kvrelay.security.cluster_key import Challenge, ClusterKey, WorkerProof
+from kvrelay.security.principal import Role
 from kvrelay.v1 import decode_pb2, session_pb2
 from kvrelay.worker import gateway_session, gateway_sessions
 from kvrelay.worker.gateway_session import MAX_WINDOW_MS, MIN_WINDOW_MS, GatewaySession
@@ -45,6 +48,23 @@ def greeting(window_ms: int) -> Any:
 def session_over(call: Any) -> GatewaySession:
     make: Any = decode_pb2.DecodeServiceSessionResponse
     return GatewaySession(call, session_pb2.WorkerHello(), make, lambda session, name, command: None)
+
+
+async def test_a_worker_with_a_key_proves_itself_in_its_greeting() -> None:
+    key = ClusterKey(b"k" * 32)
+    key.listens(lambda dialled: dialled == "127.0.0.1:1")
+    make: Any = decode_pb2.DecodeServiceSessionResponse
+    challenge = Challenge(key, Role.DECODE, "127.0.0.1:1")
+    greets = greeting(5000)
+    greets.hello.nonce, greets.hello.dialled_address = challenge.nonce, challenge.address
+    call: Any = Call(greets)
+    hello = session_pb2.WorkerHello(worker_id="w")
+    prove = partial(key.prove_worker, Role.DECODE)
+    await GatewaySession(call, hello, make, lambda session, name, command: None, prove).handshake()
+    answer = call.written[0].hello
+    assert answer.worker_id == "w"
+    assert challenge.is_met_by(WorkerProof(answer.nonce, answer.proof))
+    assert hello == session_pb2.WorkerHello(worker_id="w")
 
 
 async def test_who_does_not_greet_in_time_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
