@@ -1,15 +1,17 @@
 """SmolLM2-135M-Instruct: paged generation against transformers, token for token."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from kvrelay.engine.kernel_backend import use_native_kernels, with_kv_dtype
 from kvrelay.engine.model_loader import load_model
 from kvrelay.engine.model_probe import least_cosine
 from kvrelay.engine.model_runner import LoadedModel
-from kvrelay.engine.native import load_library
+from kvrelay.engine.native import available_variants, load_library
 from kvrelay.models.store import DEMO_MODEL, default_model_dir
 from tests.engine.paged_generation import PagedGeneration
 from tests.engine.test_native_decoder import run_in_chunks
@@ -18,6 +20,9 @@ from tests.support.reference import NearTies, Reference
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
+VOCABULARY = 49_152
+NUM_PORTABLE = 1
+"""Prompts for the variant that takes a minute for each."""
 NUM_GENERATED = 24
 """More than a block, so that each prompt's decode enters a new one."""
 PROMPTS = (
@@ -52,6 +57,28 @@ def test_bfloat16_computes_what_float32_computes_with_the_rounded_weights(folder
     token_ids = list(range(300, 364))
     logits = [run_in_chunks(with_kv_dtype(each, "float32"), token_ids, [64]) for each in (model, wide)]
     assert least_cosine(*logits) > 0.99999
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(load_library() is None, reason=left_out.C_COMPILER)
+@pytest.mark.parametrize(("dtype", "int8"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_all_variants_give_the_same_logits_to_64_prompts(folder: Path, dtype: str, int8: bool) -> None:
+    chance = random.Random(64)
+    prompts = [[chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 64))] for _ in range(64)]
+
+    def digests(variant: str) -> list[int]:
+        model = use_native_kernels(load_model(folder, DEMO_MODEL, dtype, "cpu"), int8=int8, variant=variant)
+        chosen = prompts[:NUM_PORTABLE] if variant == "portable" else prompts
+        logits = (run_in_chunks(model, prompt, [len(prompt)]) for prompt in chosen)
+        return [xxhash.xxh3_64_intdigest(rows.numpy().tobytes()) for rows in logits]
+
+    found = {variant: digests(variant) for variant in available_variants()}
+    assert len(found) > 1
+    first, *others = found.values()
+    for other in others:
+        num_common = min(len(first), len(other))
+        assert other[:num_common] == first[:num_common]
+    assert max(map(len, found.values())) == len(set(first + others[0])) == len(prompts)
 
 
 @pytest.mark.parametrize(
