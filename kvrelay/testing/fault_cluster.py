@@ -32,6 +32,7 @@ from kvrelay.config.settings import (
     TransferSettings,
 )
 from kvrelay.errors import KvrelayError
+from kvrelay.network.listening import bind_sockets
 from kvrelay.runtime.child_process import LineSink
 from kvrelay.runtime.fault_points import FaultAction
 from kvrelay.state.embedded_valkey import EmbeddedValkey
@@ -92,6 +93,7 @@ class FaultCluster:
     """None unless `secured`."""
     _cluster: LocalCluster = field(init=False)
     _sources: ConnectionSources = field(init=False)
+    _held_ports: list[socket.socket] = field(default_factory=list, init=False)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -129,6 +131,8 @@ class FaultCluster:
             process.proxy.heal()
         if hasattr(self, "_cluster"):
             await self._cluster.stop()
+        while self._held_ports:
+            self._held_ports.pop().close()
         for process in self.processes.values():
             await process.proxy.stop()
         if hasattr(self, "valkey_proxy"):
@@ -249,7 +253,10 @@ class FaultCluster:
         return [*gateways, *prefill, *(f"decode-{number}" for number in range(self.num_decode))]
 
     async def _add_process(self, name: str) -> None:
-        proxy = FaultProxy("127.0.0.1", _free_port(), self._sources.name_of)
+        # Held until the end, or another program may have it when the process starts again.
+        (held,) = bind_sockets("127.0.0.1", 0, name)
+        self._held_ports.append(held)
+        proxy = FaultProxy("127.0.0.1", held.getsockname()[1], self._sources.name_of)
         await proxy.start()
         control = FaultControl(name, self.folder / name)
         self.processes[name] = FaultProcess(name, self._cluster, control, proxy)
@@ -338,9 +345,3 @@ class OneOfFault:
     def disarm(self) -> None:
         for fault in self.faults.values():
             fault.disarm()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
