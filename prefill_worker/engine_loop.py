@@ -1,7 +1,4 @@
-"""The prefill worker's engine loop: schedule, run, publish.
-
-Announces each written layer, so that KV travels while the rest of the step is computed.
-"""
+"""The prefill worker's engine loop: schedule, run, announce each written layer, publish."""
 
 import time
 from collections.abc import Callable

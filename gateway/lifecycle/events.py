@@ -1,7 +1,4 @@
-"""Events that a request's lifecycle handles, and actions that it returns. Pure values.
-
-Events name their worker, so that reports on another worker's job are dropped.
-"""
+"""Events that a request's lifecycle handles, and actions that it returns. Pure values."""
 
 from dataclasses import dataclass
 from enum import Enum, auto

@@ -1,7 +1,4 @@
-"""Runs one request: feeds its lifecycle with events and carries out the actions.
-
-It has no task: each event is handled at once, on the loop.
-"""
+"""Runs one request: feeds its lifecycle with events and carries out the actions, on the loop."""
 
 import asyncio
 import random

@@ -1,12 +1,11 @@
 """Decides whether the prefill or the decode worker computes a prompt. Pure.
 
-It predicts when the sequence can be decoded, its first token sent and its KV in place:
+It predicts when the sequence can be decoded, with its KV in place:
 
     prefill worker   (queue + prompt) / rate + step + handoff
     decode worker    (queue + prompt) / rate + step
 
-A worker that decodes gives prompts only a part of its steps, and has another rate for them. What is
-not measured counts as before the first measurement, in prompt tokens of the prefill worker:
+Until rates are measured, in prompt tokens of the prefill worker:
 
     prefill worker   queue + prompt + HANDOFF_TOKENS
     decode worker    (queue + prompt) x slowdown

@@ -2,7 +2,7 @@
 
 prefill      |------------------------|
 on the wire       |===========================|
-exposed                               |--tail-| what more wire than prefill there is, and the tail
+exposed                               |--tail-|
 """
 
 from dataclasses import dataclass, field

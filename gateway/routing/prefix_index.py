@@ -1,9 +1,9 @@
-"""Which worker has which blocks in its prefix cache, as far as is told. Pure.
+"""Which worker has which blocks in its prefix cache. Pure.
 
     prompt   | block 0 | block 1 | block 2 |
     holders     a, b        a         a        a: 3 blocks, b: 1 block
 
-Entries are pairs of a block and a worker. The blocks looked up longest ago are left out first.
+An entry is a block and a worker. Blocks looked up longest ago go first.
 """
 
 from collections import OrderedDict

@@ -51,11 +51,10 @@ class WorkerSessions:
     Args:
         on_event: gets (request id, event).
         on_lost: gets a worker's id and whether it seems dead.
-        on_death_confirmed: gets, soon after, the id and whether it really died.
+        on_death_confirmed: gets the id and whether it really died.
         on_room: gets how many more requests workers may get.
         towards: a session moves to a new channel when these credentials change.
         trust: says which workers get sessions.
-        routing: chooses workers; by load without it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A whole cluster as processes on this machine, for `serve all`, `demo` and tests.
 
-Gateways' gRPC ports and all HTTP ports are chosen before the start, because clients must know them.
-Named ports go to the first gateway.
+Gateways' gRPC ports and all HTTP ports are chosen before the start. Named ports go to the first
+gateway.
 """
 
 import asyncio

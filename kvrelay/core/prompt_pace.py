@@ -1,10 +1,9 @@
 """Measures how fast prompts are computed, and how many of their tokens a step may take. Pure.
 
-    alone    steps with prompts only:                seconds = step_s + tokens / rate
-    shared   steps in which sequences decode too:    rate = tokens / seconds
+    alone    steps with prompts only:           seconds = step_s + tokens / rate
+    shared   steps in which sequences decode:   rate = tokens / seconds
 
-Medians of the last steps, so that an outlier counts for nothing. A value holds until its median is
-an eighth away, so that noise turns no decision back and forth.
+A value holds until the median of the last steps is an eighth away, so that noise turns no decision.
 """
 
 from collections import deque

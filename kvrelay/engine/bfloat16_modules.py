@@ -15,7 +15,7 @@ _ROWS_AT_ONCE = 1024  # of a weight
 
 
 def compute_in_float32(module: Any, dtype: torch.dtype) -> None:
-    """Widens all but linear layers, embeddings and experts, which from now on widen what they use.
+    """Widens all but linear layers, embeddings and experts, which widen what they use.
 
     Args:
         dtype: of embeddings before they are widened.

@@ -1,7 +1,4 @@
-"""Reads decoders of transformers as the kernels describe them, layer by layer.
-
-Knows where each architecture keeps its parts, and nothing of how they are packed.
-"""
+"""Reads decoders of transformers as the kernels describe them, layer by layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,8 +182,7 @@ def read_decoder(
     """None: the kernels cannot compute it as a whole.
 
     Args:
-        windows: of each layer, not the config's.
-        dtype: that is computed in; weights may be narrower.
+        dtype: weights may be narrower.
     """
     layout = LAYOUTS.get(architecture)
     if layout is None or any(getattr(module.config, name) is not None for name in layout.not_with):

@@ -1,6 +1,5 @@
-"""Moves a loaded model to compiled kernels where possible, and quantizes it if asked.
+"""Moves a loaded model to compiled kernels, as a whole or its linear layers and attention.
 
-Some architectures run in the kernels as a whole, others only their linear layers and attention.
 The results must agree with torch's.
 """
 

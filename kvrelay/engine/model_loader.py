@@ -36,8 +36,7 @@ def load_model(
     Args:
         path: folder with config.json and safetensors, .gguf file, or name in a reachable hub.
         dtype: auto: the checkpoint's own, float32 for GGUF.
-        for_kernels: of a float32 model, weights that are stored in bfloat16 may stay so, until
-            `use_native_kernels` takes them.
+        for_kernels: weights stored in bfloat16 may stay so until `use_native_kernels`.
 
     Raises:
         ModelLoadError: missing, broken or unsupported; says what to do.

@@ -1,4 +1,4 @@
-"""Runs whole decoders in compiled kernels: one call per step instead of thousands of torch's.
+"""Runs whole decoders in compiled kernels, by one call per step.
 
 A row gives the same bits alone and in a batch, in a prompt and token by token.
 """

@@ -2,7 +2,7 @@
 
 changes  ->  pending  ->  take, with each message
                 |
-                '-- too many: forget all, then a list of all that is cached
+                '-- too many: forget all, then all that is cached
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Gives the memory of freed messages back to the system.
 
-glibc keeps it in an arena for each thread: after a burst of large messages a process stays large.
+glibc keeps it in arenas, so that a process stays large after a burst.
 """
 
 import asyncio

@@ -2,9 +2,8 @@
 
     kvrelay-role.ROLE.TIME.ADDRESS.HMAC of all before it    TIME in ns, ADDRESS in hexadecimal
 
-A server takes such a proof for the address that it listens on, and since it does. So who answers at
-another address, as a forged registry may name it, or did so earlier, can use it nowhere. It travels
-in the clear: the key is for one machine, whose processes share one clock.
+A server takes such a proof for its own address, made since it listens. So who answers at another,
+or did earlier, can use it nowhere. It travels in the clear: the key is for one machine.
 
 A worker's greeting has an HMAC over its role, the address dialled and a random number of each side.
 """

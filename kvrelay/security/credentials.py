@@ -1,7 +1,7 @@
 """gRPC's credentials, made of a process's certificate files.
 
-A server asks for its certificate at each handshake. A channel keeps its own, so its holder makes
-another when `digest` changes.
+A server asks for its certificate at each handshake. A channel's holder makes another when `digest`
+changes.
 """
 
 from __future__ import annotations  # gRPC's classes are generic for type checkers only

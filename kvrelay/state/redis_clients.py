@@ -140,9 +140,7 @@ class _PoolClient:
 
 
 class _SentinelClient(_PoolClient):
-    """Asks for the primary while it is used: after a failover by hand the one before takes writes
-    for seconds, and loses them.
-    """
+    """Asks for the primary while it is used: the one before may take writes, and loses them."""
 
     def __init__(self, pool: SentinelConnectionPool, sentinels: Sentinel) -> None:
         super().__init__(pool)

@@ -1,7 +1,4 @@
-"""Explains errors of Redis, and on the way to it, in a sentence.
-
-Errors without a `RedisFault` are defects of kvrelay's own commands and scripts.
-"""
+"""Explains errors of Redis, and on the way to it. Others are kvrelay's own defects."""
 
 import re
 import socket

@@ -1,7 +1,7 @@
 """The lists of requests, newest first, by pages: one of all, and one of each tenant.
 
-A list is spread over NUM_BUCKETS sorted sets, by the ids, so that the nodes of a cluster share it.
-Each has ids by creation time. Requests expire by themselves; readers and writers remove their ids.
+A list is spread over NUM_BUCKETS sorted sets by creation time, so that a cluster's nodes share it.
+Requests expire by themselves; readers and writers remove their ids.
 """
 
 import hashlib

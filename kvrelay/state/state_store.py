@@ -225,8 +225,7 @@ class StateStore:
     ) -> RequestPage:
         """Newest first, of one tenant or, with None, of all.
 
-        InvalidRequestError for a wrong `page_token`. A tenant's list lacks requests of gateways of
-        older versions.
+        InvalidRequestError for a wrong `page_token`.
         """
         return await self._request_list.read_page(page_size, page_token, active_only, tenant)
 

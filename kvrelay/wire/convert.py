@@ -75,10 +75,7 @@ def sampling_from_pb(message: session_pb2.SamplingParams) -> SamplingParams:
 
 
 def with_model_defaults(sampling: SamplingParams, message: Message, model: ModelSpec) -> SamplingParams:
-    """Fills fields that the client's message left open.
-
-    The gateway does this once, so that each attempt is sampled alike on any worker.
-    """
+    """Fills fields that the client left open: once, so that each attempt is sampled alike."""
     return model.sampling_defaults.apply(sampling, {field.name for field, _ in message.ListFields()})
 
 

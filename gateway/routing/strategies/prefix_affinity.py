@@ -2,10 +2,10 @@
 
 Costs are the prompt tokens that the fastest prefill worker computes meanwhile:
 
-    on the decode worker    (queue + uncached) x how much slower it is
-    on a prefill worker     the same, handoff, and what the decode worker must be sent
+    decode worker    (queue + uncached) x how much slower it is
+    prefill worker   the same, handoff, and KV to send
 
-Where nothing is cached anywhere, the choice is that by load.
+Where nothing is cached, the choice is that by load.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Requests with the same key go to the same workers. Pure.
 
-By rendezvous hashing (Thaler and Ravishankar 1998): a worker that comes or goes moves only the keys
-that it gets or had. Gateways need not agree on anything.
+By rendezvous hashing (Thaler and Ravishankar 1998): a worker that comes or goes moves only its own
+keys.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """The less busy of two workers drawn at random. Pure.
 
-Gateways that see the same loads then do not all choose the same worker (Mitzenmacher 2001, "The
-Power of Two Choices in Randomized Load Balancing").
+So gateways that see the same loads choose different ones (Mitzenmacher 2001).
 """
 
 from collections.abc import Callable, Sequence

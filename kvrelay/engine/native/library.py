@@ -1,6 +1,6 @@
 """The compiled kernels: structures as in the C headers, and typed functions.
 
-Callers keep tensors alive, because addresses are passed. Calls release the interpreter lock.
+Callers keep tensors alive. Calls release the interpreter lock.
 """
 
 import ctypes
