@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import stat
+import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from kvrelay.engine.native import library
-from kvrelay.engine.native.build import KernelsUnavailableError, build_library
+from kvrelay.engine.native.build import KernelsUnavailableError, _find_compiler, build_library
 from kvrelay.engine.native.library import load_own
+from kvrelay.engine.native.variant_choice import Variant, variants_to_build
 from tests.support import left_out
 
 QUICK_COMPILER = 'exec cc "$@" -O0'
@@ -184,6 +186,21 @@ def test_a_variant_whose_instructions_the_compiler_does_not_know_is_left_out(
     assert hasattr(library, "run_decoder_portable")
     assert not hasattr(library, "run_decoder_amx")
     assert not hasattr(library, "run_decoder_avxvnni")
+
+
+@needs_compiler
+def test_every_variant_is_there_whose_instructions_the_compiler_knows(tmp_path: Path) -> None:
+    """One that does not compile for another reason would only be logged."""
+    own = ctypes.CDLL(str(build_library()))
+    source = tmp_path / "empty.c"
+    source.write_text("int nothing;\n")
+
+    def is_known(variant: Variant) -> bool:
+        command = [_find_compiler(), *variant.flags, "-c", str(source), "-o", str(tmp_path / "empty.o")]
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+    for variant in variants_to_build():
+        assert hasattr(own, f"run_decoder_{variant.name}") == is_known(variant), variant.name
 
 
 def test_machines_with_other_processors_share_the_library(
