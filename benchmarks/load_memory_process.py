@@ -33,7 +33,7 @@ class LoadMemory:
 
 def measure(folder: Path, dtype: str, quantize: str) -> LoadMemory:
     before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
     engine = _load(folder, dtype, quantize)
     peak = _status_bytes("VmHWM")
     _collect()
@@ -47,7 +47,7 @@ def _load(folder: Path, dtype: str, quantize: str) -> WorkerEngine:
 
 
 def _status_bytes(name: str) -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
     return int(fields[name].split()[0]) * 1024
 
 

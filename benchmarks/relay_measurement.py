@@ -25,9 +25,10 @@ from benchmarks.relay_floor import FloorPlan, FloorRecord, run_floor
 from benchmarks.simulated_worker import SimulatedWorker
 from benchmarks.statistics import percentile
 from kvrelay.cluster.local_cluster import GATEWAY_NAME, LocalCluster
-from kvrelay.config.security_settings import SecuritySettings
+from kvrelay.config.security_settings import PeerSettings, SecuritySettings
 from kvrelay.config.settings import GatewaySettings, RequestSettings, ServerSettings
 from kvrelay.errors import StartupError
+from kvrelay.testing.waiting import wait_until
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 600.0
@@ -133,6 +134,7 @@ class RelayBench:
             server=ServerSettings(log_level="warning"),
             requests=RequestSettings(max_running_requests=4096, max_queued_prompt_tokens=2**22),
             security=SecuritySettings() if credentials is None else credentials.keys,
+            peers=PeerSettings(any_workers=True),  # simulated ones have no key of the cluster
         )
         tls_folder = None if credentials is None else str(credentials.folder)
         async with AsyncExitStack() as stack:
@@ -150,6 +152,8 @@ class RelayBench:
             ]
             for worker in workers:
                 await stack.enter_async_context(worker.running())
+            connected = "the gateway has sessions with all simulated workers"
+            await wait_until(lambda: all(worker.is_connected for worker in workers), connected, START_TIMEOUT_S)
             pool = stack.enter_context(ProcessPoolExecutor(num_clients, mp_context=get_context("spawn")))
             yield RelayBench(cluster, workers, started, pool, num_clients, cores, credentials)
 

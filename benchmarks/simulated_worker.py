@@ -108,6 +108,11 @@ class SimulatedWorker:
             MemberRole.PREFILL, prefill_pb2.PrefillServiceSessionResponse, lambda _: None
         )
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a gateway has sessions with it in both roles."""
+        return min(self._decode.num_sessions, self._prefill.num_sessions) > 0
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[SimulatedWorker]:
         """Serves on a free port of the loopback interface."""

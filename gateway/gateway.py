@@ -185,7 +185,7 @@ class Gateway:
 def _sessions_of(gateway_id: str, settings: GatewaySettings) -> SessionSettings:
     peers = settings.peers
     return SessionSettings(
-        gateway_id, settings.server.liveness_window_ms, peers.session_move_ms, takes_unproven=peers.unproven_workers
+        gateway_id, settings.server.liveness_window_ms, peers.session_move_ms, takes_unproven=peers.any_workers
     )
 
 

@@ -255,7 +255,7 @@ class LocalCluster:
         settings = self.gateway if number == 0 else of_another(self.gateway)
         settings = with_server(settings, port=self._hold_port(settings.server.host, settings.server.port, "--port"))
         if self.valkey is None and settings.security.cluster_key_file is None:  # then workers have no key
-            settings = with_peers(settings, unproven_workers=True)
+            settings = with_peers(settings, any_workers=True)
         if number == 0:
             self.gateway = settings
             self.gateway_address = address_here(settings.server.host, settings.server.port)

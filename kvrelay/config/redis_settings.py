@@ -10,15 +10,14 @@ from kvrelay.state.redis_url import TLS_SETTINGS, with_password_of, with_sentine
 class RedisSettings(Settings):
     redis_url: str | None = Field(
         default=None,
-        description="Redis or Valkey, such as redis://HOST:6379/0; redis+cluster://HOST:6379,HOST:6379 for a cluster, "
-        "redis+sentinel://HOST:26379,HOST:26379/SERVICE behind Sentinels. "
-        "Every process needs it.",
+        description="Redis or Valkey, such as redis://HOST:6379/0. A cluster's scheme is redis+cluster, with some of its "
+        "nodes as HOST:PORT,HOST:PORT; behind Sentinels redis+sentinel, with these and /SERVICE. Every process needs it.",
     )
     redis_password_file: str | None = Field(
         default=None,
         description="File with the password of --redis-url, which then needs none: flags are seen by other users.",
     )
-    redis_sentinel_password_file: str | None = Field(
+    sentinel_pass_file: str | None = Field(
         default=None,
         description="File with the password of the Sentinels of a redis+sentinel:// url, if they have one.",
     )
@@ -42,10 +41,10 @@ class RedisSettings(Settings):
         url = with_tls_of(self.redis_url, {name: getattr(self, name) for name in TLS_SETTINGS})
         if self.redis_password_file is not None:
             url = with_password_of(url, self.redis_password_file)
-        if self.redis_sentinel_password_file is not None:
-            url = with_sentinel_password_of(url, self.redis_sentinel_password_file)
+        if self.sentinel_pass_file is not None:
+            url = with_sentinel_password_of(url, self.sentinel_pass_file)
         return url
 
 
-IN_THE_URL = ("redis_password_file", "redis_sentinel_password_file", *TLS_SETTINGS)
+IN_THE_URL = ("redis_password_file", "sentinel_pass_file", *TLS_SETTINGS)
 """What `required_redis_url` has in it."""

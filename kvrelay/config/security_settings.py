@@ -123,7 +123,7 @@ class PeerSettings(Settings):
         "go on as new attempts. Sessions with idle workers change at once.",
     )
 
-    unproven_workers: bool = Field(
+    any_workers: bool = Field(
         default=False,
         description="With --cluster-key-file, take workers that do not prove that they have the key: those of an older "
         "version, or without one. Whoever can write the registry then gets prompts.",

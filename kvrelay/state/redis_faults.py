@@ -42,7 +42,7 @@ NO_SENTINEL_SENTENCE = (
 OTHER_SERVICE_SENTENCE = "no Sentinel of --redis-url watches a primary by the name in it"
 NO_PRIMARY_SENTENCE = "no Sentinel of --redis-url knows a primary that is up"
 SENTINEL_PASSWORD_SENTENCE = (
-    "the Sentinels refuse the user or the password for them: give theirs in --redis-sentinel-password-file, or leave "
+    "the Sentinels refuse the user or the password for them: give theirs in --sentinel-pass-file, or leave "
     "it out if they have none"
 )
 SENTINEL_RIGHTS_SENTENCE = (

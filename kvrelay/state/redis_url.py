@@ -144,10 +144,10 @@ def with_sentinel_password_of(url: str, file: str) -> str:
     """Raises ConfigError as `with_password_of`, and where the url names no Sentinels."""
     target = parse_redis_url(url)
     if target.kind is not RedisKind.SENTINEL:
-        raise _error(url, "it names no Sentinels: write redis+sentinel://, or leave redis_sentinel_password_file out")
+        raise _error(url, "it names no Sentinels: write redis+sentinel://, or leave sentinel_pass_file out")
     if target.sentinel_password is not None:
-        raise _error(url, "it has sentinel_password, and there is --redis-sentinel-password-file: leave one out")
-    return _with_options(url, {"sentinel_password": _read_password("redis_sentinel_password_file", file)})
+        raise _error(url, "it has sentinel_password, and there is --sentinel-pass-file: leave one out")
+    return _with_options(url, {"sentinel_password": _read_password("sentinel_pass_file", file)})
 
 
 def _read_password(setting: str, file: str) -> str:

@@ -62,6 +62,7 @@ class FaultCluster:
         engine, requests, server, transfer: changes to those settings.
         prefill_engines, decode_engines: changes to single workers' engine settings, by number.
         secured: switches on everything in `kvrelay.testing.security`.
+        redis_ports: of another Redis in `server`.
         on_line: called with process name and line of its output.
         command: called at each start of a process; may start another version.
     """
@@ -78,6 +79,7 @@ class FaultCluster:
     decode_engines: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     restart: bool = False
     secured: bool = False
+    redis_ports: frozenset[int] = frozenset()
     valkey_mib: int = 256
     on_line: LineSink = lambda _name, _line: None
     command: Callable[[Role], Sequence[str]] = serve_command

@@ -146,7 +146,8 @@ def _problems_of_descriptors(cluster: "FaultCluster", name: str) -> list[str]:
 
 
 def _num_own_descriptors(cluster: "FaultCluster", process: "FaultProcess") -> int:
-    return process.num_descriptors() - process.num_connections_to(cluster.valkey_proxy.port)
+    ports = {cluster.valkey_proxy.port, *cluster.redis_ports}
+    return process.num_descriptors() - sum(map(process.num_connections_to, ports))
 
 
 async def _check_redis(cluster: "FaultCluster", timeout_s: float) -> None:

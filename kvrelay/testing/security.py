@@ -37,7 +37,7 @@ MAX_UNCHECKED = 1000
 _COMMANDS = ("+@read", "+@write", "+@scripting", "+@connection", "-@dangerous", "+info", "+time")
 REDIS_KEYS = {
     "gateway": ("~kvrelay:*",),
-    "worker": ("~kvrelay:{registry}:*", "~kvrelay:{probe}:*", "%R~kvrelay:*:owner"),
+    "worker": ("~kvrelay:{registry}:*", "~kvrelay:{probe*}:*", "%R~kvrelay:*:owner"),
 }
 """By Redis user, as in docs/guides/security.md."""
 

@@ -102,7 +102,7 @@ async def test_a_port_stays_a_process_s_own_while_that_is_away() -> None:
 
 
 @pytest.mark.parametrize(("is_own_redis", "has_key"), [(True, False), (False, False), (False, True)])
-async def test_a_gateway_takes_unproven_workers_only_at_a_redis_of_others(
+async def test_a_gateway_takes_any_workers_only_at_a_redis_of_others(
     tmp_path: Path, is_own_redis: bool, has_key: bool
 ) -> None:
     """Workers that join it have no key of the cluster, unless a file is named."""
@@ -126,7 +126,7 @@ async def test_a_gateway_takes_unproven_workers_only_at_a_redis_of_others(
         if not is_own_redis:
             cluster.redis_url = redis.url
         async with cluster:
-            assert told["gateway"].peers.unproven_workers is not (is_own_redis or has_key)
+            assert told["gateway"].peers.any_workers is not (is_own_redis or has_key)
             assert (told["decode-0"].security.cluster_key_file is None) is not is_own_redis
     finally:
         await redis.stop()

@@ -46,6 +46,8 @@ class Failover:
     primary: EmbeddedValkey
     replica: EmbeddedValkey
     by_hand: Callable[[], Awaitable[None]]
+    ports: frozenset[int]
+    """Of all servers, and of Sentinels."""
 
     async def by_death(self) -> None:
         os.kill(self.primary.pid, signal.SIGKILL)
@@ -69,7 +71,8 @@ async def in_cluster(folder: Path) -> AsyncIterator[Failover]:
             async with admin_of(replica) as client:
                 await client.execute_command("CLUSTER", "FAILOVER")
 
-        yield Failover(started.url, started.servers[number], replica, by_hand)
+        ports = frozenset(server.port for server in started.servers)
+        yield Failover(started.url, started.servers[number], replica, by_hand, ports)
 
 
 @asynccontextmanager
@@ -80,7 +83,8 @@ async def behind_sentinels(folder: Path) -> AsyncIterator[Failover]:
             async with started.sentinels[0].client() as client:
                 await eventually(partial(sentinels.fails_over, client), FAILOVER_TIMEOUT_S)
 
-        yield Failover(started.url, started.servers[0], started.servers[1], by_hand)
+        ports = frozenset([each.port for each in started.servers] + [each.port for each in started.sentinels])
+        yield Failover(started.url, started.servers[0], started.servers[1], by_hand, ports)
 
 
 DEPLOYMENTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Failover]]] = {
@@ -113,7 +117,8 @@ async def check_failovers(
 ) -> None:
     async with deployment(folder) as failover:
         server = {"redis_url": failover.url, "redis_timeout_ms": REDIS_TIMEOUT_MS}
-        async with FaultCluster(requests=SETTINGS, engine=ENGINE, server=server) as cluster, cluster.client() as client:
+        rig = FaultCluster(requests=SETTINGS, engine=ENGINE, server=server, redis_ports=failover.ports)
+        async with rig as cluster, cluster.client() as client:
             load = LastingLoad(cluster, make_requests(2 * NUM_CLIENTS, num_tokens=num_tokens), NUM_CLIENTS)
             ended_before: list[int] = []
 

@@ -198,10 +198,10 @@ async def test_a_proof_of_the_same_address_is_of_one_session(bench: Bench, tmp_p
     assert "does not prove" in await problem_of(other, worker)
 
 
-async def test_unproven_workers_are_served_where_the_operator_says_so(bench: Bench, tmp_path: Path) -> None:
+async def test_any_workers_are_served_where_the_operator_says_so(bench: Bench, tmp_path: Path) -> None:
     worker = await bench.workers.add_decode()
     await bench.announce(worker)
-    sections = {"security": cluster_key(tmp_path), "peers": PeerSettings(unproven_workers=True)}
+    sections = {"security": cluster_key(tmp_path), "peers": PeerSettings(any_workers=True)}
     gateway = await bench.gateway(1, sections=sections, local_prefill_tokens=1000)
     await read_all(gateway.stub.Generate(token_request(PROMPT, 4)))
     assert worker.num_jobs == 1

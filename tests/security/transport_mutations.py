@@ -287,8 +287,8 @@ PROOFS = (
     Mutation(
         "workers without the cluster's key are taken by default",
         "kvrelay/config/security_settings.py",
-        "    unproven_workers: bool = Field(\n        default=False,",
-        "    unproven_workers: bool = Field(\n        default=True,",
+        "    any_workers: bool = Field(\n        default=False,",
+        "    any_workers: bool = Field(\n        default=True,",
         f"{ROGUE_TESTS}::test_who_has_not_the_clusters_key_gets_no_prompt_even_if_the_registry_names_it",
     ),
     Mutation(
@@ -338,7 +338,7 @@ PROOFS = (
         "kvrelay/cluster/local_cluster.py",
         "        if self.valkey is None and settings.security.cluster_key_file is None:",
         "        if True:",
-        "tests/cluster/test_local_cluster.py::test_a_gateway_takes_unproven_workers_only_at_a_redis_of_others",
+        "tests/cluster/test_local_cluster.py::test_a_gateway_takes_any_workers_only_at_a_redis_of_others",
     ),
     Mutation(
         "a name is an address of the process",

@@ -152,7 +152,8 @@ async def test_what_is_no_single_redis_is_refused_with_what_to_give_instead(mode
 
     async with FakeRedis(say) as server, RedisConnection(server.url, TIMEOUT_MS) as connection:
         with pytest.raises(
-            ConfigError, match="Sentinel: give the address" if mode == "sentinel" else "node of a Redis Cluster"
+            ConfigError,
+            match=r"Sentinel: write redis\+sentinel://" if mode == "sentinel" else "node of a Redis Cluster",
         ):
             await connection.check()
 

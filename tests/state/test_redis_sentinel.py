@@ -47,7 +47,7 @@ async def test_a_service_that_no_sentinel_watches_is_refused_with_those_that_the
 
 @pytest.mark.parametrize("password", ["", "?sentinel_password=wrong"])
 async def test_a_wrong_password_of_the_sentinels_is_said(watched: WatchedDeployment, password: str) -> None:
-    with pytest.raises(ConfigError, match="--redis-sentinel-password-file"):
+    with pytest.raises(ConfigError, match="--sentinel-pass-file"):
         await check_redis_at(watched.url.split("?")[0] + password)
 
 
@@ -86,7 +86,7 @@ async def test_servers_given_for_sentinels_and_sentinels_given_for_a_server_are_
 async def test_password_files_of_both_complete_the_url(watched: WatchedDeployment, tmp_path: Path) -> None:
     files = {
         "redis_password_file": watched.servers[0].password,
-        "redis_sentinel_password_file": watched.sentinels[0].password,
+        "sentinel_pass_file": watched.sentinels[0].password,
     }
     for name, password in files.items():
         (tmp_path / name).write_text(password)
