@@ -37,7 +37,7 @@ class ModelSettings(Settings):
         default="split",
         description="Activations beside bfloat16 weights: split has 16 bits of each, plain rounds them to bfloat16.",
     )
-    kernel_variant: Literal["auto", "amx", "avx512", "avxvnni", "avx2", "portable"] = Field(
+    kernel_variant: Literal["auto", "amx", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "portable"] = Field(
         default="auto", description="Instructions of the kernels; auto takes the best here. All give the same bits."
     )
     quantize: Literal["none", "int8"] = Field(

@@ -3,11 +3,13 @@ those that it cannot.
 """
 
 import ctypes
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import cast, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -104,10 +106,11 @@ def products(library: NativeLibrary, packed: PackedMatrix, inputs: Tensor) -> Te
     return outputs
 
 
-def pack(library: NativeLibrary, weight: Tensor, scheme: str) -> PackedMatrix:
+def pack(library: NativeLibrary, weight: Tensor, scheme: str, *, has_bias: bool = True) -> PackedMatrix:
     if scheme.startswith("bfloat16"):
         weight = weight.bfloat16()
-    return pack_matrix(weight, random(len(weight)), WeightArena(1 << 16), library, KINDS[scheme])
+    bias = random(len(weight)) if has_bias else None
+    return pack_matrix(weight, bias, WeightArena(1 << 16), library, KINDS[scheme])
 
 
 KINDS = {
@@ -149,7 +152,8 @@ def check_products(variant: str, content: Callable[..., Tensor], n: int, k: int,
     """Rows alone and in batches of any size: as the reference computes them in one batch."""
     library, reference = library_of(variant), library_of(REFERENCE)
     weight, inputs = content(n, k) / 16, content(MAX_ROWS, k)
-    packed, expected_packed = pack(library, weight, scheme), pack(reference, weight, scheme)
+    has_bias = content is not small  # it would hide them
+    packed, expected_packed = (pack(each, weight, scheme, has_bias=has_bias) for each in (library, reference))
     for ours, theirs in zip(packed.tensors, expected_packed.tensors, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), "weights are packed alike"
     expected = products(reference, expected_packed, inputs)
@@ -331,8 +335,10 @@ def test_the_setting_knows_all_variants() -> None:
 class Machine:
     """A library on a processor with some features."""
 
-    def __init__(self, features: tuple[str, ...], *, tiles_error: int = 0, lacks: str | None = None) -> None:
-        self._features, self._tiles_error = features, tiles_error
+    def __init__(
+        self, features: tuple[str, ...], *, tiles_error: int = 0, lacks: str | None = None, machine: str = "x86_64"
+    ) -> None:
+        self._features, self._tiles_error, self._machine = features, tiles_error, machine
         for variant in VARIANTS:
             if variant.name != lacks:
                 setattr(self, f"run_decoder_{variant.name}", object())
@@ -344,7 +350,8 @@ class Machine:
         return self._tiles_error
 
     def choose(self, wanted: str = AUTO) -> tuple[str, dict[str, str]]:
-        choice = choose_variant(cast(ctypes.CDLL, self), wanted)
+        with patch.object(platform, "machine", return_value=self._machine):
+            choice = choose_variant(cast(ctypes.CDLL, self), wanted)
         return choice.name, dict(choice.why_not)
 
 
@@ -354,7 +361,15 @@ def needs(name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", [variant.name for variant in VARIANTS])
 def test_the_best_variant_is_taken_whose_instructions_are_all_there(name: str) -> None:
-    assert Machine(needs(name)).choose()[0] == name
+    machines = next(variant.machines for variant in VARIANTS if variant.name == name)
+    assert Machine(needs(name), machine=machines[0] if machines else "riscv64").choose()[0] == name
+
+
+def test_of_another_architecture_nothing_is_said_unless_it_is_wanted() -> None:
+    graviton2 = Machine(needs("dotprod"), machine="aarch64")
+    assert graviton2.choose() == ("dotprod", {"i8mm": "the processor lacks i8mm"})
+    with pytest.raises(ConfigError, match="--kernel-variant avx2 cannot run here: the processor lacks avx2"):
+        graviton2.choose("avx2")
 
 
 def test_what_is_missing_for_a_better_variant_is_said() -> None:

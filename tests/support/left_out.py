@@ -27,6 +27,9 @@ def not_for(what: str) -> str:
 REDIS_SERVER = needs("Debian's redis-server", "apt-get install redis-server")
 CHROMIUM = needs("Chromium", "apt-get install chromium")
 C_COMPILER = needs("a C compiler", "apt-get install gcc libc6-dev")
+ARM = needs(
+    "a compiler and an emulator for ARM", "apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
+)
 ATHERIS = needs("atheris", "make install")
 DEMO_MODEL = needs("the demo model", "make model")
 MEMFD = not_for("systems without memfd")

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX };
+enum { TILES_PER_THREAD = 4, ALL_LINES = INT32_MAX, VECTORS_TOGETHER = WIDE < 8 ? 8 / WIDE : 1 };
 
 static workspace *get_workspace(int64_t head_dim) {
     static _Thread_local workspace space;
@@ -78,11 +78,15 @@ static float hide_scores(float *scores, key_range seen, key_range whole) {
 // Turns a row's scores into weights, 0 outside of `whole`. Returns their sum.
 static float make_weights(float *scores, key_range whole, float highest) {
     f32x8 sum = splat8(0);
-    for (int64_t i = 0; i < TILE_KEYS; i += WIDE) {
-        f32w weight = splat_wide(0);
-        if (i >= whole.begin && i < whole.end) weight = exp_bounded_wide(load_wide(scores + i) - splat_wide(highest));
-        store_wide(scores + i, weight);
-        sum = add_to_eight(sum, weight);
+    for (int64_t i = 0; i < TILE_KEYS;) {
+        f32w weights[VECTORS_TOGETHER];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS_TOGETHER; v++, i += WIDE) {
+            int is_seen = i >= whole.begin && i < whole.end;
+            weights[v] = is_seen ? exp_bounded_wide(load_wide(scores + i) - splat_wide(highest)) : splat_wide(0);
+            store_wide(scores + i, weights[v]);
+        }
+        sum = add_to_eight(sum, weights);
     }
     return sum_lanes(sum);
 }

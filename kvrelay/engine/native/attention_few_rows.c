@@ -4,10 +4,10 @@
 // order of tile_rows_f32: the result has the same bits as with many rows.
 #include "attention.h"
 
-enum { MAX_GROUPS = 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
+enum { MAX_GROUPS = WIDE == 4 ? 4 : 2, MAX_VECTORS = 4, ROWS_TOGETHER = 6 };
 
 // Vectors of a row's sums that are added to together.
-enum { FEW_VECTORS = 4, MANY_ROWS_VECTORS = WIDE == 16 ? 4 : 2 };
+enum { FEW_VECTORS = 4, MANY_ROWS_VECTORS = WIDE == 8 ? 2 : 4 };
 
 // Rows are split into parts of even size: 7 into 4 and 3.
 static int64_t end_of_part(int64_t row, int64_t num_rows) {
@@ -17,7 +17,7 @@ static int64_t end_of_part(int64_t row, int64_t num_rows) {
 
 // ---------------------------------------------------------------- scores
 
-#if HAVE_AVX2
+#if HAVE_AVX2 || HAVE_NEON
 // Scores of `groups` times WIDE keys for `rows` queries; rows, groups and dtype are constants
 // after inlining.
 ALWAYS_INLINE void score_groups(
@@ -25,12 +25,12 @@ ALWAYS_INLINE void score_groups(
     const float *queries, float *scores, row_fetch *ahead) {
     const int64_t head_dim = kv->head_dim, item_bytes = kv_item_bytes(dtype), line_items = LINE_BYTES / item_bytes;
     f32w sums[MAX_GROUPS][ROWS_TOGETHER];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) sums[g][r] = splat_wide(0);
     for (int64_t d = 0; d < head_dim; d += 8)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int g = 0; g < groups; g++) {
             f32w columns[8];
             load_key_columns(kv->keys, dtype, tile->offsets + first_key + g * WIDE, d, columns);
@@ -41,7 +41,7 @@ ALWAYS_INLINE void score_groups(
                 for (int r = 0; r < rows; r++)
                     sums[g][r] = fma_wide(splat_wide(queries[r * head_dim + d + j]), columns[j], sums[g][r]);
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) store_wide(scores + r * TILE_KEYS + first_key + g * WIDE, sums[g][r]);
@@ -53,19 +53,19 @@ ALWAYS_INLINE void score_tile(
     int64_t key = 0;
     for (; key + (groups - 1) * WIDE < tile->num_keys; key += groups * WIDE)
         score_groups(rows, groups, dtype, kv, tile, key, queries, scores, ahead);
-    if (key < tile->num_keys) score_groups(rows, 1, dtype, kv, tile, key, queries, scores, ahead);
+    for (; key < tile->num_keys; key += WIDE) score_groups(rows, 1, dtype, kv, tile, key, queries, scores, ahead);
 }
 
 ALWAYS_INLINE void score_rows(
     const int64_t dtype, const kv_layer *kv, const key_tile *tile, int64_t num_rows, const float *queries, float *scores,
     row_fetch *ahead) {
     switch (num_rows) {
-        case 1: score_tile(1, 2, dtype, kv, tile, queries, scores, ahead); break;
-        case 2: score_tile(2, 2, dtype, kv, tile, queries, scores, ahead); break;
-        case 3: score_tile(3, 2, dtype, kv, tile, queries, scores, ahead); break;
-        case 4: score_tile(4, 1, dtype, kv, tile, queries, scores, ahead); break;
-        case 5: score_tile(5, 1, dtype, kv, tile, queries, scores, ahead); break;
-        default: score_tile(6, 1, dtype, kv, tile, queries, scores, ahead); break;
+        case 1: score_tile(1, MAX_GROUPS, dtype, kv, tile, queries, scores, ahead); break;
+        case 2: score_tile(2, MAX_GROUPS, dtype, kv, tile, queries, scores, ahead); break;
+        case 3: score_tile(3, MAX_GROUPS, dtype, kv, tile, queries, scores, ahead); break;
+        case 4: score_tile(4, MAX_GROUPS / 2, dtype, kv, tile, queries, scores, ahead); break;
+        case 5: score_tile(5, MAX_GROUPS / 2, dtype, kv, tile, queries, scores, ahead); break;
+        default: score_tile(6, MAX_GROUPS / 2, dtype, kv, tile, queries, scores, ahead); break;
     }
 }
 

@@ -255,6 +255,28 @@ ALWAYS_INLINE void score_tile_int8(
         __m128 scale = _mm_mul_ps(_mm_set1_ps(query_scales[r]), _mm_loadu_ps(key_scales));
         _mm_storeu_ps(scores + r * TILE_KEYS, _mm_mul_ps(_mm_cvtepi32_ps(total), scale));
     }
+#elif HAVE_NEON
+    int32x4_t sums[INT8_ROWS_TOGETHER][INT8_KEYS_TOGETHER];
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) sums[r][j] = vdupq_n_s32(0);
+    for (int64_t d = 0; d < head_dim; d += 8)
+#pragma GCC unroll 4
+        for (int j = 0; j < INT8_KEYS_TOGETHER; j++) {
+            int16x8_t key = vmovl_s8(vld1_s8(keys[j] + d));
+#pragma GCC unroll 3
+            for (int r = 0; r < rows; r++) {
+                int16x8_t query = vld1q_s16(queries + r * head_dim + d);
+                sums[r][j] = vmlal_s16(sums[r][j], vget_low_s16(key), vget_low_s16(query));
+                sums[r][j] = vmlal_high_s16(sums[r][j], key, query);
+            }
+        }
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; r++) {
+        int32x4_t total = vpaddq_s32(vpaddq_s32(sums[r][0], sums[r][1]), vpaddq_s32(sums[r][2], sums[r][3]));
+        store_wide(scores + r * TILE_KEYS, (f32w)vcvtq_f32_s32(total) * (splat_wide(query_scales[r]) * load_wide(key_scales)));
+    }
 #else
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < INT8_KEYS_TOGETHER; j++) {

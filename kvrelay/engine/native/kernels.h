@@ -86,6 +86,9 @@ typedef struct {
     int64_t row, panel;
 } column_panels;
 
+// 1.5 * 2^23: adding it rounds a float to an integer, the difference of the two bit patterns.
+#define ROUNDING 12582912.0f
+
 // ---------------------------------------------------------------- the variant
 //
 // Besides functions on 8 floats (fma8, max8, swap_lanes) a variant has vectors of WIDE floats, and:
@@ -98,7 +101,8 @@ typedef struct {
 //                              1 or 2 panels; x begins with the first row
 //   quantize_group             values of GROUP numbers: x * inverse + 128, rounded
 // With tiles (HAVE_AMX) it has begin_tiles and end_tiles, bf16_part, store_parts and tile_rows_bf16,
-// else what matrices_bf16.c makes them of: MAX_PARTS, PARTS_PANELS, and sums that flush.
+// else what matrices_bf16.c makes them of: MAX_PARTS, PARTS_PANELS, and sums that flush. Where a sum
+// could have been taken for 0 wrongly, end_flushing says so, and sum_tile_exactly computes a tile again.
 #include VARIANT_HEADER
 
 #ifndef HAVE_AMX
@@ -136,9 +140,6 @@ ALWAYS_INLINE float max_lanes(f32x8 v) {
     v = max8(v, swap_lanes(v, 2));
     return v[0] > v[1] ? v[0] : v[1];
 }
-
-// 1.5 * 2^23: adding it rounds a float to an integer, the difference of the two bit patterns.
-#define ROUNDING 12582912.0f
 
 // exp(x) for x <= 88.
 ALWAYS_INLINE f32w exp_bounded_wide(f32w x) {

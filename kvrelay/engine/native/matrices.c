@@ -28,21 +28,21 @@ ALWAYS_INLINE void tile_f32(
     f32w sums[MAX_ROWS][MAX_PANELS * VECTORS];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < panels * VECTORS; v++) sums[r][v] = add ? load_wide(c + r * ldc + v * WIDE) : splat_wide(0);
     const float *at[MAX_ROWS / ROWS_PER_POINTER];
 #pragma GCC unroll 4
     for (int i = 0; i < pointers; i++) at[i] = a + ROWS_PER_POINTER * i * lda;
     for (int64_t i = 0; i < k; i++, b.data += b.row, ahead.begin += ahead.step) {
         f32w numbers[MAX_PANELS * VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < panels * VECTORS; v++) numbers[v] = load_wide(b.data + v / VECTORS * b.panel + v % VECTORS * WIDE);
 #pragma GCC unroll 2
         for (int p = 0; p < panels; p++) __builtin_prefetch(ahead.begin + p * ahead.panel_bytes);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             f32w x = splat_wide(at[r / ROWS_PER_POINTER][r % ROWS_PER_POINTER * lda]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < panels * VECTORS; v++) sums[r][v] = fma_wide(x, numbers[v], sums[r][v]);
         }
 #pragma GCC unroll 4
@@ -54,7 +54,7 @@ ALWAYS_INLINE void tile_f32(
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < panels * VECTORS; v++) store_wide(c + r * ldc + v * WIDE, sums[r][v]);
 }
 

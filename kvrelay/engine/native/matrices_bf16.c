@@ -5,6 +5,8 @@
 // below the smallest normal one count as 0, before and after each operation.
 #include "kernels.h"
 
+#include <float.h>
+
 // ---------------------------------------------------------------- rows
 
 // The nearest numbers of 16 bits. Finite ones stay finite.
@@ -72,11 +74,11 @@ ALWAYS_INLINE void multiply_step_bf16(
     f32w even[MAX_PARTS][PARTS_VECTORS], odd[MAX_PARTS][PARTS_VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) even[r][v] = odd[r][v] = splat_wide(0);
     for (int64_t i = 0; i < BF16_STEP; i += 2, b += 2 * PANEL, ahead.begin += ahead.step) {
         f32w even_weights[PARTS_VECTORS], odd_weights[PARTS_VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             i32w pairs = (i32w)load_wide((const float *)(b + v / vectors_of_panel * k * PANEL) + v % vectors_of_panel * WIDE);
             even_weights[v] = flushed_input((f32w)(pairs << 16));
@@ -87,7 +89,7 @@ ALWAYS_INLINE void multiply_step_bf16(
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             f32w x = splat_wide(a[r * k + i]), y = splat_wide(a[r * k + i + 1]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
                 even[r][v] = fma_flushing(x, even_weights[v], even[r][v]);
                 odd[r][v] = fma_flushing(y, odd_weights[v], odd[r][v]);
@@ -96,7 +98,7 @@ ALWAYS_INLINE void multiply_step_bf16(
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             float *to = c + r * BF16_WIDTH + v * WIDE;
             store_wide(to, add_flushing(load_wide(to), add_flushing(even[r][v], odd[r][v])));
@@ -144,11 +146,49 @@ static __attribute__((noinline)) void sum_tile_bf16(
     }
 }
 
+static float normal_or_zero(float x) { return __builtin_fabsf(x) < FLT_MIN ? __builtin_copysignf(0, x) : x; }
+
+// sums[PANEL] += x * weights[PANEL]. A sum is 0 if its 24 bits are below the smallest normal number; in
+// double that is decided exactly, because x and the weights have eight bits each.
+static void add_or_zero(float x, const uint16_t *pairs, int is_odd, float *sums) {
+    x = normal_or_zero(x);
+    for (int n = 0; n < PANEL; n++) {
+        uint32_t bits;
+        float weight;
+        memcpy(&bits, pairs + 2 * n, sizeof bits);
+        bits = is_odd ? bits & 0xffff0000 : bits << 16;
+        memcpy(&weight, &bits, sizeof weight);
+        weight = normal_or_zero(weight);
+        double sum = (double)x * weight + sums[n];
+        float fused = fma1(x, weight, sums[n]);
+        sums[n] = __builtin_fabs(sum) < 0x1.ffffffp-127 ? __builtin_copysignf(0, fused) : fused;
+    }
+}
+
+// The same sums one by one, for variants that do not decide it in this way.
+static __attribute__((noinline)) void sum_tile_exactly(
+    int64_t num_parts, int64_t panels, const bf16_part *x, int64_t k, const uint16_t *b, float *c) {
+    for (int64_t p = 0; p < panels; p++, b += k * PANEL)
+        for (int64_t r = 0; r < num_parts; r++) {
+            float *to = c + r * BF16_WIDTH + p * PANEL;
+            memset(to, 0, PANEL * sizeof(float));
+            for (int64_t i = 0; i < k; i += BF16_STEP) {
+                float even[PANEL] = {0}, odd[PANEL] = {0};
+                for (int64_t j = i; j < i + BF16_STEP; j += 2) {
+                    add_or_zero(x[r * k + j], b + j * PANEL, 0, even);
+                    add_or_zero(x[r * k + j + 1], b + j * PANEL, 1, odd);
+                }
+                for (int n = 0; n < PANEL; n++) to[n] = normal_or_zero(to[n] + normal_or_zero(even[n] + odd[n]));
+            }
+        }
+}
+
 static void tile_rows_bf16(
     int64_t num_parts, int64_t panels, const bf16_rows *x, const matrix *w, int64_t panel, float *c, fetch ahead) {
     flush_state before = begin_flushing();
     memset(c, 0, num_parts * BF16_WIDTH * sizeof(float));
-    sum_tile_bf16(num_parts, panels, x, w->k, (const uint16_t *)w->data + panel * w->k * PANEL, c, ahead);
-    end_flushing(before);
+    const uint16_t *weights = (const uint16_t *)w->data + panel * w->k * PANEL;
+    sum_tile_bf16(num_parts, panels, x, w->k, weights, c, ahead);
+    if (end_flushing(before)) sum_tile_exactly(num_parts, panels, x->parts, w->k, weights, c);
 }
 #endif

@@ -52,7 +52,20 @@ int64_t request_tiles(void) {
 #endif
 }
 #else
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+enum { ASIMD = 1 << 1, ASIMD_DOT_PRODUCT = 1 << 20, I8MM = 1 << 13 };  // the last one is of AT_HWCAP2
+
+int64_t processor_features(void) {
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    return (int64_t)((first & ASIMD) != 0) << 14 | (int64_t)((first & ASIMD_DOT_PRODUCT) != 0) << 15 | (int64_t)((second & I8MM) != 0) << 16;
+}
+#elif defined(__aarch64__)
+int64_t processor_features(void) { return (int64_t)1 << 14; }  // all have NEON
+#else
 int64_t processor_features(void) { return 0; }
+#endif
 
 int64_t request_tiles(void) { return ENOSYS; }
 #endif

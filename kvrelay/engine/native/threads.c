@@ -54,6 +54,8 @@ static int64_t looked_ns;
 static void pause_briefly(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");  // `yield` takes no time on most
 #endif
 }
 

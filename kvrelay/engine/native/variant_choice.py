@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from kvrelay.errors import ConfigError
 
 AUTO = "auto"
+_X86 = ("x86_64", "amd64")
+_ARM = ("aarch64", "arm64")
 _AVX2 = ("avx2", "fma", "AVX registers")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "AVX-512 registers")
 _AVX2_FLAGS = ("-mavx2", "-mfma", "-mtune=haswell")
@@ -17,6 +19,7 @@ _AVX512_FLAGS = (*_AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx51
 FEATURES = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"),
     *("AVX registers", "AVX-512 registers", "AMX tiles", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm"),
 )
 _SAVED_BY_SYSTEM = FEATURES[10:13]
 
@@ -27,6 +30,7 @@ class Variant:
     header: str  # in the folder `variants`
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # of FEATURES
+    machines: tuple[str, ...] = _X86  # which `uname -m` names; none: all
 
 
 VARIANTS = (
@@ -39,7 +43,10 @@ VARIANTS = (
     Variant("avx512", "avx512.h", _AVX512_FLAGS, _AVX512),
     Variant("avxvnni", "avx2.h", (*_AVX2_FLAGS, "-mavxvnni"), (*_AVX2, "avx_vnni")),
     Variant("avx2", "avx2.h", _AVX2_FLAGS, _AVX2),
-    Variant("portable", "portable.h"),
+    Variant("i8mm", "neon.h", ("-march=armv8.2-a+dotprod+i8mm",), ("asimd", "asimddp", "i8mm"), _ARM),
+    Variant("dotprod", "neon.h", ("-march=armv8.2-a+dotprod",), ("asimd", "asimddp"), _ARM),
+    Variant("neon", "neon.h", ("-march=armv8-a",), ("asimd",), _ARM),
+    Variant("portable", "portable.h", machines=()),
 )
 
 
@@ -50,8 +57,9 @@ class Choice:
 
 
 def variants_to_build() -> tuple[Variant, ...]:
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return tuple(each for each in VARIANTS if is_x86 or not each.needs)
+    """Those for this architecture."""
+    machine = platform.machine().lower()
+    return tuple(each for each in VARIANTS if not each.machines or machine in each.machines)
 
 
 def choose_variant(library: ctypes.CDLL, wanted: str = AUTO) -> Choice:
@@ -61,7 +69,7 @@ def choose_variant(library: ctypes.CDLL, wanted: str = AUTO) -> Choice:
         ConfigError: the wanted variant cannot run here, or is unknown.
     """
     why_not: dict[str, str] = {}
-    for variant in VARIANTS:
+    for variant in VARIANTS if wanted != AUTO else variants_to_build():
         problem = _problem_of(variant, library)
         if problem is None and wanted in (AUTO, variant.name):
             return Choice(variant.name, why_not)

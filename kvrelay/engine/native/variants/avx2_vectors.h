@@ -58,7 +58,10 @@ ALWAYS_INLINE flush_state begin_flushing(void) {
     return before;
 }
 
-ALWAYS_INLINE void end_flushing(flush_state before) { _mm_setcsr(before); }
+ALWAYS_INLINE int end_flushing(flush_state before) {
+    _mm_setcsr(before);
+    return 0;
+}
 
 #define flushed_input(x) (x)
 #define fma_flushing fma_wide

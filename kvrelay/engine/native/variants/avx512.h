@@ -35,7 +35,7 @@ ALWAYS_INLINE f32x8 low_half(f32w v) { return (f32x8)_mm512_castps512_ps256((__m
 ALWAYS_INLINE f32x8 high_half(f32w v) { return (f32x8)_mm512_extractf32x8_ps((__m512)v, 1); }
 
 // Adds to eight sums, in the order of the numbers.
-ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, f32w v) { return (sums + low_half(v)) + high_half(v); }
+ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, const f32w *v) { return (sums + low_half(v[0])) + high_half(v[0]); }
 
 #define max_lanes_wide(v) max_lanes(max8(low_half(v), high_half(v)))
 

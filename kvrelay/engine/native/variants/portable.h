@@ -47,7 +47,10 @@ ALWAYS_INLINE float fma1(float a, float b, float c) { return fma8(splat8(a), spl
 typedef int flush_state;
 
 ALWAYS_INLINE flush_state begin_flushing(void) { return 0; }
-ALWAYS_INLINE void end_flushing(flush_state before) { (void)before; }
+ALWAYS_INLINE int end_flushing(flush_state before) {
+    (void)before;
+    return 0;
+}
 
 ALWAYS_INLINE f32x8 flushed_input(f32x8 v) {
     i32x8 bits = (i32x8)v, is_normal = (bits & 0x7f800000) != 0;
@@ -133,9 +136,8 @@ static void tile_rows_int8(
 }
 
 ALWAYS_INLINE void quantize_group(const float *x, float inverse, uint8_t *out) {
-    const float rounding = 12582912.0f;  // ROUNDING: the last bits of the sum are the integer
     for (int i = 0; i < GROUP; i++) {
-        float shifted = x[i] * inverse + rounding;
+        float shifted = x[i] * inverse + ROUNDING;  // its last bits are the integer
         int32_t bits;
         memcpy(&bits, &shifted, 4);
         out[i] = (uint8_t)(bits + 128);  // the constant's own last byte is 0

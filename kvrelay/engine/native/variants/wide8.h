@@ -26,7 +26,7 @@ typedef i32x8 i32w;
 #define max_lanes_wide max_lanes
 
 // Adds to eight sums, in the order of the numbers.
-ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, f32w v) { return sums + v; }
+ALWAYS_INLINE f32x8 add_to_eight(f32x8 sums, const f32w *v) { return sums + v[0]; }
 
 ALWAYS_INLINE void transpose_f32(const void *const *from, f32w to[8]) {
 #pragma GCC unroll 8
