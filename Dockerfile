@@ -28,7 +28,7 @@ RUN { pip install $LOCKED ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL
 FROM base AS wheel
 COPY requirements/build.txt requirements/
 RUN pip install $LOCKED -r requirements/build.txt
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY kvrelay kvrelay
 COPY gateway gateway
 COPY prefill_worker prefill_worker

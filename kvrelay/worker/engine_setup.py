@@ -94,6 +94,7 @@ def build_engine(settings: EngineSettings) -> WorkerEngine:
         _log.info(
             "kernels loaded",
             variant=model.kernels.variant,
+            prebuilt=model.kernels.prebuilt,
             why_no_better=dict(model.kernels.why_not) or None,
             num_threads=num_threads,
             num_borrowers=num_threads_in_all - num_threads,

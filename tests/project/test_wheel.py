@@ -74,6 +74,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.
     """
     folder = tmp_path_factory.mktemp("environment") / "venv"
+    install(wheel, folder)
+    return folder / "bin"
+
+
+def install(wheel: Path, folder: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=ROOT)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     # Only folders of packages: a .pth that is named in another one is not read, so neither is that
@@ -93,7 +98,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         wheel,
         cwd=folder,
     )
-    return folder / "bin"
 
 
 @pytest.fixture

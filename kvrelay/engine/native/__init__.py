@@ -1,6 +1,7 @@
 """Kernels in C for a CPU.
 
 build.py            compiles the C files once
+prebuilt.py         or finds what the wheel has of them
 variant_choice.py   for which processors, and which of them runs
 library.py          the compiled library: its structures and functions
 packing.py          weights as the kernels read them

@@ -39,16 +39,20 @@ class KernelsUnavailableError(Exception):
     """Says why."""
 
 
-def build_library() -> Path:
+def build_library(machine: str = "") -> Path:
     """Returns the library, compiled if missing. Processes may do so at once.
 
     It lies where no other user can write.
 
+    Args:
+        machine: that $CC compiles for; empty: this one.
+
     Raises:
         KernelsUnavailableError: no compiler, a compile error, or no folder.
     """
+    machine = machine or platform.machine()
     compiler = _find_compiler()
-    name = f"kernels-{_digest(compiler)}.so"
+    name = f"kernels-{_digest(machine, compiler, _version(compiler))}.so"
     targets = [folder / name for folder in _folders()]
     for target in targets:
         if target.is_file() and is_private(target.parent) and is_private(target):
@@ -62,7 +66,7 @@ def build_library() -> Path:
         with _one_at_a_time(target.parent):
             # Another process may have made it, and in an open folder so may another user.
             if was_open or not (target.is_file() and is_private(target)):
-                _compile(compiler, target)
+                _compile(compiler, variants_to_build(machine), target)
         return target
     advice = "set XDG_CACHE_HOME to a folder that this user may write to and execute from"
     raise KernelsUnavailableError(
@@ -120,15 +124,20 @@ def _find_compiler() -> str:
     for name in (os.environ.get("CC"), *COMPILERS):
         if name and (path := shutil.which(name)):
             return path
-    raise KernelsUnavailableError("there is no C compiler; install gcc or clang")
+    raise KernelsUnavailableError("there is no C compiler; install gcc or clang, or a wheel of kvrelay with kernels")
 
 
-def _digest(compiler: str) -> str:
+def sources_digest(machine: str) -> str:
+    """Of all that a library is made of but the compiler."""
+    return _digest(machine)
+
+
+def _digest(machine: str, *compiler: str) -> str:
     digest = xxhash.xxh3_128()
     for path in sorted([*SOURCE_FOLDER.rglob("*.c"), *SOURCE_FOLDER.rglob("*.h")]):
         digest.update(path.read_bytes())
-    variants = [f"{each.name} {each.header} {' '.join(each.flags)}" for each in variants_to_build()]
-    digest.update(" ".join((compiler, _version(compiler), platform.machine(), *FLAGS, *variants)).encode())
+    variants = [f"{each.name} {each.header} {' '.join(each.flags)}" for each in variants_to_build(machine)]
+    digest.update(" ".join((*compiler, machine, *FLAGS, *variants)).encode())
     return digest.hexdigest()
 
 
@@ -146,10 +155,10 @@ def _version(compiler: str) -> str:
         raise KernelsUnavailableError(f"{compiler} does not run: {error}") from error
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, variants: tuple[Variant, ...], target: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = _link(compiler, _compile_parts(compiler, Path(scratch)), Path(scratch) / target.name)
+            made = _link(compiler, _compile_parts(compiler, variants, Path(scratch)), Path(scratch) / target.name)
             made.chmod(0o755)  # independent of the umask
             os.replace(made, target)
     except (OSError, subprocess.SubprocessError) as error:
@@ -157,13 +166,13 @@ def _compile(compiler: str, target: Path) -> None:
     _log.info("kernels compiled", library=str(target))
 
 
-def _compile_parts(compiler: str, scratch: Path) -> list[Path]:
+def _compile_parts(compiler: str, variants: tuple[Variant, ...], scratch: Path) -> list[Path]:
     """Leaves out variants whose instructions the compiler does not know."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         shared = [pool.submit(_object, compiler, Path(name), (), scratch) for name in SHARED_SOURCES]
-        variants = {each: pool.submit(_variant_object, compiler, each, scratch) for each in variants_to_build()}
+        objects = {each: pool.submit(_variant_object, compiler, each, scratch) for each in variants}
     parts = [future.result() for future in shared]
-    for variant, future in variants.items():
+    for variant, future in objects.items():
         if variant.needs and isinstance(error := future.exception(), KernelsUnavailableError):
             _log.info("a variant of the kernels is left out", variant=variant.name, why=str(error))
         else:

@@ -17,6 +17,7 @@ import structlog
 
 from kvrelay.engine.native.build import KernelsUnavailableError, build_library
 from kvrelay.engine.native.core_sharing import CoreActivityTable
+from kvrelay.engine.native.prebuilt import prebuilt_library
 from kvrelay.engine.native.variant_choice import AUTO, choose_variant, usable_variants
 from kvrelay.errors import ConfigError
 from kvrelay.kv_transfer.layout import KVSpan
@@ -195,11 +196,15 @@ class NativeLibrary:
 
     Args:
         why_not: the reason for each better variant.
+        prebuilt: it came with kvrelay, instead of being compiled here.
     """
 
-    def __init__(self, library: ctypes.CDLL, variant: str, why_not: Mapping[str, str]) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, variant: str, why_not: Mapping[str, str], *, prebuilt: bool = False
+    ) -> None:
         self.variant = variant
         self.why_not = why_not
+        self.prebuilt = prebuilt
         self._library = library
         self._activity: CoreActivityTable | None = None
         self._run_decoder = self._function(
@@ -218,7 +223,8 @@ class NativeLibrary:
 
     @property
     def description(self) -> str:
-        return "; ".join([f"{self.variant} kernels", *(f"not {name}: {why}" for name, why in self.why_not.items())])
+        kernels = "kernels of the wheel" if self.prebuilt else "kernels"
+        return "; ".join([f"{self.variant} {kernels}", *(f"not {name}: {why}" for name, why in self.why_not.items())])
 
     def _function(self, name: str, result: type[c_int64] | None, *arguments: Any) -> Any:
         function = getattr(self._library, f"{name}_{self.variant}")
@@ -320,8 +326,9 @@ def kernel_seconds() -> float:
 
 @cache
 def _load() -> ctypes.CDLL | None:
+    library = _load_prebuilt()
     try:
-        library = load_own(build_library())
+        library = library or load_own(build_library())
     except (KernelsUnavailableError, OSError) as error:
         _log.warning("no compiled kernels: torch's are used, which are slower, and int8 is not served", why=str(error))
         return None
@@ -331,8 +338,17 @@ def _load() -> ctypes.CDLL | None:
 
 
 @cache
+def _load_prebuilt() -> ctypes.CDLL | None:
+    try:
+        return None if (path := prebuilt_library()) is None else load_own(path)
+    except OSError as error:
+        _log.warning("the wheel's kernels are not used", why=str(error))
+        return None
+
+
+@cache
 def _load_variant(variant: str) -> NativeLibrary:
     library = _load()
     assert library is not None, "the caller has looked"
     choice = choose_variant(library, variant)
-    return NativeLibrary(library, choice.name, choice.why_not)
+    return NativeLibrary(library, choice.name, choice.why_not, prebuilt=library is _load_prebuilt())

@@ -56,10 +56,8 @@ class Choice:
     why_not: Mapping[str, str]  # of each better variant
 
 
-def variants_to_build() -> tuple[Variant, ...]:
-    """Those for this architecture."""
-    machine = platform.machine().lower()
-    return tuple(each for each in VARIANTS if not each.machines or machine in each.machines)
+def variants_to_build(machine: str) -> tuple[Variant, ...]:
+    return tuple(each for each in VARIANTS if not each.machines or machine.lower() in each.machines)
 
 
 def choose_variant(library: ctypes.CDLL, wanted: str = AUTO) -> Choice:
@@ -69,7 +67,7 @@ def choose_variant(library: ctypes.CDLL, wanted: str = AUTO) -> Choice:
         ConfigError: the wanted variant cannot run here, or is unknown.
     """
     why_not: dict[str, str] = {}
-    for variant in VARIANTS if wanted != AUTO else variants_to_build():
+    for variant in VARIANTS if wanted != AUTO else variants_to_build(platform.machine()):
         problem = _problem_of(variant, library)
         if problem is None and wanted in (AUTO, variant.name):
             return Choice(variant.name, why_not)

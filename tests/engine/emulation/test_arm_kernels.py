@@ -3,7 +3,6 @@
 Each variant runs on a processor that has its instructions and no newer ones.
 """
 
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -69,8 +68,7 @@ class Arm:
 def arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CC", COMPILER)
-        patch.setattr(platform, "machine", lambda: "aarch64")
-        library = build_library()
+        library = build_library("aarch64")
     driver = tmp_path_factory.mktemp("arm") / "driver"
     subprocess.run([COMPILER, "-O1", "-Wall", "-Werror", DRIVER, "-ldl", "-o", driver], check=True, timeout=120)
     return Arm(library, driver)
