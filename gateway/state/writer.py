@@ -1,7 +1,7 @@
 """Writes requests' journals into the store, behind the streams.
 
     urgent   requests that began or ended     written at once
-    sweep    all requests that lack a write   written in batches, with a pause after each
+    sweep    all requests that lack a write   in batches, with a pause after each
 
 It ends a request here only when another gateway took it over.
 """

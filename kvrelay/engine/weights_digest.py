@@ -17,7 +17,7 @@ _ELEMENTS_AT_ONCE = 1024 * 1024
 def weights_digest(module: Any, dtype: torch.dtype | None = None) -> str:
     """xxh3-128 over names, shapes, dtypes and bytes of the state dict: 32 hex digits.
 
-    Models over 1 GiB are sampled: at most 8 stretches of 64 KiB of each tensor, spread evenly.
+    Models over 1 GiB are sampled: at most 8 stretches of 64 KiB of each tensor.
 
     Args:
         dtype: that floating tensors are to be digested in, a few at once.

@@ -81,10 +81,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, token_ids: Sequence[int], salt: str) -> int:
-        """Leading tokens with KV in the pool: whole blocks, never all tokens.
-
-        One must be computed, because the next token is sampled from it.
-        """
+        """Leading tokens with KV in the pool: whole blocks, never all tokens."""
         return len(self._match(token_ids, salt)) * self.block_size
 
     def allocate(self, token_ids: Sequence[int], salt: str) -> BlockTable:

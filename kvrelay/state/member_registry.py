@@ -1,7 +1,6 @@
 """Leases of live processes in Redis, and a view of them that outlives Redis.
 
-Leases end by Redis's clock. Redis may lose one: a view keeps its member for half a lease, until a
-renewal restores it.
+Leases end by Redis's clock. Redis may lose one: a view keeps its member for half a lease.
 """
 
 import asyncio

@@ -74,7 +74,7 @@ class GatewaySession:
 
         Raises:
             DeadlineError: no greeting came in time.
-            InvalidRequestError: the first message is no greeting, or names its gateway wrongly.
+            InvalidRequestError: the first message is no right greeting.
             PreconditionError: the gateway speaks another protocol version.
             UnauthenticatedError: it dialled an address of others.
         """

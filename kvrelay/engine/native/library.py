@@ -234,7 +234,7 @@ class NativeLibrary:
     def use_threads(
         self, num_threads: int, cores: Sequence[int] = (), activity: CoreActivityTable | None = None
     ) -> int:
-        """Sets a step's threads, the caller's included, between steps; returns how many there are.
+        """Sets a step's threads, the caller's included; returns how many there are.
 
         Args:
             cores: the caller's, which must run there already, then those of other threads.

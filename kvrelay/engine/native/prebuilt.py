@@ -1,7 +1,4 @@
-"""The kernels that a wheel for one architecture brings, so that its machines need no compiler.
-
-The file's name has the digest of the sources that it was made of, and of how.
-"""
+"""The kernels that a wheel brings. The file's name has the digest of their sources, and of how."""
 
 import platform
 from pathlib import Path
