@@ -60,7 +60,8 @@ def build_wheel(folder: Path, machine: str) -> Path:
             cwd=ROOT,
             env={**os.environ, **variables},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=TIMEOUT_S,
         )
