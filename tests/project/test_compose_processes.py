@@ -3,16 +3,13 @@ Docker: what is plain text between them, and who gets in.
 """
 
 import asyncio
-import json
-import os
-import random
 import re
 import shutil
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,95 +21,67 @@ import yaml
 from kvrelay.client import AsyncClient
 from kvrelay.core.member import Member, MemberRole
 from kvrelay.network.rpc import create_channel
-from kvrelay.runtime.child_process import ChildProcess
 from kvrelay.state.member_registry import MemberRegistry
 from kvrelay.state.redis_connection import RedisConnection
 from kvrelay.state.redis_url import with_password_of, with_tls_of
 from kvrelay.testing.waiting import wait_until
 from kvrelay.v1 import session_pb2, session_pb2_grpc
 from tests.support import left_out
+from tests.support.container_processes import ContainerProcesses
 from tests.support.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
-CALM = {"KVRELAY_REDIS_TIMEOUT_MS": "5000", "KVRELAY_LIVENESS_WINDOW_MS": "5000"}
 TIMEOUT_S = 240.0
 ROLES = ("redis", "gateway", "prefill", "decode", "front", "metrics", "authority")
 
 
-class Composed:
+class Composed(ContainerProcesses):
     """Services on loopback. `secrets` has a folder for each volume of them."""
 
     def __init__(self, secrets: Path, model: Path) -> None:
+        super().__init__()
         self.secrets = secrets
         self.peer_address = "127.0.0.1:1"
         """Of the gateway, for processes."""
         self._model = model
-        self._redis_port = random.randrange(10_000, 32_768)
-        self._lines: dict[str, list[str]] = {}
-
-    @asynccontextmanager
-    async def running(self, name: str) -> AsyncIterator[ChildProcess]:
-        command = [self._here(name, each) for each in SERVICES[name]["command"]]
-        if name != "redis":
-            command = [sys.executable, "-m", "kvrelay.cli", *command]
-        lines = self._lines.setdefault(name, [])
-        process = ChildProcess(name, command, self._environment(name), lambda _, line: lines.append(line))
-        await process.start()
-        try:
-            yield process
-        finally:
-            await process.stop(10)
-
-    def ready(self, name: str) -> dict[str, Any] | None:
-        """What a process says of its ports once it serves."""
-        documents = [json.loads(line) for line in self._lines[name] if line.startswith("{")]
-        return next((each for each in documents if each["event"] == "ready"), None)
-
-    def output(self) -> str:
-        return "\n".join(f"{name}: {line}" for name, lines in self._lines.items() for line in lines[-20:])
 
     async def is_healthy(self, name: str, port: int | None = None) -> bool:
         """What the service's healthcheck says, of another port."""
         kind, *command = SERVICES[name]["healthcheck"]["test"]
-        command = [self._here(name, re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", each)) for each in command]
+        command = [self.with_own_port(name, re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", each)) for each in command]
         if kind == "CMD-SHELL":
-            command = ["sh", "-c", command[0].replace("redis-cli", f"redis-cli -p {self._redis_port}")]
+            command = ["sh", "-c", command[0].replace("redis-cli", f"redis-cli -p {self.redis_port}")]
         elif command[0] == "kvrelay":
             command = [sys.executable, "-m", "kvrelay.cli", *command[1:]]
         process = await asyncio.create_subprocess_exec(
-            *command, env=self._environment(name), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+            *command, env=self.environment(name), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
         )
         return await asyncio.wait_for(process.wait(), TIMEOUT_S) == 0
 
     @property
     def redis_url(self) -> str:
         """With the gateway's credentials."""
-        variables = self._environment("gateway")
+        variables = self.environment("gateway")
         files = {f"redis_tls_{kind}": variables[f"KVRELAY_REDIS_TLS_{kind.upper()}"] for kind in ("ca", "cert", "key")}
         url = with_tls_of(variables["KVRELAY_REDIS_URL"], files)
         return with_password_of(url, variables["KVRELAY_REDIS_PASSWORD_FILE"])
 
-    def _environment(self, name: str) -> dict[str, str]:
-        of_test = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
-        given = {key: self._here(name, str(value)) for key, value in SERVICES[name].get("environment", {}).items()}
-        own = {"KVRELAY_LOG_FORMAT": "json", "KVRELAY_HTTP_PORT": "0", "KVRELAY_ADVERTISE_ADDRESS": "127.0.0.1"}
-        if name in ("prefill", "decode"):
-            engine = {"MODEL": str(self._model), "DTYPE": "float32", "KV_CACHE_MIB": "16", "KERNELS": "off"}
-            own |= {f"KVRELAY_{key}": value for key, value in engine.items()}
-        return {**of_test, **given, **CALM, **own, "KVRELAY_LOCAL_PREFILL_TOKENS": "0"}
+    def arguments(self, name: str) -> Sequence[str]:
+        return [str(each) for each in SERVICES[name]["command"]]
 
-    def _here(self, name: str, text: str) -> str:
-        """Paths and ports of this machine in place of the container's."""
+    def variables(self, name: str) -> dict[str, str]:
+        given = SERVICES[name].get("environment", {})
+        found = {key: self.with_own_port(name, str(value)) for key, value in given.items()}
+        return found | ({"KVRELAY_MODEL": str(self._model)} if name in ("prefill", "decode") else {})
+
+    def here(self, name: str, text: str) -> str:
         (own,) = (each.split("-secrets:")[0] for each in SERVICES[name]["volumes"] if each.endswith("/secrets/own:ro"))
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("/secrets/own", str(self.secrets / own))
-        text = text.replace("redis.kvrelay.local:6379", f"127.0.0.1:{self._redis_port}")
-        if name == "redis":
-            return str(self._redis_port) if text == "6379" else text.replace("0.0.0.0", "127.0.0.1")
-        text = text.replace("gateway:50052", self.peer_address)
-        return "0" if re.fullmatch(r"5005\d|8000", text) else text
+        text = text.replace("redis.kvrelay.local:6379", f"127.0.0.1:{self.redis_port}")
+        return text.replace("gateway:50052", self.peer_address)
 
 
 def make_credentials(folder: Path) -> None:

@@ -6,14 +6,11 @@
 import asyncio
 import base64
 import json
-import os
-import random
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from cryptography import x509
 from kvrelay import __version__
 from kvrelay.client import TLS, AsyncClient
 from kvrelay.config.sources import SECTIONS, setting_fields
-from kvrelay.runtime.child_process import ChildProcess
 from kvrelay.testing.waiting import wait_until
 from tests.support import left_out
+from tests.support.container_processes import ContainerProcesses
 from tests.support.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +31,6 @@ CHART = ROOT / "deploy/helm/kvrelay"
 TOOLS = ROOT / "build/k8s"
 PREFIX, NAMESPACE, DOMAIN = "r-kvrelay", "serving", "kvrelay.local"
 TIMEOUT_S = 240.0
-CALM = {"KVRELAY_REDIS_TIMEOUT_MS": "5000", "KVRELAY_LIVENESS_WINDOW_MS": "5000"}
-AS_POD = {"KVRELAY_LOG_FORMAT": "json", "KVRELAY_HTTP_PORT": "0", "KVRELAY_ADVERTISE_ADDRESS": "127.0.0.1"}
 KEYS = "gateway.keysSecret=keys"
 VALUES: dict[str, list[str]] = {
     "defaults": [],
@@ -252,61 +247,34 @@ def test_only_gateways_and_prefill_workers_reach_workers() -> None:
     assert policies["redis"]["egress"] == []
 
 
-class Pods:
-    """Containers of the rendered chart as processes on loopback, with the files of their Secrets."""
+class Pods(ContainerProcesses):
+    """Containers of the rendered chart, with the files of their Secrets."""
 
     def __init__(self, objects: list[dict[str, Any]], store: Store, model: Path, folder: Path) -> None:
+        super().__init__()
         self._pods = dict(pods_of(objects))
-        self._store = store
         self._model = model
         self._folder = folder
-        self._redis_port = random.randrange(10_000, 32_768)
-        self._lines: dict[str, list[str]] = {}
+        for name, pod in self._pods.items():
+            (folder / name).mkdir()
+            for volume in pod["volumes"]:
+                for source in sources_of(volume):
+                    files = store.files(source["secret"]["name"])
+                    for item in source["secret"]["items"]:
+                        (folder / name / item["path"]).write_bytes(files[item["key"]])
 
-    @asynccontextmanager
-    async def running(self, name: str) -> AsyncIterator[ChildProcess]:
+    def arguments(self, name: str) -> Sequence[str]:
         (container,) = self._pods[name]["containers"]
-        self._write_secrets(name)
-        command = [self._here(name, each) for each in container["args"]]
-        if name != "redis":
-            command = [sys.executable, "-m", "kvrelay.cli", *command]
-        lines = self._lines.setdefault(name, [])
-        process = ChildProcess(name, command, self._environment(name, container), lambda _, line: lines.append(line))
-        await process.start()
-        try:
-            yield process
-        finally:
-            await process.stop(10)
+        return [str(each) for each in container["args"]]
 
-    def ready(self, name: str) -> dict[str, Any] | None:
-        documents = [json.loads(line) for line in self._lines[name] if line.startswith("{")]
-        return next((each for each in documents if each["event"] == "ready"), None)
+    def variables(self, name: str) -> dict[str, str]:
+        (container,) = self._pods[name]["containers"]
+        given = [each for each in container.get("env", ()) if "value" in each]
+        return {each["name"]: self.with_own_port(name, each["value"]) for each in given}
 
-    def output(self) -> str:
-        return "\n".join(f"{name}: {line}" for name, lines in self._lines.items() for line in lines[-20:])
-
-    def _write_secrets(self, name: str) -> None:
-        (self._folder / name).mkdir()
-        for volume in self._pods[name]["volumes"]:
-            for source in sources_of(volume):
-                files = self._store.files(source["secret"]["name"])
-                for item in source["secret"]["items"]:
-                    (self._folder / name / item["path"]).write_bytes(files[item["key"]])
-
-    def _environment(self, name: str, container: dict[str, Any]) -> dict[str, str]:
-        of_test = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
-        given = {each["name"]: self._here(name, each["value"]) for each in container.get("env", ()) if "value" in each}
-        own = {**AS_POD, "KVRELAY_LOCAL_PREFILL_TOKENS": "0"}
-        if name in ("prefill", "decode"):
-            own |= {"KVRELAY_DTYPE": "float32", "KVRELAY_KV_CACHE_MIB": "16", "KVRELAY_KERNELS": "off"}
-        return {**of_test, **given, **CALM, **own}
-
-    def _here(self, name: str, text: str) -> str:
+    def here(self, name: str, text: str) -> str:
         text = text.replace("/secrets/own", str(self._folder / name)).replace("smollm2-135m-instruct", str(self._model))
-        text = text.replace(f"{PREFIX}-redis.{NAMESPACE}.svc:6379", f"127.0.0.1:{self._redis_port}")
-        if name == "redis":
-            return str(self._redis_port) if text == "6379" else text.replace("0.0.0.0", "127.0.0.1")
-        return "0" if re.fullmatch(r"5005\d|8000", text) else text
+        return text.replace(f"{PREFIX}-redis.{NAMESPACE}.svc:6379", f"127.0.0.1:{self.redis_port}")
 
 
 @pytest.mark.k8s
