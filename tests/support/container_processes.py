@@ -30,7 +30,7 @@ class ContainerProcesses(ABC):
 
     @abstractmethod
     def variables(self, name: str) -> dict[str, str]:
-        """Likewise, for this machine."""
+        """With this machine's paths and ports."""
 
     @abstractmethod
     def here(self, name: str, text: str) -> str:
